@@ -1,0 +1,167 @@
+"""Make COCO-video annotation files from an ImageNet VID (and DET) tree.
+
+    python datasets/prepare_imagenet_vid.py /data/ILSVRC2015 --frames-per-video 15
+
+Writes imagenet_vid_train.json, imagenet_vid_val.json and, where the tree has DET, imagenet_det_train.json
+(the categories of VID only), each with a .report.json that lists everything that was wrong. Exit status: 0 when
+done (faults of the data are warnings), 1 when a set came out empty or, with --strict, at any fault, 2 when the
+request itself cannot be met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from eventful_det.data.classes import IMAGENET_VID, Category, load_classes
+from eventful_det.data.coco_video import CocoVideo
+from eventful_det.data.imagenet_vid import Problem, Source, convert, find_tree, list_folders
+from eventful_det.errors import UserError
+
+SETS = {"vid_train": ("VID", "train"), "vid_val": ("VID", "val"), "det_train": ("DET", "train")}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("root", type=Path, help="the folder that holds Data and Annotations, or its parent")
+    add("--sets", nargs="+", choices=SETS, help="what to prepare (default: all that the tree holds)")
+    add("--output", type=Path, help="folder of the JSON files (default: <tree>/annotations)")
+    add("--frames-per-video", type=int, metavar="K", help="of VID train: K evenly spaced frames (default: all)")
+    add("--classes", type=Path, help="category table (default: <tree>/classes.json if there, else ImageNet VID)")
+    add("--strict", action="store_true", help="exit 1 at any fault of the data")
+    add(
+        "--show", type=int, default=10, metavar="N", help="faults to print per set (default: 10; all are in the report)"
+    )
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    console = Console(soft_wrap=True)
+    try:
+        return prepare(args, console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.filename or args.root}: {error.strerror}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped; finished files are whole, the others untouched", file=sys.stderr)
+        return 130
+    return 2
+
+
+def prepare(args: argparse.Namespace, console: Console) -> int:
+    if args.frames_per_video is not None and args.frames_per_video < 1:
+        raise UserError(f"--frames-per-video is {args.frames_per_video}; expected 1 or more")
+    tree = find_tree(args.root)
+    table = categories(args.classes, tree)
+    output: Path = args.output or tree / "annotations"
+    present = [name for name, (subset, split) in SETS.items() if (tree / "Data" / subset / split).is_dir()]
+    absent = [name for name in args.sets or () if name not in present]
+    if absent or not present:
+        missing = [f"Data/{'/'.join(SETS[name])}" for name in absent or SETS]
+        raise UserError(f"{tree} lacks {' and '.join(missing)}; unpack the image archives there")
+
+    empty, faults = False, 0
+    for name in args.sets or present:
+        source = Source(tree, *SETS[name], table)
+        data, problems = read(source, args.frames_per_video if name == "vid_train" else None, args.workers, console)
+        faults += len(problems)
+        path = output / f"imagenet_{name}.json"
+        boxes = sum(len(frame.annotations) for frame in data.frames)
+        if boxes:
+            data.save(path)
+        save_report(path.with_suffix(".report.json"), data, problems)
+        console.print(summary(name, data))
+        show(console, problems, args.show, path.with_suffix(".report.json"))
+        if boxes:
+            console.print(f"wrote {path}\n", highlight=False)
+        else:
+            empty = True
+            print(f"error: {name}: not one usable box in {source.annotations}; nothing written", file=sys.stderr)
+    return int(empty or (args.strict and faults > 0))
+
+
+def categories(path: Path | None, tree: Path) -> tuple[Category, ...]:
+    if path is None and (tree / "classes.json").is_file():
+        path = tree / "classes.json"
+    return IMAGENET_VID if path is None else load_classes(path)
+
+
+def read(
+    source: Source, frames_per_video: int | None, workers: int, console: Console
+) -> tuple[CocoVideo, list[Problem]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(f"listing {source.subset} {source.split}", total=None)
+        folders = list_folders(source, frames_per_video)
+        total = sum(len(folder.entries) for folder in folders)
+        progress.update(task, description=f"reading {source.subset} {source.split}", total=total)
+        return convert(source, folders, workers, lambda frames: progress.advance(task, frames))
+
+
+def save_report(path: Path, data: CocoVideo, problems: Sequence[Problem]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {
+        "videos": len(data.videos),
+        "frames": sum(len(video.frames) for video in data.videos),
+        "boxes": sum(len(frame.annotations) for frame in data.frames),
+        "problem_counts": dict(sorted(Counter(p.kind for p in problems).items())),
+        "problems": [p._asdict() for p in problems],
+    }
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def summary(name: str, data: CocoVideo) -> Table:
+    boxes: Counter[int] = Counter()
+    frames: Counter[int] = Counter()
+    videos: Counter[int] = Counter()
+    for video in data.videos:
+        seen: set[int] = set()
+        for frame in video.frames:
+            ids = [a.category_id for a in frame.annotations]
+            boxes.update(ids)
+            frames.update(set(ids))
+            seen.update(ids)
+        videos.update(seen)
+    table = Table(title=name, show_footer=True)
+    table.add_column("category", footer="all")
+    for title, total in (
+        ("videos", len(data.videos)),
+        ("frames", sum(len(video.frames) for video in data.videos)),
+        ("boxes", boxes.total()),
+    ):
+        table.add_column(title, footer=str(total), justify="right")
+    for i, category in data.categories:
+        table.add_row(category, str(videos[i]), str(frames[i]), str(boxes[i]))
+    return table
+
+
+def show(console: Console, problems: Sequence[Problem], limit: int, report: Path) -> None:
+    if not problems:
+        return
+    counts = ", ".join(f"{n} {kind}" for kind, n in Counter(p.kind for p in problems).most_common())
+    console.print(f"[yellow]warning:[/] {len(problems)} faults in the data: {counts}", highlight=False)
+    for problem in problems[: max(limit, 0)]:
+        console.print(f"  {problem.kind}  {problem.file}: {problem.detail}", highlight=False, markup=False)
+    if len(problems) > limit:
+        console.print(f"  ... all of them in {report}", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Token gating: the idea, in torch only. Knows tokens, not images, boxes or files."""

@@ -1,0 +1,126 @@
+"""Policies: which tokens to recompute.
+
+A policy is any callable that takes a `GateInput` and returns the flat indices of the selected tokens. Policies
+hold no state, so one may be shared by many streams and exchanged between any two frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eventful_det.errors import UserError
+
+
+class GateInput(NamedTuple):
+    """What a gate knows of one stream when it has to choose.
+
+    Attributes:
+        error: `(N,)` 2-norm of each token minus its reference (paper section 4.1).
+        age: `(N,)` frames since each token was last let through; 1 = on the last frame.
+        frame: frames since the stream's last flush.
+    """
+
+    error: Tensor
+    age: Tensor
+    frame: int
+
+
+Policy = Callable[[GateInput], Tensor]
+
+
+def _scores(gate: GateInput, age_power: float) -> Tensor:
+    """Error x age^a, `(N,)`: a token that has waited long is chosen for a smaller change."""
+    return gate.error * gate.age.to(gate.error.dtype) ** age_power if age_power else gate.error
+
+
+def _largest(scores: Tensor, k: int) -> Tensor:
+    k = min(k, scores.numel())
+    return scores.topk(k, sorted=False).indices
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The `k` tokens of largest error x age^`age_power` (paper section 4.1 with `age_power=0`)."""
+
+    k: int
+    age_power: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.k < 0:
+            raise UserError(f"TopK: k must be 0 or more tokens, got {self.k}")
+
+    def __call__(self, gate: GateInput) -> Tensor:
+        return _largest(_scores(gate, self.age_power), self.k)
+
+
+@dataclass(frozen=True)
+class TopFraction:
+    """The share `fraction` of all tokens, of largest error x age^`age_power`."""
+
+    fraction: float
+    age_power: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction <= 1:
+            raise UserError(f"TopFraction: fraction must lie in [0, 1], got {self.fraction}")
+
+    def __call__(self, gate: GateInput) -> Tensor:
+        return _largest(_scores(gate, self.age_power), int(self.fraction * gate.error.numel()))
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Every token whose error exceeds `threshold`, at most the share `cap`, at least the share `floor`.
+
+    The comparison is strict, and the threshold applies to the bare error; `age_power` only orders the tokens
+    where the cap or the floor has to choose. Without a floor nothing at all may be selected.
+    """
+
+    threshold: float
+    cap: float = 1.0
+    floor: float = 0.0
+    age_power: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor <= self.cap <= 1:
+            raise UserError(f"Threshold: need 0 <= floor <= cap <= 1, got floor={self.floor}, cap={self.cap}")
+
+    def __call__(self, gate: GateInput) -> Tensor:
+        tokens = gate.error.numel()
+        passed = (gate.error > self.threshold).nonzero().squeeze(1)
+        low, high = int(self.floor * tokens), int(self.cap * tokens)
+        if low <= passed.numel() <= high:
+            return passed
+        return _largest(_scores(gate, self.age_power), low if passed.numel() < low else high)
+
+
+@dataclass(frozen=True)
+class RandomK:
+    """`k` tokens drawn at random (or the share `fraction`): the baseline every policy has to beat.
+
+    The draw depends on the seed and the frame number only, so runs repeat and streams do not disturb each other.
+    """
+
+    k: int | None = None
+    fraction: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.k is None) == (self.fraction is None):
+            raise UserError("RandomK: give exactly one of k (tokens) and fraction (share of the tokens)")
+
+    def __call__(self, gate: GateInput) -> Tensor:
+        tokens = gate.error.numel()
+        k = self.k if self.k is not None else int((self.fraction or 0.0) * tokens)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + gate.frame)
+        return torch.randperm(tokens, generator=generator)[:k].to(gate.error.device)
+
+
+def select_all(gate: GateInput) -> Tensor:
+    """Every token: the eventful network then equals the dense one."""
+    return torch.arange(gate.error.numel(), device=gate.error.device)

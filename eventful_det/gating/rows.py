@@ -1,0 +1,257 @@
+"""The `rows` rule: one gate per frame, selected rows through all blocks, key and value caches.
+
+Think of the key/value cache of a language model, made for video. Nothing inside the blocks touches the tokens
+that were not selected, and nothing is N x N. With every token selected it equals the dense network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eventful_det.errors import UserError
+from eventful_det.gating.anatomy import Anatomy, Block, Grid
+from eventful_det.gating.cost import Counts
+from eventful_det.gating.policy import GateInput, Policy, TopFraction, select_all
+from eventful_det.gating.state import TensorTree
+from eventful_det.gating.update import Update
+from eventful_det.gating.windows import relative_bias, windows_of
+
+_BIAS_ELEMENTS = 1 << 25  # largest attention bias held at once; longer query lists are cut into pieces
+
+
+@dataclass
+class RowsState(TensorTree):
+    """State of one stream under `Rows`.
+
+    Attributes:
+        grid: token grid (H, W), N = H * W.
+        frame: frames since the last flush; 0 = the next frame is a flush.
+        reference: `(N, P)` patches or `(N, D)` embeddings last let through.
+        age: `(N,)` frames since each token was let through.
+        keys, values: per block `(windows, heads, slots, d)`; slots of padded tokens hold the bias. The one
+            window of a global block starts with the slots of the prefix tokens.
+        output: `(N, C)` the last computed output of every token.
+    """
+
+    grid: Grid
+    frame: int
+    reference: Tensor
+    age: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+    output: Tensor
+
+
+@dataclass
+class Rows:
+    """One gate per frame.
+
+    Args:
+        policy: selects the tokens of a frame.
+        gate: what is compared with the reference: pixel "patches", which saves the embedding of tokens that are
+            not selected, or the patch "embedding".
+        renew_every: recompute everything on every n-th frame; 0 = never.
+    """
+
+    policy: Policy = TopFraction(0.25, age_power=0.5)
+    gate: Literal["patches", "embedding"] = "patches"
+    renew_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.gate not in ("patches", "embedding"):
+            raise UserError(f"Rows: gate must be 'patches' or 'embedding', got {self.gate!r}")
+
+    def init_stream(self, anatomy: Anatomy, grid: Grid) -> RowsState:
+        """Allocate the state of a stream whose frames have `grid` tokens."""
+        tokens = grid[0] * grid[1]
+        make = {"device": anatomy.device, "dtype": anatomy.dtype}
+        width = anatomy.projection.weight[0].numel() if self.gate == "patches" else anatomy.dim
+        caches = [_empty_cache(block, grid, _prefix_count(anatomy)) for block in anatomy.blocks]
+        return RowsState(
+            grid=grid,
+            frame=0,
+            reference=torch.zeros(tokens, width, **make),
+            age=torch.ones(tokens, dtype=torch.int32, device=anatomy.device),
+            keys=[keys for keys, _ in caches],
+            values=[values for _, values in caches],
+            output=torch.zeros(tokens, anatomy.blocks[-1].dim, **make),
+        )
+
+    @torch.no_grad()
+    def step(self, anatomy: Anatomy, patches: Tensor, state: RowsState) -> Update:
+        """Process the next frame of a stream.
+
+        Args:
+            anatomy: the network.
+            patches: `(N, P)` pixel patches of the frame.
+            state: updated in place.
+        """
+        flush = state.frame == 0
+        renew = flush or (self.renew_every > 0 and state.frame % self.renew_every == 0)
+        index, z, counts = self._select(anatomy, patches, state, renew)
+        state.age += 1
+        state.age[index] = 1
+        state.frame += 1
+        if index.numel():
+            rows, more = _run_blocks(anatomy, z, index, state)
+            state.output.index_copy_(0, index, rows)
+            counts += more
+        return Update(
+            tokens=state.output.unflatten(0, state.grid).clone(),
+            changed=index,
+            work=torch.zeros(patches.shape[0], device=index.device).index_fill_(0, index, 1.0),
+            flush=flush,
+            counts=counts,
+        )
+
+    def _select(
+        self, anatomy: Anatomy, patches: Tensor, state: RowsState, everything: bool
+    ) -> tuple[Tensor, Tensor, Counts]:
+        """The only decision of the frame: indices `(r,)` in window order, embedded rows `(r, D)`, counts."""
+        tokens, rows, cols = patches.shape[0], *state.grid
+        compared = patches if self.gate == "patches" else anatomy.embed(patches)
+        counts = Counts() if everything else Counts(gate=compared.numel())
+        error = torch.linalg.vector_norm(compared - state.reference, dim=1)
+        policy = select_all if everything else self.policy
+        index = policy(GateInput(error, state.age, state.frame))
+        side = max(block.window for block in anatomy.blocks)
+        index = index[windows_of((rows, cols), side, patches.device).window[index].argsort(stable=True)]
+        state.reference.index_copy_(0, index, compared[index])
+        z = anatomy.embed(patches[index]) if self.gate == "patches" else compared[index]
+        if anatomy.positions is not None:
+            z = z + anatomy.positions(state.grid)[index]
+            counts += Counts(add=z.numel())
+        embedded = index.numel() if self.gate == "patches" else tokens
+        weight = anatomy.projection.weight
+        return index, z, counts + Counts(linear=embedded * weight.numel(), bias=embedded * anatomy.dim)
+
+
+def _prefix_count(anatomy: Anatomy) -> int:
+    return 0 if anatomy.prefix is None else anatomy.prefix().shape[0]
+
+
+def _empty_cache(block: Block, grid: Grid, prefix: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of a block, `(windows, heads, slots, d)`, every slot preset to that of a padded token."""
+    windows = windows_of(grid, block.window, block.qkv.weight.device)
+    _, k, v = block.padding_qkv.view(3, 1, block.heads, 1, -1)
+    shape = (windows.count, -1, windows.slots + prefix, -1)
+    return k.expand(shape).clone(), v.expand(shape).clone()
+
+
+def _run_blocks(anatomy: Anatomy, z: Tensor, index: Tensor, state: RowsState) -> tuple[Tensor, Counts]:
+    """Carry the selected rows `(r, D)` through all blocks; returns their outputs `(r, C)`."""
+    prefix = _prefix_count(anatomy)
+    if anatomy.prefix is not None:
+        z = torch.cat([anatomy.prefix(), z])
+    counts = Counts()
+    for block, keys, values in zip(anatomy.blocks, state.keys, state.values, strict=True):
+        q, k, v = block.qkv(block.norm1(z)).view(z.shape[0], 3, block.heads, -1).unbind(1)  # each (r, heads, d)
+        attend = _attend_windows if block.window else _attend_globally
+        x, attention = attend(block, q, k, v, keys, values, index, state.grid, prefix)
+        z = z + block.project(x)
+        z = z + block.mlp(block.norm2(z))
+        counts += attention + _linear_counts(block, z.shape[0])
+    return anatomy.norm(z[prefix:]), counts
+
+
+def _linear_counts(block: Block, rows: int) -> Counts:
+    layers = (block.qkv, block.proj, block.fc1, block.fc2)
+    return Counts(
+        linear=rows * sum(layer.weight.numel() for layer in layers),
+        bias=rows * sum(layer.out_features for layer in layers if layer.bias is not None),
+        add=2 * rows * block.dim,
+    )
+
+
+def _bias_counts(block: Block, queries: int, shape: Grid) -> Counts:
+    if block.rel_pos is None:
+        return Counts()
+    return Counts(einsum=queries * block.dim * sum(shape), add=2 * queries * block.heads * shape[0] * shape[1])
+
+
+def _attend_globally(
+    block: Block,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    index: Tensor,
+    grid: Grid,
+    prefix: int,
+) -> tuple[Tensor, Counts]:
+    """r queries against all cached keys of the frame; `q, k, v` and the result are row-major over r."""
+    slots = torch.cat([torch.arange(prefix, device=index.device), index + prefix]) if prefix else index
+    keys[0].index_copy_(1, slots, k.transpose(0, 1))
+    values[0].index_copy_(1, slots, v.transpose(0, 1))
+    q = q.transpose(0, 1)
+    if block.rel_pos is None:
+        x = F.scaled_dot_product_attention(q[None], keys, values)[0]
+    else:
+        step = max(1, _BIAS_ELEMENTS // (block.heads * keys.shape[2]))
+        pieces = [
+            F.scaled_dot_product_attention(
+                part[None], keys, values, attn_mask=relative_bias(part, where, grid, block.rel_pos)[None]
+            )[0]
+            for part, where in zip(q.split(step, dim=1), slots.split(step), strict=True)
+        ]
+        x = torch.cat(pieces, dim=1)
+    counts = Counts(matmul=2 * q.shape[1] * keys.shape[2] * block.dim) + _bias_counts(block, q.shape[1], grid)
+    return x.transpose(0, 1).flatten(1), counts
+
+
+def _attend_windows(
+    block: Block,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    index: Tensor,
+    grid: Grid,
+    prefix: int,
+) -> tuple[Tensor, Counts]:
+    """Queries against the cached keys of their windows; windows without a selected token are not touched."""
+    windows = windows_of(grid, block.window, index.device)
+    window, slot = windows.window[index], windows.slot[index]
+    keys[window, :, slot] = k
+    values[window, :, slot] = v
+    touched, group, rank, widest = _group(window)
+    queries = q.new_zeros(len(touched), widest, *q.shape[1:])
+    queries[group, rank] = q
+    bias = None
+    if block.rel_pos is not None:
+        bias = q.new_zeros(len(touched), block.heads, widest, windows.slots)
+        bias[group, :, rank] = relative_bias(q.transpose(0, 1), slot, windows.shape, block.rel_pos).transpose(0, 1)
+    everything = len(touched) == windows.count
+    x = F.scaled_dot_product_attention(
+        queries.transpose(1, 2),
+        keys if everything else keys[touched],
+        values if everything else values[touched],
+        attn_mask=bias,
+    )
+    counts = Counts(matmul=2 * len(touched) * widest * windows.slots * block.dim)
+    return x[group, :, rank].flatten(1), counts + _bias_counts(block, q.shape[0], windows.shape)
+
+
+def _group(window: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Group rows that are sorted by window.
+
+    Args:
+        window: `(r,)` ascending window of each row.
+
+    Returns:
+        The touched windows `(t,)`; for each row its place among them and its rank within its window; the
+        largest number of rows in a window.
+    """
+    touched, group, sizes = torch.unique_consecutive(window, return_inverse=True, return_counts=True)
+    starts = sizes.cumsum(0) - sizes
+    rank = torch.arange(len(window), device=window.device) - starts[group]
+    return touched, group, rank, int(sizes.max())
+
+

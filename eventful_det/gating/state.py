@@ -1,0 +1,140 @@
+"""What is remembered of a stream between frames: typed dataclasses of tensors.
+
+State belongs to the caller. A `step` updates it in place; nothing else does, and no output aliases it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from eventful_det.errors import UserError
+
+T = TypeVar("T", bound="TensorTree")
+
+
+class TensorTree:
+    """Base of state dataclasses, whose fields are tensors, numbers, trees, or tuples and lists of these."""
+
+    _kinds: ClassVar[dict[str, type[TensorTree]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        TensorTree._kinds[cls.__name__] = cls
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors of the tree."""
+        yield from _leaves(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the tensors of the tree."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def map(self: T, function: Callable[[Tensor], Tensor]) -> T:
+        """A new tree with `function` applied to every tensor."""
+        return _map(self, function)
+
+    def to(self: T, *args: Any, **kwargs: Any) -> T:
+        """A tree on another device or of another dtype; integer tensors keep theirs."""
+        device = torch.empty(0).to(*args, **kwargs).device
+        return self.map(lambda t: t.to(*args, **kwargs) if t.is_floating_point() else t.to(device))
+
+    def clone(self: T) -> T:
+        """An independent copy."""
+        return self.map(Tensor.clone)
+
+    def plain(self) -> dict[str, Any]:
+        """The tree as dictionaries, lists and tensors only, as `torch.load(weights_only=True)` accepts."""
+        return _plain(self)
+
+    @staticmethod
+    def from_plain(data: dict[str, Any]) -> Any:
+        """The inverse of `plain`."""
+        return _from_plain(data)
+
+
+@dataclasses.dataclass
+class State(TensorTree):
+    """The states of B streams that share model calls; each stream has its own, or None before its first frame."""
+
+    streams: list[Any]
+
+    def __len__(self) -> int:
+        return len(self.streams)
+
+    def select(self, indices: Sequence[int]) -> State:
+        """The state of some of the streams; shared with, not copied from, this one."""
+        return State([self.streams[i] for i in indices])
+
+    def reset(self, indices: Sequence[int] | None = None) -> None:
+        """Forget some streams (all by default): their next frame is a flush."""
+        for i in range(len(self.streams)) if indices is None else indices:
+            self.streams[i] = None
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to a file that holds tensors and plain containers only."""
+        torch.save({"format": "eventful-state/1", "state": self.plain()}, path)
+
+    @staticmethod
+    def load(path: str | Path) -> State:
+        """Read a file written by `save`.
+
+        Raises:
+            UserError: the file is not such a file.
+        """
+        try:
+            data = torch.load(path, weights_only=True)
+            if data["format"] != "eventful-state/1":
+                raise KeyError(data["format"])
+        except Exception as error:
+            raise UserError(f"{path} is not a stream state written by State.save ({type(error).__name__})") from error
+        return State.from_plain(data["state"])
+
+
+def _leaves(node: Any) -> Iterator[Tensor]:
+    if isinstance(node, Tensor):
+        yield node
+    elif isinstance(node, TensorTree):
+        for field in dataclasses.fields(node):  # type: ignore[arg-type]
+            yield from _leaves(getattr(node, field.name))
+    elif isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _leaves(item)
+
+
+def _map(node: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(node, Tensor):
+        return function(node)
+    if isinstance(node, TensorTree):
+        values = {f.name: _map(getattr(node, f.name), function) for f in dataclasses.fields(node)}  # type: ignore[arg-type]
+        return dataclasses.replace(node, **values)  # type: ignore[type-var]
+    if isinstance(node, (list, tuple)):
+        return type(node)(_map(item, function) for item in node)
+    return node
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, TensorTree):
+        values = {f.name: _plain(getattr(node, f.name)) for f in dataclasses.fields(node)}  # type: ignore[arg-type]
+        return {"kind": type(node).__name__, "values": values}
+    if isinstance(node, (list, tuple)):
+        return {"kind": type(node).__name__, "values": [_plain(item) for item in node]}
+    return node
+
+
+def _from_plain(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    kind, values = node["kind"], node["values"]
+    if kind in ("list", "tuple"):
+        items = [_from_plain(item) for item in values]
+        return items if kind == "list" else tuple(items)
+    if kind not in TensorTree._kinds:
+        raise UserError(f"unknown kind of state {kind!r}; known kinds: {', '.join(sorted(TensorTree._kinds))}")
+    return TensorTree._kinds[kind](**{name: _from_plain(value) for name, value in values.items()})

@@ -1,0 +1,28 @@
+"""What a gated backbone hands on for one frame of one stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from eventful_det.gating.cost import Counts
+
+
+@dataclass(frozen=True)
+class Update:
+    """The token map of a frame and what changed in it.
+
+    Attributes:
+        tokens: `(H, W, C)` the full map; independent of the state's buffers.
+        changed: `(r,)` flat indices of the tokens whose value may differ from the last frame's.
+        work: `(N,)` share of its token-wise work that each token had done, 0 to 1.
+        flush: whether everything was recomputed because the stream began anew.
+        counts: operations that ran.
+    """
+
+    tokens: Tensor
+    changed: Tensor
+    work: Tensor
+    flush: bool
+    counts: Counts

@@ -1,0 +1,127 @@
+"""What a detector is made of, as one typed record that travels inside its weights file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+
+from eventful_det.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a ViTDet detector. The defaults are those of `vitdet_tiny`.
+
+    Attributes:
+        classes: names of the classes; the label of a detection is an index into them.
+        dim, depth, heads: width, blocks and attention heads of the Transformer.
+        window: side of the attention windows in tokens.
+        global_blocks: blocks that attend to the whole frame.
+        position_grid: side of the stored position encoding in tokens; resized to each frame.
+        relative_size: side in tokens that the relative tables of the global blocks are stored for.
+        drop_path: stochastic depth while training.
+        channels: channels of the pyramid levels p2 to p6.
+        rpn_convs: 3x3 convolutions of the proposal head.
+        anchor_sizes: anchor side in pixels for each of the levels p2 to p6.
+        box_convs, box_fc: convolutions and fully connected layers of the region head.
+        canonical_box: side in pixels of a box that is read from level p4.
+        proposals: proposals kept per frame at inference; `proposals_train` while training.
+        nms_candidates: candidates per level before non-maximum suppression; `nms_candidates_train` while training.
+        region_samples: proposals per image in the region loss.
+        box_loss: "l1" or "giou".
+        score_threshold, nms_threshold, max_detections: of the final detections.
+        short_side, long_side: frames are resized to this short side in pixels, unless the long side would exceed.
+    """
+
+    classes: tuple[str, ...] = ()
+    dim: int = 192
+    depth: int = 12
+    heads: int = 3
+    patch: int = 16
+    window: int = 4
+    global_blocks: tuple[int, ...] = (2, 5, 8, 11)
+    position_grid: int = 14
+    relative_size: int = 32
+    drop_path: float = 0.0
+    channels: int = 64
+    rpn_convs: int = 1
+    anchor_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    box_convs: int = 2
+    box_fc: tuple[int, ...] = (256,)
+    canonical_box: int = 112
+    proposals: int = 100
+    proposals_train: int = 200
+    nms_candidates: int = 200
+    nms_candidates_train: int = 400
+    region_samples: int = 64
+    box_loss: str = "l1"
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    max_detections: int = 100
+    short_side: int = 256
+    long_side: int = 512
+    pixel_mean: tuple[float, ...] = field(default=(0.5, 0.5, 0.5))
+    pixel_std: tuple[float, ...] = field(default=(0.5, 0.5, 0.5))
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise UserError(f"model: dim ({self.dim}) must be a multiple of heads ({self.heads})")
+        if self.box_loss not in ("l1", "giou"):
+            raise UserError(f"model: box_loss must be 'l1' or 'giou', got {self.box_loss!r}")
+        if self.window == 0 and self.global_blocks:
+            raise UserError("model: window=0 makes every block global; leave global_blocks empty")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, object]) -> ModelConfig:
+        """A config from plain values; lists become tuples.
+
+        Raises:
+            UserError: a name is unknown.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"model: unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()})  # type: ignore[arg-type]
+
+    def to_json(self) -> str:
+        """The config as JSON, read back by `from_dict(json.loads(...))`."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+def vitdet_tiny(classes: tuple[str, ...], **changes: object) -> ModelConfig:
+    """ViT-Ti/16 widths with a light pyramid and heads, for CPUs."""
+    return dataclasses.replace(ModelConfig(classes=classes), **changes)  # type: ignore[arg-type]
+
+
+def vitdet_b_vid(classes: tuple[str, ...], **changes: object) -> ModelConfig:
+    """The model of the paper's ImageNet VID experiments: ViT-B, window 14, 4conv1fc region head."""
+    config = ModelConfig(
+        classes=classes,
+        dim=768,
+        heads=12,
+        window=14,
+        relative_size=64,
+        drop_path=0.1,
+        channels=256,
+        rpn_convs=2,
+        anchor_sizes=(32, 64, 128, 256, 512),
+        box_convs=4,
+        box_fc=(1024,),
+        canonical_box=224,
+        proposals=300,
+        proposals_train=1000,
+        nms_candidates=1000,
+        nms_candidates_train=2000,
+        region_samples=512,
+        short_side=576,
+        long_side=1024,
+        pixel_mean=(0.485, 0.456, 0.406),
+        pixel_std=(0.229, 0.224, 0.225),
+    )
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+MODELS = {"vitdet_tiny": vitdet_tiny, "vitdet_b_vid": vitdet_b_vid}

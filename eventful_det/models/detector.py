@@ -1,0 +1,225 @@
+"""The detector: dense training and inference, and `step` for video streams."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eventful_det.errors import UserError
+from eventful_det.gating.anatomy import anatomy_of
+from eventful_det.gating.closed_form import ViTShape, dense_counts
+from eventful_det.gating.convert import Rule, step_stream
+from eventful_det.gating.policy import Policy
+from eventful_det.gating.rows import Rows
+from eventful_det.gating.state import State, TensorTree
+from eventful_det.models.config import ModelConfig
+from eventful_det.models.cost import FrameCost, pyramid_macs, roi_macs, rpn_macs
+from eventful_det.models.proposals import ProposalGenerator
+from eventful_det.models.regions import Detections, RegionHeads
+from eventful_det.models.vitdet import ViTDetBackbone
+
+if TYPE_CHECKING:
+    from eventful_det.runtime.stream import StreamResult
+
+DIVISOR = 32  # sides of the network's input are multiples of the stride of p5
+
+
+@dataclass
+class DetectorStream(TensorTree):
+    """What a detector remembers of one stream.
+
+    Attributes:
+        backbone: state of the update rule.
+        size: (height, width) of the last frame in pixels.
+        detections: of the last frame; they stand while nothing changes.
+    """
+
+    backbone: State
+    size: tuple[int, int]
+    detections: Detections | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One frame of one stream.
+
+    Attributes:
+        detections: in pixels of the frame given to `step`.
+        cost: of this frame.
+        work: `(H, W)` share of its token-wise work that each token had done, 0 to 1.
+    """
+
+    detections: Detections
+    cost: FrameCost
+    work: Tensor
+
+
+class Detector(nn.Module):
+    """ViTDet: a windowed ViT, a simple feature pyramid, region proposals and region heads.
+
+    Parameters carry detectron2's names. Dense in `forward`; eventful in `step` and `stream`, by `rule`.
+
+    Args:
+        config: sizes and class names.
+        rule: how a frame's tokens are recomputed in `step`; None = dense.
+    """
+
+    def __init__(self, config: ModelConfig, rule: Rule | None = None) -> None:
+        super().__init__()
+        if not config.classes:
+            raise UserError("model: classes is empty; a detector needs at least one class name")
+        self.config = config
+        self.rule: Rule | None = rule if rule is not None else Rows()
+        self.backbone = ViTDetBackbone(config)
+        self.proposal_generator = ProposalGenerator(config)
+        self.roi_heads = RegionHeads(config)
+        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names; a label is an index into them."""
+        return self.config.classes
+
+    @property
+    def policy(self) -> Policy | None:
+        """Which tokens are recomputed; None = dense. Settable between any two frames."""
+        return None if self.rule is None else self.rule.policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        if self.rule is None:
+            self.rule = Rows(policy)
+        self.rule.policy = policy
+
+    def forward(
+        self, images: Tensor | Sequence[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[Detections]:
+        """The dense detector.
+
+        Args:
+            images: `(B, 3, h, w)` or B tensors `(3, h, w)`, RGB in [0, 1].
+            targets: per image "boxes" `(n, 4)` xyxy in pixels and "labels" `(n,)` from 0; needed for training.
+
+        Returns:
+            Losses in training mode, otherwise the detections of each image.
+        """
+        batch, sizes = self._batch(images)
+        levels = self.backbone(batch)
+        if not self.training:
+            proposals, _ = self.proposal_generator(levels, sizes)
+            return self.roi_heads.detect(levels, proposals, sizes)
+        if targets is None:
+            raise UserError("Detector: training needs targets; give them or call .eval() first")
+        proposals, losses = self.proposal_generator(levels, sizes, targets)
+        return {**losses, **self.roi_heads.losses(levels, proposals, targets)}
+
+    def init_state(self, batch: int = 1) -> State:
+        """An empty state for `batch` streams."""
+        return State([None] * batch)
+
+    @torch.no_grad()
+    def step(
+        self, frames: Tensor | Sequence[Tensor], state: State, flush: Sequence[bool] | bool = False
+    ) -> list[StepResult]:
+        """Detect in the next frame of every stream.
+
+        Args:
+            frames: `(B, 3, h, w)` or B tensors `(3, h, w)`, RGB in [0, 1]; sizes may differ.
+            state: of the B streams, updated in place. A frame of a new size flushes its stream alone.
+            flush: streams to recompute in full.
+
+        Raises:
+            UserError: the numbers of frames and streams differ, or the module is in training mode.
+        """
+        if self.training:
+            raise UserError("Detector.step is for inference; call .eval() first")
+        if len(frames) != len(state):
+            raise UserError(f"got {len(frames)} frames for a state of {len(state)} streams; give one frame per stream")
+        flushes = [flush] * len(frames) if isinstance(flush, bool) else flush
+        return [
+            self._step_stream(frame, state, i, flushed)
+            for i, (frame, flushed) in enumerate(zip(frames, flushes, strict=True))
+        ]
+
+    def stream(self, source: Any, **options: Any) -> Iterator[StreamResult]:
+        """Detect in a video, lazily and in constant memory; see `eventful_det.runtime.stream.stream`."""
+        from eventful_det.runtime.stream import stream
+
+        return stream(self, source, **options)
+
+    def _batch(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Normalise and pad at the bottom and right to a common size that the pyramid can halve."""
+        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
+        height, width = (-(-max(side) // DIVISOR) * DIVISOR for side in zip(*sizes, strict=True))
+        padded = [
+            F.pad((image - self.pixel_mean) / self.pixel_std, (0, width - w, 0, height - h))
+            for image, (h, w) in zip(images, sizes, strict=True)
+        ]
+        return torch.stack(padded), sizes
+
+    def _step_stream(self, frame: Tensor, state: State, i: int, flush: bool) -> StepResult:
+        stopwatch = _Stopwatch(frame.device)
+        batch, (size,) = self._batch(frame[None])
+        stream = state.streams[i]
+        if stream is None or stream.size != size:
+            state.streams[i] = stream = DetectorStream(State([None]), size)
+        anatomy = anatomy_of(self.backbone.net)
+        grid = anatomy.grid(*batch.shape[-2:])
+        dense = {
+            "backbone": dense_counts(ViTShape.of(anatomy), grid).macs,
+            "pyramid": pyramid_macs(self.backbone, grid),
+            "rpn": rpn_macs(self.proposal_generator.rpn_head, grid),
+            "roi": roi_macs(self.roi_heads, self.config.proposals),
+        }
+        stopwatch.lap("other")
+        macs = dict.fromkeys(dense, 0)
+        if self.rule is None:
+            tokens = self.backbone.net(batch)
+            macs["backbone"], changed, flushed = dense["backbone"], grid[0] * grid[1], flush
+            work = torch.ones(grid)
+        else:
+            update = step_stream(self.rule, anatomy, batch[0], stream.backbone, 0, flush)
+            tokens = update.tokens.permute(2, 0, 1)[None]
+            macs["backbone"], changed, flushed = update.counts.macs, update.changed.numel(), update.flush
+            work = update.work.view(grid)
+        stopwatch.lap("backbone")
+        if changed or stream.detections is None:
+            stream.detections, proposals = self._run_heads(tokens, size, stopwatch)
+            macs |= {"pyramid": dense["pyramid"], "rpn": dense["rpn"], "roi": roi_macs(self.roi_heads, proposals)}
+        cost = FrameCost(macs, dense, round(float(work.sum())), grid[0] * grid[1], flushed, stopwatch.seconds)
+        return StepResult(stream.detections.clone(), cost, work)
+
+    def _run_heads(self, tokens: Tensor, size: tuple[int, int], stopwatch: _Stopwatch) -> tuple[Detections, int]:
+        levels = self.backbone.pyramid(tokens)
+        stopwatch.lap("pyramid")
+        proposals, _ = self.proposal_generator(levels, [size])
+        stopwatch.lap("rpn")
+        (detections,) = self.roi_heads.detect(levels, proposals, [size])
+        stopwatch.lap("roi")
+        return detections, len(proposals[0])
+
+
+class _Stopwatch:
+    """Seconds between laps, by name."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.last = self._now()
+
+    def lap(self, name: str) -> None:
+        now = self._now()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

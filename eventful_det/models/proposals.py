@@ -1,0 +1,128 @@
+"""Region proposals: detectron2's RPN in parameters and numerics, on torchvision's operators."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
+
+from eventful_det.models.boxes import cell_anchors, decode, encode, grid_anchors, match, sample
+from eventful_det.models.config import ModelConfig
+from eventful_det.models.vitdet import STRIDES
+
+_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+_NMS = 0.7
+_SAMPLES, _FOREGROUND = 256, 0.5
+
+
+class ProposalHead(nn.Module):
+    """Objectness and box deltas of every anchor of every level."""
+
+    def __init__(self, channels: int, convs: int, anchors: int) -> None:
+        super().__init__()
+        if convs == 1:
+            self.conv: nn.Module = nn.Conv2d(channels, channels, 3, padding=1)
+        else:
+            self.conv = nn.Sequential()
+            for i in range(convs):
+                self.conv.add_module(f"conv{i}", nn.Conv2d(channels, channels, 3, padding=1))
+        self.objectness_logits = nn.Conv2d(channels, anchors, 1)
+        self.anchor_deltas = nn.Conv2d(channels, anchors * 4, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
+
+    @property
+    def convs(self) -> list[nn.Module]:
+        """The 3x3 convolutions, each followed by a ReLU."""
+        return list(self.conv) if isinstance(self.conv, nn.Sequential) else [self.conv]
+
+    def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """A level `(B, C, h, w)` to logits `(B, h * w * A)` and deltas `(B, h * w * A, 4)`."""
+        for conv in self.convs:
+            feature = F.relu(conv(feature))
+        logits = self.objectness_logits(feature).permute(0, 2, 3, 1).flatten(1)
+        deltas = self.anchor_deltas(feature).permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4))
+        return logits, deltas
+
+
+class ProposalGenerator(nn.Module):
+    """The region proposal network."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rpn_head = ProposalHead(config.channels, config.rpn_convs, len(config.anchor_ratios))
+
+    def anchors(self, levels: list[Tensor]) -> list[Tensor]:
+        """Anchors of every level, each `(h * w * A, 4)` xyxy in pixels."""
+        return [
+            grid_anchors(
+                cell_anchors(size, self.config.anchor_ratios).to(level), level.shape[-2], level.shape[-1], stride
+            )
+            for level, size, stride in zip(levels, self.config.anchor_sizes, STRIDES, strict=True)
+        ]
+
+    def forward(
+        self, levels: list[Tensor], sizes: list[tuple[int, int]], targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Propose regions.
+
+        Args:
+            levels: pyramid levels `(B, C, h, w)`.
+            sizes: (height, width) in pixels of each image without its padding.
+            targets: ground truth while training.
+
+        Returns:
+            Per image its proposals `(n, 4)` xyxy, best first; and the losses (empty without targets).
+        """
+        anchors = self.anchors(levels)
+        logits, deltas = zip(*(self.rpn_head(level) for level in levels), strict=True)
+        losses = {} if targets is None else self._losses(torch.cat(anchors), logits, deltas, targets)
+        with torch.no_grad():
+            proposals = [
+                self._select(anchors, [x[i].detach() for x in logits], [x[i].detach() for x in deltas], size)
+                for i, size in enumerate(sizes)
+            ]
+        return proposals, losses
+
+    def _select(
+        self, anchors: list[Tensor], logits: list[Tensor], deltas: list[Tensor], size: tuple[int, int]
+    ) -> Tensor:
+        """The proposals of one image: the best of each level, then non-maximum suppression within levels."""
+        config = self.config
+        candidates = config.nms_candidates_train if self.training else config.nms_candidates
+        keep = config.proposals_train if self.training else config.proposals
+        boxes, scores, level = [], [], []
+        for i, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
+            score, top = logit.topk(min(candidates, logit.numel()))
+            boxes.append(decode(delta[top], anchor[top], _WEIGHTS))
+            scores.append(score)
+            level.append(torch.full_like(top, i))
+        box, score, levels = clip_boxes_to_image(torch.cat(boxes), size), torch.cat(scores), torch.cat(level)
+        solid = remove_small_boxes(box, 1e-5)
+        box, score, levels = box[solid], score[solid], levels[solid]
+        return box[batched_nms(box, score, levels, _NMS)[:keep]]
+
+    def _losses(
+        self,
+        anchors: Tensor,
+        logits: tuple[Tensor, ...],
+        deltas: tuple[Tensor, ...],
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        logit, delta = torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
+        objectness, location = logit.sum() * 0, logit.sum() * 0
+        for i, target in enumerate(targets):
+            matched, label = match(target["boxes"], anchors, 0.3, 0.7, keep_best=True)
+            positive, negative = sample(label, _SAMPLES, _FOREGROUND)
+            chosen = torch.cat([positive, negative])
+            wanted = label[chosen].to(logit.dtype)
+            objectness = objectness + F.binary_cross_entropy_with_logits(logit[i, chosen], wanted, reduction="sum")
+            if positive.numel():
+                goal = encode(anchors[positive], target["boxes"][matched[positive]], _WEIGHTS)
+                location = location + F.l1_loss(delta[i, positive], goal, reduction="sum")
+        scale = 1.0 / (_SAMPLES * len(targets))
+        return {"loss_rpn_cls": objectness * scale, "loss_rpn_loc": location * scale}

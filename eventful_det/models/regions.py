@@ -1,0 +1,150 @@
+"""Region heads: detectron2's box head in parameters and numerics, on torchvision's operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import batched_nms, clip_boxes_to_image, generalized_box_iou_loss, roi_align
+
+from eventful_det.gating.state import TensorTree
+from eventful_det.models.boxes import decode, encode, match, sample
+from eventful_det.models.config import ModelConfig
+from eventful_det.models.vitdet import STRIDES, ConvNorm
+
+_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+_FOREGROUND = 0.25
+_POOL = 7  # cells along a side of a pooled region
+_POOLED_LEVELS = 4  # p2 to p5
+
+
+@dataclass
+class Detections(TensorTree):
+    """Objects found in one frame, best first.
+
+    Attributes:
+        boxes: `(n, 4)` xyxy in pixels.
+        scores: `(n,)` in [0, 1].
+        labels: `(n,)` indices into the class names, from 0.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return self.boxes.shape[0]
+
+    def scaled(self, x: float, y: float) -> Detections:
+        """The same objects with coordinates multiplied by `x` and `y`."""
+        return Detections(self.boxes * self.boxes.new_tensor([x, y, x, y]), self.scores, self.labels)
+
+
+class BoxHead(nn.Module):
+    """Convolutions and fully connected layers on a pooled region; parameters conv1.., fc1.. as in detectron2."""
+
+    def __init__(self, channels: int, convs: int, fc: tuple[int, ...]) -> None:
+        super().__init__()
+        self._convs = [f"conv{i + 1}" for i in range(convs)]
+        self._fcs = [f"fc{i + 1}" for i in range(len(fc))]
+        for name in self._convs:
+            self.add_module(name, ConvNorm(channels, channels, 3))
+        width = channels * _POOL**2
+        for name, outputs in zip(self._fcs, fc, strict=True):
+            layer = nn.Linear(width, outputs)
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+            self.add_module(name, layer)
+            width = outputs
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, C, 7, 7)` to `(n, width)`."""
+        for name in self._convs:
+            x = F.relu(getattr(self, name)(x))
+        x = x.flatten(1)
+        for name in self._fcs:
+            x = F.relu(getattr(self, name)(x))
+        return x
+
+
+class BoxPredictor(nn.Module):
+    """Class logits (background last) and per-class box deltas."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.cls_score = nn.Linear(width, classes + 1)
+        self.bbox_pred = nn.Linear(width, classes * 4)
+        nn.init.normal_(self.cls_score.weight, std=0.01)
+        nn.init.normal_(self.bbox_pred.weight, std=0.001)
+        nn.init.zeros_(self.cls_score.bias)
+        nn.init.zeros_(self.bbox_pred.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cls_score(x), self.bbox_pred(x)
+
+
+class RegionHeads(nn.Module):
+    """Classify and refine proposals."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.box_head = BoxHead(config.channels, config.box_convs, config.box_fc)
+        self.box_predictor = BoxPredictor(self.box_head.width, len(config.classes))
+
+    def pool(self, levels: list[Tensor], proposals: list[Tensor]) -> Tensor:
+        """Read each proposal from the level that suits its size, `(n, C, 7, 7)` (detectron2's ROIPooler)."""
+        rois = torch.cat([F.pad(boxes, (1, 0), value=float(i)) for i, boxes in enumerate(proposals)])
+        sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
+        level = torch.floor(4 + torch.log2(sides / self.config.canonical_box + 1e-8)).clamp(2, 5).long() - 2
+        pooled = levels[0].new_zeros(rois.shape[0], levels[0].shape[1], _POOL, _POOL)
+        for i in range(_POOLED_LEVELS):
+            here = (level == i).nonzero().squeeze(1)
+            if here.numel():
+                scale = 1.0 / STRIDES[i]
+                values = roi_align(levels[i], rois[here], _POOL, scale, sampling_ratio=0, aligned=True)
+                pooled = pooled.index_copy(0, here, values.to(pooled.dtype))
+        return pooled
+
+    def detect(self, levels: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]) -> list[Detections]:
+        """The objects of each image, in pixels of the network's input."""
+        logits, deltas = self.box_predictor(self.box_head(self.pool(levels, proposals)))
+        counts = [len(boxes) for boxes in proposals]
+        per_image = zip(proposals, logits.split(counts), deltas.split(counts), sizes, strict=True)
+        return [self._select(*image) for image in per_image]
+
+    def _select(self, proposals: Tensor, logits: Tensor, deltas: Tensor, size: tuple[int, int]) -> Detections:
+        scores = logits.softmax(dim=1)[:, :-1]
+        boxes = clip_boxes_to_image(decode(deltas, proposals, _WEIGHTS).unflatten(1, (-1, 4)), size)
+        row, label = (scores > self.config.score_threshold).nonzero(as_tuple=True)
+        box, score = boxes[row, label], scores[row, label]
+        keep = batched_nms(box, score, label, self.config.nms_threshold)[: self.config.max_detections]
+        return Detections(box[keep], score[keep], label[keep])
+
+    def losses(
+        self, levels: list[Tensor], proposals: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Classification and box losses on sampled proposals."""
+        boxes, labels, truth = [], [], []
+        for proposal, target in zip(proposals, targets, strict=True):
+            candidates = torch.cat([proposal, target["boxes"]])
+            matched, label = match(target["boxes"], candidates, 0.5, 0.5, keep_best=False)
+            positive, negative = sample(label, self.config.region_samples, _FOREGROUND)
+            background = torch.full_like(negative, len(self.config.classes))
+            boxes.append(candidates[torch.cat([positive, negative])])
+            labels.append(torch.cat([target["labels"][matched[positive]], background]))
+            truth.append(target["boxes"][matched[positive]])
+        logits, deltas = self.box_predictor(self.box_head(self.pool(levels, boxes)))
+        label = torch.cat(labels)
+        foreground = (label < len(self.config.classes)).nonzero().squeeze(1)
+        chosen = deltas.unflatten(1, (-1, 4))[foreground, label[foreground]]
+        location = self._box_loss(chosen, torch.cat(boxes)[foreground], torch.cat(truth)) / max(label.numel(), 1)
+        return {"loss_cls": F.cross_entropy(logits, label), "loss_box_reg": location}
+
+    def _box_loss(self, deltas: Tensor, boxes: Tensor, truth: Tensor) -> Tensor:
+        if self.config.box_loss == "giou":
+            return generalized_box_iou_loss(decode(deltas, boxes, _WEIGHTS), truth, reduction="sum")
+        return F.l1_loss(deltas, encode(boxes, truth, _WEIGHTS), reduction="sum")

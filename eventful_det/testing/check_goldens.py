@@ -1,0 +1,270 @@
+"""Compare the `Paper` rule with recordings ("goldens") of the official eventful code.
+
+    python -m eventful_det.testing.check_goldens FILE...
+
+Every run of every file is replayed, step by step and stream by stream; one line per run says how far our outputs,
+operation counts and selected tokens are from the recorded ones. Exit status: 0 if every run agrees, 1 if one does
+not, 2 if a file cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eventful_det.errors import UserError
+from eventful_det.gating.anatomy import Block, resize_positions
+from eventful_det.gating.cost import Counts
+from eventful_det.gating.paper import Ablation, Paper, PaperState
+from eventful_det.gating.policy import Policy, Threshold, TopFraction, TopK, select_all
+from eventful_det.testing.goldens import Golden, Recorded, load_golden
+
+TOLERANCE = 1e-4  # largest accepted relative error
+
+_ABLATIONS: dict[str, Ablation | None] = {  # None: dense
+    "Block": None,
+    "EventfulTokenwiseBlock": "tokenwise",
+    "EventfulMatmul1Block": "qk",
+    "EventfulBlock": "full",
+}
+_HEADER = ("block class", "windowed class", "pool", "policy", "options", "error", "counts", "indices", "verdict")
+
+
+@dataclass
+class Result:
+    """Agreement of one run.
+
+    Attributes:
+        error: largest ||ours - official|| / ||official|| over the compared steps and streams.
+        counts: "equal", or the kinds that differ.
+        indices: how the selected tokens compare.
+        notes: where the official code is at fault and what was done about it.
+    """
+
+    error: float
+    counts: str
+    indices: str
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return self.error < TOLERANCE and self.counts == "equal"
+
+
+@dataclass
+class Step:
+    """A block with its rule and state for one stream; the rule of a dense block flushes on every step."""
+
+    block: Block
+    rule: Paper
+    state: PaperState
+    dense: bool
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Counts]:
+        if self.dense:
+            self.state.frame = 0
+        x, _, counts = self.rule.step_tokens([self.block], x, self.state)
+        return x, counts
+
+
+def check_run(golden: Golden, run: dict[str, Any]) -> Result:
+    """Replay one run of a golden and compare."""
+    steps, streams = golden.inputs.shape[:2]
+    if run["outputs"].shape != golden.inputs.shape or len(run["counts"]) != steps:
+        raise UserError(f"outputs or counts of a run do not fit inputs of shape {tuple(golden.inputs.shape)}")
+    outputs, counts, recorders = _replay(golden, run)
+    compared, skipped, notes = steps, set[str](), list(golden.notes)
+    if streams > 1 and _pool(run) > 1 and _ABLATIONS.get(run["block_class"]) in ("qk", "full"):
+        skipped = {"matmul", "accumulator"}
+        notes.append("official fault: pooled cells of a batch are repeated; counts of matmul, accumulator not compared")
+        if run["block_class"] == "EventfulBlock":
+            compared = 1
+            notes.append("official fault: A.V of repeated cells accumulates twice; outputs compared at the flush only")
+    if streams > 1 and golden.padded_blocks:
+        notes.append(
+            "official code: the bias of a padded token is counted once per batch; ours, per stream, is reduced"
+        )
+    surplus = Counts(bias=(streams - 1) * golden.padded_blocks * 3 * golden.blocks[0].dim)
+    return Result(
+        error=_relative_error(outputs[:compared], run["outputs"][:compared]),
+        counts=_compare_counts(counts, run["counts"], surplus, skipped),
+        indices=Recorded.summary(recorders),
+        notes=notes,
+    )
+
+
+def _replay(golden: Golden, run: dict[str, Any]) -> tuple[Tensor, list[Counts], list[Recorded]]:
+    """Our outputs `(T, B, N, D)` and counts per step, and the policies that noted what was selected."""
+    steps, streams = golden.inputs.shape[:2]
+    positions = resize_positions(golden.positions, golden.grid, antialias=False)
+    outputs = torch.empty_like(golden.inputs)
+    counts = [Counts()] * steps
+    recorders = []
+    for stream in range(streams):
+        recorded = [_recorder(run, i, stream, steps) for i in range(len(golden.blocks))]
+        stack = [_prepare(golden, run, block, policy) for block, policy in zip(golden.blocks, recorded, strict=True)]
+        recorders += recorded
+        for t in range(steps):
+            x = golden.inputs[t, stream] + positions
+            counts[t] += Counts(add=x.numel())
+            for step in stack:
+                x, more = step(x)
+                counts[t] += more
+            outputs[t, stream] = x
+    return outputs, counts, recorders
+
+
+def _prepare(golden: Golden, run: dict[str, Any], block: Block, policy: Recorded) -> Step:
+    name = run["block_class"]
+    if block.window and run["windowed_class"] is not None:
+        name = run["windowed_class"]
+    if name not in _ABLATIONS:
+        raise UserError(f"unknown block class {name!r}; known: {', '.join(_ABLATIONS)}")
+    ablation = _ABLATIONS[name]
+    if block.window and ablation in ("qk", "full"):
+        raise UserError(f"windowed blocks cannot be of class {name}; use EventfulTokenwiseBlock")
+    options = dict(run["options"])
+    rule = Paper(
+        policy=policy,
+        ablation=ablation or "tokenwise",
+        pool=1 if block.window else _pool(run),
+        gate_before_norm=bool(options.pop("gate_before_ln", False)),
+        stgt=bool(options.pop("stgt", False)),
+    )
+    if options:
+        raise UserError(f"unknown options {', '.join(options)}; known: stgt, gate_before_ln")
+    return Step(block, rule, rule.init_tokens([block], golden.grid), dense=ablation is None)
+
+
+def _pool(run: dict[str, Any]) -> int:
+    pool = run["pool_size"]
+    sizes = {pool} if isinstance(pool, int) else set(pool or (1,))
+    if len(sizes) != 1:
+        raise UserError(f"pool_size must be None or square, got {pool}")
+    return int(sizes.pop())
+
+
+def _policy(description: dict[str, Any] | None) -> Policy:
+    if description is None:
+        return select_all
+    name, value = description["name"], description["value"]
+    if name == "topk":
+        return TopK(int(value))
+    if name == "fraction":
+        return TopFraction(float(value))
+    if name == "threshold":
+        return Threshold(float(value))
+    raise UserError(f"unknown policy {name!r}; known: topk, fraction, threshold")
+
+
+def _recorder(run: dict[str, Any], block: int, stream: int, steps: int) -> Recorded:
+    """The run's policy, beside what one block's gates selected in one stream, in the order they are asked."""
+    gates = [(run["indices"] or {}).get(f"blocks.{block}.{name}_gate") for name in ("qkv", "projection", "mlp")]
+    choices = None
+    if all(gate is not None for gate in gates):
+        choices = [gate[t][stream].long() for t in range(steps - 1) for gate in gates if gate is not None]
+    return Recorded(_policy(run["policy"]), choices)
+
+
+def _relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest ||ours - theirs|| / ||theirs|| over steps and streams, of `(T, B, N, D)`; NaN counts as infinite."""
+    difference = torch.linalg.vector_norm((ours - theirs).flatten(2), dim=2)
+    ratio = difference / torch.linalg.vector_norm(theirs.flatten(2), dim=2)
+    return float(ratio.nan_to_num(nan=torch.inf).max())
+
+
+def _compare_counts(ours: list[Counts], theirs: list[dict[str, int]], surplus: Counts, skipped: set[str]) -> str:
+    differing = set()
+    for own, recorded in zip(ours, theirs, strict=True):
+        official = {kind.removesuffix("_flops"): int(value) for kind, value in recorded.items()}
+        if unknown := official.keys() - asdict(own).keys():
+            raise UserError(f"unknown kinds of operations in counts: {', '.join(sorted(unknown))}")
+        differing |= {
+            kind
+            for kind, value in asdict(own).items()
+            if value - getattr(surplus, kind) != official.get(kind, 0) and kind not in skipped
+        }
+    return f"differ: {','.join(sorted(differing))}" if differing else "equal"
+
+
+def check_file(path: Path) -> bool:
+    """Replay every run of a file and print how each compares; returns whether all agree.
+
+    Raises:
+        UserError: the file cannot be used.
+    """
+    golden = load_golden(path)
+    rows: list[tuple[str, ...]] = []
+    notes: dict[str, list[str]] = {}
+    for number, run in enumerate(golden.runs, 1):
+        try:
+            result = check_run(golden, run)
+        except UserError as error:
+            raise UserError(f"{path}: run {number}: {error}") from error
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"{path}: run {number} is malformed ({type(error).__name__}: {_first_line(error)})"
+            ) from error
+        policy = run["policy"] or {"name": "-", "value": ""}
+        rows.append(
+            (
+                run["block_class"],
+                str(run["windowed_class"] or "-"),
+                str(_pool(run)),
+                f"{policy['name']} {policy['value']}".strip(),
+                " ".join(name for name, value in run["options"].items() if value) or "-",
+                f"{result.error:.1e}",
+                result.counts,
+                result.indices,
+                "agrees" if result.passed else "DIFFERS",
+            )
+        )
+        for note in result.notes:
+            notes.setdefault(note, []).append(str(number))
+    steps, streams = golden.inputs.shape[:2]
+    print(f"{path}: {golden.grid[0]} x {golden.grid[1]} tokens, {steps} steps, {streams} stream(s)")
+    print(_align([_HEADER, *rows]))
+    print("error: largest ||ours - official|| / ||official|| over steps and streams")
+    for note, numbers in notes.items():
+        print(f"{note} (run {', '.join(numbers) if len(numbers) < len(rows) else '1 to ' + numbers[-1]})")
+    agreeing = sum(row[-1] == "agrees" for row in rows)
+    print(f"{agreeing} of {len(rows)} runs agree")
+    return agreeing == len(rows)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="check_goldens", description="Compare our paper rule with official recordings."
+    )
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="a recording in the format eventful-golden/1"
+    )
+    status = 0
+    for path in parser.parse_args(arguments).files:
+        try:
+            status = max(status, 0 if check_file(path) else 1)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Training: optimiser groups, schedules, a trainer that resumes exactly."""
