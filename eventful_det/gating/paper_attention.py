@@ -142,7 +142,7 @@ def _mix(weights: Tensor, values: Tensor, mixture: Mixture, index: Tensor, flush
 def _add_positions(
     scores: Tensor, q: Tensor, block: Block, shape: Grid, pool: int, in_place: bool
 ) -> tuple[Tensor, Counts]:
-    """Add decomposed relative positions to `scores (..., heads, L, M)` for all unscaled queries `(..., heads, L, d)`."""
+    """Add decomposed relative positions of unscaled queries `(..., heads, L, d)` to `scores (..., heads, L, M)`."""
     if block.rel_pos is None:
         return scores, Counts()
     rows, cols = shape

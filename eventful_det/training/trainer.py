@@ -153,7 +153,7 @@ class Trainer:
                 losses = self._losses(model, images[i : i + piece], targets[i : i + piece])
                 (sum(losses.values(), torch.zeros((), device=self.device)) / options.accumulate).backward()
             for name, loss in losses.items():
-                totals[name] = totals.get(name, 0.0) + float(loss) / options.accumulate
+                totals[name] = totals.get(name, 0.0) + loss.item() / options.accumulate
         norm = float(nn.utils.clip_grad_norm_(self.detector.parameters(), options.clip))
         total = sum(totals.values())
         if not (total < float("inf") and norm < float("inf")):

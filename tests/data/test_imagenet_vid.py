@@ -84,7 +84,7 @@ def test_rendered_truth_comes_out(prepare: Main, tree: Path, workers: str) -> No
                 assert frame.frame_id == t and (frame.width, frame.height) == (128, 96) and frame.labelled
                 found = [(a.track_id, a.category_id, a.box, a.occluded, a.generated) for a in frame.annotations]
                 assert found == [(o.track_id, o.category, o.box, o.occluded, False) for o in rendered.objects]
-                decoded = cv2.imread(str(data.image_path(frame)))[..., ::-1]
+                decoded = np.asarray(cv2.imread(str(data.image_path(frame))))[..., ::-1]
                 assert np.abs(decoded.astype(int) - rendered.image).mean() < 4
 
 
@@ -110,7 +110,7 @@ def test_frames_per_video_are_the_middles_of_equal_parts(prepare: Main, tree: Pa
     assert stems == [f"{k:06d}" for k in range(10, 300, 20)]
 
 
-FAULTS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
+FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "missing_image": (lambda image, xml: image.unlink(), "not in the tree"),
     "missing_xml": (lambda image, xml: xml.unlink(), "no annotation"),
     "malformed_xml": (lambda image, xml: edit(xml, "</annotation>", ""), "no element found"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import runpy
 from collections import defaultdict
@@ -90,7 +91,7 @@ def test_boxes_are_tight_around_what_changes() -> None:
     frames = list(render_video(options, seed=0, index=2))  # index 2: fast
     changed = np.zeros((options.height, options.width), bool)
     boxes = np.zeros_like(changed)
-    for a, b in zip(frames, frames[1:], strict=False):
+    for a, b in itertools.pairwise(frames):
         changed |= np.abs(a.image.astype(int) - b.image).max(-1) > 24
     for frame in frames:
         x1, y1, x2, y2 = (int(v) for v in frame.objects[0].box)
@@ -184,7 +185,8 @@ def test_tree_has_the_ilsvrc_layout(make: Callable[[list[str]], int], tmp_path: 
     assert [e.tag for e in xml][:4] == ["folder", "filename", "source", "size"]
     assert [e.tag for e in xml.find("object") or []] == ["trackid", "name", "bndbox", "occluded", "generated"]
     assert [e.tag for e in xml.find("object/bndbox") or []] == ["xmax", "xmin", "ymax", "ymin"]
-    assert cv2.imread(str(root / f"Data/VID/val/{val[0]}/000000.JPEG")).shape == (96, 128, 3)
+    image = cv2.imread(str(root / f"Data/VID/val/{val[0]}/000000.JPEG"))
+    assert image is not None and image.shape == (96, 128, 3)
     with av.open(str(root / f"Data/VID/snippets/val/{val[0]}.mp4")) as clip:
         assert clip.streams.video[0].codec_context.name == "h264"
         assert sum(1 for _ in clip.decode(video=0)) == 4
