@@ -39,9 +39,9 @@ class TreeOptions:
     """What a synthetic data set holds; ``scene.frames`` is set per split."""
 
     scene: SceneOptions = field(default_factory=SceneOptions)
-    train_videos: int = 160
+    train_videos: int = 640
     val_videos: int = 16
-    train_frames: int = 24
+    train_frames: int = 6
     val_frames: int = 60
     seed: int = 0
     fps: int = 25

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from eventful_det.models.regions import Detections, RegionHeads
 from eventful_det.models.vitdet import ViTDetBackbone
 
 if TYPE_CHECKING:
-    from eventful_det.runtime.stream import StreamResult
+    from eventful_det.runtime.stream import Stream
 
 DIVISOR = 32  # sides of the network's input are multiples of the stride of p5
 
@@ -67,7 +68,7 @@ class Detector(nn.Module):
 
     Args:
         config: sizes and class names.
-        rule: how a frame's tokens are recomputed in `step`; None = dense.
+        rule: how a frame's tokens are recomputed in `step`; `Rows()` by default. Set `rule` to None for dense.
     """
 
     def __init__(self, config: ModelConfig, rule: Rule | None = None) -> None:
@@ -97,6 +98,12 @@ class Detector(nn.Module):
         if self.rule is None:
             self.rule = Rows(policy)
         self.rule.policy = policy
+
+    def with_rule(self, rule: Rule | None) -> Detector:
+        """A view of this detector, sharing all modules, that recomputes tokens by another rule; None = dense."""
+        view = copy.copy(self)
+        view.rule = rule
+        return view
 
     def forward(
         self, images: Tensor | Sequence[Tensor], targets: list[dict[str, Tensor]] | None = None
@@ -148,7 +155,7 @@ class Detector(nn.Module):
             for i, (frame, flushed) in enumerate(zip(frames, flushes, strict=True))
         ]
 
-    def stream(self, source: Any, **options: Any) -> Iterator[StreamResult]:
+    def stream(self, source: Any, **options: Any) -> Stream:
         """Detect in a video, lazily and in constant memory; see `eventful_det.runtime.stream.stream`."""
         from eventful_det.runtime.stream import stream
 

@@ -1,0 +1,1 @@
+"""How a detector behaves live: streams, budgets, refreshes."""
