@@ -6,17 +6,29 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from eventful_det.errors import UserError
+from eventful_det.gating.convert import Rule
+from eventful_det.gating.paper import Paper
+from eventful_det.gating.policy import Policy, RandomK, Threshold, TopFraction, TopK
+from eventful_det.gating.rows import Rows
 
 console = Console()
+
+RULES: dict[str, Callable[..., Rule]] = {"rows": Rows, "paper": Paper}
+POLICIES: dict[str, Callable[..., Policy]] = {
+    "topk": TopK,
+    "fraction": TopFraction,
+    "threshold": Threshold,
+    "random": RandomK,
+}
 
 
 def tool(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
@@ -36,9 +48,10 @@ def tool(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     return wrapped
 
 
-def plain(config: Any) -> Any:
-    """A config as plain dictionaries and lists."""
-    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+def plain(config: Any) -> dict[str, Any]:
+    """A config node as a plain dictionary; lists become tuples, as our dataclasses hold them."""
+    values = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def write_results(directory: Path, results: dict[str, Any]) -> Path:
@@ -64,3 +77,33 @@ def choose_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={name} cannot be used here ({str(error).splitlines()[0]}); try device=cpu") from error
+
+
+def build_rule(gate: DictConfig | Mapping[str, Any]) -> Rule | None:
+    """The update rule of a `gate` config (configs/gate/*.yaml), or None for dense.
+
+    Args:
+        gate: "rule" ("rows", "paper" or "dense"), "policy" with its "name" ("topk", "fraction", "threshold",
+            "random") and its options, and the options of the rule. Options are named as in the code.
+
+    Raises:
+        UserError: a name is unknown, or an option does not belong to the rule or policy it was given to.
+    """
+    options = dict(plain(gate))
+    rule, policy = options.pop("rule"), options.pop("policy", None)
+    if rule == "dense":
+        return None
+    if policy is not None:
+        policy = dict(policy)
+        options["policy"] = _build("policy", POLICIES, policy.pop("name"), policy)
+    return _build("rule", RULES, rule, options)
+
+
+def _build(kind: str, table: Mapping[str, Callable[..., Any]], name: str, options: dict[str, Any]) -> Any:
+    if name not in table:
+        extra = " or dense" if kind == "rule" else ""
+        raise UserError(f"unknown {kind} {name!r}; known: {', '.join(table)}{extra}")
+    try:
+        return table[name](**options)
+    except TypeError as error:
+        raise UserError(f"{kind} {name}: {str(error).partition('() ')[2] or error}") from error

@@ -37,7 +37,7 @@ def build_model(config: DictConfig, classes: tuple[str, ...]) -> Detector:
     name, init = sizes.pop("name"), sizes.pop("init", None)
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
-    detector = Detector(MODELS[name](classes, **{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}))
+    detector = Detector(MODELS[name](classes, **sizes))
     if init:
         init_backbone(detector.backbone.net, init)
     return detector
@@ -51,8 +51,8 @@ def train(config: DictConfig) -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     main_process = not dist.is_initialized() or dist.get_rank() == 0
-    options = TrainOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain(config.train).items()})
-    augmentation = Augmentation(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain(config.augment).items()})
+    options = TrainOptions(**plain(config.train))
+    augmentation = Augmentation(**plain(config.augment))
     data = load_coco_video(config.data.train)
     torch.manual_seed(options.seed)
     detector = build_model(config, tuple(name for _, name in data.categories)).to(device)
@@ -72,8 +72,8 @@ def train(config: DictConfig) -> None:
                 console.print(f"resuming at step {trainer.step} from {directory / 'checkpoint.pt'}")
         trainer.train()
     if main_process:
-        results = {"command": " ".join(sys.argv), "steps": options.steps, "weights": str(directory / "model.safetensors")}
-        write_results(directory, results)
+        weights = str(directory / "model.safetensors")
+        write_results(directory, {"command": " ".join(sys.argv), "steps": options.steps, "weights": weights})
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train_net")

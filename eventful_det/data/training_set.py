@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -46,7 +46,9 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         self.frames = [frame for frame in data.frames if frame.labelled]
         self.label_of = {category: label for label, (category, _) in enumerate(data.categories)}
         if not self.frames:
-            raise UserError("the training set holds no labelled frame; prepare it with datasets/prepare_imagenet_vid.py")
+            raise UserError(
+                "the training set holds no labelled frame; prepare it with datasets/prepare_imagenet_vid.py"
+            )
 
     def __getitem__(self, n: int) -> tuple[Tensor, Target]:
         """The n-th sample of the endless sequence: image `(3, h, w)` uint8 and its boxes and labels."""
@@ -81,11 +83,11 @@ class _Batches:
 
 def training_loader(
     data: TrainingSet, batch: int, first_step: int = 0, workers: int = 0, rank: int = 0, ranks: int = 1
-) -> DataLoader[tuple[Tensor, list[Target]]]:
+) -> Iterable[tuple[Tensor, list[Target]]]:
     """Batches of images `(batch, 3, h, w)` uint8 with their targets, from step `first_step` on, without end."""
     return DataLoader(
         data,
-        batch_sampler=_Batches(batch, first_step, rank, ranks),  # type: ignore[arg-type]
+        batch_sampler=_Batches(batch, first_step, rank, ranks),
         num_workers=workers,
         collate_fn=_collate,
         persistent_workers=workers > 0,

@@ -58,9 +58,7 @@ class Augmentation:
     colour: float = 0.3
     min_visible: float = 0.3
 
-    def __call__(
-        self, image: Image, boxes: Boxes, rng: np.random.Generator
-    ) -> tuple[Image, Boxes, NDArray[np.bool_]]:
+    def __call__(self, image: Image, boxes: Boxes, rng: np.random.Generator) -> tuple[Image, Boxes, NDArray[np.bool_]]:
         """Augment one picture.
 
         Returns:
@@ -82,12 +80,12 @@ class Augmentation:
         height, width = max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale))
         top = round(rng.uniform(min(0, self.height - height), max(0, self.height - height)))
         left = round(rng.uniform(min(0, self.width - width), max(0, self.width - width)))
-        boxes = boxes * np.float32([width / image.shape[1], height / image.shape[0]] * 2)
+        boxes = boxes * np.array([width / image.shape[1], height / image.shape[0]] * 2, np.float32)
         canvas = np.full((self.height, self.width, 3), 128, np.uint8)
         y, x = max(0, top), max(0, left)
         part = resize(image, height, width)[y - top : self.height - top, x - left : self.width - left]
         canvas[y : y + part.shape[0], x : x + part.shape[1]] = part
-        return canvas, boxes + np.float32([left, top, left, top])
+        return canvas, boxes + np.array([left, top, left, top], np.float32)
 
     def _jitter_colour(self, image: Image, rng: np.random.Generator) -> Image:
         if not self.colour:
@@ -97,7 +95,7 @@ class Augmentation:
         grey = picture.mean(axis=2, keepdims=True)
         picture = grey + (picture - grey) * np.float32(saturation)
         picture = (picture - picture.mean()) * np.float32(contrast) + picture.mean() * np.float32(brightness)
-        return np.clip(picture + np.float32(0.5), 0, 255).astype(np.uint8)
+        return np.asarray(np.clip(picture + np.float32(0.5), 0, 255), dtype=np.uint8)
 
 
 def _areas(boxes: Boxes) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -169,7 +170,7 @@ def _identity(module: object) -> bool:
     return module is None or isinstance(module, nn.Identity)
 
 
-def _timm_block(block: nn.Module, window: int) -> Block:
+def _timm_block(block: Any, window: int) -> Block:
     attn, mlp = block.attn, block.mlp
     for extra in ("q_norm", "k_norm", "norm"):
         _require(_identity(getattr(attn, extra, None)), f"attention with {extra}")
@@ -193,7 +194,7 @@ def _timm_block(block: nn.Module, window: int) -> Block:
     )
 
 
-def _timm_sam(vit: nn.Module) -> Anatomy:
+def _timm_sam(vit: Any) -> Anatomy:
     _require(_identity(vit.norm_pre), "a norm before the blocks")
     encoding, antialias = vit.pos_embed, getattr(vit, "position_antialias", True)
     return Anatomy(
@@ -205,7 +206,7 @@ def _timm_sam(vit: nn.Module) -> Anatomy:
     )
 
 
-def _timm_plain(vit: nn.Module) -> Anatomy:
+def _timm_plain(vit: Any) -> Anatomy:
     _require(_identity(vit.norm_pre), "a norm before the blocks")
     for block in vit.blocks:
         _require(type(block).__name__ == "Block", f"a block of type {type(block).__name__}")
@@ -228,7 +229,7 @@ def _timm_plain(vit: nn.Module) -> Anatomy:
     )
 
 
-def _detectron2(vit: nn.Module) -> Anatomy:
+def _detectron2(vit: Any) -> Anatomy:
     for block in vit.blocks:
         _require(not getattr(block, "use_residual_block", False), "a residual convolution block")
     skip = int(vit.pretrain_use_cls_token)

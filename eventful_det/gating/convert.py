@@ -79,7 +79,9 @@ class EventfulViT(nn.Module):
         return State([None] * batch)
 
     @torch.no_grad()
-    def step(self, frames: Tensor | Sequence[Tensor], state: State, flush: Sequence[bool] | bool = False) -> list[Update]:
+    def step(
+        self, frames: Tensor | Sequence[Tensor], state: State, flush: Sequence[bool] | bool = False
+    ) -> list[Update]:
         """Process the next frame of every stream.
 
         Args:
@@ -115,7 +117,9 @@ def step_stream(rule: Rule, anatomy: Anatomy, frame: Tensor, state: State, i: in
     return rule.step(anatomy, anatomy.patches(frame), stream)
 
 
-def eventify(vit: nn.Module, rule: Rule | Literal["rows", "paper"] = "rows", policy: Policy | None = None) -> EventfulViT:
+def eventify(
+    vit: nn.Module, rule: Rule | Literal["rows", "paper"] = "rows", policy: Policy | None = None
+) -> EventfulViT:
     """Make a dense ViT eventful; its parameters are shared, nothing is copied or re-trained.
 
     Args:

@@ -6,9 +6,8 @@ hold no state, so one may be shared by many streams and exchanged between any tw
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +29,11 @@ class GateInput(NamedTuple):
     frame: int
 
 
-Policy = Callable[[GateInput], Tensor]
+class Policy(Protocol):
+    """Selects tokens: any callable of this form."""
+
+    def __call__(self, gate: GateInput, /) -> Tensor:
+        """Flat indices `(r,)` of the selected tokens, each at most once, in any order."""
 
 
 def _scores(gate: GateInput, age_power: float) -> Tensor:

@@ -69,17 +69,16 @@ class Rows:
     def init_stream(self, anatomy: Anatomy, grid: Grid) -> RowsState:
         """Allocate the state of a stream whose frames have `grid` tokens."""
         tokens = grid[0] * grid[1]
-        make = {"device": anatomy.device, "dtype": anatomy.dtype}
         width = anatomy.projection.weight[0].numel() if self.gate == "patches" else anatomy.dim
         caches = [_empty_cache(block, grid, _prefix_count(anatomy)) for block in anatomy.blocks]
         return RowsState(
             grid=grid,
             frame=0,
-            reference=torch.zeros(tokens, width, **make),
+            reference=anatomy.projection.weight.new_zeros(tokens, width),
             age=torch.ones(tokens, dtype=torch.int32, device=anatomy.device),
             keys=[keys for keys, _ in caches],
             values=[values for _, values in caches],
-            output=torch.zeros(tokens, anatomy.blocks[-1].dim, **make),
+            output=anatomy.projection.weight.new_zeros(tokens, anatomy.blocks[-1].dim),
         )
 
     @torch.no_grad()
@@ -253,5 +252,3 @@ def _group(window: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     starts = sizes.cumsum(0) - sizes
     rank = torch.arange(len(window), device=window.device) - starts[group]
     return touched, group, rank, int(sizes.max())
-
-

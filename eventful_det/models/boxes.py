@@ -51,9 +51,7 @@ def grid_anchors(cells: Tensor, height: int, width: int, stride: int) -> Tensor:
     return (shifts[:, :, None] + cells).view(-1, 4)
 
 
-def match(
-    truth: Tensor, boxes: Tensor, low: float, high: float, keep_best: bool
-) -> tuple[Tensor, Tensor]:
+def match(truth: Tensor, boxes: Tensor, low: float, high: float, keep_best: bool) -> tuple[Tensor, Tensor]:
     """Match boxes to ground truth by overlap.
 
     Args:

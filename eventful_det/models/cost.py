@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from eventful_det.gating.anatomy import Grid
+from eventful_det.gating.closed_form import ViTShape
 from eventful_det.models.proposals import ProposalHead
 from eventful_det.models.regions import RegionHeads
 from eventful_det.models.vitdet import ViTDetBackbone
@@ -57,6 +58,15 @@ def level_sizes(grid: Grid) -> list[Grid]:
     return [(4 * rows, 4 * cols), (2 * rows, 2 * cols), grid, p5, (-(-p5[0] // 2), -(-p5[1] // 2))]
 
 
+def window_padding_macs(shape: ViTShape, grid: Grid) -> int:
+    """MACs that timm's dense blocks spend on the padded tokens of incomplete windows, and the update rules do not."""
+    if not shape.window:
+        return 0
+    rows, cols = (-(-side // shape.window) * shape.window for side in grid)
+    padded = rows * cols - grid[0] * grid[1]
+    return shape.windowed * padded * 4 * shape.dim**2  # qkv and output projection
+
+
 def pyramid_macs(backbone: ViTDetBackbone, grid: Grid) -> int:
     """MACs of the simple feature pyramid over a token grid."""
     stages = (backbone.simfp_2, backbone.simfp_3, backbone.simfp_4, backbone.simfp_5)
@@ -89,5 +99,3 @@ def _stage_macs(stage: nn.Module, grid: Grid) -> int:
         elif isinstance(layer, nn.Conv2d):
             macs += rows * cols * layer.weight.numel()
     return macs
-
-

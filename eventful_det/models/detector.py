@@ -20,7 +20,7 @@ from eventful_det.gating.policy import Policy
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.state import State, TensorTree
 from eventful_det.models.config import ModelConfig
-from eventful_det.models.cost import FrameCost, pyramid_macs, roi_macs, rpn_macs
+from eventful_det.models.cost import FrameCost, pyramid_macs, roi_macs, rpn_macs, window_padding_macs
 from eventful_det.models.proposals import ProposalGenerator
 from eventful_det.models.regions import Detections, RegionHeads
 from eventful_det.models.vitdet import ViTDetBackbone
@@ -76,12 +76,17 @@ class Detector(nn.Module):
         if not config.classes:
             raise UserError("model: classes is empty; a detector needs at least one class name")
         self.config = config
-        self.rule: Rule | None = rule if rule is not None else Rows()
+        self.rule: Rule | None = Rows() if rule is None else rule
         self.backbone = ViTDetBackbone(config)
         self.proposal_generator = ProposalGenerator(config)
         self.roi_heads = RegionHeads(config)
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -97,7 +102,8 @@ class Detector(nn.Module):
     def policy(self, policy: Policy) -> None:
         if self.rule is None:
             self.rule = Rows(policy)
-        self.rule.policy = policy
+        else:
+            self.rule.policy = policy
 
     def with_rule(self, rule: Rule | None) -> Detector:
         """A view of this detector, sharing all modules, that recomputes tokens by another rule; None = dense."""
@@ -179,8 +185,9 @@ class Detector(nn.Module):
             state.streams[i] = stream = DetectorStream(State([None]), size)
         anatomy = anatomy_of(self.backbone.net)
         grid = anatomy.grid(*batch.shape[-2:])
+        shape = ViTShape.of(anatomy)
         dense = {
-            "backbone": dense_counts(ViTShape.of(anatomy), grid).macs,
+            "backbone": dense_counts(shape, grid).macs,
             "pyramid": pyramid_macs(self.backbone, grid),
             "rpn": rpn_macs(self.proposal_generator.rpn_head, grid),
             "roi": roi_macs(self.roi_heads, self.config.proposals),
@@ -189,7 +196,8 @@ class Detector(nn.Module):
         macs = dict.fromkeys(dense, 0)
         if self.rule is None:
             tokens = self.backbone.net(batch)
-            macs["backbone"], changed, flushed = dense["backbone"], grid[0] * grid[1], flush
+            macs["backbone"] = dense["backbone"] + window_padding_macs(shape, grid)
+            changed, flushed = grid[0] * grid[1], flush
             work = torch.ones(grid)
         else:
             update = step_stream(self.rule, anatomy, batch[0], stream.backbone, 0, flush)

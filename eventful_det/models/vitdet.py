@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import cast
+
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
+from timm.layers.norm import LayerNorm2d
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -35,7 +38,7 @@ class WindowedViT(VisionTransformerSAM):
             depth=config.depth,
             num_heads=config.heads,
             drop_path_rate=config.drop_path,
-            norm_layer=lambda dim, **kwargs: nn.LayerNorm(dim, eps=1e-6, **kwargs),
+            norm_layer=cast(type[nn.Module], partial(nn.LayerNorm, eps=1e-6)),
             use_rel_pos=True,
             window_size=config.window,
             global_attn_indexes=config.global_blocks,
@@ -53,7 +56,7 @@ class WindowedViT(VisionTransformerSAM):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `(B, 3, h, w)`, whose sides are multiples of the patch, to the token map `(B, D, H, W)`."""
-        x = self.patch_embed.proj(x).permute(0, 2, 3, 1)
+        x = cast(nn.Conv2d, self.patch_embed.proj)(x).permute(0, 2, 3, 1)
         grid = (x.shape[1], x.shape[2])
         x = x + self.positions(grid).unflatten(0, grid)
         for block in self.blocks:

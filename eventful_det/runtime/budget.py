@@ -20,9 +20,9 @@ def policy_for(budget: float | int | Policy) -> Policy:
     if callable(budget):
         return budget
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget < 0:
-        raise UserError(f"budget must be a number of tokens (int), a share in [0, 1] (float) or a policy, got {budget!r}")
+        raise UserError(f"budget must be tokens (int), a share in [0, 1] (float) or a policy, got {budget!r}")
     if isinstance(budget, int):
         return TopK(budget, AGE_POWER)
     if budget > 1:
-        raise UserError(f"a budget of {budget} is more than the whole frame; give a share in [0, 1], or tokens as an int")
+        raise UserError(f"a budget of {budget} is more than the frame; give a share in [0, 1], or tokens as an int")
     return select_all if budget == 1 else TopFraction(budget, AGE_POWER)

@@ -16,7 +16,6 @@ from eventful_det.data.transforms import fit_size, resize, to_tensor
 from eventful_det.data.video import open_source
 from eventful_det.errors import UserError
 from eventful_det.gating.policy import Policy
-from eventful_det.gating.rows import Rows
 from eventful_det.models.cost import FrameCost
 from eventful_det.models.detector import Detector
 from eventful_det.models.regions import Detections
@@ -87,9 +86,7 @@ class Stream(Iterator[StreamResult]):
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
-        if self.detector.rule is None:
-            self.detector.rule = Rows()
-        self.detector.rule.policy = policy
+        self.detector.policy = policy
 
     @property
     def budget(self) -> Policy | None:
@@ -134,7 +131,7 @@ class Stream(Iterator[StreamResult]):
         began = time.perf_counter()
         height, width = image.shape[:2]
         inner = fit_size(height, width, self.short_side, self.long_side)
-        frame = to_tensor(resize(image, *inner)).to(self.detector.pixel_mean.device)
+        frame = to_tensor(resize(image, *inner)).to(self.detector.device)
         prepared = time.perf_counter() - began
         (step,) = self.detector.step(frame[None], self._state, flush=cut)
         step.cost.seconds["other"] = step.cost.seconds.get("other", 0.0) + prepared

@@ -94,7 +94,7 @@ class Trainer:
         self.on_step = on_step
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
-        self.device = next(detector.parameters()).device
+        self.device = detector.device
         detector.backbone.net.set_grad_checkpointing(options.checkpointing)
         self.optimizer = make_optimizer(detector, options.lr, options.weight_decay, options.layer_decay)
         self.average = AveragedModel(detector, multi_avg_fn=get_ema_multi_avg_fn(options.ema)) if options.ema else None
@@ -141,9 +141,7 @@ class Trainer:
         options = self.options
         # All randomness of a step follows from its number: a resumed run repeats what the killed one would have done.
         torch.manual_seed((options.seed * 1_000_003 + self.step) * self.ranks + self.rank)
-        rate = learning_rate(
-            self.step, options.steps, options.lr, options.warmup, options.schedule, options.milestones
-        )
+        rate = learning_rate(self.step, options.steps, options.lr, options.warmup, options.schedule, options.milestones)
         set_learning_rate(self.optimizer, rate)
         totals: dict[str, float] = {}
         piece = options.batch // options.accumulate
@@ -201,7 +199,7 @@ class Trainer:
                 self.average.load_state_dict(state["average"])
             self.step = int(state["step"])
         except Exception as error:
-            raise UserError(f"cannot resume from {path} ({error}); delete it or choose another run directory") from error
+            raise UserError(f"cannot resume from {path} ({error}); delete it or choose another output") from error
         now = json.loads(json.dumps(asdict(self.options)))
         changed = [k for k in now if before.get(k) != now[k] and k not in ("log_every", "checkpoint_every", "workers")]
         if changed:

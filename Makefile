@@ -1,0 +1,51 @@
+# Every target creates .venv and installs what is needed first.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+VIDEO ?=
+FRAMES ?=
+OUTPUT ?= outputs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format sweep data train clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
+
+install: $(VENV)/installed  ## create .venv and install the package with its development tools
+
+$(VENV)/installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: install  ## detect in a video: make demo [VIDEO=my.mp4] [FRAMES=100] [OUTPUT=outputs/demo]
+	$(RUN) tools/demo.py $(if $(VIDEO),source='$(VIDEO)') $(if $(FRAMES),max_frames=$(FRAMES)) output=$(OUTPUT)
+
+test: install  ## run all tests
+	$(RUN) -m pytest
+
+lint: install  ## check style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy eventful_det tools datasets
+
+format: install  ## rewrite the code in the house style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+.data/synthetic_vid/annotations/imagenet_vid_val.json: | install
+	$(RUN) datasets/make_synthetic_vid.py --output .data/synthetic_vid
+	$(RUN) datasets/prepare_imagenet_vid.py .data/synthetic_vid
+
+data: install .data/synthetic_vid/annotations/imagenet_vid_val.json  ## make and prepare the synthetic data set
+
+train: data  ## train vitdet_tiny on the synthetic data set (about an hour on 2 cores)
+	$(RUN) tools/train_net.py
+
+sweep: data  ## accuracy against cost: all budgets and baselines on the synthetic validation split
+	$(RUN) tools/eval_net.py eval=sweep output=outputs/sweep
+
+clean:  ## remove what the tools wrote, but not .venv and .data
+	rm -rf outputs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

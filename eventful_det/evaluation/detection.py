@@ -1,0 +1,188 @@
+"""Average precision as COCO defines it, computed by pycocotools.
+
+All precisions lie in [0, 1], or are `nan` where no object was there to be found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from eventful_det.data.coco_video import Annotation, CocoVideo, Frame
+from eventful_det.errors import UserError
+
+if TYPE_CHECKING:
+    from eventful_det.models.regions import Detections
+
+Entry = dict[str, Any]
+_AREAS = [[0.0, 1e10]]  # objects of every size; COCO's small / medium / large are not reported
+_AGREED_SCORE = 0.5
+
+
+@dataclass(frozen=True)
+class DetectionScores:
+    """How well objects were found; means are over the classes that occur.
+
+    Attributes:
+        ap: average precision, averaged over the overlaps 0.5, 0.55, ..., 0.95.
+        ap50, ap75: average precision at an overlap of 0.5 and 0.75.
+        ap50_by_class: AP50 of each class; `nan` for a class that does not occur.
+        images: frames that were scored.
+        objects: objects on them, crowds excluded.
+        detections: detections on them.
+    """
+
+    ap: float
+    ap50: float
+    ap75: float
+    ap50_by_class: dict[str, float]
+    images: int
+    objects: int
+    detections: int
+
+
+def coco_results(detections: Mapping[int, Detections], categories: Sequence[int]) -> list[Entry]:
+    """Detections as a COCO results list, ready for JSON.
+
+    Args:
+        detections: by image id; boxes in pixels of the frame.
+        categories: category id of each label.
+
+    Returns:
+        Entries of image_id, category_id, bbox (x, y, width, height in pixels) and score.
+    """
+    entries: list[Entry] = []
+    for image, found in detections.items():
+        rows = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+        for (x1, y1, x2, y2), score, label in rows:
+            box = [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)]
+            entries.append({"image_id": image, "category_id": categories[label], "bbox": box, "score": round(score, 6)})
+    return entries
+
+
+def category_ids(data: CocoVideo, names: Sequence[str]) -> list[int]:
+    """The category id of each label of a detector, by name.
+
+    Raises:
+        UserError: the data set and the detector know different classes.
+    """
+    ids = {name: category for category, name in data.categories}
+    if set(ids) != set(names):
+        unknown, unused = sorted(set(ids) - set(names)), sorted(set(names) - set(ids))
+        parts = [
+            f"only the {where} {'has' if len(listed) == 1 else 'have'} {', '.join(listed[:5])}{', ...' * (len(listed) > 5)}"
+            for where, listed in (("data set", unknown), ("weights", unused))
+            if listed
+        ]
+        raise UserError(
+            f"the classes of the weights and of the data set differ ({'; '.join(parts)}); "
+            "give weights that were trained for this data set's classes"
+        )
+    return [ids[name] for name in names]
+
+
+def labelled_frames(data: CocoVideo) -> list[Frame]:
+    """The frames that can be scored.
+
+    Raises:
+        UserError: there is none.
+    """
+    frames = [frame for frame in data.frames if frame.labelled]
+    if not frames:
+        raise UserError("no labelled frame to score; give a data set with labels, or more videos or frames of it")
+    return frames
+
+
+def evaluate(data: CocoVideo, results: Iterable[Entry]) -> DetectionScores:
+    """Score detections against a data set.
+
+    Args:
+        data: the truth. Frames that are not labelled are not scored.
+        results: COCO results; a frame without an entry has no detections.
+
+    Raises:
+        UserError: there is no labelled frame to score.
+    """
+    frames = labelled_frames(data)
+    images = {frame.image_id for frame in frames}
+    truth = [_truth(annotation, frame) for frame in frames for annotation in frame.annotations]
+    return _score(images, data.categories, truth, [entry for entry in results if entry["image_id"] in images])
+
+
+def agreement(dense: Iterable[Entry], ours: Iterable[Entry]) -> float:
+    """How well `ours` repeats what the dense detector found, without labels.
+
+    Args:
+        dense: COCO results of the dense detector; those of score 0.5 and more are taken for the truth.
+        ours: COCO results to judge.
+
+    Returns:
+        AP50 of `ours`, averaged over the classes of the truth; `nan` when the dense detector found nothing.
+    """
+    truth = [entry | {"area": _area(entry), "iscrowd": 0} for entry in dense if entry["score"] >= _AGREED_SCORE]
+    judged = list(ours)
+    images = {entry["image_id"] for entry in (*truth, *judged)}
+    categories = sorted({entry["category_id"] for entry in truth})
+    return _score(images, [(c, str(c)) for c in categories], truth, judged).ap50
+
+
+def _truth(annotation: Annotation, frame: Frame) -> Entry:
+    x1, y1, x2, y2 = annotation.box
+    entry = {"image_id": frame.image_id, "category_id": annotation.category_id, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+    return entry | {"area": annotation.area, "iscrowd": int(annotation.iscrowd)}
+
+
+def _area(entry: Entry) -> float:
+    return float(entry["bbox"][2] * entry["bbox"][3])
+
+
+def _score(
+    images: Collection[int], categories: Sequence[tuple[int, str]], truth: list[Entry], found: list[Entry]
+) -> DetectionScores:
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        boxes = [entry | {"area": _area(entry), "iscrowd": 0} for entry in found]
+        cocos = [_coco(images, categories, entries) for entries in (truth, boxes)]
+        judge = COCOeval(*cocos, iouType="bbox")
+        judge.params.areaRng, judge.params.areaRngLbl = _AREAS, ["all"]
+        if images and categories:
+            judge.evaluate()
+            judge.accumulate()
+    precision = judge.eval["precision"][..., 0, -1] if judge.eval else np.empty((10, 101, 0))  # (overlaps, recalls, K)
+    overlaps = judge.params.iouThrs
+    by_class = [_mean(precision[np.isclose(overlaps, 0.5), :, k]) for k in range(len(categories))]
+    return DetectionScores(
+        ap=_mean(precision),
+        ap50=_mean(precision[np.isclose(overlaps, 0.5)]),
+        ap75=_mean(precision[np.isclose(overlaps, 0.75)]),
+        ap50_by_class=dict(zip((name for _, name in categories), by_class, strict=True)),
+        images=len(images),
+        objects=sum(not entry["iscrowd"] for entry in truth),
+        detections=len(found),
+    )
+
+
+def _coco(images: Collection[int], categories: Sequence[tuple[int, str]], entries: list[Entry]) -> COCO:
+    """A COCO index in memory. Ids count from 1: pycocotools takes the id 0 for "not matched"."""
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": image} for image in sorted(images)],
+        "categories": [{"id": category, "name": name} for category, name in categories],
+        "annotations": [entry | {"id": n} for n, entry in enumerate(entries, start=1)],
+    }
+    coco.createIndex()
+    return coco
+
+
+def _mean(precision: NDArray[np.float64]) -> float:
+    """Mean over what is defined; pycocotools writes -1 for classes that do not occur."""
+    defined = precision[precision > -1]
+    return float(defined.mean()) if defined.size else math.nan

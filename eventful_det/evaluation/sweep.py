@@ -1,0 +1,311 @@
+"""What average precision is kept at which cost: one detector, many ways to run it, on the same videos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eventful_det.data.coco_video import CocoVideo, Video
+from eventful_det.data.training_set import read_image
+from eventful_det.evaluation.detection import (
+    DetectionScores,
+    Entry,
+    agreement,
+    category_ids,
+    coco_results,
+    evaluate,
+    labelled_frames,
+)
+from eventful_det.evaluation.efficiency import TOTAL, Efficiency, peak_memory, reset_peak_memory, summarise
+
+if TYPE_CHECKING:
+    from eventful_det.gating.convert import Rule
+    from eventful_det.models.cost import FrameCost
+    from eventful_det.models.detector import Detector
+    from eventful_det.models.regions import Detections
+
+_WARM_UP = 2  # frames run before anything is timed: one flush, one update
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to run a detector over video.
+
+    Attributes:
+        curve: methods of the same curve differ in `setting` only.
+        setting: the budget or the like that the curve varies; None where there is nothing to vary.
+        rule: how a frame's tokens are recomputed; None = dense.
+        hold: run on every n-th frame only and hold its boxes in between.
+        scale: of the network's input, relative to the model's own.
+    """
+
+    curve: str
+    setting: float | None = None
+    rule: Rule | None = None
+    hold: int = 1
+    scale: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.curve if self.setting is None else f"{self.curve} {self.setting:g}"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is the plain detector: what all others are compared with."""
+        return self.rule is None and self.hold == 1 and self.scale == 1
+
+
+@dataclass(frozen=True)
+class VideoRun:
+    """What a method did on one video.
+
+    Attributes:
+        video: its frames and their labels.
+        detections: by image id, in pixels of the frames.
+        costs: frame by frame.
+        state_bytes: remembered of the stream between frames.
+        peak_bytes: largest memory while it ran (process or GPU).
+    """
+
+    video: Video
+    detections: dict[int, Detections]
+    costs: list[FrameCost]
+    state_bytes: int
+    peak_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Time of all frames."""
+        return sum(cost.latency for cost in self.costs)
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """What a method did on a data set."""
+
+    method: Method
+    data: CocoVideo
+    categories: list[int]
+    videos: list[VideoRun] = field(default_factory=list)
+
+    @property
+    def results(self) -> list[Entry]:
+        """All detections as a COCO results list."""
+        return list(chain.from_iterable(coco_results(run.detections, self.categories) for run in self.videos))
+
+    @property
+    def efficiency(self) -> Efficiency:
+        """Of all frames of all videos."""
+        return summarise([cost for run in self.videos for cost in run.costs])
+
+    def scores(self, video: VideoRun | None = None) -> DetectionScores:
+        """Average precision on all videos, or on one of them."""
+        if video is None:
+            return evaluate(self.data, self.results)
+        alone = CocoVideo(self.data.categories, [video.video], self.data.image_root)
+        return evaluate(alone, coco_results(video.detections, self.categories))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method in the table of a sweep. Precisions lie in [0, 1]; `nan` = not defined.
+
+    "Relative" is relative to the dense method of the same sweep. Times come from one run on one machine, in which
+    the methods took turns video by video; `relative_time` is the median over videos of the ratio of their times,
+    and the number to trust on a machine that does other things as well.
+
+    Attributes:
+        ap, ap50, ap75: against the labels.
+        agreement50: AP50 against the dense detections.
+        gmacs_*: 1e9 multiply-adds per frame, mean over all frames; "steady" leaves flushes out.
+        ms_*: milliseconds per frame; `ms_flush` is the median of the flushes.
+        recomputed: share of the tokens that were recomputed.
+        state_bytes: remembered per stream; peak_bytes: largest memory while the method ran.
+        images: frames that were scored, of `frames` that were run.
+    """
+
+    method: str
+    curve: str
+    setting: float | None
+    ap: float
+    ap50: float
+    ap75: float
+    agreement50: float
+    gmacs_backbone: float
+    gmacs_pyramid: float
+    gmacs_rpn: float
+    gmacs_roi: float
+    gmacs_total: float
+    gmacs_backbone_steady: float
+    gmacs_total_steady: float
+    relative_backbone: float
+    relative_total: float
+    ms_mean: float
+    ms_median: float
+    ms_p95: float
+    ms_backbone: float
+    ms_flush: float
+    relative_time: float
+    recomputed: float
+    flushes: int
+    state_bytes: int
+    peak_bytes: int
+    videos: int
+    frames: int
+    images: int
+
+
+def first(data: CocoVideo, videos: int | None = None, frames: int | None = None) -> CocoVideo:
+    """The first so many videos of a data set, and the first so many frames of each; None = all."""
+    kept = [Video(video.id, video.name, video.frames[:frames]) for video in data.videos[:videos]]
+    return CocoVideo(data.categories, kept, data.image_root)
+
+
+def run_methods(
+    detector: Detector,
+    data: CocoVideo,
+    methods: Sequence[Method],
+    *,
+    scene_cuts: bool = True,
+    on_frame: Callable[[Method], None] | None = None,
+) -> list[MethodRun]:
+    """Run a detector over whole videos in several ways.
+
+    Every video begins a new stream. The methods take turns video by video, so that whatever else slows the machine
+    down for a while slows all of them.
+
+    Args:
+        detector: the weights; its own rule does not matter.
+        data: what to run on; images are read one at a time.
+        methods: the ways.
+        scene_cuts: recompute everything when another scene begins.
+        on_frame: called after every frame of every method.
+
+    Raises:
+        UserError: no frame is labelled, an image cannot be read, or the detector knows other classes.
+    """
+    labelled_frames(data)
+    categories = category_ids(data, detector.names)
+    runs = [MethodRun(method, data, categories) for method in methods]
+    training = detector.training
+    detector.eval()
+    try:
+        for method in methods:
+            for video in first(data, 1, _WARM_UP).videos:
+                _run_video(detector, data, video, method, scene_cuts, None)
+        for video in data.videos:
+            for run in runs:
+                run.videos.append(_run_video(detector, data, video, run.method, scene_cuts, on_frame))
+    finally:
+        detector.train(training)
+    return runs
+
+
+def run_method(detector: Detector, data: CocoVideo, method: Method, **options: Any) -> MethodRun:
+    """Run a detector over whole videos in one way; options as in `run_methods`."""
+    return run_methods(detector, data, [method], **options)[0]
+
+
+def evaluate_detector(
+    detector: Detector, data: CocoVideo, method: Method | None = None, **options: Any
+) -> dict[str, Any]:
+    """Run and score a detector in one way.
+
+    Args:
+        detector: what to evaluate, in any mode.
+        data: what to evaluate on; see `first` for a part of it.
+        method: how to run it; dense by default.
+        options: as in `run_methods`.
+
+    Returns:
+        The fields of `Row`, and "ap50_by_class". Undefined numbers are `nan`.
+    """
+    run = run_method(detector, data, method or Method("dense"), **options)
+    return vars(row_of(run, run.scores())) | {"ap50_by_class": run.scores().ap50_by_class}
+
+
+def rows_of(runs: Sequence[MethodRun]) -> list[Row]:
+    """The table of a sweep, in the order of its methods."""
+    dense = next((run for run in runs if run.method.is_dense), None)
+    return [row_of(run, run.scores(), dense) for run in runs]
+
+
+def row_of(run: MethodRun, scores: DetectionScores, dense: MethodRun | None = None) -> Row:
+    """A method in the table of a sweep.
+
+    Args:
+        run: of the method.
+        scores: of the run.
+        dense: the run to compare with; without it MACs are compared with dense frames of the same size.
+    """
+    cost = run.efficiency
+    reference = cost.gmacs_dense if dense is None else dense.efficiency.gmacs
+    nan = float("nan")
+    time = cost.ms[TOTAL]
+    return Row(
+        method=run.method.name,
+        curve=run.method.curve,
+        setting=run.method.setting,
+        ap=scores.ap,
+        ap50=scores.ap50,
+        ap75=scores.ap75,
+        agreement50=nan if dense is None else agreement(dense.results, run.results),
+        gmacs_backbone=cost.gmacs["backbone"],
+        gmacs_pyramid=cost.gmacs["pyramid"],
+        gmacs_rpn=cost.gmacs["rpn"],
+        gmacs_roi=cost.gmacs["roi"],
+        gmacs_total=cost.gmacs[TOTAL],
+        gmacs_backbone_steady=cost.gmacs_steady.get("backbone", nan),
+        gmacs_total_steady=cost.gmacs_steady.get(TOTAL, nan),
+        relative_backbone=cost.gmacs["backbone"] / reference["backbone"],
+        relative_total=cost.gmacs[TOTAL] / reference[TOTAL],
+        ms_mean=time.mean,
+        ms_median=time.median,
+        ms_p95=time.p95,
+        ms_backbone=cost.ms["backbone"].mean,
+        ms_flush=cost.ms_flush[TOTAL].median if cost.ms_flush else nan,
+        relative_time=nan if dense is None else _relative_time(run, dense),
+        recomputed=cost.recomputed / cost.tokens,
+        flushes=cost.flushes,
+        state_bytes=max(video.state_bytes for video in run.videos),
+        peak_bytes=max(video.peak_bytes for video in run.videos),
+        videos=len(run.videos),
+        frames=cost.frames,
+        images=scores.images,
+    )
+
+
+def _run_video(
+    detector: Detector,
+    data: CocoVideo,
+    video: Video,
+    method: Method,
+    scene_cuts: bool,
+    on_frame: Callable[[Method], None] | None,
+) -> VideoRun:
+    reset_peak_memory(detector.device)
+    stream = detector.with_rule(method.rule).stream(
+        (read_image(str(data.image_path(frame))) for frame in video.frames),
+        short_side=round(method.scale * detector.config.short_side),
+        long_side=round(method.scale * detector.config.long_side),
+        scene_cuts=scene_cuts,
+        hold=method.hold,
+    )
+    detections: dict[int, Detections] = {}
+    costs: list[FrameCost] = []
+    for frame, result in zip(video.frames, stream, strict=True):
+        detections[frame.image_id] = result.detections.to("cpu")
+        costs.append(result.cost)
+        if on_frame is not None:
+            on_frame(method)
+    return VideoRun(video, detections, costs, stream.state_bytes, peak_memory(detector.device))
+
+
+def _relative_time(run: MethodRun, dense: MethodRun) -> float:
+    pairs = zip(run.videos, dense.videos, strict=True)
+    return float(np.median([ours.seconds / other.seconds for ours, other in pairs if other.seconds]))

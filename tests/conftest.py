@@ -1,0 +1,31 @@
+"""What tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eventful_det.models.config import vitdet_tiny
+from eventful_det.models.detector import Detector
+
+
+@pytest.fixture
+def tiny_detector() -> Detector:
+    """A detector small enough to run dozens of frames in a test: seeded random weights, evaluation mode, one thread."""
+    torch.set_num_threads(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = vitdet_tiny(
+            ("circle", "square", "star"),
+            dim=48,
+            depth=4,
+            heads=3,
+            window=4,
+            global_blocks=(1, 3),
+            channels=16,
+            box_fc=(64,),
+            proposals=20,
+            short_side=96,
+            long_side=192,
+        )
+        return Detector(config).eval()

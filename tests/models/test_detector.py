@@ -1,0 +1,136 @@
+"""The detector as a whole: dense and eventful agree, streams, costs, losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from eventful_det.errors import UserError
+from eventful_det.gating.policy import Threshold, TopFraction, select_all
+from eventful_det.gating.rows import Rows
+from eventful_det.models.config import MODELS, ModelConfig
+from eventful_det.models.cost import level_sizes
+from eventful_det.models.detector import Detector
+from eventful_det.models.regions import Detections
+
+
+def frames(count: int, height: int = 96, width: int = 160, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(a: Detections, b: Detections) -> None:
+    torch.testing.assert_close(a.boxes, b.boxes, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(a.scores, b.scores, atol=1e-4, rtol=1e-4)
+    assert torch.equal(a.labels, b.labels)
+
+
+@pytest.mark.parametrize("size", [(96, 160), (100, 75), (33, 200)])
+def test_every_token_selected_equals_dense(tiny_detector: Detector, size: tuple[int, int]) -> None:
+    detector = tiny_detector.with_rule(Rows(policy=select_all))
+    state = detector.init_state()
+    for frame in frames(3, *size):
+        (result,) = detector.step(frame[None], state)
+        (dense,) = detector(frame[None])
+        assert_same(result.detections, dense)
+        assert len(dense) > 0
+
+
+def test_dense_rule_equals_forward(tiny_detector: Detector) -> None:
+    detector = tiny_detector.with_rule(None)
+    (result,) = detector.step(frames(1), detector.init_state())
+    assert_same(result.detections, detector(frames(1))[0])
+    assert result.cost.macs["backbone"] > result.cost.dense["backbone"]  # timm computes the padding of windows
+    (divisible,) = detector.step(frames(1, 128, 192), detector.init_state())
+    assert divisible.cost.macs == divisible.cost.dense
+
+
+def test_identical_frame_costs_only_the_comparison(tiny_detector: Detector) -> None:
+    detector = tiny_detector.with_rule(Rows(policy=Threshold(0.01)))
+    state = detector.init_state()
+    (first,) = detector.step(frames(1), state)
+    (second,) = detector.step(frames(1), state)
+    assert first.cost.flush
+    assert second.cost.recomputed == 0
+    assert second.cost.macs["pyramid"] == second.cost.macs["rpn"] == second.cost.macs["roi"] == 0
+    assert second.cost.total < 0.01 * first.cost.total
+    assert torch.equal(first.detections.boxes, second.detections.boxes)
+
+
+def test_result_does_not_alias_the_state(tiny_detector: Detector) -> None:
+    detector = tiny_detector.with_rule(Rows(policy=Threshold(0.01)))
+    state = detector.init_state()
+    (first,) = detector.step(frames(1), state)
+    kept = first.detections.boxes.clone()
+    first.detections.boxes.zero_()
+    (second,) = detector.step(frames(1), state)
+    assert torch.equal(second.detections.boxes, kept)
+
+
+def test_streams_are_isolated_bit_for_bit(tiny_detector: Detector) -> None:
+    detector = tiny_detector.with_rule(Rows(policy=TopFraction(0.3, age_power=0.5)))
+    a, b = frames(4, seed=1), frames(4, 64, 96, seed=2)
+    together, alone = detector.init_state(2), detector.init_state(1)
+    for x, y in zip(a, b, strict=True):
+        both = detector.step([x, y], together)
+        (one,) = detector.step([x], alone)
+        assert torch.equal(both[0].detections.boxes, one.detections.boxes)
+        assert torch.equal(both[0].detections.scores, one.detections.scores)
+
+
+def test_new_size_flushes_its_stream_alone(tiny_detector: Detector) -> None:
+    state = tiny_detector.init_state(2)
+    tiny_detector.step(frames(2), state)
+    x, y = frames(2)
+    results = tiny_detector.step([x, y[:, :64, :64]], state)
+    assert [result.cost.flush for result in results] == [False, True]
+
+
+def test_reported_macs_are_the_counted_ones(tiny_detector: Detector) -> None:
+    for rule in (None, Rows(policy=TopFraction(0.3))):
+        detector = tiny_detector.with_rule(rule)
+        state = detector.init_state()
+        for frame in frames(2):
+            with FlopCounterMode(display=False) as counter:
+                (result,) = detector.step(frame[None], state)
+            gated = 0 if rule is None or result.cost.flush else frame.numel()
+            assert result.cost.total == counter.get_total_flops() // 2 + gated
+
+
+def test_level_sizes_are_those_of_the_pyramid(tiny_detector: Detector) -> None:
+    levels = tiny_detector.backbone(torch.zeros(1, 3, 96, 160))
+    assert [tuple(level.shape[-2:]) for level in levels] == level_sizes((6, 10))
+
+
+def test_losses_are_finite_and_reach_every_parameter(tiny_detector: Detector) -> None:
+    detector = tiny_detector
+    targets = [
+        {"boxes": torch.tensor([[10.0, 10.0, 60.0, 70.0]]), "labels": torch.tensor([1])},
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)},
+    ]
+    losses = detector.train()(frames(2), targets)
+    sum(losses.values()).backward()
+    assert set(losses) == {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    missing = [name for name, p in detector.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert missing == []
+
+
+def test_misuse_is_explained(tiny_detector: Detector) -> None:
+    with pytest.raises(UserError, match="one frame per stream"):
+        tiny_detector.step(frames(2), tiny_detector.init_state(1))
+    with pytest.raises(UserError, match="needs targets"):
+        tiny_detector.train()(frames(1))
+    with pytest.raises(UserError, match=r"call \.eval"):
+        tiny_detector.train().step(frames(1), tiny_detector.init_state())
+    with pytest.raises(UserError, match="unknown option depht"):
+        ModelConfig.from_dict({"depht": 3})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_named_models_have_detectron2_names(name: str) -> None:
+    with torch.device("meta"):
+        keys = Detector(MODELS[name](("a", "b"))).state_dict()
+    assert keys["backbone.net.blocks.0.attn.rel_pos_h"].shape[0] == 2 * MODELS[name](("a",)).window - 1
+    for key in ("backbone.simfp_2.4.norm.weight", "roi_heads.box_predictor.cls_score.weight"):
+        assert key in keys
