@@ -77,14 +77,14 @@ def category_ids(data: CocoVideo, names: Sequence[str]) -> list[int]:
     """
     ids = {name: category for category, name in data.categories}
     if set(ids) != set(names):
-        unknown, unused = sorted(set(ids) - set(names)), sorted(set(names) - set(ids))
-        parts = [
-            f"only the {where} {'has' if len(listed) == 1 else 'have'} {', '.join(listed[:5])}{', ...' * (len(listed) > 5)}"
-            for where, listed in (("data set", unknown), ("weights", unused))
-            if listed
+        sides = {"data set": sorted(set(ids) - set(names)), "weights": sorted(set(names) - set(ids))}
+        lists = [
+            f"known to the {side} only: {', '.join(only[:5])}{', ...' * (len(only) > 5)}"
+            for side, only in sides.items()
+            if only
         ]
         raise UserError(
-            f"the classes of the weights and of the data set differ ({'; '.join(parts)}); "
+            f"the classes of the weights and of the data set differ ({'; '.join(lists)}); "
             "give weights that were trained for this data set's classes"
         )
     return [ids[name] for name in names]

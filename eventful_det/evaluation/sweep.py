@@ -52,7 +52,8 @@ class Method:
     @property
     def name(self) -> str:
         """For people."""
-        return self.curve if self.setting is None else f"{self.curve} {self.setting:g}"
+        curve = self.curve.replace("_", " ")
+        return curve if self.setting is None else f"{curve} {self.setting:g}"
 
     @property
     def is_dense(self) -> bool:
@@ -161,8 +162,9 @@ class Row:
 
 
 def first(data: CocoVideo, videos: int | None = None, frames: int | None = None) -> CocoVideo:
-    """The first so many videos of a data set, and the first so many frames of each; None = all."""
-    kept = [Video(video.id, video.name, video.frames[:frames]) for video in data.videos[:videos]]
+    """The first so many videos of a data set that have frames, and the first so many frames of each; None = all."""
+    filled = [video for video in data.videos if video.frames]
+    kept = [Video(video.id, video.name, video.frames[:frames]) for video in filled[:videos]]
     return CocoVideo(data.categories, kept, data.image_root)
 
 
@@ -226,7 +228,8 @@ def evaluate_detector(
         The fields of `Row`, and "ap50_by_class". Undefined numbers are `nan`.
     """
     run = run_method(detector, data, method or Method("dense"), **options)
-    return vars(row_of(run, run.scores())) | {"ap50_by_class": run.scores().ap50_by_class}
+    scores = run.scores()
+    return vars(row_of(run, scores)) | {"ap50_by_class": scores.ap50_by_class}
 
 
 def rows_of(runs: Sequence[MethodRun]) -> list[Row]:

@@ -1,0 +1,118 @@
+"""H.264 video files that play everywhere, even when the program that wrote them died.
+
+::
+
+    with VideoWriter("out.mp4", fps=25) as writer:
+        writer.write(image)
+"""
+
+from __future__ import annotations
+
+import os
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+from av.error import FFmpegError
+from av.video.reformatter import ColorRange, Colorspace
+from numpy.typing import NDArray
+
+from eventful_det.data.transforms import resize
+from eventful_det.errors import UserError
+
+# Fragments, so that the file plays however its writing ends; `close` turns them into an ordinary seekable mp4.
+_OPTIONS = {"movflags": "hybrid_fragmented+frag_keyframe", "flush_packets": "1"}
+
+
+class VideoWriter:
+    """Writes RGB frames of any size as H.264 (yuv420p, BT.709) in mp4, in constant memory.
+
+    The first frame sets the size of the video, made even; frames of other sizes are letterboxed into it. The file
+    is playable up to the last second at any time.
+
+    Args:
+        path: of the mp4 file; replaced if it exists.
+        fps: frames per second.
+        quality: x264's constant rate factor; 18 looks flawless, 28 is small.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fps: float = 25.0, quality: int = 20) -> None:
+        self.path = Path(path)
+        self.frames = 0
+        self.fps = Fraction(fps).limit_denominator(1001)
+        self.quality = quality
+        try:
+            self._container = av.open(str(path), "w", format="mp4", options=_OPTIONS)
+        except (FFmpegError, OSError) as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        self._stream: Any = None
+
+    def write(self, image: NDArray[np.uint8]) -> None:
+        """Append a frame, `(h, w, 3)` uint8 RGB.
+
+        Raises:
+            UserError: the file cannot be written, for example because the disk is full.
+        """
+        if self._stream is None:
+            self._start(*image.shape[:2])
+        picture = _letterbox(image, self._stream.height, self._stream.width)
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            src_color_range=ColorRange.JPEG,
+            dst_color_range=ColorRange.MPEG,
+        )
+        frame.pts = self.frames
+        self._mux(frame)
+        self.frames += 1
+
+    def close(self) -> None:
+        """Finish the file."""
+        try:
+            if self._stream is not None:
+                self._mux(None)
+        finally:
+            self._stream = None
+            self._container.close()
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self, height: int, width: int) -> None:
+        second = str(max(1, round(self.fps)))
+        options = {"preset": "veryfast", "crf": str(self.quality), "g": second}
+        stream = self._container.add_stream("libx264", rate=self.fps, options=options)
+        stream.height, stream.width = height + height % 2, width + width % 2
+        stream.pix_fmt = "yuv420p"
+        context = stream.codec_context
+        context.time_base = 1 / self.fps
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        context.color_primaries = context.color_trc = 1  # BT.709
+        self._stream = stream
+
+    def _mux(self, frame: av.VideoFrame | None) -> None:
+        try:
+            self._container.mux(self._stream.encode(frame))
+        except FFmpegError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+
+
+def _letterbox(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Fit a picture into `(height, width, 3)`: one pixel of padding repeats the edge, borders are black."""
+    down, right = height - image.shape[0], width - image.shape[1]
+    if (down, right) == (0, 0):
+        return image
+    if 0 <= down <= 1 and 0 <= right <= 1:
+        return np.asarray(cv2.copyMakeBorder(image, 0, down, 0, right, cv2.BORDER_REPLICATE), np.uint8)
+    scale = min(height / image.shape[0], width / image.shape[1])
+    image = resize(image, max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale)))
+    top, left = (height - image.shape[0]) // 2, (width - image.shape[1]) // 2
+    canvas = np.zeros((height, width, 3), np.uint8)
+    canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return canvas

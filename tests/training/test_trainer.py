@@ -1,0 +1,143 @@
+"""Training: learns, resumes exactly, refuses to mix runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
+from eventful_det.data.training_set import TrainingSet, training_loader
+from eventful_det.data.transforms import Augmentation
+from eventful_det.errors import UserError
+from eventful_det.models.checkpoints import load_detector
+from eventful_det.models.detector import Detector
+from eventful_det.training.optim import learning_rate, make_optimizer
+from eventful_det.training.trainer import Trainer, TrainOptions
+
+OPTIONS = TrainOptions(steps=6, batch=2, lr=1e-3, warmup=2, workers=0, log_every=1, checkpoint_every=2)
+AUGMENTATION = Augmentation(64, 96)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> CocoVideo:
+    """Four pictures of a bright square on a dark ground."""
+    import cv2
+
+    frames = []
+    for i in range(4):
+        image = np.full((64, 96, 3), 30, np.uint8)
+        image[20:50, 10 + 10 * i : 40 + 10 * i] = 220
+        cv2.imwrite(str(tmp_path / f"{i}.png"), image)
+        truth = Annotation(1 + i % 3, (10.0 + 10 * i, 20.0, 40.0 + 10 * i, 50.0))
+        frames.append(Frame(i, f"{i}.png", 96, 64, i, [truth]))
+    return CocoVideo([(1, "circle"), (2, "square"), (3, "star")], [Video(1, "v", frames)], tmp_path)
+
+
+def test_interrupted_training_equals_uninterrupted(tiny_detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
+    start = {k: v.clone() for k, v in tiny_detector.state_dict().items()}
+
+    def train(directory: str, stop_after: int | None = None) -> Detector:
+        tiny_detector.load_state_dict(start)
+        trainer = Trainer(tiny_detector, TrainingSet(data, AUGMENTATION), OPTIONS, tmp_path / directory)
+        if stop_after is not None:
+
+            def stop(step: int, _: dict[str, float]) -> None:
+                if step == stop_after:
+                    raise InterruptedError
+
+            trainer.on_step = stop
+        return trainer.train()
+
+    whole = {k: v.clone() for k, v in train("whole").state_dict().items()}
+    with pytest.raises(InterruptedError):
+        train("parts", stop_after=5)  # the last checkpoint is of step 4
+    parts = train("parts").state_dict()
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    lines = [
+        [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+        for path in (tmp_path / "whole" / "metrics.jsonl", tmp_path / "parts" / "metrics.jsonl")
+    ]
+    assert lines[0] == lines[1]
+    saved = load_detector(tmp_path / "parts" / "model.safetensors").state_dict()
+    assert all(torch.equal(whole[k], saved[k]) for k in whole)
+
+
+def test_training_lowers_the_loss(tiny_detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
+    losses: list[float] = []
+    options = dataclasses.replace(OPTIONS, steps=30, ema=0.0)
+    samples = TrainingSet(data, dataclasses.replace(AUGMENTATION, scale=(1.0, 1.0), colour=0.0))
+    Trainer(tiny_detector, samples, options, tmp_path / "run", lambda _, m: losses.append(m["loss"])).train()
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:3])
+
+
+def test_accumulation_gives_one_step(tiny_detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, steps=1, accumulate=2)
+    trainer = Trainer(tiny_detector, TrainingSet(data, AUGMENTATION), options, tmp_path / "run")
+    trainer.train()
+    assert trainer.step == 1
+    with pytest.raises(UserError, match="must divide"):
+        dataclasses.replace(OPTIONS, batch=3, accumulate=2)
+
+
+def test_other_options_do_not_continue_a_run(tiny_detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
+    samples = TrainingSet(data, AUGMENTATION)
+    Trainer(tiny_detector, samples, OPTIONS, tmp_path / "run").train()
+    with pytest.raises(UserError, match=r"other values of train\.lr"):
+        Trainer(tiny_detector, samples, dataclasses.replace(OPTIONS, lr=1.0), tmp_path / "run")
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"broken")
+    with pytest.raises(UserError, match="cannot resume"):
+        Trainer(tiny_detector, samples, OPTIONS, tmp_path / "run")
+
+
+def test_samples_depend_on_their_number_alone(data: CocoVideo) -> None:
+    samples = TrainingSet(data, AUGMENTATION, seed=3)
+    for n in (0, 5, 1000):
+        (a, ta), (b, tb) = samples[n], samples[n]
+        assert torch.equal(a, b)
+        assert torch.equal(ta["boxes"], tb["boxes"])
+    order = [sorted(int(samples[n][1]["labels"].sum()) for n in range(e * 4, e * 4 + 4)) for e in range(2)]
+    assert order[0] == order[1]  # every epoch shows every picture once
+
+
+def test_ranks_share_the_samples(data: CocoVideo) -> None:
+    samples = TrainingSet(data, AUGMENTATION)
+    alone = next(iter(training_loader(samples, batch=4, first_step=3)))[0]
+    ranks = [next(iter(training_loader(samples, 2, first_step=3, rank=r, ranks=2)))[0] for r in range(2)]
+    assert torch.equal(alone, torch.cat(ranks))
+
+
+def test_augmented_boxes_follow_the_picture(data: CocoVideo) -> None:
+    samples = TrainingSet(data, dataclasses.replace(AUGMENTATION, colour=0.0))
+    for n in range(20):
+        image, target = samples[n]
+        for x1, y1, x2, y2 in target["boxes"].round().int().tolist():
+            inside = image[:, y1 + 2 : y2 - 2, x1 + 2 : x2 - 2]
+            assert inside.numel() == 0 or inside.float().mean() > 180
+
+
+def test_learning_rate_schedules() -> None:
+    def rate(step: int, kind: str) -> float:
+        return learning_rate(step, 100, 1.0, 10, kind, (0.8, 0.9))
+
+    assert rate(0, "cosine") == pytest.approx(0.1)
+    assert rate(9, "cosine") == 1.0
+    assert rate(55, "cosine") == pytest.approx(0.5)
+    assert [rate(s, "step") for s in (50, 80, 90)] == pytest.approx([1.0, 0.1, 0.01])
+    with pytest.raises(UserError, match="schedule"):
+        rate(0, "linear")
+
+
+def test_deeper_layers_learn_slower(tiny_detector: Detector) -> None:
+    optimizer = make_optimizer(tiny_detector, 1.0, 0.05, 0.5)
+    rate_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    net = tiny_detector.backbone.net
+    rates = [rate_of[id(block.attn.qkv.weight)] for block in net.blocks]
+    assert rates == sorted(rates)
+    assert rate_of[id(net.pos_embed)] < rates[0]
+    assert rate_of[id(tiny_detector.roi_heads.box_predictor.cls_score.weight)] == 1.0
+    assert len(rate_of) == len(list(tiny_detector.parameters()))
