@@ -79,6 +79,14 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"device={name} cannot be used here ({str(error).splitlines()[0]}); try device=cpu") from error
 
 
+def peak_memory_mb() -> float:
+    """The most memory that this process held so far, in MB (10^6 bytes); device memory not included."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
 def build_rule(gate: DictConfig | Mapping[str, Any]) -> Rule | None:
     """The update rule of a `gate` config (configs/gate/*.yaml), or None for dense.
 

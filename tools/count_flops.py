@@ -3,7 +3,7 @@
     python tools/count_flops.py          # the cases of configs/count_flops.yaml: the paper's figures, and ours
     python tools/count_flops.py model=vitdet_tiny size=[320,512] rule=rows k=[80,160]
     python tools/count_flops.py model=vitdet_b_vid size=[[576,1024],[384,672]] fraction=[0.125,0.25]
-    python tools/count_flops.py model=vitdet_tiny rule=dense changes.depth=6
+    python tools/count_flops.py model=vitdet_tiny +model.window=8 k=160
 
 Nothing runs and no weights are needed: networks are built without memory (on torch's meta device) and counted in
 closed form. Counts are of steady frames, in which k tokens are recomputed; a flush costs what dense does. The heads
@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import hydra
 import torch
 from common import console, plain, tool, write_results
 from omegaconf import DictConfig
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from eventful_det.data.transforms import fit_size
@@ -38,13 +40,18 @@ from eventful_det.gating.closed_form import (
     window_load_bound,
 )
 from eventful_det.gating.cost import Counts
+from eventful_det.gating.paper import Ablation
 from eventful_det.models.config import MODELS, ModelConfig
 from eventful_det.models.cost import pyramid_macs, roi_macs, rpn_macs
 from eventful_det.models.detector import DIVISOR, Detector
 
-RULES = ("dense", "rows", "paper")
-ABLATIONS = ("full", "tokenwise", "qk")
-AXES = ("model", "size", "rule", "k", "fraction", "ablation", "pool")
+RULES = ("dense", "paper", "rows")
+AXES = ("size", "rule", "k", "fraction", "ablation", "pool")
+
+_NOTES = (
+    "Steady frames; a flush costs what dense does. official: the backbone as the paper's code counts it. backbone to "
+    "total: our multiply-adds, with patch embedding and gates; heads in full, with as many proposals as are kept."
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Case:
     width: int
     rule: str
     k: int | None = None
-    ablation: str | None = None
+    ablation: Ablation | None = None
     pool: int = 1
 
 
@@ -77,7 +84,9 @@ class Assumptions:
 class Network:
     """A detector without memory, for its sizes."""
 
-    def __init__(self, name: str, classes: int, changes: Mapping[str, Any]) -> None:
+    def __init__(self, model: Mapping[str, Any], classes: int) -> None:
+        changes = {key: value for key, value in model.items() if key not in ("name", "init")}
+        name = model["name"]
         if name not in MODELS:
             raise UserError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
         config = MODELS[name](tuple(f"class{i}" for i in range(classes)))
@@ -106,33 +115,161 @@ class Network:
 
 
 def expand(wish: Mapping[str, Any], network: Network) -> Iterator[Case]:
-    """The cases of one wish: all combinations of its lists that mean something, for one network."""
-    sizes = wish.get("size") or network.usual_size
-    rules = _list(wish.get("rule") or RULES)
+    """The cases that one wish asks of one network: all combinations of its lists that differ."""
     pools, ablations = _list(wish.get("pool") or 1), _list(wish.get("ablation") or "full")
-    for rule, (height, width) in itertools.product(rules, _pairs(sizes)):
+    rules = _list(wish.get("rule") or RULES)
+    if unknown := sorted(set(ablations) - set(get_args(Ablation))):
+        raise UserError(f"unknown ablation {unknown[0]!r}; known: {', '.join(get_args(Ablation))}")
+    for size, rule in itertools.product(_sizes(wish.get("size") or network.usual_size), rules):
         if rule not in RULES:
             raise UserError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
-        if rule == "rows" and set(pools) != {1}:
-            raise UserError("rule rows does not pool keys; set rule=[dense,paper] or pool=1")
-        budgets = [None] if rule == "dense" else _budgets(wish, network.grid(height, width))
+        if rule == "rows" and pools != [1]:
+            raise UserError("rule=rows does not pool keys; set pool=1 or rule=[dense,paper]")
+        budgets = [None] if rule == "dense" else _budgets(wish, network.grid(*size))
         for pool, ablation, k in itertools.product(pools, ablations if rule == "paper" else [None], budgets):
-            yield Case(wish["model"], height, width, rule, k, ablation, pool)
+            yield Case(wish["model"]["name"], *size, rule, k, ablation, pool)
 
 
 def count(case: Case, network: Network, assume: Assumptions) -> dict[str, Any]:
     """A case's entry in `results.json`; counts in GMACs."""
     grid = network.grid(case.height, case.width)
-    if grid[0] % case.pool or grid[1] % case.pool:
-        raise UserError(f"{grid[0]} x {grid[1]} tokens are not divisible by pool={case.pool}")
-    counts, official, assumption = _backbone(case, network.shape, grid, assume)
-    parts = {"backbone": counts.macs, **(network.heads(grid) if case.k != 0 else dict.fromkeys(("pyramid", "rpn", "roi"), 0))}
+    counts, embedding, assumed = _count_backbone(case, network.shape, grid, assume)
+    parts = {"backbone": counts.macs, **network.heads(grid)}
     return {
         **dataclasses.asdict(case),
         "pool": None if case.pool == 1 else case.pool,
         "tokens": grid[0] * grid[1],
-        "official_gmacs": official / 1e9,
+        "official_gmacs": (counts.official - embedding) / 1e9,
         **{part: macs / 1e9 for part, macs in parts.items()},
         "total": sum(parts.values()) / 1e9,
-        "assumption": assumption,
+        "assumed": assumed,
     }
+
+
+def _count_backbone(case: Case, shape: ViTShape, grid: Grid, assume: Assumptions) -> tuple[Counts, int, str | None]:
+    """Operations of the backbone; those of them that embed patches; what was assumed, if anything."""
+    tokens = grid[0] * grid[1]
+    if case.pool < 1 or grid[0] % case.pool or grid[1] % case.pool:
+        raise UserError(f"pool={case.pool} does not divide a grid of {grid[0]} x {grid[1]} tokens")
+    if case.k is None:
+        return dense_counts(shape, grid, case.pool), _embedding(shape, tokens), None
+    if case.rule == "rows":
+        load, assumed = _load(shape, grid, case.k, assume.padding)
+        return rows_counts(shape, grid, case.k, load), _embedding(shape, case.k), assumed
+    cells, assumed = _cells(grid, case.k, case.pool, assume.scatter)
+    counts = paper_counts(shape, grid, case.k, case.ablation or "full", case.pool, cells)
+    return counts, _embedding(shape, tokens), assumed
+
+
+def _embedding(shape: ViTShape, tokens: int) -> int:
+    """Operations of the patch embedding, which the official code does not count."""
+    return tokens * shape.dim * (shape.channels * shape.patch**2 + 1)
+
+
+def _load(shape: ViTShape, grid: Grid, k: int, padding: float | None) -> tuple[WindowLoad | None, str | None]:
+    """How the tokens fall into windows; only the product of the two numbers matters."""
+    if not shape.windowed:
+        return None, None
+    bound = window_load_bound(grid, shape.window, k)
+    most = bound.touched * bound.widest
+    if padding is None:
+        return bound, "selected tokens fall into windows the costliest way"
+    assumed = f"windowed attention pads its queries to {padding} per selected token (assume.padding)"
+    return WindowLoad(1, min(round(padding * k), most)), assumed
+
+
+def _cells(grid: Grid, k: int, pool: int, scatter: float) -> tuple[int | None, str | None]:
+    """Pooled cells that the tokens fall in."""
+    if pool == 1:
+        return None, None
+    compact, scattered = k / pool**2, expected_cells(grid, k, pool)
+    cells = round(compact + scatter * (scattered - compact))
+    among = f"{compact:.0f} if compact, {scattered:.0f} if scattered; assume.scatter={scatter}"
+    return cells, f"{k} tokens fall in {cells} cells ({among})"
+
+
+def _budgets(wish: Mapping[str, Any], grid: Grid) -> list[int]:
+    """Numbers of tokens, none more than the frame has."""
+    tokens = grid[0] * grid[1]
+    if wish.get("k") is not None:
+        budgets = _list(wish["k"])
+    else:
+        fractions = _list(0.25 if wish.get("fraction") is None else wish["fraction"])
+        if not all(isinstance(fraction, (int, float)) and 0 < fraction <= 1 for fraction in fractions):
+            raise UserError(f"fraction must lie in (0, 1], got {wish['fraction']}")
+        budgets = [int(fraction * tokens) for fraction in fractions]
+    for k in budgets:
+        if not isinstance(k, int) or not 1 <= k <= tokens:
+            raise UserError(f"k must be a whole number of 1 to {tokens} tokens ({grid[0]} x {grid[1]}), got {k}")
+    return budgets
+
+
+def _sizes(value: Any) -> list[tuple[int, int]]:
+    sizes = [value] if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (list, tuple)) else value
+    for size in _list(sizes):
+        if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+            raise UserError(f"size must be [height,width] in pixels, or a list of these, got {value}")
+    return [(height, width) for height, width in sizes]
+
+
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print one table per model and input size; shares are of its dense total."""
+    for (model, height, width), members in itertools.groupby(rows, lambda r: (r["model"], r["height"], r["width"])):
+        group = list(members)
+        dense = next((row["total"] for row in group if row["rule"] == "dense" and not row["pool"]), None)
+        title = f"{model}, {height} x {width} pixels, {group[0]['tokens']} tokens: GMACs per frame"
+        table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
+        table.add_column("rule", no_wrap=True)
+        for column in ("k", "official", "backbone", "pyramid", "rpn", "roi", "total", "share"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in group:
+            numbers = [f"{row[part]:.2f}" for part in ("official_gmacs", "backbone", "pyramid", "rpn", "roi", "total")]
+            share = f"{row['total'] / dense:.0%}" if dense else ""
+            table.add_row(_label(row), "" if row["k"] is None else str(row["k"]), *numbers, share)
+        console.print(table)
+    console.print(_NOTES)
+    for rule, assumed in dict.fromkeys((_label(row), row["assumed"]) for row in rows if row["assumed"]):
+        console.print(f"Assumed of {rule}: {assumed}.")
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    variant = [] if row["ablation"] in (None, "full") else [row["ablation"]]
+    return ", ".join([row["rule"], *variant, *([f"pool {row['pool']}"] if row["pool"] else [])])
+
+
+def collect(config: DictConfig) -> list[dict[str, Any]]:
+    """The rows of `results.json` that a config asks for.
+
+    Raises:
+        UserError: a value cannot be used.
+    """
+    options = plain(config)
+    assume = Assumptions(**options["assume"])
+    wish = {axis: options[axis] for axis in AXES if options[axis] is not None}
+    if "model" in options or wish:
+        wishes = [{"model": {"name": "vitdet_tiny", **options.get("model", {})}, **wish}]
+    else:
+        wishes = [{**case, "model": {"name": case["model"]}} for case in options["cases"]]
+    rows: dict[Case, dict[str, Any]] = {}
+    for item in wishes:
+        network = Network(item["model"], options["classes"])
+        rows |= {case: count(case, network, assume) for case in expand(item, network)}
+    return sorted(rows.values(), key=lambda row: (row["model"], -row["height"], -row["width"]))
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="count_flops")
+@tool
+def main(config: DictConfig) -> None:
+    """Count, print and write the table."""
+    rows = collect(config)
+    show(rows)
+    results = {"command": " ".join(sys.argv), "assume": plain(config.assume), "rows": rows}
+    write_results(Path(config.output), results)
+
+
+if __name__ == "__main__":
+    main()

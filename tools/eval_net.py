@@ -20,17 +20,24 @@ from typing import Any, cast
 import hydra
 import torch
 from common import build_rule, choose_device, console, tool, write_results
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from eventful_det.data.coco_video import CocoVideo, load_coco_video
 from eventful_det.errors import UserError
 from eventful_det.evaluation import report
-from eventful_det.evaluation.sweep import Method, MethodRun, first, row_of, rows_of, run_methods
+from eventful_det.evaluation.summary import jsonable, row_of, rows_of
+from eventful_det.evaluation.sweep import Method, MethodRun, first, run_methods
 from eventful_det.gating.convert import Rule
-from eventful_det.models.checkpoints import load_detector
+from eventful_det.models.checkpoints import DEFAULT, load_detector
 from eventful_det.models.detector import Detector
+
+NOTE = (
+    "Precisions lie in [0, 1]. GMACs are 1e9 multiply-adds per frame. Times come from this one run on this machine, "
+    "in which the methods took turns video by video; relative_time is the median over videos of the ratio to dense."
+)
 
 
 def sweep_methods(config: DictConfig) -> list[Method]:
@@ -52,8 +59,6 @@ def sweep_methods(config: DictConfig) -> list[Method]:
                 own = {option: value} if option in ("hold", "scale") else {}
                 rule = _rule_with(entry.get("gate"), **({} if own else {option: value}))
                 methods.append(Method(curve, float(value), rule, **own))
-    if not methods:
-        raise UserError("eval.curves holds no method; see configs/eval/sweep.yaml")
     return methods
 
 
@@ -62,7 +67,8 @@ def _rule_with(gate: DictConfig | None, **policy: Any) -> Rule | None:
         if policy:
             raise UserError(f"eval.curves: {', '.join(policy)} varies a policy, but the curve has no gate")
         return None
-    return build_rule(cast(DictConfig, OmegaConf.merge(gate, {"policy": policy} if policy else {})))
+    with open_dict(gate):
+        return build_rule(cast(DictConfig, OmegaConf.merge(gate, {"policy": policy} if policy else {})))
 
 
 def evaluate_single(config: DictConfig, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
@@ -73,8 +79,8 @@ def evaluate_single(config: DictConfig, detector: Detector, data: CocoVideo, dir
     scores = run.scores()
     row = row_of(run, scores)
     (directory / "coco_results.json").write_text(json.dumps(run.results) + "\n")
-    _show([[name, *cells[1:]] for name, cells in zip(("", row.method), report.table([row]), strict=True)])
-    _show([["class", "AP50"], *([name, f"{100 * ap:.1f}"] for name, ap in scores.ap50_by_class.items())])
+    _show([list(line) for line in zip(*report.table([row]), strict=True)])
+    _show([["class", "AP50"], *([name, report.percent(ap, 1)] for name, ap in scores.ap50_by_class.items())])
     return {
         "rows": [row],
         "ap50_by_class": scores.ap50_by_class,
@@ -87,10 +93,11 @@ def evaluate_sweep(config: DictConfig, detector: Detector, data: CocoVideo, dire
     """Evaluate all curves in one run."""
     rows = rows_of(_run(config, detector, data, sweep_methods(config.eval)))
     report.write_csv(rows, directory / "sweep.csv")
-    (directory / "sweep.json").write_text(json.dumps(report.jsonable(rows), indent=1) + "\n")
+    (directory / "sweep.json").write_text(json.dumps(jsonable(rows), indent=1) + "\n")
     (directory / "sweep.md").write_text(report.markdown(rows))
-    report.plot(rows, directory / "sweep.png")
-    _show(report.table(rows))
+    title = f"Average precision against cost: {rows[0].videos} videos, {rows[0].frames} frames"
+    report.plot(rows, directory / "sweep.png", title)
+    _show([line[:8] for line in report.table(rows)])  # what fits on a terminal; sweep.md has all
     console.print(f"plot: {directory / 'sweep.png'}")
     return {"rows": rows}
 
@@ -123,7 +130,7 @@ def _by_video(run: MethodRun) -> list[dict[str, Any]]:
 
 def _show(cells: list[list[str]]) -> None:
     header, *lines = cells
-    table = Table(*header, box=None, pad_edge=False)
+    table = Table(*header, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for line in lines:
@@ -131,10 +138,8 @@ def _show(cells: list[list[str]]) -> None:
     console.print(table)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="eval_net")
-@tool
-def main(config: DictConfig) -> None:
-    """Entry point."""
+def run(config: DictConfig) -> None:
+    """Evaluate, then write the results."""
     data = first(load_coco_video(config.data.val), config.max_videos, config.max_frames)
     device = choose_device(config.device)
     detector = load_detector(config.weights).to(device)
@@ -142,18 +147,22 @@ def main(config: DictConfig) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     evaluate = evaluate_sweep if "curves" in config.eval else evaluate_single
     results = evaluate(config, detector, data, directory)
-    machine = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    )
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = {
         "command": " ".join(sys.argv),
-        "weights": str(config.weights or "the shipped default"),
-        "data": str(config.data.val),
+        "weights": config.weights or DEFAULT,
+        "data": config.data.val,
         "machine": f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "note": "GMACs are 1e9 multiply-adds. Times are of this one run on this machine; methods took turns video by "
-        "video; relative_time is the median over videos of the ratio to dense.",
+        "note": NOTE,
     }
-    write_results(directory, report.jsonable(about | results))
+    write_results(directory, jsonable(about | results))
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="eval_net")
+@tool
+def main(config: DictConfig) -> None:
+    """Entry point."""
+    run(config)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -25,8 +27,9 @@ from eventful_det.data.coco_video import load_coco_video
 from eventful_det.data.training_set import TrainingSet
 from eventful_det.data.transforms import Augmentation
 from eventful_det.errors import UserError
+from eventful_det.evaluation.summary import evaluate_detector, jsonable
 from eventful_det.models.checkpoints import init_backbone
-from eventful_det.models.config import MODELS
+from eventful_det.models.config import MODELS, ModelConfig
 from eventful_det.models.detector import Detector
 from eventful_det.training.trainer import Trainer, TrainOptions
 
@@ -37,7 +40,7 @@ def build_model(config: DictConfig, classes: tuple[str, ...]) -> Detector:
     name, init = sizes.pop("name"), sizes.pop("init", None)
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
-    detector = Detector(MODELS[name](classes, **sizes))
+    detector = Detector(ModelConfig.from_dict({**asdict(MODELS[name](classes)), **sizes}))
     if init:
         init_backbone(detector.backbone.net, init)
     return detector
@@ -70,10 +73,26 @@ def train(config: DictConfig) -> None:
             OmegaConf.save(config, directory / "config.yaml", resolve=True)
             if trainer.step:
                 console.print(f"resuming at step {trainer.step} from {directory / 'checkpoint.pt'}")
-        trainer.train()
+        detector = trainer.train()
     if main_process:
-        weights = str(directory / "model.safetensors")
-        write_results(directory, {"command": " ".join(sys.argv), "steps": options.steps, "weights": weights})
+        results = {
+            "command": " ".join(sys.argv),
+            "steps": options.steps,
+            "weights": str(directory / "model.safetensors"),
+            "validation": evaluate(config, detector) if config.evaluate else None,
+        }
+        write_results(directory, results)
+
+
+def evaluate(config: DictConfig, detector: Detector) -> dict[str, Any]:
+    """Average precision of the dense detector on the validation split."""
+    data = load_coco_video(config.data.val)
+    columns = [TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=sum(len(video.frames) for video in data.videos))
+        scores = evaluate_detector(detector, data, on_frame=lambda _: progress.advance(task))
+    console.print(f"AP50 {100 * scores['ap50']:.1f}, AP {100 * scores['ap']:.1f} on {config.data.val}")
+    return jsonable(scores)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train_net")

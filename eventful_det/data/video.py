@@ -11,7 +11,6 @@ Sources are lazy and hold a few frames at most, however long the video.
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import logging
 import os
@@ -25,7 +24,7 @@ from typing import Any
 import av
 import cv2
 import numpy as np
-from av.error import FFmpegError
+from av.error import ExitError, FFmpegError
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
@@ -88,7 +87,7 @@ class VideoSource(Iterable[VideoFrame]):
     def _skip(self, what: str, error: object) -> None:
         """Count a piece that cannot be read; warn of the first."""
         if not self.skipped:
-            _LOG.warning("%s: %s is damaged and skipped (%s); so will others be", self.name, what, error)
+            _LOG.warning("%s: skipping %s that cannot be decoded (%s), and others like it", self.name, what, error)
         self.skipped += 1
 
 
@@ -142,10 +141,10 @@ class _Decoder(VideoSource):
     """A video file or URL, decoded by FFmpeg. Of a live stream a slow reader gets the newest frames."""
 
     def __init__(self, url: str) -> None:
-        remote = "://" in url
+        self._remote = "://" in url
         options = {"rtsp_transport": "tcp"} if url.startswith("rtsp") else {}
         try:
-            self._container = av.open(url, timeout=_TIMEOUT if remote else None, options=options)
+            self._container = av.open(url, timeout=_TIMEOUT if self._remote else None, options=options)
         except (FFmpegError, OSError, ValueError) as error:
             raise UserError(f"cannot open {url} as a video: {_reason(error)}") from error
         videos = self._container.streams.video
@@ -158,13 +157,14 @@ class _Decoder(VideoSource):
         fps = float(rate) if rate else None
         frames = self._stream.frames or (round(seconds * fps) if seconds and fps else None)
         super().__init__(url, fps, frames)
-        self._newest = Newest(self._decode()) if remote and seconds is None else None
+        self._newest = Newest(self._decode()) if self._remote and seconds is None else None
 
     def _read(self) -> Iterator[VideoFrame]:
         return self._decode() if self._newest is None else iter(self._newest)
 
     def _decode(self) -> Iterator[VideoFrame]:
-        reformatter, clock, first = VideoReformatter(), self._stream.time_base, None
+        reformatter, clock = VideoReformatter(), float(self._stream.time_base or 0)
+        first: int | None = None
         for packet in self._packets():
             try:
                 decoded = self._stream.codec_context.decode(packet)
@@ -173,18 +173,25 @@ class _Decoder(VideoSource):
                 continue
             for frame in decoded:
                 first = frame.pts if first is None else first
-                image = reformatter.reformat(frame, format="rgb24").to_ndarray()
+                image = np.asarray(reformatter.reformat(frame, format="rgb24").to_ndarray(), np.uint8)
                 if frame.rotation % 360:
                     image = np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
-                yield VideoFrame(image, None if frame.pts is None else float((frame.pts - first) * clock))
+                yield VideoFrame(image, None if first is None or frame.pts is None else (frame.pts - first) * clock)
 
     def _packets(self) -> Iterator[Any]:
         """Packets, then None, which flushes the decoder."""
-        try:
-            # An empty packet would put the decoder into its final state; some AVI files hold them midway.
-            yield from (packet for packet in self._container.demux(self._stream) if packet.size)
-        except FFmpegError as error:
-            self._skip("the rest", _reason(error))
+        while True:
+            try:
+                # An empty packet would put the decoder into its final state; some AVI files hold them midway.
+                yield from (packet for packet in self._container.demux(self._stream) if packet.size)
+                break
+            except IndexError:  # PyAV stumbles over packets of streams that turn up midway; it can go on behind them
+                continue
+            except FFmpegError as error:
+                if self._remote:
+                    raise UserError(f"{self.name} broke off: {_reason(error)}") from error
+                self._skip("the rest", _reason(error))
+                break
         yield None
 
     def close(self) -> None:
@@ -195,7 +202,11 @@ class _Decoder(VideoSource):
 
 class _Webcam(VideoSource):
     def __init__(self, index: int) -> None:
+        log = cv2.utils.logging
+        level = log.getLogLevel()
+        log.setLogLevel(log.LOG_LEVEL_SILENT)  # or a page of warnings about every backend that was tried
         self._capture = cv2.VideoCapture(index)
+        log.setLogLevel(level)
         if not self._capture.isOpened():
             raise UserError(f"webcam {index} cannot be opened; is it connected and not in use?")
         self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # a slow reader should see the present
@@ -250,7 +261,7 @@ class _Arrays(VideoSource):
 class _Synthetic(VideoSource):
     """Three shots: a static camera, a moving one, a static one with fast objects."""
 
-    shots = (1, 0, 5)  # indices of `render_video`, at which camera and motion alternate
+    shots = (1, 4, 5)  # indices of `render_video`, at which camera and motion alternate
     options = SceneOptions(frames=50, cut_fraction=0.0)
 
     def __init__(self, seed: int) -> None:
@@ -274,4 +285,6 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 def _reason(error: BaseException) -> str:
     """What FFmpeg says, without its codes and our path."""
+    if isinstance(error, ExitError):  # raised by PyAV's timeouts
+        return "timed out"
     return str(getattr(error, "strerror", None) or error)

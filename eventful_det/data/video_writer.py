@@ -45,6 +45,7 @@ class VideoWriter:
         self.fps = Fraction(fps).limit_denominator(1001)
         self.quality = quality
         try:
+            self.path.open("wb").close()  # FFmpeg would complain only at the first frame
             self._container = av.open(str(path), "w", format="mp4", options=_OPTIONS)
         except (FFmpegError, OSError) as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error

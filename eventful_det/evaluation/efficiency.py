@@ -54,11 +54,6 @@ class Efficiency:
     tokens: float
     recomputed: float
 
-    @property
-    def ratio(self) -> float:
-        """MACs relative to the dense detector on frames of the same size."""
-        return self.gmacs[TOTAL] / self.gmacs_dense[TOTAL]
-
 
 def summarise(costs: Sequence[FrameCost]) -> Efficiency:
     """Aggregate the costs of frames (at least one)."""

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import math
-import os
+import operator
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from eventful_det.evaluation.sweep import Row
+from eventful_det.evaluation.summary import Row, jsonable
+from eventful_det.evaluation.sweep import DENSE
 
 # Okabe and Ito's colours, told apart by colour-blind readers and in grey print; markers tell the same again.
 _STYLES = (
@@ -23,50 +25,35 @@ _STYLES = (
     ("#D55E00", "s"),
     ("#999999", "v"),
     ("#009E73", "^"),
-    ("#CC79A7", "P"),
-    ("#E69F00", "X"),
+    ("#CC79A7", "p"),
+    ("#E69F00", "<"),
     ("#000000", "h"),
 )
 _CLOSE = 0.02  # "as good as dense" is drawn as a band of two points
-_PANELS = (
-    ("gmacs_backbone", "backbone GMACs per frame"),
-    ("gmacs_total", "detector GMACs per frame"),
-    ("ms_mean", "milliseconds per frame"),
-)
-_COLUMNS = (
-    ("method", "method", str),
-    ("ap50", "AP50", lambda v: _number(100 * v, 1)),
-    ("ap", "AP", lambda v: _number(100 * v, 1)),
-    ("agreement50", "agreement", lambda v: _number(100 * v, 1)),
-    ("gmacs_backbone", "GMACs backbone", lambda v: _number(v, 2)),
-    ("relative_backbone", "of dense", lambda v: _number(100 * v, 0, "%")),
-    ("gmacs_total", "GMACs total", lambda v: _number(v, 2)),
-    ("relative_total", "of dense", lambda v: _number(100 * v, 0, "%")),
-    ("ms_mean", "ms mean", lambda v: _number(v, 1)),
-    ("ms_median", "ms median", lambda v: _number(v, 1)),
-    ("ms_p95", "ms p95", lambda v: _number(v, 1)),
-    ("relative_time", "time of dense", lambda v: _number(100 * v, 0, "%")),
-    ("state_bytes", "state MB", lambda v: _number(v / 1e6, 1)),
-)
-
-
-def jsonable(value: Any) -> Any:
-    """Dataclasses as dictionaries, `nan` as None, paths as text."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, os.PathLike) else value
+_DEPTH = 0.3  # how far below dense the picture reaches at most
+_PANELS = ("backbone, GMACs per frame", "whole detector, GMACs per frame", "time per frame, ms")
+_LINE: dict[str, Any] = {"linewidth": 1.8, "markersize": 7, "markeredgecolor": "white"}
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    """The main columns as text, the first line being their titles; precisions in percent."""
-    lines = [[show(getattr(row, key)) for key, _, show in _COLUMNS] for row in rows]
-    return [[title for _, title, _ in _COLUMNS], *lines]
+    """The main columns as text, the most important first; precisions in percent. The first line holds the titles."""
+    return [list(_cells(row)) for row in rows[:1]] + [list(_cells(row).values()) for row in rows]
+
+
+def _cells(row: Row) -> dict[str, str]:
+    return {
+        "method": row.method,
+        "AP50": percent(row.ap50, 1),
+        "AP": percent(row.ap, 1),
+        "agree": percent(row.agreement50, 1),
+        "GMACs backbone": f"{row.gmacs_backbone:.2f} ({percent(row.relative_backbone)}%)",
+        "GMACs total": f"{row.gmacs_total:.2f} ({percent(row.relative_total)}%)",
+        "time": f"{percent(row.relative_time)}%",
+        "ms": f"{row.ms_mean:.1f}",
+        "ms median": f"{row.ms_median:.1f}",
+        "ms p95": f"{row.ms_p95:.1f}",
+        "state MB": f"{row.state_bytes / 1e6:.1f}",
+    }
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -85,46 +72,60 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def plot(rows: Sequence[Row], path: Path, title: str = "") -> None:
-    """AP50 against GMACs of the backbone, GMACs of the detector, and time; a PNG."""
-    figure = Figure(figsize=(13.5, 5.2), dpi=160, layout="constrained")
+    """AP50 against MACs of the backbone, MACs of the detector, and time; a PNG.
+
+    Curves whose precision falls far below that of dense leave the picture at its lower edge.
+    """
+    figure = Figure(figsize=(13.5, 5.4), dpi=160, layout="constrained")
+    curves = list(dict.fromkeys(row.curve for row in rows if row.curve != DENSE))
+    styles = dict(zip(curves, itertools.cycle(_STYLES)))
+    dense = next((row for row in rows if row.curve == DENSE), None)
     panels = figure.subplots(1, len(_PANELS), sharey=True)
-    dense = [row for row in rows if row.curve == "dense"]
-    curves = list(dict.fromkeys(row.curve for row in rows if row.curve != "dense"))
-    for axes, (key, label) in zip(panels, _PANELS, strict=True):
-        _frame(axes, label, dense)
-        for curve, (colour, marker) in zip(curves, _STYLES * len(curves), strict=False):
-            _draw_curve(axes, [row for row in rows if row.curve == curve], key, colour, marker)
-        for row in dense:
-            axes.plot(getattr(row, key), 100 * row.ap50, "*", color="black", markersize=15, zorder=5)
+    for panel, axes in enumerate(panels):
+        _frame(axes, _PANELS[panel])
+        if dense is not None:
+            _draw_dense(axes, dense, _costs(dense, dense)[panel])
+        for curve, (colour, marker) in styles.items():
+            points = sorted((row for row in rows if row.curve == curve), key=lambda row: row.gmacs_total)
+            x, y = [_costs(row, dense)[panel] for row in points], [100 * row.ap50 for row in points]
+            axes.plot(x, y, color=colour, marker=marker, label=curve.replace("_", " "), zorder=4, **_LINE)
         axes.set_xlim(left=0)
+    if dense is not None:
+        panels[0].set_ylim(bottom=max(panels[0].get_ylim()[0], 100 * (dense.ap50 - _DEPTH)))
     panels[0].set_ylabel("AP50 (%)", fontsize=11)
-    handles = [Line2D([], [], color="black", marker="*", linestyle="", markersize=13, label="dense")] * bool(dense)
-    handles += [
-        Line2D([], [], color=colour, marker=marker, linewidth=1.8, markersize=6.5, label=curve.replace("_", " "))
-        for curve, (colour, marker) in zip(curves, _STYLES * len(curves), strict=False)
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False, fontsize=11)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), frameon=False, fontsize=11)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     figure.savefig(path)
 
 
-def _frame(axes: Axes, label: str, dense: Sequence[Row]) -> None:
+def _costs(row: Row, dense: Row | None) -> tuple[float, float, float]:
+    """What the panels show. Time is the paired ratio to dense, in milliseconds: it suffers least from other load."""
+    ms = row.ms_mean if dense is None else row.relative_time * dense.ms_mean
+    return row.gmacs_backbone, row.gmacs_total, ms
+
+
+def _frame(axes: Axes, label: str) -> None:
     axes.set_xlabel(label, fontsize=11)
     axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    for row in dense[:1]:
-        best = 100 * row.ap50
-        axes.axhspan(best - 100 * _CLOSE, best, color="#f1efe2", zorder=0)
-        axes.axhline(best, color="black", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
 
 
-def _draw_curve(axes: Axes, rows: Sequence[Row], key: str, colour: str, marker: str) -> None:
-    ordered = sorted(rows, key=lambda row: float(getattr(row, key)))
-    x, y = [getattr(row, key) for row in ordered], [100 * row.ap50 for row in ordered]
-    axes.plot(x, y, color=colour, marker=marker, linewidth=1.8, markersize=6.5, markeredgecolor="white", zorder=4)
+def _draw_dense(axes: Axes, dense: Row, cost: float) -> None:
+    """A star, the band within two points of it, and costs in percent of it along the top."""
+    ap = 100 * dense.ap50
+    axes.axhspan(ap - 100 * _CLOSE, ap, color="#f1efe2", zorder=0)
+    axes.axhline(ap, color="black", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    axes.plot(cost, ap, "*", color="black", markersize=16, label=DENSE, zorder=5)
+    share = axes.secondary_xaxis(
+        "top", functions=(partial(operator.mul, 100 / cost), partial(operator.mul, cost / 100))
+    )
+    share.set_xlabel("% of dense", fontsize=9, color="#777777")
+    share.tick_params(labelsize=9, colors="#777777", length=0)
+    share.spines["top"].set_visible(False)
 
 
-def _number(value: float, digits: int, unit: str = "") -> str:
-    return f"{value:.{digits}f}{unit}" if math.isfinite(value) else "-"
+def percent(value: float, digits: int = 0) -> str:
+    """A share in percent, as text; "-" where it is not defined."""
+    return f"{100 * value:.{digits}f}" if math.isfinite(value) else "-"

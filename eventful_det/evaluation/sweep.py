@@ -1,4 +1,4 @@
-"""What average precision is kept at which cost: one detector, many ways to run it, on the same videos."""
+"""One detector, many ways to run it, on the same videos: what average precision is kept at which cost."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from eventful_det.data.coco_video import CocoVideo, Video
 from eventful_det.data.training_set import read_image
+from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import (
     DetectionScores,
     Entry,
-    agreement,
     category_ids,
     coco_results,
     evaluate,
     labelled_frames,
 )
-from eventful_det.evaluation.efficiency import TOTAL, Efficiency, peak_memory, reset_peak_memory, summarise
+from eventful_det.evaluation.efficiency import Efficiency, peak_memory, reset_peak_memory, summarise
 
 if TYPE_CHECKING:
     from eventful_det.gating.convert import Rule
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
     from eventful_det.models.detector import Detector
     from eventful_det.models.regions import Detections
 
+DENSE = "dense"  # the curve that all others are compared with
 _WARM_UP = 2  # frames run before anything is timed: one flush, one update
 
 
@@ -112,57 +111,15 @@ class MethodRun:
         return evaluate(alone, coco_results(video.detections, self.categories))
 
 
-@dataclass(frozen=True)
-class Row:
-    """A method in the table of a sweep. Precisions lie in [0, 1]; `nan` = not defined.
-
-    "Relative" is relative to the dense method of the same sweep. Times come from one run on one machine, in which
-    the methods took turns video by video; `relative_time` is the median over videos of the ratio of their times,
-    and the number to trust on a machine that does other things as well.
-
-    Attributes:
-        ap, ap50, ap75: against the labels.
-        agreement50: AP50 against the dense detections.
-        gmacs_*: 1e9 multiply-adds per frame, mean over all frames; "steady" leaves flushes out.
-        ms_*: milliseconds per frame; `ms_flush` is the median of the flushes.
-        recomputed: share of the tokens that were recomputed.
-        state_bytes: remembered per stream; peak_bytes: largest memory while the method ran.
-        images: frames that were scored, of `frames` that were run.
-    """
-
-    method: str
-    curve: str
-    setting: float | None
-    ap: float
-    ap50: float
-    ap75: float
-    agreement50: float
-    gmacs_backbone: float
-    gmacs_pyramid: float
-    gmacs_rpn: float
-    gmacs_roi: float
-    gmacs_total: float
-    gmacs_backbone_steady: float
-    gmacs_total_steady: float
-    relative_backbone: float
-    relative_total: float
-    ms_mean: float
-    ms_median: float
-    ms_p95: float
-    ms_backbone: float
-    ms_flush: float
-    relative_time: float
-    recomputed: float
-    flushes: int
-    state_bytes: int
-    peak_bytes: int
-    videos: int
-    frames: int
-    images: int
-
-
 def first(data: CocoVideo, videos: int | None = None, frames: int | None = None) -> CocoVideo:
-    """The first so many videos of a data set that have frames, and the first so many frames of each; None = all."""
+    """The first so many videos of a data set that have frames, and the first so many frames of each; None = all.
+
+    Raises:
+        UserError: a number is not positive.
+    """
+    for what, count in (("videos", videos), ("frames", frames)):
+        if count is not None and count < 1:
+            raise UserError(f"the number of {what} must be at least 1, got {count}")
     filled = [video for video in data.videos if video.frames]
     kept = [Video(video.id, video.name, video.frames[:frames]) for video in filled[:videos]]
     return CocoVideo(data.categories, kept, data.image_root)
@@ -213,76 +170,6 @@ def run_method(detector: Detector, data: CocoVideo, method: Method, **options: A
     return run_methods(detector, data, [method], **options)[0]
 
 
-def evaluate_detector(
-    detector: Detector, data: CocoVideo, method: Method | None = None, **options: Any
-) -> dict[str, Any]:
-    """Run and score a detector in one way.
-
-    Args:
-        detector: what to evaluate, in any mode.
-        data: what to evaluate on; see `first` for a part of it.
-        method: how to run it; dense by default.
-        options: as in `run_methods`.
-
-    Returns:
-        The fields of `Row`, and "ap50_by_class". Undefined numbers are `nan`.
-    """
-    run = run_method(detector, data, method or Method("dense"), **options)
-    scores = run.scores()
-    return vars(row_of(run, scores)) | {"ap50_by_class": scores.ap50_by_class}
-
-
-def rows_of(runs: Sequence[MethodRun]) -> list[Row]:
-    """The table of a sweep, in the order of its methods."""
-    dense = next((run for run in runs if run.method.is_dense), None)
-    return [row_of(run, run.scores(), dense) for run in runs]
-
-
-def row_of(run: MethodRun, scores: DetectionScores, dense: MethodRun | None = None) -> Row:
-    """A method in the table of a sweep.
-
-    Args:
-        run: of the method.
-        scores: of the run.
-        dense: the run to compare with; without it MACs are compared with dense frames of the same size.
-    """
-    cost = run.efficiency
-    reference = cost.gmacs_dense if dense is None else dense.efficiency.gmacs
-    nan = float("nan")
-    time = cost.ms[TOTAL]
-    return Row(
-        method=run.method.name,
-        curve=run.method.curve,
-        setting=run.method.setting,
-        ap=scores.ap,
-        ap50=scores.ap50,
-        ap75=scores.ap75,
-        agreement50=nan if dense is None else agreement(dense.results, run.results),
-        gmacs_backbone=cost.gmacs["backbone"],
-        gmacs_pyramid=cost.gmacs["pyramid"],
-        gmacs_rpn=cost.gmacs["rpn"],
-        gmacs_roi=cost.gmacs["roi"],
-        gmacs_total=cost.gmacs[TOTAL],
-        gmacs_backbone_steady=cost.gmacs_steady.get("backbone", nan),
-        gmacs_total_steady=cost.gmacs_steady.get(TOTAL, nan),
-        relative_backbone=cost.gmacs["backbone"] / reference["backbone"],
-        relative_total=cost.gmacs[TOTAL] / reference[TOTAL],
-        ms_mean=time.mean,
-        ms_median=time.median,
-        ms_p95=time.p95,
-        ms_backbone=cost.ms["backbone"].mean,
-        ms_flush=cost.ms_flush[TOTAL].median if cost.ms_flush else nan,
-        relative_time=nan if dense is None else _relative_time(run, dense),
-        recomputed=cost.recomputed / cost.tokens,
-        flushes=cost.flushes,
-        state_bytes=max(video.state_bytes for video in run.videos),
-        peak_bytes=max(video.peak_bytes for video in run.videos),
-        videos=len(run.videos),
-        frames=cost.frames,
-        images=scores.images,
-    )
-
-
 def _run_video(
     detector: Detector,
     data: CocoVideo,
@@ -307,8 +194,3 @@ def _run_video(
         if on_frame is not None:
             on_frame(method)
     return VideoRun(video, detections, costs, stream.state_bytes, peak_memory(detector.device))
-
-
-def _relative_time(run: MethodRun, dense: MethodRun) -> float:
-    pairs = zip(run.videos, dense.videos, strict=True)
-    return float(np.median([ours.seconds / other.seconds for ours, other in pairs if other.seconds]))

@@ -128,11 +128,11 @@ def anatomy_of(vit: nn.Module) -> Anatomy:
     name, module = type(vit).__name__, type(vit).__module__
     for base in type(vit).__mro__:
         if base.__module__ == "timm.models.vision_transformer_sam" and base.__name__ == "VisionTransformerSAM":
-            return _timm_sam(vit)
+            return _checked(_timm_sam(vit))
         if base.__module__ == "timm.models.vision_transformer" and base.__name__ == "VisionTransformer":
-            return _timm_plain(vit)
+            return _checked(_timm_plain(vit))
         if base.__module__.startswith("detectron2.") and base.__name__ == "ViT":
-            return _detectron2(vit)
+            return _checked(_detectron2(vit))
     raise UserError(f"cannot make {module}.{name} eventful; supported: {_SUPPORTED}")
 
 
@@ -170,13 +170,31 @@ def _identity(module: object) -> bool:
     return module is None or isinstance(module, nn.Identity)
 
 
+def _checked(anatomy: Anatomy) -> Anatomy:
+    windows = sorted({block.window for block in anatomy.blocks if block.window})
+    _require(len(windows) < 2, f"windows of more than one size ({windows})")
+    size, stride = anatomy.projection.kernel_size, anatomy.projection.stride
+    _require(size == stride and size[0] == size[1], f"a patch embedding of size {size} and stride {stride}")
+    return anatomy
+
+
+def _timm_patches(vit: Any) -> nn.Conv2d:
+    embedding = vit.patch_embed
+    _require(type(embedding).__name__ == "PatchEmbed", f"a patch embedding of type {type(embedding).__name__}")
+    _require(_identity(embedding.norm), "a norm after the patch embedding")
+    return embedding.proj
+
+
 def _timm_block(block: Any, window: int) -> Block:
+    _require(type(block).__name__ == "Block", f"a block of type {type(block).__name__}")
     attn, mlp = block.attn, block.mlp
+    _require(type(attn).__name__ == "Attention", f"attention of type {type(attn).__name__}")
+    _require(type(mlp).__name__ == "Mlp", f"an MLP of type {type(mlp).__name__}")
+    _require(attn.qkv.out_features == 3 * attn.qkv.in_features, "attention of another width than the tokens")
     for extra in ("q_norm", "k_norm", "norm"):
         _require(_identity(getattr(attn, extra, None)), f"attention with {extra}")
     for extra in ("rope", "gate"):
         _require(getattr(attn, extra, None) is None, f"attention with {extra}")
-    _require(hasattr(mlp, "fc1") and hasattr(mlp, "fc2"), f"an MLP of type {type(mlp).__name__}")
     _require(_identity(getattr(mlp, "norm", None)), "an MLP with norm")
     return Block(
         norm1=block.norm1,
@@ -198,7 +216,7 @@ def _timm_sam(vit: Any) -> Anatomy:
     _require(_identity(vit.norm_pre), "a norm before the blocks")
     encoding, antialias = vit.pos_embed, getattr(vit, "position_antialias", True)
     return Anatomy(
-        projection=vit.patch_embed.proj,
+        projection=_timm_patches(vit),
         positions=None if encoding is None else lambda grid: resize_positions(encoding[0], grid, antialias),
         prefix=None,
         blocks=tuple(_timm_block(block, block.window_size) for block in vit.blocks),
@@ -208,9 +226,8 @@ def _timm_sam(vit: Any) -> Anatomy:
 
 def _timm_plain(vit: Any) -> Anatomy:
     _require(_identity(vit.norm_pre), "a norm before the blocks")
-    for block in vit.blocks:
-        _require(type(block).__name__ == "Block", f"a block of type {type(block).__name__}")
-    skip = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    _require(not hasattr(vit, "dist_token"), "a distillation token")
+    skip = 0 if vit.no_embed_class or vit.pos_embed is None else vit.num_prefix_tokens
     side = vit.patch_embed.grid_size
 
     def positions(grid: Grid) -> Tensor:
@@ -221,7 +238,7 @@ def _timm_plain(vit: Any) -> Anatomy:
         return tokens + vit.pos_embed[0, :skip] if skip else tokens
 
     return Anatomy(
-        projection=vit.patch_embed.proj,
+        projection=_timm_patches(vit),
         positions=None if vit.pos_embed is None else positions,
         prefix=prefix if vit.num_prefix_tokens else None,
         blocks=tuple(_timm_block(block, 0) for block in vit.blocks),

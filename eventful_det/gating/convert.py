@@ -22,6 +22,10 @@ class Rule(Protocol):
 
     policy: Policy
 
+    @property
+    def layout(self) -> tuple[str | int, ...]:
+        """What the form of the state depends on: a stream's state is of use only to rules of the same layout."""
+
     def init_stream(self, anatomy: Anatomy, grid: Grid) -> Any:
         """Allocate the state of one stream."""
 
@@ -38,7 +42,7 @@ class EventfulViT(nn.Module):
     Modifications against the dense network:
       - none of its modules or parameters: they are registered here under their own names, so state dicts fit both;
       - `step` replaces `forward` for video: it takes and updates an explicit `State`;
-      - `rule` (and `policy`) may be exchanged between any two frames.
+      - `policy` and `rule` may be exchanged between any two frames; a rule of another kind flushes the streams.
 
     Args:
         vit: the dense network, shared and left intact.
@@ -90,12 +94,16 @@ class EventfulViT(nn.Module):
             flush: streams to recompute in full.
 
         Raises:
-            UserError: the numbers of frames and streams differ.
+            UserError: the numbers of frames and streams differ, or a frame is no `(3, h, w)` of the network's type.
         """
         if len(frames) != len(state):
             raise UserError(f"got {len(frames)} frames for a state of {len(state)} streams; give one frame per stream")
-        anatomy = self.anatomy
         flushes = [flush] * len(frames) if isinstance(flush, bool) else flush
+        if len(flushes) != len(frames):
+            raise UserError(f"got {len(flushes)} flush flags for {len(frames)} frames; give one flag per frame, or one")
+        anatomy = self.anatomy
+        for frame in frames:
+            _check_frame(frame, anatomy)
         return [
             step_stream(self.rule, anatomy, frame, state, i, flushed)
             for i, (frame, flushed) in enumerate(zip(frames, flushes, strict=True))
@@ -107,14 +115,23 @@ class EventfulViT(nn.Module):
 
 
 def step_stream(rule: Rule, anatomy: Anatomy, frame: Tensor, state: State, i: int, flush: bool) -> Update:
-    """Process the next frame `(3, h, w)` of stream `i`; a new size or `flush` recomputes everything."""
+    """Process the next frame `(3, h, w)` of stream `i`; a new size, a rule of another kind or `flush` recompute all."""
     grid = anatomy.grid(*frame.shape[-2:])
     stream = state.streams[i]
-    if stream is None or stream.grid != grid:
-        state.streams[i] = stream = rule.init_stream(anatomy, grid)
+    if stream is None or (stream.layout, stream.grid) != (rule.layout, grid):
+        with torch.inference_mode(False):  # so that the stream can go on outside of inference mode
+            state.streams[i] = stream = rule.init_stream(anatomy, grid)
     if flush:
         stream.frame = 0
     return rule.step(anatomy, anatomy.patches(frame), stream)
+
+
+def _check_frame(frame: Tensor, anatomy: Anatomy) -> None:
+    channels = anatomy.projection.in_channels
+    if frame.dim() != 3 or frame.shape[0] != channels:
+        raise UserError(f"got a frame of shape {tuple(frame.shape)}; frames are ({channels}, height, width)")
+    if frame.dtype != anatomy.dtype:
+        raise UserError(f"got a frame of {frame.dtype} for a network of {anatomy.dtype}; normalise and convert it")
 
 
 def eventify(

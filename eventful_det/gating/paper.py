@@ -53,12 +53,14 @@ class PaperState(TensorTree):
     """State of one stream under `Paper`.
 
     Attributes:
+        layout: of the rule that it was made for.
         grid: token grid (H, W), N = H * W.
         frame: frames since the last flush; 0 = the next frame is a flush.
         blocks: one per block.
         output: `(N, C)` the token map of the last frame.
     """
 
+    layout: tuple[str | int, ...]
     grid: Grid
     frame: int
     blocks: list[PaperBlockState]
@@ -93,6 +95,11 @@ class Paper:
         if self.pool < 1:
             raise UserError(f"Paper: pool must be 1 (no pooling) or more tokens, got {self.pool}")
 
+    @property
+    def layout(self) -> tuple[str | int, ...]:
+        """What the form of the state depends on."""
+        return "paper", self.ablation, self.pool, self.gate_before_norm
+
     def init_stream(self, anatomy: Anatomy, grid: Grid) -> PaperState:
         """Allocate the state of a stream whose frames have `grid` tokens.
 
@@ -112,6 +119,7 @@ class Paper:
             )
         weight = blocks[-1].qkv.weight
         return PaperState(
+            layout=self.layout,
             grid=grid,
             frame=0,
             blocks=[self._init_block(block, grid, prefix) for block in blocks],

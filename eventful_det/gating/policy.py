@@ -95,11 +95,15 @@ class Threshold:
 
     def __call__(self, gate: GateInput) -> Tensor:
         tokens = gate.error.numel()
-        passed = (gate.error > self.threshold).nonzero().squeeze(1)
+        passes = gate.error > self.threshold
+        passed = passes.nonzero().squeeze(1)
         low, high = int(self.floor * tokens), int(self.cap * tokens)
         if low <= passed.numel() <= high:
             return passed
-        return _largest(_scores(gate, self.age_power), low if passed.numel() < low else high)
+        scores = _scores(gate, self.age_power)
+        if passed.numel() > high:
+            return _largest(scores.masked_fill(~passes, -torch.inf), high)
+        return _largest(scores.masked_fill(passes, torch.inf), low)
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,10 @@ class RandomK:
     def __post_init__(self) -> None:
         if (self.k is None) == (self.fraction is None):
             raise UserError("RandomK: give exactly one of k (tokens) and fraction (share of the tokens)")
+        if self.k is not None and self.k < 0:
+            raise UserError(f"RandomK: k must be 0 or more tokens, got {self.k}")
+        if self.fraction is not None and not 0 <= self.fraction <= 1:
+            raise UserError(f"RandomK: fraction must lie in [0, 1], got {self.fraction}")
 
     def __call__(self, gate: GateInput) -> Tensor:
         tokens = gate.error.numel()

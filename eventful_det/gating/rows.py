@@ -29,6 +29,7 @@ class RowsState(TensorTree):
     """State of one stream under `Rows`.
 
     Attributes:
+        layout: of the rule that it was made for.
         grid: token grid (H, W), N = H * W.
         frame: frames since the last flush; 0 = the next frame is a flush.
         reference: `(N, P)` patches or `(N, D)` embeddings last let through.
@@ -38,6 +39,7 @@ class RowsState(TensorTree):
         output: `(N, C)` the last computed output of every token.
     """
 
+    layout: tuple[str, ...]
     grid: Grid
     frame: int
     reference: Tensor
@@ -65,6 +67,13 @@ class Rows:
     def __post_init__(self) -> None:
         if self.gate not in ("patches", "embedding"):
             raise UserError(f"Rows: gate must be 'patches' or 'embedding', got {self.gate!r}")
+        if self.renew_every < 0:
+            raise UserError(f"Rows: renew_every must be a number of frames, or 0 for never, got {self.renew_every}")
+
+    @property
+    def layout(self) -> tuple[str, ...]:
+        """What the form of the state depends on."""
+        return "rows", self.gate
 
     def init_stream(self, anatomy: Anatomy, grid: Grid) -> RowsState:
         """Allocate the state of a stream whose frames have `grid` tokens."""
@@ -72,6 +81,7 @@ class Rows:
         width = anatomy.projection.weight[0].numel() if self.gate == "patches" else anatomy.dim
         caches = [_empty_cache(block, grid, _prefix_count(anatomy)) for block in anatomy.blocks]
         return RowsState(
+            layout=self.layout,
             grid=grid,
             frame=0,
             reference=anatomy.projection.weight.new_zeros(tokens, width),
@@ -92,6 +102,8 @@ class Rows:
         """
         flush = state.frame == 0
         renew = flush or (self.renew_every > 0 and state.frame % self.renew_every == 0)
+        if flush:
+            _preset_padding(anatomy, state)
         index, z, counts = self._select(anatomy, patches, state, renew)
         state.age += 1
         state.age[index] = 1
@@ -135,11 +147,18 @@ def _prefix_count(anatomy: Anatomy) -> int:
 
 
 def _empty_cache(block: Block, grid: Grid, prefix: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of a block, `(windows, heads, slots, d)`, every slot preset to that of a padded token."""
+    """Keys and values of a block, `(windows, heads, slots, d)`."""
     windows = windows_of(grid, block.window, block.qkv.weight.device)
-    _, k, v = block.padding_qkv.view(3, 1, block.heads, 1, -1)
-    shape = (windows.count, -1, windows.slots + prefix, -1)
-    return k.expand(shape).clone(), v.expand(shape).clone()
+    shape = (windows.count, block.heads, windows.slots + prefix, block.dim // block.heads)
+    return block.qkv.weight.new_zeros(shape), block.qkv.weight.new_zeros(shape)
+
+
+def _preset_padding(anatomy: Anatomy, state: RowsState) -> None:
+    """Give every slot the keys and values of a padded token; nothing else writes those of padded tokens."""
+    for block, keys, values in zip(anatomy.blocks, state.keys, state.values, strict=True):
+        _, k, v = block.padding_qkv.view(3, block.heads, 1, -1)
+        keys.copy_(k)
+        values.copy_(v)
 
 
 def _run_blocks(anatomy: Anatomy, z: Tensor, index: Tensor, state: RowsState) -> tuple[Tensor, Counts]:
@@ -149,9 +168,9 @@ def _run_blocks(anatomy: Anatomy, z: Tensor, index: Tensor, state: RowsState) ->
         z = torch.cat([anatomy.prefix(), z])
     counts = Counts()
     for block, keys, values in zip(anatomy.blocks, state.keys, state.values, strict=True):
-        q, k, v = block.qkv(block.norm1(z)).view(z.shape[0], 3, block.heads, -1).unbind(1)  # each (r, heads, d)
+        qkv = block.qkv(block.norm1(z)).view(z.shape[0], 3, block.heads, -1)
         attend = _attend_windows if block.window else _attend_globally
-        x, attention = attend(block, q, k, v, keys, values, index, state.grid, prefix)
+        x, attention = attend(block, qkv, (keys, values), index, state.grid)
         z = z + block.project(x)
         z = z + block.mlp(block.norm2(z))
         counts += attention + _linear_counts(block, z.shape[0])
@@ -174,18 +193,12 @@ def _bias_counts(block: Block, queries: int, shape: Grid) -> Counts:
 
 
 def _attend_globally(
-    block: Block,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    index: Tensor,
-    grid: Grid,
-    prefix: int,
+    block: Block, qkv: Tensor, cache: tuple[Tensor, Tensor], index: Tensor, grid: Grid
 ) -> tuple[Tensor, Counts]:
-    """r queries against all cached keys of the frame; `q, k, v` and the result are row-major over r."""
-    slots = torch.cat([torch.arange(prefix, device=index.device), index + prefix]) if prefix else index
+    """Rows `(r, 3, heads, d)`, prefix tokens first, against all cached keys of the frame; returns `(r, D)`."""
+    (q, k, v), (keys, values) = qkv.unbind(1), cache
+    prefix = q.shape[0] - index.numel()
+    slots = torch.cat([torch.arange(prefix, device=index.device), index + prefix])
     keys[0].index_copy_(1, slots, k.transpose(0, 1))
     values[0].index_copy_(1, slots, v.transpose(0, 1))
     q = q.transpose(0, 1)
@@ -205,17 +218,10 @@ def _attend_globally(
 
 
 def _attend_windows(
-    block: Block,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    index: Tensor,
-    grid: Grid,
-    prefix: int,
+    block: Block, qkv: Tensor, cache: tuple[Tensor, Tensor], index: Tensor, grid: Grid
 ) -> tuple[Tensor, Counts]:
-    """Queries against the cached keys of their windows; windows without a selected token are not touched."""
+    """Rows `(r, 3, heads, d)` against the cached keys of their windows; windows without one are not touched."""
+    (q, k, v), (keys, values) = qkv.unbind(1), cache
     windows = windows_of(grid, block.window, index.device)
     window, slot = windows.window[index], windows.slot[index]
     keys[window, :, slot] = k

@@ -92,9 +92,11 @@ class State(TensorTree):
             data = torch.load(path, weights_only=True)
             if data["format"] != "eventful-state/1":
                 raise KeyError(data["format"])
+            return State.from_plain(data["state"])
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"{path} is not a stream state written by State.save ({type(error).__name__})") from error
-        return State.from_plain(data["state"])
 
 
 def _leaves(node: Any) -> Iterator[Tensor]:

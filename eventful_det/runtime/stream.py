@@ -34,6 +34,7 @@ class StreamResult:
         timestamp: seconds since the start of the source, or None where it has no clock.
         cost: of this frame.
         work: `(H, W)` share of its token-wise work that each token had done, 0 to 1.
+        token_size: height and width of a token in pixels of the source frame; the map may reach beyond the frame.
         image: the source frame, `(h, w, 3)` uint8 RGB.
         held: the detector did not run; the detections are those of an earlier frame.
     """
@@ -44,6 +45,7 @@ class StreamResult:
     timestamp: float | None
     cost: FrameCost
     work: Tensor
+    token_size: tuple[float, float]
     image: NDArray[np.uint8]
     held: bool = False
 
@@ -104,12 +106,14 @@ class Stream(Iterator[StreamResult]):
 
     def __next__(self) -> StreamResult:
         index = 0 if self._last is None else self._last.frame_index + 1
-        if self.max_frames is not None and index >= self.max_frames:
+        done = self.max_frames is not None and index >= self.max_frames
+        frame = None if done else next(self._frames, None)
+        if frame is None:
             self.close()
             raise StopIteration
-        frame = next(self._frames)
         cut = self._cuts is not None and self._cuts(frame.image)
-        if self._last is not None and index % self.hold and not cut:
+        same_size = self._last is not None and self._last.image.shape == frame.image.shape
+        if self._last is not None and same_size and index % self.hold and not cut:
             idle = FrameCost(
                 dict.fromkeys(self._last.cost.dense, 0), self._last.cost.dense, 0, self._last.cost.tokens, False
             )
@@ -135,8 +139,17 @@ class Stream(Iterator[StreamResult]):
         prepared = time.perf_counter() - began
         (step,) = self.detector.step(frame[None], self._state, flush=cut)
         step.cost.seconds["other"] = step.cost.seconds.get("other", 0.0) + prepared
-        detections = step.detections.scaled(width / inner[1], height / inner[0])
-        return StreamResult(detections, self.detector.names, index, timestamp, step.cost, step.work, image)
+        scale = height / inner[0], width / inner[1]
+        return StreamResult(
+            detections=step.detections.scaled(scale[1], scale[0]),
+            names=self.detector.names,
+            frame_index=index,
+            timestamp=timestamp,
+            cost=step.cost,
+            work=step.work,
+            token_size=(self.detector.config.patch * scale[0], self.detector.config.patch * scale[1]),
+            image=image,
+        )
 
     def close(self) -> None:
         """Release the source; iteration ends."""

@@ -66,7 +66,7 @@ def test_killed_run_resumes_exactly(tree: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train(tree: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     options = [f"data.root={tree}", *TINY, "train.steps=2", f"output={tmp_path / 'run'}"]
     run(*launcher, "tools/train_net.py", *options)
     assert (tmp_path / "run" / "model.safetensors").is_file()

@@ -1,0 +1,156 @@
+"""The outcome of a sweep as numbers: one row for each method."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eventful_det.data.coco_video import CocoVideo
+from eventful_det.evaluation.detection import DetectionScores, agreement
+from eventful_det.evaluation.efficiency import TOTAL
+from eventful_det.evaluation.sweep import DENSE, Method, MethodRun, run_method
+
+if TYPE_CHECKING:
+    from eventful_det.models.detector import Detector
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method in the table of a sweep. Precisions lie in [0, 1]; `nan` = not defined.
+
+    "Relative" is relative to the dense method of the same sweep. Times come from one run on one machine, in which
+    the methods took turns video by video; `relative_time` is the median over videos of the ratio of their times,
+    and the number to trust on a machine that does other things as well.
+
+    Attributes:
+        ap, ap50, ap75: against the labels.
+        agreement50: AP50 against the dense detections.
+        gmacs_*: 1e9 multiply-adds per frame, mean over all frames; "steady" leaves flushes out.
+        ms_*: milliseconds per frame; `ms_flush` is the median of the flushes.
+        recomputed: share of the tokens that were recomputed.
+        state_bytes: remembered per stream; peak_bytes: largest memory while the method ran.
+        images: frames that were scored, of `frames` that were run.
+    """
+
+    method: str
+    curve: str
+    setting: float | None
+    ap: float
+    ap50: float
+    ap75: float
+    agreement50: float
+    gmacs_backbone: float
+    gmacs_pyramid: float
+    gmacs_rpn: float
+    gmacs_roi: float
+    gmacs_total: float
+    gmacs_backbone_steady: float
+    gmacs_total_steady: float
+    relative_backbone: float
+    relative_total: float
+    ms_mean: float
+    ms_median: float
+    ms_p95: float
+    ms_backbone: float
+    ms_flush: float
+    relative_time: float
+    recomputed: float
+    flushes: int
+    state_bytes: int
+    peak_bytes: int
+    videos: int
+    frames: int
+    images: int
+
+
+def evaluate_detector(
+    detector: Detector, data: CocoVideo, method: Method | None = None, **options: Any
+) -> dict[str, Any]:
+    """Run and score a detector in one way.
+
+    Args:
+        detector: what to evaluate, in any mode.
+        data: what to evaluate on; see `first` for a part of it.
+        method: how to run it; dense by default.
+        options: as in `run_methods`.
+
+    Returns:
+        The fields of `Row`, and "ap50_by_class"; undefined numbers are `nan`, see `jsonable`.
+    """
+    run = run_method(detector, data, method or Method(DENSE), **options)
+    scores = run.scores()
+    return vars(row_of(run, scores)) | {"ap50_by_class": scores.ap50_by_class}
+
+
+def rows_of(runs: Sequence[MethodRun]) -> list[Row]:
+    """The table of a sweep, in the order of its methods."""
+    dense = next((run for run in runs if run.method.is_dense), None)
+    return [row_of(run, run.scores(), dense) for run in runs]
+
+
+def row_of(run: MethodRun, scores: DetectionScores, dense: MethodRun | None = None) -> Row:
+    """A method in the table of a sweep.
+
+    Args:
+        run: of the method.
+        scores: of the run.
+        dense: the run to compare with; without it MACs are compared with dense frames of the same size.
+    """
+    cost = run.efficiency
+    reference = cost.gmacs_dense if dense is None else dense.efficiency.gmacs
+    time = cost.ms[TOTAL]
+    return Row(
+        method=run.method.name,
+        curve=run.method.curve,
+        setting=run.method.setting,
+        ap=scores.ap,
+        ap50=scores.ap50,
+        ap75=scores.ap75,
+        agreement50=math.nan if dense is None else agreement(dense.results, run.results),
+        gmacs_backbone=cost.gmacs["backbone"],
+        gmacs_pyramid=cost.gmacs["pyramid"],
+        gmacs_rpn=cost.gmacs["rpn"],
+        gmacs_roi=cost.gmacs["roi"],
+        gmacs_total=cost.gmacs[TOTAL],
+        gmacs_backbone_steady=cost.gmacs_steady.get("backbone", math.nan),
+        gmacs_total_steady=cost.gmacs_steady.get(TOTAL, math.nan),
+        relative_backbone=cost.gmacs["backbone"] / reference["backbone"],
+        relative_total=cost.gmacs[TOTAL] / reference[TOTAL],
+        ms_mean=time.mean,
+        ms_median=time.median,
+        ms_p95=time.p95,
+        ms_backbone=cost.ms["backbone"].mean,
+        ms_flush=cost.ms_flush[TOTAL].median if cost.ms_flush else math.nan,
+        relative_time=math.nan if dense is None else _relative_time(run, dense),
+        recomputed=cost.recomputed / cost.tokens,
+        flushes=cost.flushes,
+        state_bytes=max(video.state_bytes for video in run.videos),
+        peak_bytes=max(video.peak_bytes for video in run.videos),
+        videos=len(run.videos),
+        frames=cost.frames,
+        images=scores.images,
+    )
+
+
+def jsonable(value: Any) -> Any:
+    """Dataclasses as dictionaries, `nan` as None, paths as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+def _relative_time(run: MethodRun, dense: MethodRun) -> float:
+    pairs = zip(run.videos, dense.videos, strict=True)
+    return float(np.median([ours.seconds / other.seconds for ours, other in pairs if other.seconds]))

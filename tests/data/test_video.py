@@ -1,0 +1,323 @@
+"""Frames from anywhere, and video files that survive."""
+
+from __future__ import annotations
+
+import http.server
+import itertools
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from eventful_det.data.live import Newest
+from eventful_det.data.synthetic import SceneOptions, render_video
+from eventful_det.data.video import VideoSource, open_source
+from eventful_det.data.video_writer import VideoWriter
+from eventful_det.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+FRAMES = 40
+Image = NDArray[np.uint8]
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image]:
+    options = SceneOptions(width=160, height=96, frames=FRAMES, cut_fraction=0)
+    return [frame.image for frame in render_video(options, seed=1)]
+
+
+def encode(path: Path, images: list[Image], codec: str = "libx264", pix_fmt: str = "yuv420p", **options: str) -> Path:
+    """A video of some codec and container, with B-frames where the codec has them."""
+    with av.open(str(path), "w", options=options) as container:
+        stream: Any = container.add_stream(codec, rate=25)
+        stream.height, stream.width = images[0].shape[:2]
+        stream.pix_fmt, stream.bit_rate = pix_fmt, 4_000_000
+        stream.codec_context.gop_size = 10
+        for i, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts = i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def difference(a: Image, b: Image) -> float:
+    return float(np.abs(a.astype(np.int16) - b).mean())
+
+
+def top_level_boxes(path: Path) -> list[str]:
+    data, place, names = path.read_bytes(), 0, []
+    while place < len(data):
+        names.append(data[place + 4 : place + 8].decode())
+        place += int.from_bytes(data[place : place + 4], "big")
+    return names
+
+
+def rejection(source: Any) -> str:
+    """The one line that a source is rejected with."""
+    with pytest.raises(UserError) as caught:
+        list(open_source(source))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt"),
+    [
+        ("a.mp4", "libx264", "yuv420p"),
+        ("a.avi", "mpeg4", "yuv420p"),
+        ("a.mkv", "ffv1", "yuv444p10le"),
+        ("a.webm", "libvpx-vp9", "yuv420p"),
+        ("a.ts", "mpeg2video", "yuv420p"),
+    ],
+)
+def test_every_frame_of_every_codec(tmp_path: Path, images: list[Image], name: str, codec: str, pix_fmt: str) -> None:
+    with open_source(encode(tmp_path / name, images, codec, pix_fmt)) as source:
+        assert source.fps == pytest.approx(25, abs=0.1)
+        frames = list(source)
+    assert len(frames) == FRAMES and source.skipped == 0
+    assert all(frame.image.dtype == np.uint8 and frame.image.flags.c_contiguous for frame in frames)
+    assert all(difference(f.image, i) < 8 for f, i in zip(frames, images, strict=True))
+    assert [f.timestamp for f in frames] == pytest.approx([i / 25 for i in range(FRAMES)], abs=1e-3)
+
+
+@pytest.mark.parametrize("angle", [90, 180, 270])
+def test_rotation_of_the_container(tmp_path: Path, images: list[Image], angle: int) -> None:
+    path = encode(tmp_path / "a.mp4", images[:3])
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 44  # of a version 0 header: a, b, u, c, d, v, ...
+    cos, sin = round(np.cos(np.deg2rad(angle))), round(np.sin(np.deg2rad(angle)))  # clockwise, as phones write it
+    for place, value in ((0, cos), (4, sin), (12, -sin), (16, cos)):
+        data[matrix + place : matrix + place + 4] = (value << 16).to_bytes(4, "big", signed=True)
+    path.write_bytes(data)
+    for frame, image in zip(open_source(path), images, strict=False):
+        assert difference(frame.image, np.rot90(image, -angle // 90)) < 8
+
+
+def test_damage_in_the_middle_is_skipped(tmp_path: Path, images: list[Image], caplog: pytest.LogCaptureFixture) -> None:
+    path = encode(tmp_path / "a.mp4", images, movflags="faststart")
+    data = bytearray(path.read_bytes())
+    begin, end = data.index(b"mdat") + len(data) // 3, data.index(b"mdat") + len(data) // 2
+    data[begin:end] = random.Random(0).randbytes(end - begin)
+    path.write_bytes(data)
+    source = open_source(path)
+    frames = list(source)
+    assert FRAMES // 2 <= len(frames) < FRAMES
+    assert source.skipped >= 1 and len(frames) + source.skipped >= FRAMES - 2
+    assert difference(frames[-1].image, images[-1]) < 8  # it went on behind the damage
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.ts", "a.mkv"])
+def test_truncated_file(tmp_path: Path, images: list[Image], name: str) -> None:
+    options = {"movflags": "faststart"} if name.endswith("mp4") else {}
+    path = encode(tmp_path / name, images, **options)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    assert FRAMES // 2 <= len(list(open_source(path))) < FRAMES
+
+
+def test_size_change_within_a_file(tmp_path: Path, images: list[Image]) -> None:
+    small = [np.ascontiguousarray(i[:64, :96]) for i in images[:5]]
+    first, second = encode(tmp_path / "a.ts", images[:5], "mpeg2video"), encode(tmp_path / "b.ts", small, "mpeg2video")
+    both = tmp_path / "both.ts"
+    both.write_bytes(first.read_bytes() + second.read_bytes())
+    shapes = [frame.image.shape for frame in open_source(both)]
+    assert len(shapes) >= 9  # the decoder may drop the frame that it holds back at the change
+    assert [shape for shape, _ in itertools.groupby(shapes)] == [(96, 160, 3), (64, 96, 3)]
+
+
+def test_not_a_video(tmp_path: Path) -> None:
+    (tmp_path / "noise.mp4").write_bytes(random.Random(0).randbytes(5000))
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "note.txt").write_text("hello\n" * 100)
+    assert "cannot open" in rejection(tmp_path / "noise.mp4")
+    assert "cannot open" in rejection(tmp_path / "empty.mp4")
+    assert "holds no video" in rejection(tmp_path / "note.txt")
+    assert "no such file or folder" in rejection(str(tmp_path / "missing.mp4"))
+    assert "webcam 97 cannot be opened" in rejection("97")
+    assert "webcam 97 cannot be opened" in rejection(97)
+    assert "float" in rejection(1.5)
+    assert "Connection refused" in rejection("http://127.0.0.1:9/a.mp4")
+    assert "Connection refused" in rejection("rtsp://127.0.0.1:9/a")
+
+
+def test_pictures(tmp_path: Path, images: list[Image]) -> None:
+    assert "no pictures" in rejection(tmp_path)
+    for i, size in ((10, (80, 60)), (2, (160, 96)), (1, (33, 51))):
+        cv2.imwrite(str(tmp_path / f"frame_{i}.png"), cv2.resize(images[i], size)[..., ::-1])
+    cv2.imwrite(str(tmp_path / "frame_11.jpg"), images[11][..., 0])  # grey
+    (tmp_path / "frame_3.png").write_bytes(b"not a picture")
+    (tmp_path / "readme.txt").write_text("not a frame")
+    with open_source(tmp_path) as source:
+        assert (source.frames, source.fps) == (5, None)
+        shapes = [frame.image.shape for frame in source]
+    assert shapes == [(51, 33, 3), (96, 160, 3), (60, 80, 3), (96, 160, 3)]
+    assert source.skipped == 1
+    (only,) = open_source(tmp_path / "frame_2.png")
+    assert np.array_equal(only.image, images[2]) and only.timestamp is None
+    assert len(list(open_source(f"{tmp_path}/frame_1*.*"))) == 3
+    assert "no pictures" in rejection(f"{tmp_path}/nothing_*.png")
+
+
+def test_arrays(images: list[Image]) -> None:
+    source = open_source(images)
+    assert source.frames == FRAMES and open_source(source) is source
+    assert all(frame.image is image for frame, image in zip(source, images, strict=True))
+    assert len(list(open_source(iter(images)))) == FRAMES
+    assert "frame 1 is float32 (4, 5, 3)" in rejection([images[0], np.zeros((4, 5, 3), np.float32)])
+    assert "frame 0 is uint8 (96, 160)" in rejection([images[0][..., 0]])
+    assert "frame 0 is uint8 (160, 3)" in rejection(images[0])
+    assert "frame 0 is a str" in rejection(["a.png"])
+    assert "no frame" in rejection([])
+
+
+def test_synthetic() -> None:
+    with open_source("synthetic:3") as source, open_source("synthetic:3") as again, open_source("synthetic") as other:
+        assert (source.frames, source.fps) == (150, 25.0)
+        three = [list(itertools.islice(s, 3)) for s in (source, again, other)]
+    assert np.array_equal(three[0][2].image, three[1][2].image) and three[0][2].timestamp == 0.08
+    assert not np.array_equal(three[0][2].image, three[2][2].image)
+
+
+def test_reading_holds_few_frames(tmp_path: Path, images: list[Image]) -> None:
+    alive: list[weakref.ref[Image]] = []
+    for frame in open_source(encode(tmp_path / "a.mp4", images)):
+        alive.append(weakref.ref(frame.image))
+        assert sum(a() is not None for a in alive) <= 2
+
+
+def test_close_midway(tmp_path: Path, images: list[Image]) -> None:
+    source = open_source(encode(tmp_path / "a.mp4", images))
+    next(iter(source))
+    source.close()
+    source.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def test_http(tmp_path: Path, images: list[Image], server: str) -> None:
+    encode(tmp_path / "a.mp4", images, movflags="faststart")
+    assert len(list(open_source(f"{server}/a.mp4"))) == FRAMES
+    assert "Not Found" in rejection(f"{server}/b.mp4")
+
+
+def test_live_stream_hands_out_the_newest_frame(tmp_path: Path, images: list[Image]) -> None:
+    data = encode(tmp_path / "a.ts", images, "mpeg2video").read_bytes()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(data)
+
+        threading.Thread(target=serve, daemon=True).start()
+        with open_source(f"tcp://127.0.0.1:{listener.getsockname()[1]}") as source:
+            assert source.frames is None
+            seen = []
+            for frame in source:
+                seen.append(frame)
+                time.sleep(0.3)
+    assert len(seen) < FRAMES / 2
+    assert difference(seen[-1].image, images[-1]) < 8
+
+
+def test_newest_drops_what_was_overtaken_and_passes_errors_on() -> None:
+    go = threading.Event()
+
+    def count() -> Iterator[int]:
+        yield from range(100)
+        go.set()
+        raise UserError("broke off")
+
+    newest = Newest(count())
+    go.wait(5)
+    assert next(newest) == 99
+    with pytest.raises(UserError, match="broke off"):
+        next(newest)
+
+
+def test_written_file_is_an_ordinary_mp4(tmp_path: Path, images: list[Image]) -> None:
+    path = tmp_path / "a.mp4"
+    with VideoWriter(path, fps=30000 / 1001) as writer:
+        for image in images:
+            writer.write(image)
+    with av.open(str(path)) as container:
+        (stream,) = container.streams.video
+        assert (stream.codec_context.name, stream.pix_fmt, stream.frames) == ("h264", "yuv420p", FRAMES)
+        assert float(stream.average_rate or 0) == pytest.approx(30000 / 1001)
+        assert container.duration == pytest.approx(FRAMES * 1001 / 30000 * av.time_base, rel=0.02)
+    frames = list(open_source(path))
+    assert len(frames) == FRAMES
+    assert all(difference(f.image, i) < 8 for f, i in zip(frames, images, strict=True))
+    assert top_level_boxes(path) == ["ftyp", "free", "mdat", "moov"]  # no fragments: seekable in every player
+
+
+def test_colours_survive(tmp_path: Path) -> None:
+    colours = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 180, 30), (128, 128, 128)], np.uint8)
+    image = np.repeat(np.repeat(colours[None], 32, axis=1), 64, axis=0)
+    with VideoWriter(tmp_path / "a.mp4") as writer:
+        writer.write(image)
+    (frame,) = open_source(tmp_path / "a.mp4")
+    assert np.abs(frame.image[32, 16::32].astype(int) - colours).max() < 8
+
+
+def test_odd_and_changing_sizes(tmp_path: Path) -> None:
+    white = partial(np.full, fill_value=255, dtype=np.uint8)
+    with VideoWriter(tmp_path / "a.mp4") as writer:
+        for shape in ((51, 33, 3), (102, 66, 3), (20, 66, 3)):
+            writer.write(white(shape))
+    frames = [frame.image for frame in open_source(tmp_path / "a.mp4")]
+    assert [f.shape for f in frames] == 3 * [(52, 34, 3)]
+    assert frames[0].min() > 240 and frames[1][:, 1:-1].min() > 230
+    assert frames[2][:15].max() < 40 and frames[2][26].min() > 200 and frames[2][-15:].max() < 40
+
+
+def test_file_of_a_killed_writer_plays(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    code = (
+        "import os, sys, signal, numpy as np\n"
+        "from eventful_det.data.video_writer import VideoWriter\n"
+        "writer = VideoWriter(sys.argv[1], 10)\n"
+        "for i in range(60): writer.write(np.full((64, 64, 3), i, np.uint8))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.run([sys.executable, "-c", code, str(path)], env=environment)
+    assert process.returncode == -signal.SIGKILL
+    assert 30 <= len(list(open_source(path))) < 60
+
+
+def test_writer_says_why_it_cannot(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot write .*missing"):
+        VideoWriter(tmp_path / "missing" / "a.mp4")
+    with VideoWriter(tmp_path / "a.mp4"):
+        pass  # no frame: no error
+
+
+def test_sources_are_context_managers() -> None:
+    with open_source("synthetic") as source:
+        assert isinstance(source, VideoSource)

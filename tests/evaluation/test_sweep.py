@@ -1,0 +1,156 @@
+"""Sweeps: costs and precisions of methods whose result is known."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
+from eventful_det.errors import UserError
+from eventful_det.evaluation import report
+from eventful_det.evaluation.summary import Row, evaluate_detector, jsonable, row_of, rows_of
+from eventful_det.evaluation.sweep import Method, first, run_method, run_methods
+from eventful_det.gating.paper import Paper
+from eventful_det.gating.policy import RandomK, TopFraction
+from eventful_det.gating.rows import Rows
+from eventful_det.models.detector import Detector
+
+TOKENS, PATCH = 8 * 8, 3 * 16 * 16  # of a frame of 128 x 128 pixels: whole windows of 4 x 4 tokens
+
+
+@pytest.fixture
+def detector(tiny_detector: Detector) -> Detector:
+    tiny_detector.config = dataclasses.replace(tiny_detector.config, short_side=128)
+    return tiny_detector
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> CocoVideo:
+    """Two videos of four frames: a bright square moves over noise."""
+    root = tmp_path_factory.mktemp("squares")
+    rng = np.random.default_rng(0)
+    videos = []
+    for v in range(2):
+        background = rng.integers(0, 120, (128, 128, 3), dtype=np.uint8)
+        frames = []
+        for i in range(4):
+            x = 10 + 12 * i + 20 * v
+            image = background.copy()
+            image[30:60, x : x + 30] = 255
+            name = f"{v}_{i}.png"
+            cv2.imwrite(str(root / name), image)
+            square = Annotation(2, (float(x), 30.0, x + 30.0, 60.0), track_id=0)
+            frames.append(Frame(10 * v + i + 1, name, 128, 128, i, [square]))
+        videos.append(Video(v + 1, f"video {v}", frames))
+    return CocoVideo([(1, "circle"), (2, "square"), (3, "star")], videos, root)
+
+
+def steady(row: Row) -> dict[str, object]:
+    """What of a row must not depend on the machine."""
+    return {key: value for key, value in vars(row).items() if not key.startswith(("ms_", "relative_time", "peak_"))}
+
+
+def test_everything_selected_equals_dense(detector: Detector, data: CocoVideo) -> None:
+    methods = [
+        Method("dense"),
+        Method("rows", 1.0, Rows(TopFraction(1.0))),
+        Method("paper", 1.0, Paper(TopFraction(1.0))),
+    ]
+    dense, rows, paper = rows_of(run_methods(detector, data, methods, scene_cuts=False))
+    assert dense.ap50 > 0, "the case is not trivial"
+    for row in (rows, paper):
+        assert (row.ap, row.ap50, row.ap75) == pytest.approx((dense.ap, dense.ap50, dense.ap75), abs=0.02)
+        assert row.recomputed == 1 and row.flushes == 2 and row.state_bytes > 0
+    gates = 0.75 * TOKENS * PATCH / 1e9  # on three frames of four; the first is a flush
+    assert rows.gmacs_backbone == pytest.approx(dense.gmacs_backbone + gates, rel=1e-9)
+    assert rows.gmacs_backbone_steady == pytest.approx(dense.gmacs_backbone + TOKENS * PATCH / 1e9, rel=1e-9)
+    assert (dense.relative_backbone, dense.relative_total, dense.relative_time) == (1, 1, 1)
+    assert (dense.videos, dense.frames, dense.images) == (2, 8, 8) and dense.state_bytes < rows.state_bytes
+
+
+def test_a_budget_saves(detector: Detector, data: CocoVideo) -> None:
+    methods = [Method("dense"), *(Method("rows", f, Rows(TopFraction(f))) for f in (0.5, 0.25))]
+    dense, half, quarter = rows_of(run_methods(detector, data, methods, scene_cuts=False))
+    assert half.recomputed == pytest.approx((1 + 3 * 0.5) / 4) and quarter.recomputed == pytest.approx(
+        (1 + 3 * 0.25) / 4
+    )
+    assert quarter.gmacs_backbone < half.gmacs_backbone < dense.gmacs_backbone
+    assert half.gmacs_total == pytest.approx(half.gmacs_backbone + half.gmacs_pyramid + half.gmacs_rpn + half.gmacs_roi)
+    assert half.relative_backbone == pytest.approx(half.gmacs_backbone / dense.gmacs_backbone)
+    assert half.ms_mean > 0 and half.ms_flush > 0 and half.relative_time > 0
+
+
+def test_holding_every_second_frame_halves_the_cost(detector: Detector, data: CocoVideo) -> None:
+    methods = [Method("dense"), Method("held", 2, hold=2)]
+    runs = run_methods(detector, data, methods, scene_cuts=False)
+    dense, held = rows_of(runs)
+    assert held.gmacs_total == dense.gmacs_total / 2 and held.relative_total == 0.5
+    boxes = [list(video.detections.values()) for video in runs[1].videos]
+    assert all((frames[i].boxes == frames[i + 1].boxes).all() for frames in boxes for i in (0, 2))
+
+
+def test_a_lower_resolution_costs_less_and_boxes_are_in_source_pixels(detector: Detector, data: CocoVideo) -> None:
+    runs = run_methods(detector, data, [Method("dense"), Method("resolution", 1 / 3, scale=1 / 3)])
+    dense, low = rows_of(runs)
+    assert low.relative_backbone < 0.5 and low.relative_backbone == low.gmacs_backbone / dense.gmacs_backbone
+    assert max(float(d.boxes.max()) for d in runs[1].videos[0].detections.values()) > 64
+
+
+def test_runs_repeat(detector: Detector, data: CocoVideo) -> None:
+    methods = [Method("dense"), Method("random", 0.5, Rows(RandomK(fraction=0.5))), Method("paper", 0.5, Paper())]
+    one, two = (rows_of(run_methods(detector, data, methods)) for _ in range(2))
+    assert [str(steady(row)) for row in one] == [str(steady(row)) for row in two]
+    alone = run_method(detector, data, methods[1])
+    assert row_of(alone, alone.scores()).ap == one[1].ap, "methods do not disturb each other"
+
+
+def test_limits_and_unlabelled_frames(detector: Detector, data: CocoVideo) -> None:
+    few = copy.deepcopy(first(data, videos=1, frames=3))
+    few.videos[0].frames[1] = Frame(99, few.videos[0].frames[1].file_name, 128, 128, 1, labelled=False)
+    seen: list[str] = []
+    result = evaluate_detector(detector.train(), few, on_frame=lambda method: seen.append(method.name))
+    assert (result["frames"], result["images"], result["videos"]) == (3, 2, 1)
+    assert seen == ["dense"] * 3 and detector.training
+    assert set(result["ap50_by_class"]) == {"circle", "square", "star"}
+    for frame in few.frames:
+        frame.labelled = False
+    with pytest.raises(UserError, match="no labelled frame"):
+        evaluate_detector(detector, few)
+
+
+def test_scores_by_video(detector: Detector, data: CocoVideo) -> None:
+    run = run_method(detector, data, Method("dense"))
+    assert [run.scores(video).images for video in run.videos] == [4, 4]
+    assert len(run.results) == sum(run.scores(video).detections for video in run.videos)
+
+
+def test_a_missing_image_is_named(detector: Detector, data: CocoVideo) -> None:
+    gone = first(data, videos=1, frames=1)
+    gone.videos[0].frames[0] = Frame(1, "gone.jpg", 128, 128)
+    with pytest.raises(UserError, match=r"gone\.jpg"):
+        evaluate_detector(detector, gone)
+
+
+def test_report(detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
+    methods = [Method("dense"), Method("rows", 0.5, Rows(TopFraction(0.5))), Method("held_boxes", 2, hold=2)]
+    rows = rows_of(run_methods(detector, first(data, 1), methods))
+    report.write_csv(rows, tmp_path / "sweep.csv")
+    with (tmp_path / "sweep.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["method"] for line in lines] == ["dense", "rows 0.5", "held boxes 2"]
+    assert [float(line["gmacs_total"]) for line in lines] == [row.gmacs_total for row in rows]
+    plain = json.loads(json.dumps(jsonable(rows), allow_nan=False))
+    assert math.isnan(rows[0].ms_flush) and plain[0]["ms_flush"] is None
+    table = report.markdown(rows).splitlines()
+    assert len(table) == 2 + len(rows) and len({line.count("|") for line in table}) == 1
+    report.plot(rows, tmp_path / "sweep.png", "a title")
+    picture = cv2.imread(str(tmp_path / "sweep.png"))
+    assert picture is not None and picture.shape[1] > 1000

@@ -1,0 +1,162 @@
+"""Networks as the rules see them: patches, positions, windows; and which networks are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import plain, sam
+from timm.layers import PatchEmbed, SwiGLUPacked
+from timm.layers.pos_embed import resample_abs_pos_embed_nhwc
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
+from torch import nn
+
+from eventful_det.errors import UserError
+from eventful_det.gating.anatomy import anatomy_of, relative_table, resize_positions
+from eventful_det.gating.windows import relative_bias, windows_of
+
+CPU = torch.device("cpu")
+QUICK = settings(max_examples=60, deadline=None)
+
+
+@QUICK
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_patches_and_embedding_are_the_convolution_on_a_padded_frame(height: int, width: int) -> None:
+    anatomy = anatomy_of(sam())
+    rows, cols = anatomy.grid(height, width)
+    assert (rows - 1) * 4 < height <= rows * 4 and (cols - 1) * 4 < width <= cols * 4
+    frame = torch.randn(3, height, width, generator=torch.Generator().manual_seed(0))
+    padded = F.pad(frame, (0, 4 * cols - width, 0, 4 * rows - height))
+    expected = anatomy.projection(padded[None])[0].flatten(1).T
+    torch.testing.assert_close(anatomy.embed(anatomy.patches(frame)), expected)
+
+
+def test_patches_of_a_view() -> None:
+    anatomy, frame = anatomy_of(sam()), torch.randn(3, 24, 16)
+    other = frame.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    assert torch.equal(anatomy.patches(other), anatomy.patches(frame))
+
+
+@QUICK
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 9))
+def test_windows_give_every_token_its_own_place(rows: int, cols: int, side: int) -> None:
+    windows = windows_of((rows, cols), side, CPU)
+    assert windows.shape == ((side, side) if side else (rows, cols))
+    assert windows.count == (-(-rows // side) * -(-cols // side) if side else 1)
+    places = windows.window * windows.slots + windows.slot
+    assert len(places.unique()) == rows * cols
+    assert int(windows.window.min()) >= 0 and int(windows.window.max()) == windows.count - 1
+    assert int(windows.slot.min()) >= 0 and int(windows.slot.max()) < windows.slots
+    y, x = torch.arange(rows * cols) // cols, torch.arange(rows * cols) % cols
+    height, width = windows.shape
+    across = -(-cols // width)
+    assert torch.equal(windows.window // across * height + windows.slot // width, y)
+    assert torch.equal(windows.window % across * width + windows.slot % width, x)
+
+
+@QUICK
+@given(st.integers(1, 12))
+def test_relative_table_of_the_stored_size(size: int) -> None:
+    table = torch.randn(2 * size - 1, 3)
+    expanded = relative_table(table, size)
+    for query in range(size):
+        for key in range(size):
+            assert torch.equal(expanded[query, key], table[query - key + size - 1])
+
+
+def test_relative_table_is_resized_linearly() -> None:
+    expanded = relative_table(torch.arange(5.0)[:, None], 2)  # 2 * 2 - 1 = 3 entries of 5
+    torch.testing.assert_close(expanded[..., 0], torch.tensor([[2.0, 1 / 3], [11 / 3, 2.0]]))
+
+
+@QUICK
+@given(st.integers(1, 4), st.integers(1, 4), st.data())
+def test_relative_bias_of_a_few_queries(rows: int, cols: int, data: st.DataObject) -> None:
+    slots = data.draw(st.lists(st.integers(0, rows * cols - 1), max_size=5))
+    generator = torch.Generator().manual_seed(rows)
+    q = torch.randn(2, len(slots), 3, generator=generator)
+    y, x = torch.randn(2 * rows - 1, 3, generator=generator), torch.randn(2 * cols - 1, 3, generator=generator)
+    bias = relative_bias(q, torch.tensor(slots, dtype=torch.long), (rows, cols), (y, x))
+    assert bias.shape == (2, len(slots), rows * cols)
+    for i, slot in enumerate(slots):
+        for key in range(rows * cols):
+            embedding = y[slot // cols - key // cols + rows - 1] + x[slot % cols - key % cols + cols - 1]
+            torch.testing.assert_close(bias[:, i, key], q[:, i] @ embedding)
+
+
+def test_positions_are_resized_as_timm_does() -> None:
+    positions = torch.randn(10, 10, 24)
+    assert torch.equal(resize_positions(positions, (10, 10), antialias=True), positions.flatten(0, 1))
+    for grid in [(7, 13), (10, 4), (20, 20)]:
+        expected = resample_abs_pos_embed_nhwc(positions[None], list(grid))[0].flatten(0, 1)
+        torch.testing.assert_close(resize_positions(positions, grid, antialias=True), expected)
+
+
+def test_parts_of_a_windowed_network() -> None:
+    vit = sam()
+    anatomy = anatomy_of(vit)
+    assert (anatomy.patch, anatomy.dim, anatomy.prefix, anatomy.dtype) == (4, 24, None, torch.float32)
+    assert [block.window for block in anatomy.blocks] == [4, 0, 4, 0]
+    assert anatomy.blocks[0].qkv is vit.blocks[0].attn.qkv
+    assert torch.equal(anatomy.blocks[0].padding_qkv, vit.blocks[0].attn.qkv.bias)
+    assert not anatomy_of(sam(qkv_bias=False)).blocks[0].padding_qkv.any()
+
+
+def test_prefix_tokens_of_plain_networks() -> None:
+    assert anatomy_of(plain(class_token=False, global_pool="avg")).prefix is None
+    for changes, tokens in [({}, 1), ({"reg_tokens": 2}, 3), ({"reg_tokens": 2, "no_embed_class": True}, 3)]:
+        prefix = anatomy_of(plain(**changes)).prefix
+        assert prefix is not None and prefix().shape == (tokens, 24)
+    prefix = anatomy_of(plain(pos_embed="none")).prefix
+    assert prefix is not None and prefix().shape == (1, 24)
+
+
+UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "resnet": (lambda: timm.create_model("resnet10t"), "cannot make timm.models.resnet.ResNet eventful; supported: "),
+    "swin": (
+        lambda: timm.create_model("swin_tiny_patch4_window7_224", embed_dim=12, depths=(1, 1)),
+        "SwinTransformer eventful; supported: timm VisionTransformerSAM, timm VisionTransformer",
+    ),
+    "linear": (lambda: nn.Linear(2, 2), "supported: "),
+    "qk_norm": (lambda: plain(qk_norm=True), "attention with q_norm"),
+    "sam qk_norm": (lambda: sam(qk_norm=True), "attention with q_norm"),
+    "rope": (lambda: sam(use_rope=True, use_rel_pos=False), "attention with rope"),
+    "gated MLP": (lambda: plain(mlp_layer=SwiGLUPacked), "an MLP of type GluMlp"),
+    "pre-norm": (lambda: plain(pre_norm=True), "a norm before the blocks"),
+    "post-norm": (lambda: plain(block_fn=ResPostBlock), "a block of type ResPostBlock"),
+    "parallel": (lambda: plain(block_fn=ParallelScalingBlock), "a block of type ParallelScalingBlock"),
+    "distilled": (
+        lambda: timm.create_model("deit_tiny_distilled_patch16_224", depth=1, embed_dim=12),
+        "a distillation token",
+    ),
+    "embedding norm": (lambda: plain(embed_norm_layer=nn.LayerNorm), "a norm after the patch embedding"),
+    "hybrid": (
+        lambda: timm.create_model("vit_tiny_r_s16_p8_224", depth=1),
+        "a patch embedding of type Hybrid",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_networks(name: str) -> None:
+    make, message = UNSUPPORTED[name]
+    with pytest.raises(UserError) as raised:
+        anatomy_of(make())
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_other_unsupported_parts() -> None:
+    vit = sam()
+    vit.blocks[0].window_size = 5
+    with pytest.raises(UserError, match=r"windows of more than one size \(\[4, 5\]\)"):
+        anatomy_of(vit)
+    vit = plain()
+    vit.patch_embed = PatchEmbed(24, 4, 3, 24)
+    vit.patch_embed.proj = nn.Conv2d(3, 24, 4, stride=2)
+    with pytest.raises(UserError, match="stride"):
+        anatomy_of(vit)

@@ -1,0 +1,338 @@
+"""The rows rule: dense when everything is selected, still when nothing changes, and careful with its state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import clip, dense_tokens, error, plain, randomise, run, sam
+from timm.models.vision_transformer_sam import VisionTransformerSAM
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from eventful_det.errors import UserError
+from eventful_det.gating.anatomy import anatomy_of
+from eventful_det.gating.convert import eventify
+from eventful_det.gating.policy import GateInput, Policy, RandomK, Threshold, TopFraction, TopK, select_all
+from eventful_det.gating.rows import Rows, _group
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "windows that need padding": (sam, 40, 40),
+    "windows that divide, not square": (sam, 32, 64),
+    "padding, not square, tables resized": (sam, 28, 52),
+    "smaller than a window": (sam, 8, 12),
+    "windows alone": (lambda: sam(global_attn_indexes=()), 40, 24),
+    "global alone": (lambda: sam(window_size=0), 40, 40),
+    "no relative positions": (lambda: sam(use_rel_pos=False), 40, 40),
+    "no positions, no qkv bias": (lambda: sam(use_abs_pos=False, qkv_bias=False), 40, 28),
+    "layer scale and windows": (lambda: sam(init_values=0.5), 40, 40),
+    "class token": (plain, 24, 24),
+    "class token, not square": (plain, 16, 40),
+    "layer scale": (lambda: plain(init_values=0.5), 24, 24),
+    "registers": (lambda: plain(reg_tokens=3, qkv_bias=False), 24, 16),
+    "registers without positions": (lambda: plain(reg_tokens=3, no_embed_class=True), 24, 16),
+    "no class token, no positions": (lambda: plain(class_token=False, global_pool="avg", pos_embed="none"), 24, 24),
+    "no positions": (lambda: plain(pos_embed="none"), 24, 24),
+}
+POLICIES: list[Policy] = [
+    TopK(7),
+    TopK(7, age_power=0.5),
+    TopFraction(0.3),
+    Threshold(0.5),
+    Threshold(0.5, cap=0.1, floor=0.05),
+    Threshold(1e9),
+    RandomK(k=5),
+    TopK(0),
+    TopK(10**6),
+]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("gate", ["patches", "embedding"])
+def test_all_selected_equals_dense(name: str, gate: str) -> None:
+    make, height, width = NETWORKS[name]
+    vit, frames = make(), clip(3, height, width)
+    updates, _ = run(vit, Rows(select_all, gate), frames)
+    for (update,), frame in zip(updates, frames, strict=True):
+        assert error(update.tokens, dense_tokens(vit, frame[0])) < 1e-5
+        assert update.changed.sort().values.tolist() == list(range(len(update.work)))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("gate", ["patches", "embedding"])
+def test_any_selection_works(policy: Policy, gate: str) -> None:
+    for vit, frames in [(sam(), clip(4)), (plain(), clip(4, 24, 24))]:
+        updates, _ = run(vit, Rows(policy, gate), frames)
+        assert all(update.tokens.isfinite().all() for (update,) in updates)
+        assert [update.flush for (update,) in updates] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("vit", [sam(), plain()])
+def test_an_identical_frame_changes_nothing(vit: nn.Module) -> None:
+    frames = clip(1, 24, 24).expand(5, -1, -1, -1, -1)
+    updates, _ = run(vit, Rows(Threshold(0.0)), frames)
+    for (update,) in updates[1:]:
+        assert torch.equal(update.tokens, updates[0][0].tokens)
+        assert update.changed.numel() == 0 and not update.work.any()
+        assert update.counts.linear == update.counts.matmul == 0 and update.counts.gate > 0
+    updates, _ = run(vit, Rows(TopK(5)), frames)  # recomputes five tokens from the same inputs
+    for (update,) in updates[1:]:
+        assert error(update.tokens, updates[0][0].tokens) < 1e-5
+
+
+def test_only_selected_tokens_change() -> None:
+    updates, _ = run(sam(), Rows(TopK(9)), clip(5))
+    for (before,), (update,) in zip(updates, updates[1:], strict=False):
+        differs = (update.tokens != before.tokens).any(-1).flatten().nonzero().squeeze(1)
+        assert set(differs.tolist()) <= set(update.changed.tolist()) and len(update.changed) == 9
+        assert set(update.work.nonzero().squeeze(1).tolist()) == set(update.changed.tolist())
+        assert set(update.work.tolist()) == {0.0, 1.0}
+
+
+def test_the_gate_takes_the_patches_that_changed() -> None:
+    frames = clip(6, changing=0.1)
+    updates, _ = run(sam(), Rows(Threshold(0.0)), frames)
+    for t in range(1, 6):
+        differs = (frames[t] != frames[t - 1])[0].any(0).unflatten(0, (10, 4)).unflatten(2, (10, 4)).any(3).any(1)
+        assert updates[t][0].changed.sort().values.tolist() == differs.flatten().nonzero().squeeze(1).tolist()
+
+
+def test_a_naive_rows_rule_agrees() -> None:
+    """Every block token by token on the full map: new keys and values of selected tokens, old ones of the others."""
+    vit, frames = sam(global_attn_indexes=(0, 1, 2, 3)), clip(4)
+    policy = TopK(12)
+    updates, _ = run(vit, Rows(policy), frames)
+    anatomy = anatomy_of(vit)
+    memory: list[Tensor] = []
+    output = reference = torch.zeros(0)
+    for t, frame in enumerate(frames):
+        patches = anatomy.patches(frame[0])
+        if t == 0:
+            chosen, reference, output = torch.arange(100), patches.clone(), torch.zeros(100, 24)
+        else:
+            distance = (patches - reference).norm(dim=1)
+            chosen = policy(GateInput(distance, torch.ones(100), t))
+            reference[chosen] = patches[chosen]
+        z = anatomy.embed(patches) + anatomy.positions((10, 10))  # type: ignore[misc]
+        for i, block in enumerate(vit.blocks):
+            qkv = block.attn.qkv(block.norm1(z)).view(100, 3, 2, 12).permute(1, 2, 0, 3)
+            if t == 0:
+                memory.append(qkv[1:].clone())
+            else:
+                memory[i][:, :, chosen] = qkv[1:, :, chosen]
+            (q, (k, v)) = qkv[0], memory[i]
+            scores = q @ k.mT / 12**0.5
+            for axis, table in ((0, block.attn.rel_pos_h), (1, block.attn.rel_pos_w)):
+                place = torch.arange(100) // 10 if axis == 0 else torch.arange(100) % 10
+                scores = scores + torch.einsum("hqd,qkd->hqk", q, table[place[:, None] - place[None] + 9])
+            x = (scores.softmax(-1) @ v).transpose(0, 1).reshape(100, 24)
+            z = z + block.attn.proj(x)
+            z = z + block.mlp(block.norm2(z))
+        output[chosen] = z[chosen]
+        assert error(updates[t][0].tokens.flatten(0, 1), output) < 1e-5
+
+
+def test_untouched_windows_stay_bitwise() -> None:
+    vit = sam(global_attn_indexes=())
+    frames = clip(1).repeat(2, 1, 1, 1, 1)
+    frames[1, 0, :, :16, :16] += 1  # the first window
+    (first,), (second,) = run(vit, Rows(Threshold(0.0)), frames)[0]
+    assert set(second.changed.tolist()) == {y * 10 + x for y in range(4) for x in range(4)}
+    assert torch.equal(first.tokens[4:], second.tokens[4:]) and torch.equal(first.tokens[:, 4:], second.tokens[:, 4:])
+    assert error(second.tokens, dense_tokens(vit, frames[1, 0])) < 1e-5
+
+
+def test_ages_and_staleness() -> None:
+    vit, seen = sam(), []
+
+    def spy(gate: GateInput) -> Tensor:
+        seen.append((gate.frame, gate.age.clone()))
+        return torch.tensor([gate.frame, 50])
+
+    run(vit, Rows(spy), clip(5))
+    assert [frame for frame, _ in seen] == [1, 2, 3, 4]
+    age = seen[-1][1]
+    assert age[[1, 2, 3, 50]].tolist() == [3, 2, 1, 1] and int(age[99]) == 4 and age.dtype == torch.int32
+
+
+def test_every_token_is_refreshed_while_everything_changes() -> None:
+    updates, _ = run(sam(depth=1), Rows(TopK(10, age_power=0.5)), clip(40, changing=1.0))
+    last = torch.zeros(100)
+    for t, (update,) in enumerate(updates):
+        last[update.changed] = t
+        assert (t - last).max() <= 20  # 100 / 10 would be the least
+
+
+def test_renewal() -> None:
+    vit, frames = sam(), clip(7)
+    updates, _ = run(vit, Rows(TopK(3), renew_every=3), frames)
+    assert [len(u.changed) for (u,) in updates] == [100, 3, 3, 100, 3, 3, 100]
+    assert [u.flush for (u,) in updates] == [True] + [False] * 6
+    for t in (0, 3, 6):
+        assert error(updates[t][0].tokens, dense_tokens(vit, frames[t, 0])) < 1e-5
+    assert updates[3][0].counts == updates[0][0].counts
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_streams_are_isolated_bit_for_bit(policy: Policy) -> None:
+    vit, frames = sam(), clip(4, streams=3)
+    together, state = run(vit, Rows(policy), frames)
+    for i in range(3):
+        alone, own = run(vit, Rows(policy), frames[:, i : i + 1])
+        for t in range(4):
+            assert torch.equal(together[t][i].tokens, alone[t][0].tokens)
+            assert torch.equal(together[t][i].changed, alone[t][0].changed)
+            assert together[t][i].counts == alone[t][0].counts
+        assert all(torch.equal(a, b) for a, b in zip(state.select([i]).tensors(), own.tensors(), strict=True))
+
+
+def test_a_new_size_flushes_that_stream_alone() -> None:
+    vit = sam()
+    eventful = eventify(vit, Rows(TopK(8)))
+    state, frames = eventful.init_state(2), clip(3, streams=2)
+    eventful.step(frames[0], state)
+    small = frames[1, 1, :, :20, :]
+    updates = eventful.step([frames[1, 0], small], state)
+    assert [u.flush for u in updates] == [False, True]
+    assert error(updates[1].tokens, dense_tokens(vit, small)) < 1e-5
+    assert [u.flush for u in eventful.step([frames[2, 0], frames[2, 1, :, :20, :]], state)] == [False, False]
+
+
+def test_flush_on_request() -> None:
+    vit, frames = sam(), clip(3, streams=2)
+    eventful = eventify(vit, Rows(TopK(8)))
+    state = eventful.init_state(2)
+    eventful.step(frames[0], state)
+    updates = eventful.step(frames[1], state, flush=[False, True])
+    assert [u.flush for u in updates] == [False, True] and len(updates[1].changed) == 100
+    assert error(updates[1].tokens, dense_tokens(vit, frames[1, 1])) < 1e-5
+    state.reset([0])
+    assert [u.flush for u in eventful.step(frames[2], state)] == [True, False]
+
+
+def test_flush_forgets_old_weights() -> None:
+    vit, frame = sam(), clip(1)[0]
+    eventful = eventify(vit, Rows(TopK(8)))
+    state = eventful.init_state()
+    eventful.step(frame, state)
+    for parameter in vit.parameters():
+        parameter.data.mul_(0.9)
+    (update,) = eventful.step(frame, state, flush=True)
+    assert error(update.tokens, dense_tokens(vit, frame[0])) < 1e-5
+
+
+def test_state_is_constant_and_in_place_and_linear_in_tokens() -> None:
+    vit = sam(depth=2)
+    eventful = eventify(vit, Rows(TopFraction(0.2, age_power=0.5)))
+    state, frames = eventful.init_state(), clip(50)
+    eventful.step(frames[0], state)
+    places, nbytes = [t.data_ptr() for t in state.tensors()], state.nbytes
+    for frame in frames[1:]:
+        eventful.step(frame, state)
+        assert places == [t.data_ptr() for t in state.tensors()] and state.nbytes == nbytes
+    _, larger = run(vit, Rows(), clip(1, 160, 160))
+    assert larger.nbytes < 16 * nbytes  # 16 times the tokens, and less padding
+
+
+@pytest.mark.parametrize("policy", [TopK(8), Threshold(1e9), select_all])
+def test_results_alias_no_buffer(policy: Policy) -> None:
+    vit, frames = sam(), clip(4)
+    clean, _ = run(vit, Rows(policy), frames)
+    eventful = eventify(vit, Rows(policy))
+    state = eventful.init_state()
+    for t, frame in enumerate(frames):
+        given = frame.clone()
+        (update,) = eventful.step(given, state)
+        assert torch.equal(update.tokens, clean[t][0].tokens)
+        for tensor in (update.tokens, update.work, given):
+            tensor.fill_(torch.nan)
+        update.changed.fill_(-1)
+
+
+def test_order_of_a_policy_does_not_matter() -> None:
+    frames = clip(4)
+
+    def backwards(gate: GateInput) -> Tensor:
+        return TopK(15)(gate).sort(descending=True).values
+
+    for ours, theirs in zip(run(sam(), Rows(backwards), frames)[0], run(sam(), Rows(TopK(15)), frames)[0], strict=True):
+        assert error(ours[0].tokens, theirs[0].tokens) < 1e-5
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 5), st.data())
+def test_any_set_of_selected_tokens_equals_a_mix_of_two_dense_passes(
+    rows: int, cols: int, side: int, data: st.DataObject
+) -> None:
+    """One block: selected tokens see new keys at selected places and old keys elsewhere."""
+    chosen = sorted(data.draw(st.sets(st.integers(0, rows * cols - 1))))
+    vit = VisionTransformerSAM(
+        img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, window_size=side, use_rel_pos=True, neck_chans=0
+    )
+    vit.neck = nn.Identity()
+    randomise(vit)
+    frames = clip(2, 4 * rows, 4 * cols, changing=1.0)
+    mixed = frames[0, 0].clone()
+    for i in chosen:
+        y, x = 4 * (i // cols), 4 * (i % cols)
+        mixed[:, y : y + 4, x : x + 4] = frames[1, 0, :, y : y + 4, x : x + 4]
+    updates, _ = run(vit, Rows(lambda gate: torch.tensor(chosen, dtype=torch.long)), frames)
+    expected = dense_tokens(vit, mixed).flatten(0, 1)
+    first, second = (update.tokens.flatten(0, 1) for (update,) in updates)
+    others = [i for i in range(rows * cols) if i not in chosen]
+    torch.testing.assert_close(second[chosen], expected[chosen], rtol=1e-4, atol=1e-5)
+    assert torch.equal(second[others], first[others])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=30).map(sorted))
+def test_group(windows: list[int]) -> None:
+    touched, group, rank, widest = _group(torch.tensor(windows))
+    assert touched.tolist() == sorted(set(windows))
+    assert touched[group].tolist() == windows
+    assert widest == max(windows.count(w) for w in windows)
+    assert len({*zip(group.tolist(), rank.tolist(), strict=True)}) == len(windows)
+    assert int(rank.max()) == widest - 1
+
+
+@pytest.mark.parametrize(("make", "size"), [(sam, 40), (plain, 24)])
+@pytest.mark.parametrize("policy", [TopK(9), Threshold(1e9), select_all])
+@pytest.mark.parametrize("gate", ["patches", "embedding"])
+def test_counts_are_what_torch_counts(make: Callable[[], nn.Module], size: int, policy: Policy, gate: str) -> None:
+    eventful = eventify(make(), Rows(policy, gate))
+    state = eventful.init_state()
+    for frame in clip(2, size, size):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            (update,) = eventful.step(frame, state)
+        counts = update.counts
+        assert counts.linear + counts.matmul + counts.einsum == counter.get_total_flops() // 2
+        compared = frame.numel() if gate == "patches" else 24 * update.work.numel()
+        assert counts.gate == (0 if update.flush else compared)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions(dtype: torch.dtype) -> None:
+    vit, frames = sam().to(dtype), clip(3).to(dtype)
+    updates, state = run(vit, Rows(select_all), frames)
+    assert updates[-1][0].tokens.dtype == dtype
+    assert {t.dtype for t in state.tensors()} == {dtype, torch.int32}
+    assert error(updates[-1][0].tokens.double(), dense_tokens(vit.double(), frames[-1, 0].double())) < 0.05
+
+
+def test_long_query_lists_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    vit, frames = sam(), clip(2)
+    whole, _ = run(vit, Rows(select_all), frames)
+    monkeypatch.setattr("eventful_det.gating.rows._BIAS_ELEMENTS", 1500)  # 7 queries at a time
+    pieces, _ = run(vit, Rows(select_all), frames)
+    assert error(pieces[1][0].tokens, whole[1][0].tokens) < 1e-6
+
+
+def test_user_errors() -> None:
+    with pytest.raises(UserError, match="'patches' or 'embedding', got 'pixels'"):
+        Rows(gate="pixels")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="renew_every"):
+        Rows(renew_every=-1)

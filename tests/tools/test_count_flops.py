@@ -1,0 +1,126 @@
+"""The counting tool reproduces the official figures, takes wishes, and says what is wrong with others in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from eventful_det.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+Rows = list[dict[str, Any]]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from count_flops import collect  # noqa: E402
+
+
+def ask(*overrides: str) -> Rows:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return collect(compose("count_flops", [*overrides]))
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "count_flops.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """The default table, as a user gets it."""
+    output = tmp_path_factory.mktemp("default")
+    done = run(f"output={output}")
+    assert done.returncode == 0, done.stderr
+    assert "467.44" in done.stdout and "results.json" in done.stdout
+    rows: Rows = json.loads((output / "results.json").read_text())["rows"]
+    return rows
+
+
+def find(rows: Rows, **wanted: Any) -> dict[str, Any]:
+    (row,) = (row for row in rows if all(row[key] == value for key, value in wanted.items()))
+    return row
+
+
+OFFICIAL = [
+    *((1024, None, k, gmacs) for k, gmacs in [(256, 51.74), (512, 86.39), (1024, 155.69), (2048, 294.29)]),
+    *((672, None, k, gmacs) for k, gmacs in [(128, 19.28), (256, 32.93), (512, 60.25), (1024, 114.88)]),
+    *((1024, ablation, 512, gmacs) for ablation, gmacs in [("tokenwise", 162.85), ("qk", 124.20)]),
+]
+
+
+def test_official_figures(rows: Rows) -> None:
+    b = {"model": "vitdet_b_vid"}
+    for side, gmacs in [(1024, 467.44), (672, 174.50)]:
+        row = find(rows, **b, rule="dense", height=side, width=side, pool=None)
+        assert row["k"] is None and round(row["official_gmacs"], 2) == gmacs
+    for side, ablation, k, gmacs in OFFICIAL:
+        row = find(rows, **b, rule="paper", height=side, width=side, ablation=ablation or "full", k=k, pool=None)
+        assert round(row["official_gmacs"], 2) == gmacs
+    pooled = {**b, "height": 1024, "width": 1024, "pool": 2}
+    assert round(find(rows, **pooled, rule="dense")["official_gmacs"], 2) == 388.12
+    row = find(rows, **pooled, rule="paper", k=512)
+    assert row["official_gmacs"] == pytest.approx(66.8, abs=0.3)
+    assert "193 cells (128 if compact, 424 if scattered" in row["assumed"]
+
+
+def test_parts_add_up_and_sizes_are_those_of_the_plan(rows: Rows) -> None:
+    for row in rows:
+        assert row["total"] == pytest.approx(sum(row[part] for part in ("backbone", "pyramid", "rpn", "roi")))
+        assert row["ablation"] == ("full" if row["rule"] == "paper" else None) or row["ablation"] in ("tokenwise", "qk")
+    row = find(rows, model="vitdet_b_vid", height=576, width=1024, rule="dense")
+    assert [round(row[part], 1) for part in ("backbone", "pyramid", "rpn", "roi")] == [238.0, 40.3, 58.1, 38.6]
+    assert {(row["model"], row["rule"]) for row in rows if row["width"] != row["height"]} == {
+        (model, rule) for model in ("vitdet_b_vid", "vitdet_tiny") for rule in ("dense", "paper", "rows")
+    }
+
+
+def test_a_wish() -> None:
+    rows = ask("model=vitdet_tiny", "size=[320,512]", "rule=rows", "k=[80,160]")
+    assert [(row["rule"], row["k"], row["tokens"]) for row in rows] == [("rows", 80, 640), ("rows", 160, 640)]
+    assert [row["k"] for row in ask("size=[[320,512],[256,256]]", "rule=rows", "fraction=0.25")] == [160, 64]
+    wide = ask("+model.window=0", "+model.global_blocks=[]", "rule=[dense,rows]", "k=60")
+    assert [(row["model"], row["width"], row["tokens"]) for row in wide] == [("vitdet_tiny", 455, 480)] * 2
+
+
+def test_assumptions() -> None:
+    rows = ["model=vitdet_b_vid", "size=[1024,1024]", "rule=rows", "k=512"]
+    even, measured, bound = (ask(*rows, f"assume.padding={n}")[0]["backbone"] for n in ("1", "2.4", "null"))
+    assert even < measured < bound
+    paper = ["model=vitdet_b_vid", "size=[1024,1024]", "rule=paper", "k=512", "pool=2"]
+    counts = [ask(*paper, f"assume.scatter={n}")[0]["official_gmacs"] for n in (0, 1)]
+    assert [round(count, 1) for count in counts] == [64.4, 75.6]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["k=641", "size=[320,512]"], "1 to 640 tokens"),
+        (["k=many"], "whole number"),
+        (["fraction=25"], "fraction must lie in"),
+        (["size=320"], "height,width"),
+        (["rule=fast"], "unknown rule 'fast'; known: dense, paper, rows"),
+        (["rule=rows", "pool=2"], "does not pool keys"),
+        (["rule=paper", "pool=7"], "does not divide a grid of 16 x 30 tokens"),
+        (["rule=paper", "ablation=all"], "unknown ablation 'all'; known: full, tokenwise, qk"),
+        (["assume.scatter=2"], "scatter"),
+        (["assume.padding=0.5"], "padding"),
+        (["+model.sides=7"], "unknown option sides"),
+    ],
+)
+def test_errors(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        ask(*overrides)
+
+
+def test_an_error_takes_one_line(tmp_path: Path) -> None:
+    done = run(f"output={tmp_path}", "+model.dim=190")
+    assert (done.returncode, done.stderr) == (2, "error: model: dim (190) must be a multiple of heads (3)\n")
+    assert not (tmp_path / "results.json").exists()
