@@ -9,7 +9,7 @@ setup(
         "timm>=1.0.9",  # ViT blocks, ImageNet weights, layer-wise decay
         "numpy>=1.26",  # pictures and boxes outside the network
         "opencv-python>=4.9",  # resizing, drawing, webcams
-        "av>=12",  # decode any video, write H.264 with timestamps
+        "av>=17",  # decode any video; write H.264 that survives a crash (FFmpeg 7.1) in true colours (17)
         "pycocotools>=2.0.8",  # average precision, as everyone computes it
         "hydra-core>=1.3",  # configs of the tools
         "safetensors>=0.4",  # weights without pickle

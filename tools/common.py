@@ -87,7 +87,7 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def build_rule(gate: DictConfig | Mapping[str, Any]) -> Rule | None:
+def build_rule(gate: DictConfig) -> Rule | None:
     """The update rule of a `gate` config (configs/gate/*.yaml), or None for dense.
 
     Args:
@@ -97,7 +97,7 @@ def build_rule(gate: DictConfig | Mapping[str, Any]) -> Rule | None:
     Raises:
         UserError: a name is unknown, or an option does not belong to the rule or policy it was given to.
     """
-    options = dict(plain(gate))
+    options = plain(gate)
     rule, policy = options.pop("rule"), options.pop("policy", None)
     if rule == "dense":
         return None

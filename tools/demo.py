@@ -65,12 +65,15 @@ class Outputs:
         """Append a frame to every file."""
         self.history.append(result.cost)
         self.video.write(annotate(result, self.history, self.show))
-        self.lines.write(json.dumps(record(result)) + "\n")
         row = {"frame": result.frame_index, **cost_row(result.cost), "held": int(result.held)}
-        if self.rows is None:
-            self.rows = csv.DictWriter(self.table, list(row))
-            self.rows.writeheader()
-        self.rows.writerow({key: round(value, 6) for key, value in row.items()})
+        try:
+            self.lines.write(json.dumps(record(result)) + "\n")
+            if self.rows is None:
+                self.rows = csv.DictWriter(self.table, list(row))
+                self.rows.writeheader()
+            self.rows.writerow({key: round(value, 6) for key, value in row.items()})
+        except OSError as error:
+            raise UserError(f"cannot write to {self.lines_path.parent}: {error.strerror}") from error
 
     def close(self) -> dict[str, Any]:
         """Finish the files and sum them up."""
@@ -251,8 +254,10 @@ def print_summary(results: dict[str, Any]) -> None:
         f"{results['frames']} frames, {gmacs:.2f} GMACs each: {share:.0%} of dense ({dense:.2f}); "
         f"median {results['latency_ms']['median']:.0f} ms"
     )
+    if results["skipped"]:
+        console.print(f"{results['skipped']} pieces of the source could not be decoded")
     for path in results["files"]:
-        console.print(path)
+        console.print(path, soft_wrap=True)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="demo")

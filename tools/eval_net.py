@@ -79,7 +79,7 @@ def evaluate_single(config: DictConfig, detector: Detector, data: CocoVideo, dir
     scores = run.scores()
     row = row_of(run, scores)
     (directory / "coco_results.json").write_text(json.dumps(run.results) + "\n")
-    _show([list(line) for line in zip(*report.table([row]), strict=True)])
+    _show([list(line) for line in zip(*report.table([row]), strict=True) if line[1] != "-"])
     _show([["class", "AP50"], *([name, report.percent(ap, 1)] for name, ap in scores.ap50_by_class.items())])
     return {
         "rows": [row],

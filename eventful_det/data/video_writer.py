@@ -67,17 +67,28 @@ class VideoWriter:
             dst_color_range=ColorRange.MPEG,
         )
         frame.pts = self.frames
-        self._mux(frame)
+        try:
+            self._container.mux(self._stream.encode(frame))
+        except FFmpegError as error:
+            self._stream = None  # FFmpeg may crash when more is written behind a header that it could not write
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
         self.frames += 1
 
     def close(self) -> None:
-        """Finish the file."""
+        """Finish the file.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        stream, self._stream = self._stream, None
         try:
-            if self._stream is not None:
-                self._mux(None)
-        finally:
-            self._stream = None
-            self._container.close()
+            try:
+                if stream is not None:
+                    self._container.mux(stream.encode(None))
+            finally:
+                self._container.close()
+        except FFmpegError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -96,12 +107,6 @@ class VideoWriter:
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
         context.color_primaries = context.color_trc = 1  # BT.709
         self._stream = stream
-
-    def _mux(self, frame: av.VideoFrame | None) -> None:
-        try:
-            self._container.mux(self._stream.encode(frame))
-        except FFmpegError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
 
 def _letterbox(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from eventful_det.data.coco_video import CocoVideo, Video
@@ -66,14 +65,14 @@ class VideoRun:
 
     Attributes:
         video: its frames and their labels.
-        detections: by image id, in pixels of the frames.
+        results: detections on all its frames as a COCO results list.
         costs: frame by frame.
         state_bytes: remembered of the stream between frames.
         peak_bytes: largest memory while it ran (process or GPU).
     """
 
     video: Video
-    detections: dict[int, Detections]
+    results: list[Entry]
     costs: list[FrameCost]
     state_bytes: int
     peak_bytes: int
@@ -90,13 +89,12 @@ class MethodRun:
 
     method: Method
     data: CocoVideo
-    categories: list[int]
     videos: list[VideoRun] = field(default_factory=list)
 
     @property
     def results(self) -> list[Entry]:
         """All detections as a COCO results list."""
-        return list(chain.from_iterable(coco_results(run.detections, self.categories) for run in self.videos))
+        return [entry for run in self.videos for entry in run.results]
 
     @property
     def efficiency(self) -> Efficiency:
@@ -108,7 +106,7 @@ class MethodRun:
         if video is None:
             return evaluate(self.data, self.results)
         alone = CocoVideo(self.data.categories, [video.video], self.data.image_root)
-        return evaluate(alone, coco_results(video.detections, self.categories))
+        return evaluate(alone, video.results)
 
 
 def first(data: CocoVideo, videos: int | None = None, frames: int | None = None) -> CocoVideo:
@@ -149,8 +147,8 @@ def run_methods(
         UserError: no frame is labelled, an image cannot be read, or the detector knows other classes.
     """
     labelled_frames(data)
-    categories = category_ids(data, detector.names)
-    runs = [MethodRun(method, data, categories) for method in methods]
+    category_ids(data, detector.names)
+    runs = [MethodRun(method, data) for method in methods]
     training = detector.training
     detector.eval()
     try:
@@ -193,4 +191,6 @@ def _run_video(
         costs.append(result.cost)
         if on_frame is not None:
             on_frame(method)
-    return VideoRun(video, detections, costs, stream.state_bytes, peak_memory(detector.device))
+    # Numbers, not tensors, outlive the video: small tensors kept among large short-lived ones fragment the heap.
+    results = coco_results(detections, category_ids(data, detector.names))
+    return VideoRun(video, results, costs, stream.state_bytes, peak_memory(detector.device))

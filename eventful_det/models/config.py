@@ -29,7 +29,7 @@ class ModelConfig:
         proposals: proposals kept per frame at inference; `proposals_train` while training.
         nms_candidates: candidates per level before non-maximum suppression; `nms_candidates_train` while training.
         region_samples: proposals per image in the region loss.
-        box_loss: "l1" or "giou".
+        box_loss: "l1" or "giou", times `box_loss_weight`.
         score_threshold, nms_threshold, max_detections: of the final detections.
         short_side, long_side: frames are resized to this short side in pixels, unless the long side would exceed.
     """
@@ -57,6 +57,7 @@ class ModelConfig:
     nms_candidates_train: int = 400
     region_samples: int = 64
     box_loss: str = "l1"
+    box_loss_weight: float = 1.0
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
     max_detections: int = 100
@@ -115,7 +116,9 @@ def vitdet_b_vid(classes: tuple[str, ...], **changes: object) -> ModelConfig:
         proposals_train=1000,
         nms_candidates=1000,
         nms_candidates_train=2000,
-        region_samples=512,
+        region_samples=128,
+        box_loss="giou",
+        box_loss_weight=2.0,
         short_side=576,
         long_side=1024,
         pixel_mean=(0.485, 0.456, 0.406),

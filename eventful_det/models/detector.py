@@ -155,7 +155,9 @@ class Detector(nn.Module):
             raise UserError("Detector.step is for inference; call .eval() first")
         if len(frames) != len(state):
             raise UserError(f"got {len(frames)} frames for a state of {len(state)} streams; give one frame per stream")
-        flushes = [flush] * len(frames) if isinstance(flush, bool) else flush
+        flushes = [flush] * len(frames) if isinstance(flush, bool) else list(flush)
+        if len(flushes) != len(frames):
+            raise UserError(f"got {len(flushes)} flush flags for {len(frames)} frames; give one per stream")
         return [
             self._step_stream(frame, state, i, flushed)
             for i, (frame, flushed) in enumerate(zip(frames, flushes, strict=True))

@@ -142,7 +142,7 @@ class RegionHeads(nn.Module):
         foreground = (label < len(self.config.classes)).nonzero().squeeze(1)
         chosen = deltas.unflatten(1, (-1, 4))[foreground, label[foreground]]
         location = self._box_loss(chosen, torch.cat(boxes)[foreground], torch.cat(truth)) / max(label.numel(), 1)
-        return {"loss_cls": F.cross_entropy(logits, label), "loss_box_reg": location}
+        return {"loss_cls": F.cross_entropy(logits, label), "loss_box_reg": location * self.config.box_loss_weight}
 
     def _box_loss(self, deltas: Tensor, boxes: Tensor, truth: Tensor) -> Tensor:
         if self.config.box_loss == "giou":

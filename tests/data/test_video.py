@@ -203,9 +203,11 @@ def test_reading_holds_few_frames(tmp_path: Path, images: list[Image]) -> None:
 
 def test_close_midway(tmp_path: Path, images: list[Image]) -> None:
     source = open_source(encode(tmp_path / "a.mp4", images))
-    next(iter(source))
+    frames = iter(source)
+    next(frames)
     source.close()
     source.close()
+    del frames
 
 
 @pytest.fixture
@@ -321,3 +323,10 @@ def test_writer_says_why_it_cannot(tmp_path: Path) -> None:
 def test_sources_are_context_managers() -> None:
     with open_source("synthetic") as source:
         assert isinstance(source, VideoSource)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device without space")
+def test_full_disk(images: list[Image]) -> None:
+    with pytest.raises(UserError, match="No space left"), VideoWriter("/dev/full") as writer:
+        for image in images:
+            writer.write(image)

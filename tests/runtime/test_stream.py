@@ -1,0 +1,192 @@
+"""Streams: lazy, constant in memory, steerable between frames, independent of each other."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from eventful_det.data.synthetic import SceneOptions, render_video, video_facts
+from eventful_det.errors import UserError
+from eventful_det.gating.policy import TopK
+from eventful_det.models.detector import Detector
+from eventful_det.runtime.refresh import SceneCuts
+from eventful_det.runtime.stream import StreamResult
+
+Image = NDArray[np.uint8]
+TOKENS = 6 * 10  # of frames of 96 x 144, padded to 96 x 160
+
+
+def clip(index: int, frames: int = 8, width: int = 144, height: int = 96) -> list[Image]:
+    options = SceneOptions(width=width, height=height, frames=frames, cut_fraction=0)
+    return [frame.image for frame in render_video(options, index=index)]
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[Image]:
+    return clip(1)
+
+
+def equal(a: StreamResult, b: StreamResult) -> bool:
+    pairs = zip(a.detections.tensors(), b.detections.tensors(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs) and torch.equal(a.work, b.work)
+
+
+def test_frames_are_pulled_one_by_one(tiny_detector: Detector, frames: list[Image]) -> None:
+    pulled = 0
+
+    def source() -> Iterator[Image]:
+        nonlocal pulled
+        for image in frames:
+            pulled += 1
+            yield image
+
+    stream = tiny_detector.stream(source(), max_frames=5)
+    assert pulled <= 1
+    for result in stream:
+        assert pulled - 1 == result.frame_index
+    assert pulled == 5
+    assert next(stream, None) is None
+
+
+def test_memory_is_constant(tiny_detector: Detector) -> None:
+    alive: list[weakref.ref[Image]] = []
+
+    def source() -> Iterator[Image]:
+        options = SceneOptions(width=144, height=96, frames=60)
+        for frame in render_video(options):
+            alive.append(weakref.ref(frame.image))
+            yield frame.image
+
+    stream = tiny_detector.stream(source(), budget=0.2)
+    sizes = []
+    for result in stream:
+        sizes.append(stream.state_bytes - sum(t.nbytes for t in result.detections.tensors()))
+        assert sum(image() is not None for image in alive) <= 3
+    assert len(sizes) == 60 and len(set(sizes)) == 1
+
+
+def test_result_describes_the_frame(tiny_detector: Detector, frames: list[Image]) -> None:
+    result, again = itertools.islice(tiny_detector.stream(frames, budget=0.25), 2)
+    assert result.names == ("circle", "square", "star") and result.timestamp is None
+    assert result.image is frames[0] and result.token_size == (16, 16)
+    assert result.cost.flush and result.cost.recomputed == result.cost.tokens == TOKENS
+    assert result.work.shape == (6, 10) and bool((result.work == 1).all())
+    assert not again.cost.flush and again.cost.recomputed == round(float(again.work.sum())) == TOKENS // 4
+    assert set(again.cost.seconds) >= {"backbone", "pyramid", "rpn", "roi", "other"} and again.cost.latency > 0
+    assert again.cost.macs["backbone"] < again.cost.dense["backbone"] == result.cost.dense["backbone"]
+
+
+def test_detections_are_in_pixels_of_the_source(tiny_detector: Detector, frames: list[Image]) -> None:
+    doubled = [image.repeat(2, axis=0).repeat(2, axis=1) for image in frames[:2]]
+    for small, large in zip(tiny_detector.stream(frames), tiny_detector.stream(doubled), strict=False):
+        assert len(small.detections) > 0
+        torch.testing.assert_close(large.detections.boxes, 2 * small.detections.boxes)
+        assert large.token_size == (32, 32)
+        assert float(large.detections.boxes[:, [0, 2]].max()) <= 288 + 1e-3
+
+
+def test_budget_between_frames(tiny_detector: Detector, frames: list[Image]) -> None:
+    stream = tiny_detector.stream(frames, budget=7)
+    recomputed = [next(stream).cost.recomputed, next(stream).cost.recomputed]
+    for budget in (0.5, TopK(3), 0, 1.0):
+        stream.budget = budget
+        recomputed.append(next(stream).cost.recomputed)
+    assert recomputed == [TOKENS, 7, TOKENS // 2, 3, 0, TOKENS]
+    assert tiny_detector.policy is not stream.policy  # the detector keeps its own
+    for bad in (1.5, -1, "much", True):
+        with pytest.raises(UserError, match="budget"):
+            stream.budget = bad  # type: ignore[assignment]
+
+
+def test_everything_recomputed_equals_dense(tiny_detector: Detector, frames: list[Image]) -> None:
+    dense = tiny_detector.with_rule(None).stream(frames)
+    for a, b in zip(tiny_detector.stream(frames, budget=1.0), dense, strict=True):
+        torch.testing.assert_close(a.detections.boxes, b.detections.boxes, atol=1e-2, rtol=0)
+
+
+def test_scene_cut_flushes(tiny_detector: Detector, frames: list[Image]) -> None:
+    both = frames[:4] + clip(2)[:4]
+    assert [r.cost.flush for r in tiny_detector.stream(both)] == [True, False, False, False] * 2
+    assert [r.cost.flush for r in tiny_detector.stream(both, scene_cuts=False)] == [True] + 7 * [False]
+
+
+def test_size_change_flushes(tiny_detector: Detector, frames: list[Image]) -> None:
+    mixed = frames[:2] + [np.ascontiguousarray(image[:, :96]) for image in frames[2:4]] + frames[4:6]
+    results = list(tiny_detector.stream(mixed, scene_cuts=False))
+    assert [r.cost.flush for r in results] == [True, False] * 3
+    assert [r.cost.tokens for r in results] == [60, 60, 36, 36, 60, 60]
+    held = list(tiny_detector.stream(mixed, scene_cuts=False, hold=6))
+    assert [r.held for r in held] == [False, True] * 3  # boxes of another size are not held
+
+
+def test_hold(tiny_detector: Detector, frames: list[Image]) -> None:
+    results = list(tiny_detector.stream(frames[:7], budget=1.0, hold=3))
+    assert [r.held for r in results] == [False, True, True, False, True, True, False]
+    assert [r.frame_index for r in results] == list(range(7))
+    for result, image in zip(results, frames, strict=False):
+        assert result.image is image
+    for held in (results[1], results[2]):
+        assert torch.equal(held.detections.boxes, results[0].detections.boxes)
+        assert held.cost.total == held.cost.recomputed == float(held.work.sum()) == 0
+        assert held.cost.dense_total == results[0].cost.dense_total
+    cut = [r.held for r in tiny_detector.stream(frames[:2] + clip(2)[:2], hold=4)]
+    assert cut == [False, True, False, True]
+    with pytest.raises(UserError, match="hold"):
+        tiny_detector.stream(frames, hold=0)
+
+
+def test_streams_do_not_disturb_each_other(tiny_detector: Detector) -> None:
+    clips = [clip(1, 6), clip(2, 6, 96, 128)]
+    alone = [list(tiny_detector.stream(c, budget=b)) for c, b in zip(clips, (5, 0.3), strict=True)]
+    together = [tiny_detector.stream(c, budget=b) for c, b in zip(clips, (5, 0.3), strict=True)]
+    for i in range(6):
+        assert all(equal(next(stream), results[i]) for stream, results in zip(together, alone, strict=True))
+
+
+def test_results_do_not_change_later(tiny_detector: Detector, frames: list[Image]) -> None:
+    stream = tiny_detector.stream(frames, budget=0.5)
+    first = next(stream)
+    before = first.detections.clone(), first.work.clone()
+    list(stream)
+    assert torch.equal(before[0].boxes, first.detections.boxes) and torch.equal(before[1], first.work)
+
+
+def test_close_ends_the_iteration(tiny_detector: Detector, frames: list[Image]) -> None:
+    stream = tiny_detector.stream(frames)
+    next(stream)
+    stream.close()
+    assert list(stream) == []
+
+
+def test_bad_frames_are_reported_where_they_come(tiny_detector: Detector, frames: list[Image]) -> None:
+    stream = tiny_detector.stream([frames[0], frames[0][..., 0]])
+    next(stream)
+    with pytest.raises(UserError, match="frame 1"):
+        next(stream)
+    with pytest.raises(UserError, match="no such file"):
+        tiny_detector.stream("missing.mp4")
+
+
+def test_cuts_of_synthetic_videos_are_found() -> None:
+    options = SceneOptions(width=192, height=128, frames=30, cut_fraction=1.0)
+    for index in range(8):
+        cuts = SceneCuts()
+        found = [i for i, frame in enumerate(render_video(options, 5, index)) if cuts(frame.image)]
+        assert found == video_facts(options, 5, index).cuts
+
+
+def test_what_is_not_a_cut() -> None:
+    image = clip(1, 1, 384, 256)[0].astype(np.float32)
+    noise = np.random.default_rng(0).standard_normal(image.shape) * 20
+    black = np.zeros_like(image)
+    cuts = SceneCuts()
+    for other in (image, image * 1.3, image * 0.7, image + 15, image + noise, image[:, ::-1][:, ::-1]):
+        assert not cuts(np.clip(other, 0, 255).astype(np.uint8))
+    assert cuts(black.astype(np.uint8))
+    assert not cuts(black.astype(np.uint8))

@@ -1,0 +1,119 @@
+"""What is drawn is where it should be, for frames of all shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from eventful_det.models.cost import PARTS, FrameCost
+from eventful_det.models.regions import Detections
+from eventful_det.runtime.stream import StreamResult
+from eventful_det.viz import (
+    PART_COLOURS,
+    annotate,
+    class_colour,
+    cost_row,
+    draw_detections,
+    draw_history,
+    draw_work,
+    plot_cost,
+)
+
+NAMES = ("circle", "square")
+
+
+def cost(share: float = 0.5, **changes: Any) -> FrameCost:
+    dense = dict(zip(PARTS, (4_000_000_000, 10**9, 10**9, 2 * 10**9), strict=True))
+    macs = {part: int(share * value) for part, value in dense.items()}
+    values = {"recomputed": 12, "tokens": 24, "flush": False, "seconds": {"backbone": 0.03, "other": 0.01}, **changes}
+    return FrameCost(macs, dense, **values)
+
+
+def result(height: int, width: int, **changes: Any) -> StreamResult:
+    boxes = torch.tensor([[0.1, 0.1, 0.6, 0.6], [0.5, 0.5, 2.0, 2.0]]) * torch.tensor([width, height, width, height])
+    values: dict[str, Any] = {
+        "detections": Detections(boxes, torch.tensor([0.9, 0.6]), torch.tensor([0, 1])),
+        "names": NAMES,
+        "frame_index": 3,
+        "timestamp": 0.12,
+        "cost": cost(),
+        "work": torch.eye(4, 6),
+        "token_size": (height / 4, width / 6),
+        "image": np.full((height, width, 3), 90, np.uint8),
+    }
+    return StreamResult(**{**values, **changes})
+
+
+def count(image: np.ndarray[Any, Any], colour: tuple[int, int, int]) -> int:
+    return int((image == colour).all(axis=2).sum())
+
+
+def test_class_colours_are_stable_and_apart() -> None:
+    colours = np.array([class_colour(label) for label in range(10)], np.int16)
+    apart = np.abs(colours[:, None] - colours[None]).sum(axis=2) + 999 * np.eye(10)
+    assert apart.min() > 30
+    assert class_colour(3) == class_colour(3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(256, 384), (720, 1280), (24, 32)])
+def test_boxes(height: int, width: int) -> None:
+    frame = result(height, width)
+    drawn = draw_detections(frame.image, frame.detections, NAMES, show=0.7)
+    assert drawn.shape == frame.image.shape and np.all(frame.image == 90)
+    assert count(drawn, class_colour(0)) > 0 and count(drawn, class_colour(1)) == 0
+    rows, cols = np.nonzero((drawn != 90).any(axis=2))
+    assert cols.min() <= 0.1 * width + 1 and rows.max() >= 0.6 * height - 1
+    both = draw_detections(frame.image, frame.detections, NAMES, show=0.5)
+    assert count(both, class_colour(1)) > 0
+    assert np.array_equal(draw_detections(frame.image, frame.detections, NAMES, show=1.1), frame.image)
+
+
+def test_work_map_covers_its_tokens() -> None:
+    image = np.full((90, 130, 3), 120, np.uint8)
+    work = torch.zeros(3, 5)
+    work[1, 2] = 1
+    work[2, 4] = 0.5
+    drawn = draw_work(image, work, (32.0, 30.0)).astype(int)  # the map reaches beyond the picture
+    bright = drawn.sum(axis=2) > 240
+    assert bright[32:64, 60:90].all() and not bright[:32].any() and not bright[:, :60].any()
+    grey, half, full = drawn[10, 10], drawn[80, 125], drawn[50, 75]
+    assert grey[0] == grey[1] == grey[2] and (grey < half).all() and (half[:2] < full[:2]).all()
+
+
+def test_history_shows_shares_of_dense() -> None:
+    canvas = np.zeros((148, 768, 3), np.uint8)
+    draw_history(canvas, [cost(0.25)] * 50 + [cost(1.0)] * 50)
+    left, right = canvas[:, 60:400], canvas[:, 410:]
+    backbone = PART_COLOURS["backbone"]
+    assert count(right, backbone) == pytest.approx(4 * count(left, backbone), rel=0.15)
+    draw_history(canvas, [])
+    draw_history(canvas, [cost(0.0, recomputed=0, seconds={})] * 500)
+
+
+@pytest.mark.parametrize(("height", "width"), [(256, 384), (720, 1280), (1280, 720), (32, 640), (640, 32), (7, 5)])
+def test_annotate_every_shape(height: int, width: int) -> None:
+    frame = result(height, width)
+    drawn = annotate(frame, [frame.cost] * 3)
+    again = annotate(result(height, width, timestamp=None, held=True, cost=cost(0, seconds={})), [])
+    assert drawn.dtype == np.uint8 and drawn.shape == again.shape
+    assert max(drawn.shape) <= 1600
+    assert count(drawn, PART_COLOURS["roi"]) > 0
+
+
+def test_annotate_has_one_size_per_aspect_ratio() -> None:
+    assert annotate(result(180, 320)).shape == annotate(result(720, 1280)).shape
+
+
+def test_plot(tmp_path: Path) -> None:
+    rows = [cost_row(cost(1.0, flush=True))] + [cost_row(cost(0.3))] * 9
+    assert rows[0]["gmacs_total"] == rows[0]["dense_total"] == 8.0 and rows[0]["ms_total"] == pytest.approx(40)
+    assert rows[0]["flush"] == 1 and rows[1]["recomputed"] == 12
+    plot_cost({key: np.array([row[key] for row in rows]) for key in rows[0]}, tmp_path / "cost.png")
+    picture = cv2.imread(str(tmp_path / "cost.png"))
+    assert picture is not None and picture.shape[1] >= 1000
+    plot_cost({key: np.array([value]) for key, value in rows[0].items()}, tmp_path / "one.png")
