@@ -152,7 +152,8 @@ def convert(
     videos: list[Video] = []
     problems: list[Problem] = []
     position = 0
-    for folder, (frames, faults) in zip(folders, map_ordered(partial(_read_folder, source), folders, workers)):
+    read = map_ordered(partial(_read_folder, source), folders, workers)
+    for folder, (frames, faults) in zip(folders, read, strict=True):
         for frame in frames:
             frame.image_id += position + 1
         position += len(folder.entries)

@@ -199,7 +199,8 @@ def _scatter(rng: np.random.Generator, size: tuple[int, int], diameters: Array) 
     for i, diameter in enumerate(diameters):
         tries = rng.uniform(np.minimum(0.4 * diameter, box / 2), np.maximum(box - 0.4 * diameter, box / 2), (30, 2))
         if chosen:
-            gaps = [np.linalg.norm(tries - c, axis=1) - 0.5 * (diameter + d) for c, d in zip(chosen, diameters[:i], strict=True)]
+            others = zip(chosen, diameters[:i], strict=True)
+            gaps = [np.linalg.norm(tries - c, axis=1) - 0.5 * (diameter + d) for c, d in others]
             chosen.append(tries[int(np.argmax(np.minimum(np.min(gaps, axis=0), 0.1 * box[1])))])
         else:
             chosen.append(tries[0])

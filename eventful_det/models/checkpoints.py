@@ -45,6 +45,7 @@ def save_detector(
     tensors = {key: value.detach().cpu().to(dtype).contiguous() for key, value in detector.state_dict().items()}
     part = path.with_name(path.name + ".part")
     save_file(tensors, part, metadata={"format": FORMAT, "config": detector.config.to_json(), **(notes or {})})
+    part.chmod(0o644)  # safetensors writes files that only their owner can read
     os.replace(part, path)
 
 
