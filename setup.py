@@ -8,7 +8,7 @@ setup(
         "torchvision>=0.19",  # region operators: roi_align, non-maximum suppression
         "timm>=1.0.9",  # ViT blocks, ImageNet weights, layer-wise decay
         "numpy>=1.26",  # pictures and boxes outside the network
-        "opencv-python>=4.9",  # resizing, drawing, webcams
+        "opencv-python-headless>=4.9",  # resizing, drawing, webcams; headless: servers lack the GUI's libraries
         "av>=17",  # decode any video; write H.264 that survives a crash (FFmpeg 7.1) in true colours (17)
         "pycocotools>=2.0.8",  # average precision, as everyone computes it
         "hydra-core>=1.3",  # configs of the tools

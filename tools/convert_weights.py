@@ -33,7 +33,7 @@ def main(config: DictConfig) -> None:
     megabytes = path.stat().st_size / 1e6
     console.print(f"{path}: {megabytes:.1f} MB, {config.dtype}")
     results = {"input": str(config.input), "output": str(path), "dtype": config.dtype, "megabytes": megabytes}
-    write_results(path.parent, results)
+    write_results(Path(config.results), results)
 
 
 if __name__ == "__main__":
