@@ -1,6 +1,6 @@
 """Rewrite weights in another precision, with notes.
 
-    python tools/convert_weights.py input=runs/train/model.safetensors output=tiny.safetensors dtype=float16
+python tools/convert_weights.py input=runs/train/model.safetensors output=tiny.safetensors dtype=float16
 """
 
 from __future__ import annotations
