@@ -41,9 +41,11 @@ class TensorTree:
         return _map(self, function)
 
     def to(self: T, *args: Any, **kwargs: Any) -> T:
-        """A tree on another device or of another dtype; integer tensors keep theirs."""
+        """An independent copy on another device or of another dtype; integer tensors keep theirs."""
         device = torch.empty(0).to(*args, **kwargs).device
-        return self.map(lambda t: t.to(*args, **kwargs) if t.is_floating_point() else t.to(device))
+        return self.map(
+            lambda t: t.to(*args, **kwargs, copy=True) if t.is_floating_point() else t.to(device, copy=True)
+        )
 
     def clone(self: T) -> T:
         """An independent copy."""

@@ -19,8 +19,17 @@ from eventful_det.gating.convert import Rule, step_stream
 from eventful_det.gating.policy import Policy
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.state import State, TensorTree
+from eventful_det.gating.update import Update
 from eventful_det.models.config import ModelConfig
 from eventful_det.models.cost import FrameCost, pyramid_macs, roi_macs, rpn_macs, window_padding_macs
+from eventful_det.models.incremental import (
+    DENSE_ABOVE,
+    HeadsState,
+    fill_heads,
+    refresh_proposals,
+    refresh_pyramid,
+    refresh_regions,
+)
 from eventful_det.models.proposals import ProposalGenerator
 from eventful_det.models.regions import Detections, RegionHeads
 from eventful_det.models.vitdet import ViTDetBackbone
@@ -38,11 +47,13 @@ class DetectorStream(TensorTree):
     Attributes:
         backbone: state of the update rule.
         size: (height, width) of the last frame in pixels.
+        heads: maps of the pyramid and the heads, and the last proposals.
         detections: of the last frame; they stand while nothing changes.
     """
 
     backbone: State
     size: tuple[int, int]
+    heads: HeadsState | None = None
     detections: Detections | None = None
 
 
@@ -195,32 +206,65 @@ class Detector(nn.Module):
             "roi": roi_macs(self.roi_heads, self.config.proposals),
         }
         stopwatch.lap("other")
-        macs = dict.fromkeys(dense, 0)
         if self.rule is None:
-            tokens = self.backbone.net(batch)
-            macs["backbone"] = dense["backbone"] + window_padding_macs(shape, grid)
-            changed, flushed = grid[0] * grid[1], flush
-            work = torch.ones(grid)
+            tokens = self.backbone.net(batch)[0].permute(1, 2, 0)
+            macs = {**dense, "backbone": dense["backbone"] + window_padding_macs(shape, grid)}
+            flushed, work = flush, torch.ones(grid)
+            stopwatch.lap("backbone")
+            stream.detections = self._run_heads(tokens, size, stopwatch, macs)
         else:
             update = step_stream(self.rule, anatomy, batch[0], stream.backbone, 0, flush)
-            tokens = update.tokens.permute(2, 0, 1)[None]
-            macs["backbone"], changed, flushed = update.counts.macs, update.changed.numel(), update.flush
-            work = update.work.view(grid)
-        stopwatch.lap("backbone")
-        if changed or stream.detections is None:
-            stream.detections, proposals = self._run_heads(tokens, size, stopwatch)
-            macs |= {"pyramid": dense["pyramid"], "rpn": dense["rpn"], "roi": roi_macs(self.roi_heads, proposals)}
+            macs = {**dict.fromkeys(dense, 0), "backbone": update.counts.macs}
+            flushed, work = update.flush, update.work.view(grid)
+            stopwatch.lap("backbone")
+            if update.changed.numel() or stream.detections is None:
+                stream.detections = self._refresh_heads(update, stream, stopwatch, macs, dense)
         cost = FrameCost(macs, dense, round(float(work.sum())), grid[0] * grid[1], flushed, stopwatch.seconds)
         return StepResult(stream.detections.clone(), cost, work)
 
-    def _run_heads(self, tokens: Tensor, size: tuple[int, int], stopwatch: _Stopwatch) -> tuple[Detections, int]:
-        levels = self.backbone.pyramid(tokens)
+    def _run_heads(
+        self, tokens: Tensor, size: tuple[int, int], stopwatch: _Stopwatch, macs: dict[str, int]
+    ) -> Detections:
+        """All heads in full, from the token map `(H, W, D)`."""
+        levels = self.backbone.pyramid(tokens.permute(2, 0, 1)[None])
         stopwatch.lap("pyramid")
         proposals, _ = self.proposal_generator(levels, [size])
         stopwatch.lap("rpn")
         (detections,) = self.roi_heads.detect(levels, proposals, [size])
+        macs["roi"] = roi_macs(self.roi_heads, len(proposals[0]))
         stopwatch.lap("roi")
-        return detections, len(proposals[0])
+        return detections
+
+    def _refresh_heads(
+        self,
+        update: Update,
+        stream: DetectorStream,
+        stopwatch: _Stopwatch,
+        macs: dict[str, int],
+        dense: dict[str, int],
+    ) -> Detections:
+        """The heads where changed tokens reach, or in full when that is cheaper."""
+        tokens, generator = update.tokens, self.proposal_generator
+        masks = None
+        if stream.heads is None or update.flush or update.changed.numel() > DENSE_ABOVE * update.work.numel():
+            stream.heads = fill_heads(self.backbone, generator, tokens)
+            macs |= {"pyramid": dense["pyramid"], "rpn": dense["rpn"]}
+            stopwatch.lap("pyramid")
+        else:
+            levels = stream.heads.levels
+            masks, macs["pyramid"] = refresh_pyramid(self.backbone, tokens, update.changed, levels)
+            stopwatch.lap("pyramid")
+            macs["rpn"] = refresh_proposals(generator, levels, masks)
+        levels = stream.heads.levels
+        anchors = generator.anchors([level.image for level in levels])
+        logits, deltas = [level.logits for level in levels], [level.deltas for level in levels]
+        proposals = generator.select(anchors, logits, deltas, stream.size)
+        stopwatch.lap("rpn")
+        scores, boxes, computed = refresh_regions(self.roi_heads, proposals, masks, stream.heads)
+        macs["roi"] = roi_macs(self.roi_heads, computed)
+        detections = self.roi_heads.select(proposals, scores, boxes, stream.size)
+        stopwatch.lap("roi")
+        return detections
 
 
 class _Stopwatch:

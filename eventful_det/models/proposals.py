@@ -45,6 +45,10 @@ class ProposalHead(nn.Module):
         """A level `(B, C, h, w)` to logits `(B, h * w * A)` and deltas `(B, h * w * A, 4)`."""
         for conv in self.convs:
             feature = F.relu(conv(feature))
+        return self.predict(feature)
+
+    def predict(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """The last layers of `forward`, after the convolutions."""
         logits = self.objectness_logits(feature).permute(0, 2, 3, 1).flatten(1)
         deltas = self.anchor_deltas(feature).permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4))
         return logits, deltas
@@ -85,12 +89,12 @@ class ProposalGenerator(nn.Module):
         losses = {} if targets is None else self._losses(torch.cat(anchors), logits, deltas, targets)
         with torch.no_grad():
             proposals = [
-                self._select(anchors, [x[i].detach() for x in logits], [x[i].detach() for x in deltas], size)
+                self.select(anchors, [x[i].detach() for x in logits], [x[i].detach() for x in deltas], size)
                 for i, size in enumerate(sizes)
             ]
         return proposals, losses
 
-    def _select(
+    def select(
         self, anchors: list[Tensor], logits: list[Tensor], deltas: list[Tensor], size: tuple[int, int]
     ) -> Tensor:
         """The proposals of one image: the best of each level, then non-maximum suppression within levels."""

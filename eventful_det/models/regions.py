@@ -42,6 +42,12 @@ class Detections(TensorTree):
         return Detections(self.boxes * self.boxes.new_tensor([x, y, x, y]), self.scores, self.labels)
 
 
+def level_of(boxes: Tensor, canonical_box: float) -> Tensor:
+    """The pyramid level that each box `(n, 4)` is read from, 0 for p2 to 3 for p5 (FPN, equation 1)."""
+    sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
+    return torch.floor(4 + torch.log2(sides / canonical_box + 1e-8)).clamp(2, 5).long() - 2
+
+
 class BoxHead(nn.Module):
     """Convolutions and fully connected layers on a pooled region; parameters conv1.., fc1.. as in detectron2."""
 
@@ -98,8 +104,7 @@ class RegionHeads(nn.Module):
     def pool(self, levels: list[Tensor], proposals: list[Tensor]) -> Tensor:
         """Read each proposal from the level that suits its size, `(n, C, 7, 7)` (detectron2's ROIPooler)."""
         rois = torch.cat([F.pad(boxes, (1, 0), value=float(i)) for i, boxes in enumerate(proposals)])
-        sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
-        level = torch.floor(4 + torch.log2(sides / self.config.canonical_box + 1e-8)).clamp(2, 5).long() - 2
+        level = level_of(rois[:, 1:], self.config.canonical_box)
         pooled = levels[0].new_zeros(rois.shape[0], levels[0].shape[1], _POOL, _POOL)
         for i in range(_POOLED_LEVELS):
             here = (level == i).nonzero().squeeze(1)
@@ -111,12 +116,17 @@ class RegionHeads(nn.Module):
 
     def detect(self, levels: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]) -> list[Detections]:
         """The objects of each image, in pixels of the network's input."""
-        logits, deltas = self.box_predictor(self.box_head(self.pool(levels, proposals)))
+        logits, deltas = self.score(levels, proposals)
         counts = [len(boxes) for boxes in proposals]
         per_image = zip(proposals, logits.split(counts), deltas.split(counts), sizes, strict=True)
-        return [self._select(*image) for image in per_image]
+        return [self.select(*image) for image in per_image]
 
-    def _select(self, proposals: Tensor, logits: Tensor, deltas: Tensor, size: tuple[int, int]) -> Detections:
+    def score(self, levels: list[Tensor], proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Class logits `(n, K + 1)` and box deltas `(n, 4 K)` of the proposals of all images."""
+        return self.box_predictor(self.box_head(self.pool(levels, proposals)))
+
+    def select(self, proposals: Tensor, logits: Tensor, deltas: Tensor, size: tuple[int, int]) -> Detections:
+        """The objects of one image of (height, width) `size`: decode, threshold, suppress per class."""
         scores = logits.softmax(dim=1)[:, :-1]
         boxes = clip_boxes_to_image(decode(deltas, proposals, _WEIGHTS).unflatten(1, (-1, 4)), size)
         row, label = (scores > self.config.score_threshold).nonzero(as_tuple=True)
@@ -137,7 +147,7 @@ class RegionHeads(nn.Module):
             boxes.append(candidates[torch.cat([positive, negative])])
             labels.append(torch.cat([target["labels"][matched[positive]], background]))
             truth.append(target["boxes"][matched[positive]])
-        logits, deltas = self.box_predictor(self.box_head(self.pool(levels, boxes)))
+        logits, deltas = self.score(levels, boxes)
         label = torch.cat(labels)
         foreground = (label < len(self.config.classes)).nonzero().squeeze(1)
         chosen = deltas.unflatten(1, (-1, 4))[foreground, label[foreground]]

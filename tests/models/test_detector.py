@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from eventful_det.errors import UserError
 from eventful_det.gating.policy import Threshold, TopFraction, select_all
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.state import State
 from eventful_det.models.config import MODELS, ModelConfig
 from eventful_det.models.cost import level_sizes
 from eventful_det.models.detector import Detector
@@ -134,3 +137,17 @@ def test_named_models_have_detectron2_names(name: str) -> None:
     assert keys["backbone.net.blocks.0.attn.rel_pos_h"].shape[0] == 2 * MODELS[name](("a",)).window - 1
     for key in ("backbone.simfp_2.4.norm.weight", "roi_heads.box_predictor.cls_score.weight"):
         assert key in keys
+
+
+def test_state_can_be_copied_and_saved(tiny_detector: Detector, tmp_path: Path) -> None:
+    detector = tiny_detector.with_rule(Rows(policy=TopFraction(0.3, age_power=0.5)))
+    state = detector.init_state()
+    for frame in frames(3):
+        detector.step(frame[None], state)
+    state.save(tmp_path / "state.pt")
+    others = [state.clone(), state.to(torch.float32), State.load(tmp_path / "state.pt")]
+    nexts = frames(2, seed=5)
+    expected = [detector.step(frame[None], state)[0].detections.boxes for frame in nexts]
+    for other in others:
+        boxes = [detector.step(frame[None], other)[0].detections.boxes for frame in nexts]
+        assert all(torch.equal(a, b) for a, b in zip(boxes, expected, strict=True))

@@ -1,0 +1,110 @@
+"""Incremental heads equal the dense heads on the same token map, whatever changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from eventful_det.gating.policy import TopFraction
+from eventful_det.gating.rows import Rows
+from eventful_det.models.config import ModelConfig
+from eventful_det.models.detector import Detector
+from eventful_det.models.incremental import HeadsState, fill_heads, refresh_proposals, refresh_pyramid, refresh_regions
+
+shared = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def dense_levels(detector: Detector, tokens: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    levels = detector.backbone.pyramid(tokens.permute(2, 0, 1)[None])
+    return levels, [detector.proposal_generator.rpn_head(level) for level in levels]
+
+
+def assert_equals_dense(detector: Detector, tokens: Tensor, state: HeadsState) -> None:
+    for own, level, (logits, deltas) in zip(state.levels, *dense_levels(detector, tokens), strict=True):
+        torch.testing.assert_close(own.image, level, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(own.logits, logits[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(own.deltas, deltas[0], atol=1e-5, rtol=1e-5)
+
+
+def awake(detector: Detector) -> Detector:
+    """Heads whose outputs differ from place to place: the initial weights are nearly zero."""
+    for name, parameter in detector.named_parameters():
+        if "rpn_head" in name and parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return detector
+
+
+@shared
+@given(st.integers(2, 9), st.integers(2, 9), st.lists(st.floats(0, 1, exclude_max=True), max_size=8), st.integers(0, 9))
+@torch.no_grad()
+def test_random_updates(tiny_detector: Detector, rows: int, cols: int, places: list[float], seed: int) -> None:
+    detector = awake(tiny_detector)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(rows, cols, detector.config.dim, generator=generator)
+    state = fill_heads(detector.backbone, detector.proposal_generator, tokens)
+    assert_equals_dense(detector, tokens, state)
+    changed = torch.tensor(sorted({int(place * rows * cols) for place in places}), dtype=torch.long)
+    tokens.view(rows * cols, -1)[changed] = torch.randn(len(changed), detector.config.dim, generator=generator)
+    masks, macs = refresh_pyramid(detector.backbone, tokens, changed, state.levels)
+    macs += refresh_proposals(detector.proposal_generator, state.levels, masks)
+    assert_equals_dense(detector, tokens, state)
+    assert (macs == 0) == (len(changed) == 0)
+
+
+@torch.no_grad()
+def test_two_proposal_convolutions() -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(("a",), dim=32, depth=1, heads=1, global_blocks=(), channels=8, rpn_convs=2, box_fc=(8,))
+    detector = awake(Detector(config).eval())
+    tokens = torch.randn(6, 7, 32)
+    state = fill_heads(detector.backbone, detector.proposal_generator, tokens)
+    tokens[2, 3] += 1
+    masks, _ = refresh_pyramid(detector.backbone, tokens, torch.tensor([2 * 7 + 3]), state.levels)
+    refresh_proposals(detector.proposal_generator, state.levels, masks)
+    assert_equals_dense(detector, tokens, state)
+
+
+@torch.no_grad()
+def test_regions_are_reused_only_when_nothing_they_see_changed(tiny_detector: Detector) -> None:
+    heads = tiny_detector.roi_heads
+    tokens = torch.randn(8, 8, tiny_detector.config.dim)
+    state = fill_heads(tiny_detector.backbone, tiny_detector.proposal_generator, tokens)
+    near, far = [4.0, 4.0, 30.0, 30.0], [80.0, 80.0, 120.0, 125.0]
+    assert refresh_regions(heads, torch.tensor([near, far]), None, state)[2] == 2
+    tokens[0, 0] += 1
+    masks, _ = refresh_pyramid(tiny_detector.backbone, tokens, torch.tensor([0]), state.levels)
+    moved = [81.0, 80.0, 120.0, 125.0]
+    proposals = torch.tensor([far, near, moved])
+    logits, deltas, computed = refresh_regions(heads, proposals, masks, state)
+    assert computed == 2  # the touched one and the new one
+    expected = heads.score([level.image for level in state.levels], [proposals])
+    torch.testing.assert_close(logits, expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(deltas, expected[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(96, 160), (75, 130)])
+def test_a_gated_stream_equals_dense_heads_on_its_token_map(tiny_detector: Detector, size: tuple[int, int]) -> None:
+    detector = awake(tiny_detector).with_rule(Rows(policy=TopFraction(0.2)))
+    state = detector.init_state()
+    frame = torch.rand(3, *size, generator=torch.Generator().manual_seed(1))
+    nbytes = set()
+    for t in range(8):
+        frame[:, 10 * t % 60 : 10 * t % 60 + 20, 20:50] = torch.rand(3, 1, 1)
+        (result,) = detector.step(frame[None], state)
+        (stream,) = state.streams
+        tokens = stream.backbone.streams[0].output.unflatten(0, stream.backbone.streams[0].grid)
+        with torch.no_grad():
+            levels, _ = dense_levels(detector, tokens)
+            proposals, _ = detector.proposal_generator(levels, [size])
+            (dense,) = detector.roi_heads.detect(levels, proposals, [size])
+        torch.testing.assert_close(result.detections.boxes, dense.boxes, atol=1e-2, rtol=1e-4)
+        torch.testing.assert_close(result.detections.scores, dense.scores, atol=1e-4, rtol=1e-4)
+        nbytes.add(
+            stream.backbone.nbytes + sum(tensor.nbytes for level in stream.heads.levels for tensor in level.tensors())
+        )
+        assert result.cost.flush == (t == 0)
+        assert t == 0 or result.cost.macs["pyramid"] < result.cost.dense["pyramid"]
+    assert len(nbytes) == 1
