@@ -1,7 +1,7 @@
 """Make a video detection data set on the spot: nothing to download, exact boxes, ImageNet VID layout.
 
-    python datasets/make_synthetic_vid.py --output data/synthetic_vid
-    python datasets/prepare_imagenet_vid.py data/synthetic_vid
+    python datasets/make_synthetic_vid.py --output .data/synthetic_vid
+    python datasets/prepare_imagenet_vid.py .data/synthetic_vid
 
 The same options and seed give the same bytes, whatever the number of workers. An interrupted run goes on
 where it stopped.

@@ -40,12 +40,14 @@ class TensorTree:
         """A new tree with `function` applied to every tensor."""
         return _map(self, function)
 
-    def to(self: T, *args: Any, **kwargs: Any) -> T:
+    def to(self: T, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> T:
         """An independent copy on another device or of another dtype; integer tensors keep theirs."""
-        device = torch.empty(0).to(*args, **kwargs).device
-        return self.map(
-            lambda t: t.to(*args, **kwargs, copy=True) if t.is_floating_point() else t.to(device, copy=True)
-        )
+
+        def move(tensor: Tensor) -> Tensor:
+            own = tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
+            return tensor.to(tensor.device if device is None else device, own, copy=True)
+
+        return self.map(move)
 
     def clone(self: T) -> T:
         """An independent copy."""

@@ -127,7 +127,7 @@ def test_to_moves_and_casts_but_leaves_integers() -> None:
     eventful = eventify(plain(), Rows(TopK(4)))
     state = eventful.init_state(2)
     eventful.step(list(clip(1, 24, 24)[0]) * 2, state)
-    half = state.to(torch.float16)
+    half = state.to(dtype=torch.float16)
     assert {t.dtype for t in half.tensors()} == {torch.float16, torch.int32}
     assert half.nbytes < state.nbytes
     assert {t.device.type for t in state.to("meta").tensors()} == {"meta"}

@@ -145,7 +145,7 @@ def test_state_can_be_copied_and_saved(tiny_detector: Detector, tmp_path: Path) 
     for frame in frames(3):
         detector.step(frame[None], state)
     state.save(tmp_path / "state.pt")
-    others = [state.clone(), state.to(torch.float32), State.load(tmp_path / "state.pt")]
+    others = [state.clone(), state.to(dtype=torch.float32), State.load(tmp_path / "state.pt")]
     nexts = frames(2, seed=5)
     expected = [detector.step(frame[None], state)[0].detections.boxes for frame in nexts]
     for other in others:
