@@ -61,7 +61,7 @@ def write_results(directory: Path, results: dict[str, Any]) -> Path:
     part = path.with_name("results.json.part")
     part.write_text(json.dumps(results, indent=1) + "\n")
     os.replace(part, path)
-    console.print(f"results: {path}")
+    console.print(f"results: {path}", soft_wrap=True)
     return path
 
 
