@@ -50,7 +50,8 @@ AXES = ("size", "rule", "k", "fraction", "ablation", "pool")
 
 _NOTES = (
     "Steady frames; a flush costs what dense does. official: the backbone as the paper's code counts it. backbone to "
-    "total: our multiply-adds, with patch embedding and gates; heads in full, with as many proposals as are kept."
+    "total: our multiply-adds, with patch embedding and gates; heads in full, with as many proposals as are kept, "
+    "an upper bound for gated frames: there the heads recompute only what changed tokens reach."
 )
 
 

@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
 from eventful_det.gating.state import TensorTree
@@ -168,28 +169,48 @@ def _refresh_level(
     stage: nn.Sequential, pixels: Tensor, sources: Tensor, coarse: Tensor, level: LevelState
 ) -> tuple[int, Tensor]:
     """Recompute a level from the changed source cells `(n, D)` at flat indices `sources` of the mask `coarse`."""
-    layers = [layer for layer in stage[:-1] if not isinstance(layer, nn.MaxPool2d)]
-    x, macs = pixels[:, :, None, None], 0
-    for layer in layers:
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            macs += x.shape[0] * x.shape[2] * x.shape[3] * layer.weight.numel()
-        x = layer(x)
-    scale = x.shape[-1]
+    x, macs = pixels[:, None, None], 0
+    for layer in stage[:-1]:
+        x, more = _pointwise(layer, x)
+        macs += more
+    scale = x.shape[1]
     rows, cols = coarse.shape[0] * scale, coarse.shape[1] * scale
     within = torch.arange(scale, device=x.device)
     y = (sources // coarse.shape[1])[:, None, None] * scale + within[:, None]
     cells = (y * cols + (sources % coarse.shape[1])[:, None, None] * scale + within).flatten()
     assert level.inner is not None
-    _write(level.inner, cells, x.permute(0, 2, 3, 1).flatten(0, 2))
+    _write(level.inner, cells, x.flatten(0, 2))
     mask = torch.zeros(rows * cols, dtype=torch.bool, device=x.device)
     mask[cells] = True
     dirty = _dilate(mask.view(rows, cols))
     reached = dirty.flatten().nonzero().squeeze(1)
     last = cast(ConvNorm, stage[-1])
-    values = _convolve(last, level.inner, reached)
-    norm = last.norm
-    _write(level.feature, reached, F.layer_norm(values, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
+    _write(level.feature, reached, _normalise(last.norm, _convolve(last, level.inner, reached)))
     return macs + reached.numel() * last.weight.numel(), dirty
+
+
+def _pointwise(layer: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """One layer of a pyramid stage on separate patches of cells, `(n, s, s, C)`; also its MACs.
+
+    A transposed convolution whose stride is its size turns every cell into 2x2 cells, so it is a matrix product.
+    """
+    if isinstance(layer, nn.ConvTranspose2d):
+        n, side, _, channels = x.shape
+        x = x.reshape(-1, channels) @ layer.weight.flatten(1)
+        x = x.view(n, side, side, layer.out_channels, 2, 2).permute(0, 1, 4, 2, 5, 3)
+        x = x.reshape(n, 2 * side, 2 * side, layer.out_channels) + cast(Tensor, layer.bias)
+        return x, n * side * side * layer.weight.numel()
+    if isinstance(layer, ConvNorm):
+        cells = x.shape[:3].numel()
+        return _normalise(layer.norm, F.linear(x, layer.weight.flatten(1))), cells * layer.weight.numel()
+    if isinstance(layer, LayerNorm2d):
+        return _normalise(layer, x), 0
+    return (x, 0) if isinstance(layer, nn.MaxPool2d) else (layer(x), 0)  # the maximum was taken before
+
+
+def _normalise(norm: LayerNorm2d, x: Tensor) -> Tensor:
+    """Layer norm over channels that come last."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _convolve(conv: nn.Conv2d, bordered: Tensor, cells: Tensor) -> Tensor:

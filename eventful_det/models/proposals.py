@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -16,6 +17,14 @@ from eventful_det.models.vitdet import STRIDES
 _WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 _NMS = 0.7
 _SAMPLES, _FOREGROUND = 256, 0.5
+
+
+@lru_cache(maxsize=64)
+def _anchors(
+    size: float, ratios: tuple[float, ...], height: int, width: int, stride: int, device: torch.device
+) -> Tensor:
+    """Anchors of a level; they depend on shapes alone, and are the same on every frame of a stream."""
+    return grid_anchors(cell_anchors(size, ratios).to(device), height, width, stride)
 
 
 class ProposalHead(nn.Module):
@@ -64,10 +73,9 @@ class ProposalGenerator(nn.Module):
 
     def anchors(self, levels: list[Tensor]) -> list[Tensor]:
         """Anchors of every level, each `(h * w * A, 4)` xyxy in pixels."""
+        ratios = self.config.anchor_ratios
         return [
-            grid_anchors(
-                cell_anchors(size, self.config.anchor_ratios).to(level), level.shape[-2], level.shape[-1], stride
-            )
+            _anchors(size, ratios, level.shape[-2], level.shape[-1], stride, level.device)
             for level, size, stride in zip(levels, self.config.anchor_sizes, STRIDES, strict=True)
         ]
 
