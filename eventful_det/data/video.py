@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import time
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,9 @@ class VideoSource(Iterable[VideoFrame]):
         if empty:
             raise UserError(f"{self.name}: holds no frame that can be decoded")
 
+    @abstractmethod
     def _read(self) -> Iterator[VideoFrame]:
-        raise NotImplementedError
+        """The frames, in order."""
 
     def close(self) -> None:
         """Release files, devices and connections."""
