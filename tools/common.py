@@ -15,14 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import Rule
-from eventful_det.gating.paper import Paper
+from eventful_det.gating.convert import RULES, Rule
 from eventful_det.gating.policy import Policy, RandomK, Threshold, TopFraction, TopK
-from eventful_det.gating.rows import Rows
 
 console = Console()
 
-RULES: dict[str, Callable[..., Rule]] = {"rows": Rows, "paper": Paper}
 POLICIES: dict[str, Callable[..., Policy]] = {
     "topk": TopK,
     "fraction": TopFraction,
@@ -77,14 +74,6 @@ def choose_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={name} cannot be used here ({str(error).splitlines()[0]}); try device=cpu") from error
-
-
-def peak_memory_mb() -> float:
-    """The most memory that this process held so far, in MB (10^6 bytes); device memory not included."""
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def build_rule(gate: DictConfig) -> Rule | None:

@@ -25,7 +25,8 @@ from typing import Any
 
 import hydra
 import numpy as np
-from common import build_rule, choose_device, console, peak_memory_mb, tool, write_results
+import torch
+from common import build_rule, choose_device, console, tool, write_results
 from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torchvision.ops import box_iou
@@ -33,6 +34,7 @@ from torchvision.ops import box_iou
 from eventful_det.data.video import VideoSource, open_source
 from eventful_det.data.video_writer import VideoWriter
 from eventful_det.errors import UserError
+from eventful_det.evaluation.efficiency import peak_memory
 from eventful_det.models.checkpoints import load_detector
 from eventful_det.models.detector import Detector
 from eventful_det.models.regions import Detections
@@ -236,7 +238,7 @@ def demo(config: DictConfig) -> None:
                 "rule": str(stream.detector.rule or "dense"),
                 **outputs.close(),
                 "state_bytes": stream.state_bytes,
-                "peak_memory_mb": round(peak_memory_mb()),
+                "peak_memory_mb": round(peak_memory(torch.device("cpu")) / 1e6),
                 "skipped": source.skipped,
                 "stopped": None if stopped is None else (str(stopped) or "interrupted"),
                 **({"compare": comparison.summary()} if comparison else {}),

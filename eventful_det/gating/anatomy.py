@@ -95,6 +95,11 @@ class Anatomy:
         return self.projection.out_channels
 
     @property
+    def prefix_count(self) -> int:
+        """Number of class and register tokens."""
+        return 0 if self.prefix is None else self.prefix().shape[0]
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.projection.weight.dtype
 

@@ -75,7 +75,7 @@ class ViTShape:
             patch=anatomy.patch,
             channels=anatomy.projection.in_channels,
             rel_pos=blocks[0].rel_pos is not None,
-            prefix=0 if anatomy.prefix is None else anatomy.prefix().shape[0],
+            prefix=anatomy.prefix_count,
             positions=anatomy.positions is not None,
             qkv_bias=blocks[0].qkv.bias is not None,
         )

@@ -33,7 +33,7 @@ class Rule(Protocol):
         """Process the next frame `(N, P)` of a stream, updating its state in place."""
 
 
-_RULES: dict[str, type[Rule]] = {"rows": Rows, "paper": Paper}
+RULES: dict[str, type[Rule]] = {"rows": Rows, "paper": Paper}
 
 
 class EventfulViT(nn.Module):
@@ -96,11 +96,7 @@ class EventfulViT(nn.Module):
         Raises:
             UserError: the numbers of frames and streams differ, or a frame is no `(3, h, w)` of the network's type.
         """
-        if len(frames) != len(state):
-            raise UserError(f"got {len(frames)} frames for a state of {len(state)} streams; give one frame per stream")
-        flushes = [flush] * len(frames) if isinstance(flush, bool) else flush
-        if len(flushes) != len(frames):
-            raise UserError(f"got {len(flushes)} flush flags for {len(frames)} frames; give one flag per frame, or one")
+        flushes = flush_flags(frames, state, flush)
         anatomy = self.anatomy
         for frame in frames:
             _check_frame(frame, anatomy)
@@ -126,6 +122,20 @@ def step_stream(rule: Rule, anatomy: Anatomy, frame: Tensor, state: State, i: in
     return rule.step(anatomy, anatomy.patches(frame), stream)
 
 
+def flush_flags(frames: Tensor | Sequence[Tensor], state: State, flush: Sequence[bool] | bool) -> list[bool]:
+    """One flush flag per stream.
+
+    Raises:
+        UserError: the numbers of frames, streams and flags differ.
+    """
+    if len(frames) != len(state):
+        raise UserError(f"got {len(frames)} frames for a state of {len(state)} streams; give one frame per stream")
+    flushes = [flush] * len(frames) if isinstance(flush, bool) else list(flush)
+    if len(flushes) != len(frames):
+        raise UserError(f"got {len(flushes)} flush flags for {len(frames)} frames; give one flag per frame, or one")
+    return flushes
+
+
 def _check_frame(frame: Tensor, anatomy: Anatomy) -> None:
     channels = anatomy.projection.in_channels
     if frame.dim() != 3 or frame.shape[0] != channels:
@@ -148,9 +158,9 @@ def eventify(
         UserError: the network or the rule is not supported.
     """
     if isinstance(rule, str):
-        if rule not in _RULES:
-            raise UserError(f"unknown rule {rule!r}; known: {', '.join(_RULES)}")
-        rule = _RULES[rule]()
+        if rule not in RULES:
+            raise UserError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
+        rule = RULES[rule]()
     if policy is not None:
         rule.policy = policy
     return EventfulViT(vit, rule)

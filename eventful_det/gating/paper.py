@@ -106,7 +106,7 @@ class Paper:
         Raises:
             UserError: keys cannot be pooled on this grid, or beside prefix tokens.
         """
-        return self.init_tokens(anatomy.blocks, grid, _prefix_count(anatomy))
+        return self.init_tokens(anatomy.blocks, grid, anatomy.prefix_count)
 
     def init_tokens(self, blocks: Sequence[Block], grid: Grid, prefix: int = 0) -> PaperState:
         """Allocate the state for some blocks alone; see `step_tokens`."""
@@ -238,10 +238,6 @@ class Paper:
             mlp=PaperGateState(zeros(tokens, dim), zeros(tokens, dim)),
             products=products,
         )
-
-
-def _prefix_count(anatomy: Anatomy) -> int:
-    return 0 if anatomy.prefix is None else anatomy.prefix().shape[0]
 
 
 @dataclass(frozen=True)

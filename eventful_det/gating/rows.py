@@ -79,7 +79,7 @@ class Rows:
         """Allocate the state of a stream whose frames have `grid` tokens."""
         tokens = grid[0] * grid[1]
         width = anatomy.projection.weight[0].numel() if self.gate == "patches" else anatomy.dim
-        caches = [_empty_cache(block, grid, _prefix_count(anatomy)) for block in anatomy.blocks]
+        caches = [_empty_cache(block, grid, anatomy.prefix_count) for block in anatomy.blocks]
         return RowsState(
             layout=self.layout,
             grid=grid,
@@ -142,10 +142,6 @@ class Rows:
         return index, z, counts + Counts(linear=embedded * weight.numel(), bias=embedded * anatomy.dim)
 
 
-def _prefix_count(anatomy: Anatomy) -> int:
-    return 0 if anatomy.prefix is None else anatomy.prefix().shape[0]
-
-
 def _empty_cache(block: Block, grid: Grid, prefix: int) -> tuple[Tensor, Tensor]:
     """Keys and values of a block, `(windows, heads, slots, d)`."""
     windows = windows_of(grid, block.window, block.qkv.weight.device)
@@ -163,7 +159,7 @@ def _preset_padding(anatomy: Anatomy, state: RowsState) -> None:
 
 def _run_blocks(anatomy: Anatomy, z: Tensor, index: Tensor, state: RowsState) -> tuple[Tensor, Counts]:
     """Carry the selected rows `(r, D)` through all blocks; returns their outputs `(r, C)`."""
-    prefix = _prefix_count(anatomy)
+    prefix = anatomy.prefix_count
     if anatomy.prefix is not None:
         z = torch.cat([anatomy.prefix(), z])
     counts = Counts()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eventful_det.errors import UserError
 from eventful_det.gating.anatomy import anatomy_of
 from eventful_det.gating.closed_form import ViTShape, dense_counts
-from eventful_det.gating.convert import Rule, step_stream
+from eventful_det.gating.convert import Rule, flush_flags, step_stream
 from eventful_det.gating.policy import Policy
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.state import State, TensorTree
@@ -164,11 +164,7 @@ class Detector(nn.Module):
         """
         if self.training:
             raise UserError("Detector.step is for inference; call .eval() first")
-        if len(frames) != len(state):
-            raise UserError(f"got {len(frames)} frames for a state of {len(state)} streams; give one frame per stream")
-        flushes = [flush] * len(frames) if isinstance(flush, bool) else list(flush)
-        if len(flushes) != len(frames):
-            raise UserError(f"got {len(flushes)} flush flags for {len(frames)} frames; give one per stream")
+        flushes = flush_flags(frames, state, flush)
         return [
             self._step_stream(frame, state, i, flushed)
             for i, (frame, flushed) in enumerate(zip(frames, flushes, strict=True))

@@ -59,9 +59,10 @@ def test_casting_and_copying_keep_sharing() -> None:
     assert twin.dense.pos_embed is twin.pos_embed and vit.pos_embed.abs().sum() > 0
 
 
-def test_new_weights_are_seen_at_once() -> None:
+@pytest.mark.parametrize("policy", [select_all, TopK(8)])
+def test_a_flush_sees_new_weights(policy: Policy) -> None:
     vit, frame = sam(), clip(1)[0]
-    eventful = eventify(vit, "rows", select_all)
+    eventful = eventify(vit, "rows", policy)
     state = eventful.init_state()
     eventful.step(frame, state)
     for parameter in vit.parameters():

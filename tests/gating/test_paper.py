@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from networks import randomise
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
@@ -16,13 +17,6 @@ from eventful_det.gating.policy import GateInput, RandomK, Threshold, TopFractio
 from eventful_det.gating.state import State
 
 ABLATIONS = ("full", "qk", "tokenwise")
-
-
-def randomise(vit: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    for parameter in vit.parameters():
-        parameter.data.normal_(std=0.2, generator=generator)
-    return vit.eval().requires_grad_(False)
 
 
 def sam(**kwargs: object) -> nn.Module:

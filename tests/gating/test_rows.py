@@ -214,17 +214,6 @@ def test_flush_on_request() -> None:
     assert [u.flush for u in eventful.step(frames[2], state)] == [True, False]
 
 
-def test_flush_forgets_old_weights() -> None:
-    vit, frame = sam(), clip(1)[0]
-    eventful = eventify(vit, Rows(TopK(8)))
-    state = eventful.init_state()
-    eventful.step(frame, state)
-    for parameter in vit.parameters():
-        parameter.data.mul_(0.9)
-    (update,) = eventful.step(frame, state, flush=True)
-    assert error(update.tokens, dense_tokens(vit, frame[0])) < 1e-5
-
-
 def test_state_is_constant_and_in_place_and_linear_in_tokens() -> None:
     vit = sam(depth=2)
     eventful = eventify(vit, Rows(TopFraction(0.2, age_power=0.5)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from running import ENVIRONMENT, ROOT
 
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoFrame, VideoSource, open_source
@@ -29,15 +29,13 @@ from eventful_det.gating.rows import Rows
 from eventful_det.models.checkpoints import save_detector
 from eventful_det.models.detector import Detector
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = {"annotated.mp4", "detections.jsonl", "cost.csv", "cost.png", "results.json"}
 
 
 def start(*options: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "tools/demo.py", "device=cpu", *options]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

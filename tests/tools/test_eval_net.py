@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import cv2
 import pytest
 from hydra import compose, initialize_config_dir
+from running import ROOT, make_tree, run
 
 from eventful_det.data.coco_video import load_coco_video
 from eventful_det.errors import UserError
@@ -20,27 +18,12 @@ from eventful_det.evaluation.detection import evaluate
 from eventful_det.models.checkpoints import save_detector
 from eventful_det.models.detector import Detector
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two validation videos of four frames."""
-    root = tmp_path_factory.mktemp("vid") / "tree"
     sizes = ["--width", "128", "--height", "96", "--val-videos", "2", "--val-frames", "4"]
-    few = ["--train-videos", "1", "--train-frames", "1", "--workers", "1"]
-    run("datasets/make_synthetic_vid.py", "--output", str(root), *sizes, *few)
-    run("datasets/prepare_imagenet_vid.py", str(root))
-    return root
+    return make_tree(tmp_path_factory.mktemp("vid") / "tree", *sizes, "--train-videos", "1", "--train-frames", "1")
 
 
 @pytest.fixture

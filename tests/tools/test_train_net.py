@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import ENVIRONMENT, ROOT, make_tree, run
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     "model.init=null", "+model.dim=48", "+model.depth=2", "+model.global_blocks=[1]", "+model.channels=16",
     "+model.box_fc=[32]", "augment.height=64", "augment.width=96", "train.batch=1", "train.workers=0",
@@ -22,24 +22,10 @@ TINY = [
 ]  # fmt: skip
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("vid") / "tree"
     sizes = ["--width", "96", "--height", "64", "--train-videos", "2", "--train-frames", "2"]
-    few = ["--val-videos", "1", "--val-frames", "2", "--workers", "1"]
-    run(sys.executable, "datasets/make_synthetic_vid.py", "--output", str(root), *sizes, *few)
-    run(sys.executable, "datasets/prepare_imagenet_vid.py", str(root))
-    return root
+    return make_tree(tmp_path_factory.mktemp("vid") / "tree", *sizes, "--val-videos", "1", "--val-frames", "2")
 
 
 def logged(directory: Path) -> list[dict[str, float]]:
@@ -49,10 +35,12 @@ def logged(directory: Path) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_killed_run_resumes_exactly(tree: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "tools/train_net.py", f"data.root={tree}", *TINY, "train.steps=12"]
+    command = ["tools/train_net.py", f"data.root={tree}", *TINY, "train.steps=12"]
     run(*command, f"output={tmp_path / 'whole'}")
     parts = tmp_path / "parts"
-    process = subprocess.Popen([*command, f"output={parts}"], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *command, f"output={parts}"], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while not (parts / "metrics.jsonl").is_file() or len(logged(parts)) < 3:
         assert time.monotonic() < deadline
@@ -68,7 +56,7 @@ def test_killed_run_resumes_exactly(tree: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train(tree: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     options = [f"data.root={tree}", *TINY, "train.steps=2", f"output={tmp_path / 'run'}"]
     run(*launcher, "tools/train_net.py", *options)
     assert (tmp_path / "run" / "model.safetensors").is_file()
@@ -86,7 +74,7 @@ def test_two_processes_train(tree: Path, tmp_path: Path) -> None:
 )
 def test_errors_are_one_line(tree: Path, tmp_path: Path, option: str, message: str) -> None:
     options = [f"data.root={tree}", *TINY, f"output={tmp_path / 'run'}", option]
-    done = run(sys.executable, "tools/train_net.py", *options, check=False)
+    done = run("tools/train_net.py", *options, check=False)
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
