@@ -23,9 +23,9 @@ from common import choose_device, console, plain, tool, write_results
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from eventful_det.data.augmentation import Augmentation
 from eventful_det.data.coco_video import load_coco_video
 from eventful_det.data.training_set import TrainingSet
-from eventful_det.data.transforms import Augmentation
 from eventful_det.errors import UserError
 from eventful_det.evaluation.summary import evaluate_detector, jsonable
 from eventful_det.models.checkpoints import init_backbone
@@ -59,7 +59,7 @@ def train(config: DictConfig) -> None:
     data = load_coco_video(config.data.train)
     torch.manual_seed(options.seed)
     detector = build_model(config, tuple(name for _, name in data.categories)).to(device)
-    samples = TrainingSet(data, augmentation, options.seed)
+    samples = TrainingSet(data, augmentation, options.seed, config.data.repeat_threshold)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
     with progress if main_process else nullcontext():

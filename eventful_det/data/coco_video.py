@@ -12,7 +12,9 @@ It is COCO's detection format plus ``videos``, so ``pycocotools`` reads it as it
 
 ``track_id`` is unique within its video. ``frame_id`` orders the frames of a video and may have gaps. An image
 with ``"labelled": false`` is there to keep the stream whole, but nobody knows what is on it: do not train on it
-and do not score it. A file without ``videos`` (plain COCO) holds still pictures: each is a video of one frame.
+and do not score it. An image with ``"labelled_category_ids": [1, 7]`` was searched for these categories alone: any
+other may be on it without a box, so it is no negative for them, neither in training nor in scoring. A file without
+``videos`` (plain COCO) holds still pictures: each is a video of one frame.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -61,7 +63,16 @@ class Annotation:
 
 @dataclass(slots=True)
 class Frame:
-    """One image. ``file_name`` is relative to ``CocoVideo.image_root``; sizes are pixels."""
+    """One image.
+
+    Attributes:
+        file_name: relative to ``CocoVideo.image_root``.
+        width, height: in pixels.
+        frame_id: orders the frames of a video.
+        annotations: the objects.
+        labelled: False if nobody knows what is on it.
+        exhaustive: ids of the categories of which every object has its box; None = all categories.
+    """
 
     image_id: int
     file_name: str
@@ -70,6 +81,7 @@ class Frame:
     frame_id: int = 0
     annotations: list[Annotation] = field(default_factory=list)
     labelled: bool = True
+    exhaustive: frozenset[int] | None = None
 
 
 @dataclass(slots=True)
@@ -171,7 +183,7 @@ class _Reader:
             videos = {i: Video(i, str(v.get("name", i))) for i, v in self.entries("videos", "id")}
         frames: dict[int, Frame] = {}
         for i, image in self.entries("images", "id", "file_name", "width", "height"):
-            frames[i] = self.frame(i, image)
+            frames[i] = self.frame(i, image, categories)
             if stills:
                 videos[i] = Video(i, frames[i].file_name, [frames[i]])
             else:
@@ -204,13 +216,18 @@ class _Reader:
             seen.add(row["id"])
             yield row["id"], row
 
-    def frame(self, i: int, image: dict[str, Any]) -> Frame:
+    def frame(self, i: int, image: dict[str, Any], categories: Collection[int]) -> Frame:
         width, height, frame_id = image["width"], image["height"], image.get("frame_id", 0)
         if not all(isinstance(n, int) and n > 0 for n in (width, height)):
             raise self.error(f"image {i}", f"is {width!r} x {height!r}", "width and height in whole pixels")
         if not isinstance(frame_id, int):
             raise self.error(f"image {i}", f"has frame_id {frame_id!r}", "a whole number")
-        return Frame(i, str(image["file_name"]), width, height, frame_id, labelled=bool(image.get("labelled", True)))
+        exhaustive, labelled = image.get("labelled_category_ids"), bool(image.get("labelled", True))
+        if exhaustive is not None:
+            if not isinstance(exhaustive, list) or not all(c in categories for c in exhaustive):
+                raise self.error(f"image {i}", f"has labelled_category_ids {exhaustive!r}", "a list of category ids")
+            exhaustive = frozenset(exhaustive)
+        return Frame(i, str(image["file_name"]), width, height, frame_id, [], labelled, exhaustive)
 
     def video_of(self, i: int, image: dict[str, Any], videos: dict[int, Video]) -> Video:
         video = videos.get(image.get("video_id", ""))
@@ -263,6 +280,8 @@ def _write(data: CocoVideo, file: TextIO, image_root: str) -> None:
 def _image(frame: Frame, video_id: int) -> dict[str, Any]:
     entry: dict[str, Any] = {"id": frame.image_id, "video_id": video_id, "frame_id": frame.frame_id}
     entry |= {"file_name": frame.file_name, "width": frame.width, "height": frame.height}
+    if frame.exhaustive is not None:
+        entry["labelled_category_ids"] = sorted(frame.exhaustive)
     return entry if frame.labelled else entry | {"labelled": False}
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from eventful_det.data.augmentation import Augmentation
 from eventful_det.data.coco_video import CocoVideo, Frame
-from eventful_det.data.transforms import Augmentation, Image
+from eventful_det.data.transforms import Image
 from eventful_det.errors import UserError
 
 Target = dict[str, Tensor]
@@ -36,12 +40,16 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         data: the data set; frames that are not labelled are left out.
         augmentation: applied to every sample.
         seed: of the order and the augmentation.
+        repeat_threshold: classes on less than this share of the frames are shown more often (repeat factor
+            sampling, Gupta et al. 2019, LVIS); 0 = every frame once an epoch.
 
     Raises:
         UserError: the data set has no labelled frame.
     """
 
-    def __init__(self, data: CocoVideo, augmentation: Augmentation, seed: int = 0) -> None:
+    def __init__(
+        self, data: CocoVideo, augmentation: Augmentation, seed: int = 0, repeat_threshold: float = 0.0
+    ) -> None:
         self.data, self.augmentation, self.seed = data, augmentation, seed
         self.frames = [frame for frame in data.frames if frame.labelled]
         self.label_of = {category: label for label, (category, _) in enumerate(data.categories)}
@@ -49,17 +57,52 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
             raise UserError(
                 "the training set holds no labelled frame; prepare it with datasets/prepare_imagenet_vid.py"
             )
+        seen = [{a.category_id for a in frame.annotations} for frame in self.frames]
+        # A class without a single box cannot be learnt; everything is a negative of it, so that it stays silent.
+        self.silent = set(self.label_of) - set().union(*seen)
+        self.repeats = np.cumsum(_repeat_factors(seen, repeat_threshold))
 
-    def __getitem__(self, n: int) -> tuple[Tensor, Target]:
-        """The n-th sample of the endless sequence: image `(3, h, w)` uint8 and its boxes and labels."""
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
+        """Sample n of the endless sequence, in one of the sizes of the augmentation.
+
+        Args:
+            key: n, or (n, index of the size).
+
+        Returns:
+            The image `(3, h, w)` uint8, and its "boxes" `(n, 4)` xyxy in pixels and "labels" `(n,)`; further the
+            "areas" `(a, 4)` of the pictures it is made of, and for each the classes of which every object has its
+            box, "exhaustive" `(a, K)`.
+        """
+        n, size = key if isinstance(key, tuple) else (key, 0)
+        height, width = self.augmentation.sizes[size]
+        rng = np.random.default_rng([self.seed, 2, n])
+        canvas = np.empty((height, width, 3), np.uint8)
+        boxes, labels, areas, exhaustive = [], [], [], []
+        for i, (top, left, bottom, right) in enumerate(self.augmentation.cells((height, width), rng)):
+            frame = self._frame(n if i == 0 else int(rng.integers(n + 1, n + len(self.frames))))
+            picture = read_image(str(self.data.image_path(frame)))
+            box, label = self._truth(frame)
+            picture, box, keep = self.augmentation(picture, box, (bottom - top, right - left), rng)
+            canvas[top:bottom, left:right] = picture
+            boxes.append(box[keep] + np.array([left, top, left, top], np.float32))
+            labels.append(label[keep])
+            areas.append([left, top, right, bottom])
+            exhaustive.append([frame.exhaustive is None or c in frame.exhaustive | self.silent for c in self.label_of])
+        target = {"boxes": torch.from_numpy(np.concatenate(boxes)), "labels": torch.from_numpy(np.concatenate(labels))}
+        target |= {"areas": torch.tensor(areas, dtype=torch.float32), "exhaustive": torch.tensor(exhaustive)}
+        return torch.from_numpy(canvas).permute(2, 0, 1), target
+
+    def size_of_step(self, step: int) -> int:
+        """The index of the size that all samples of a step have."""
+        return int(np.random.default_rng([self.seed, 3, step]).integers(len(self.augmentation.sizes)))
+
+    def _frame(self, n: int) -> Frame:
+        """Each epoch draws every frame as often as its repeat factor says, rounded up or down at random."""
         epoch, place = divmod(n, len(self.frames))
-        order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.frames))
-        frame = self.frames[order[place]]
-        image = read_image(str(self.data.image_path(frame)))
-        boxes, labels = self._truth(frame)
-        image, boxes, keep = self.augmentation(image, boxes, np.random.default_rng([self.seed, 2, n]))
-        target = {"boxes": torch.from_numpy(boxes[keep]), "labels": torch.from_numpy(labels[keep])}
-        return torch.from_numpy(image).permute(2, 0, 1), target
+        rng = np.random.default_rng([self.seed, 1, epoch])
+        wanted = (np.arange(len(self.frames)) + rng.random()) / len(self.frames) * self.repeats[-1]
+        drawn = np.minimum(np.searchsorted(self.repeats, wanted, side="right"), len(self.frames) - 1)
+        return self.frames[rng.permutation(drawn)[place]]
 
     def _truth(self, frame: Frame) -> tuple[np.ndarray, np.ndarray]:
         objects = [a for a in frame.annotations if not a.iscrowd]
@@ -67,17 +110,23 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         return boxes, np.array([self.label_of[a.category_id] for a in objects], np.int64)
 
 
+def _repeat_factors(seen: Sequence[set[int]], threshold: float) -> NDArray[np.float64]:
+    """How often each frame is shown: the factor of its rarest class, max(1, sqrt(threshold / share of the frames))."""
+    share = {c: n / len(seen) for c, n in Counter(c for classes in seen for c in classes).items()}
+    return np.array([max([1.0, *(math.sqrt(threshold / share[c]) for c in classes)]) for classes in seen])
+
+
 class _Batches:
-    """Numbers of the samples of each step of one rank, from `first_step` on, without end."""
+    """(sample, size) of each step of one rank, from `first_step` on, without end."""
 
-    def __init__(self, batch: int, first_step: int, rank: int, ranks: int) -> None:
-        self.batch, self.first_step, self.rank, self.ranks = batch, first_step, rank, ranks
+    def __init__(self, data: TrainingSet, batch: int, first_step: int, rank: int, ranks: int) -> None:
+        self.data, self.batch, self.first_step, self.rank, self.ranks = data, batch, first_step, rank, ranks
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step = self.first_step
         while True:
-            start = (step * self.ranks + self.rank) * self.batch
-            yield list(range(start, start + self.batch))
+            start, size = (step * self.ranks + self.rank) * self.batch, self.data.size_of_step(step)
+            yield [(n, size) for n in range(start, start + self.batch)]
             step += 1
 
 
@@ -87,7 +136,7 @@ def training_loader(
     """Batches of images `(batch, 3, h, w)` uint8 with their targets, from step `first_step` on, without end."""
     return DataLoader(
         data,
-        batch_sampler=_Batches(batch, first_step, rank, ranks),
+        batch_sampler=_Batches(data, batch, first_step, rank, ranks),
         num_workers=workers,
         collate_fn=_collate,
         persistent_workers=workers > 0,

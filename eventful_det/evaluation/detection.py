@@ -106,16 +106,18 @@ def evaluate(data: CocoVideo, results: Iterable[Entry]) -> DetectionScores:
     """Score detections against a data set.
 
     Args:
-        data: the truth. Frames that are not labelled are not scored.
+        data: the truth. Frames that are not labelled are not scored; on a frame of which only some classes are
+            exhaustively labelled, boxes of the others are neither right nor wrong.
         results: COCO results; a frame without an entry has no detections.
 
     Raises:
         UserError: there is no labelled frame to score.
     """
     frames = labelled_frames(data)
-    images = {frame.image_id for frame in frames}
+    images = {frame.image_id: frame for frame in frames}
     truth = [_truth(annotation, frame) for frame in frames for annotation in frame.annotations]
-    return _score(images, data.categories, truth, [entry for entry in results if entry["image_id"] in images])
+    scored = ([e for e in entries if _is_exhaustive(images.get(e["image_id"]), e)] for entries in (truth, results))
+    return _score(images, data.categories, *scored)
 
 
 def agreement(dense: Iterable[Entry], ours: Iterable[Entry]) -> float:
@@ -133,6 +135,11 @@ def agreement(dense: Iterable[Entry], ours: Iterable[Entry]) -> float:
     images = {entry["image_id"] for entry in (*truth, *judged)}
     categories = sorted({entry["category_id"] for entry in truth})
     return _score(images, [(c, str(c)) for c in categories], truth, judged).ap50
+
+
+def _is_exhaustive(frame: Frame | None, entry: Entry) -> bool:
+    """Whether all objects of the entry's class have a box on this frame, so that the entry can be judged."""
+    return frame is not None and (frame.exhaustive is None or entry["category_id"] in frame.exhaustive)
 
 
 def _truth(annotation: Annotation, frame: Frame) -> Entry:

@@ -77,6 +77,16 @@ def match(truth: Tensor, boxes: Tensor, low: float, high: float, keep_best: bool
     return matched, label
 
 
+def area_of(boxes: Tensor, areas: Tensor) -> Tensor:
+    """The index `(n,)` of the area, of `(a, 4)` disjoint ones xyxy, that holds the centre of each box `(n, 4)`.
+
+    The first if none does.
+    """
+    x, y, _, _ = (value[:, None] for value in _centres(boxes))
+    inside = (x >= areas[:, 0]) & (y >= areas[:, 1]) & (x < areas[:, 2]) & (y < areas[:, 3])
+    return inside.int().argmax(dim=1)
+
+
 def sample(label: Tensor, count: int, foreground: float) -> tuple[Tensor, Tensor]:
     """Draw foreground and background indices, `count` in all, at most the share `foreground` of them positive."""
     positive, negative = (label == 1).nonzero().squeeze(1), (label == 0).nonzero().squeeze(1)

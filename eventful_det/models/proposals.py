@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
-from eventful_det.models.boxes import cell_anchors, decode, encode, grid_anchors, match, sample
+from eventful_det.models.boxes import area_of, cell_anchors, decode, encode, grid_anchors, match, sample
 from eventful_det.models.config import ModelConfig
 from eventful_det.models.vitdet import STRIDES
 
@@ -60,7 +60,7 @@ class ProposalHead(nn.Module):
         """The last layers of `forward`, after the convolutions."""
         logits = self.objectness_logits(feature).permute(0, 2, 3, 1).flatten(1)
         deltas = self.anchor_deltas(feature).permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4))
-        return logits, deltas
+        return logits.float(), deltas.float()
 
 
 class ProposalGenerator(nn.Module):
@@ -134,9 +134,22 @@ class ProposalGenerator(nn.Module):
             positive, negative = sample(label, _SAMPLES, _FOREGROUND)
             chosen = torch.cat([positive, negative])
             wanted = label[chosen].to(logit.dtype)
-            objectness = objectness + F.binary_cross_entropy_with_logits(logit[i, chosen], wanted, reduction="sum")
+            loss = F.binary_cross_entropy_with_logits(logit[i, chosen], wanted, reduction="none")
+            objectness = objectness + (loss * _trust(anchors[chosen], target, logit[i, chosen], wanted)).sum()
             if positive.numel():
                 goal = encode(anchors[positive], target["boxes"][matched[positive]], _WEIGHTS)
                 location = location + F.l1_loss(delta[i, positive], goal, reduction="sum")
         scale = 1.0 / (_SAMPLES * len(targets))
         return {"loss_rpn_cls": objectness * scale, "loss_rpn_loc": location * scale}
+
+
+def _trust(anchors: Tensor, target: dict[str, Tensor], logit: Tensor, wanted: Tensor) -> Tensor:
+    """How far each sampled anchor `(n, 4)` can be trusted to be what it is labelled, `(n,)` in 0 to 1.
+
+    Where only some classes are labelled, an unmatched anchor that looks like an object may well be one, of a class
+    that is not: it counts as background by the share of classes that are.
+    """
+    if "exhaustive" not in target:
+        return torch.ones_like(logit)
+    share = target["exhaustive"].float().mean(dim=1)[area_of(anchors, target["areas"])]
+    return torch.where((wanted == 0) & (logit > 0), share, 1.0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image, generalized_box_iou_loss, roi_align
 
 from eventful_det.gating.state import TensorTree
-from eventful_det.models.boxes import decode, encode, match, sample
+from eventful_det.models.boxes import area_of, decode, encode, match, sample
 from eventful_det.models.config import ModelConfig
 from eventful_det.models.vitdet import STRIDES, ConvNorm
 
@@ -123,7 +123,8 @@ class RegionHeads(nn.Module):
 
     def score(self, levels: list[Tensor], proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Class logits `(n, K + 1)` and box deltas `(n, 4 K)` of the proposals of all images."""
-        return self.box_predictor(self.box_head(self.pool(levels, proposals)))
+        logits, deltas = self.box_predictor(self.box_head(self.pool(levels, proposals)))
+        return logits.float(), deltas.float()
 
     def select(self, proposals: Tensor, logits: Tensor, deltas: Tensor, size: tuple[int, int]) -> Detections:
         """The objects of one image of (height, width) `size`: decode, threshold, suppress per class."""
@@ -137,8 +138,12 @@ class RegionHeads(nn.Module):
     def losses(
         self, levels: list[Tensor], proposals: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """Classification and box losses on sampled proposals."""
-        boxes, labels, truth = [], [], []
+        """Classification and box losses on sampled proposals.
+
+        Background means "none of the classes that are exhaustively labelled in this image": a class that is not may
+        well be there, so what it is given costs nothing (a set-valued label, as in Zhao et al. 2020).
+        """
+        boxes, labels, truth, possible = [], [], [], []
         for proposal, target in zip(proposals, targets, strict=True):
             candidates = torch.cat([proposal, target["boxes"]])
             matched, label = match(target["boxes"], candidates, 0.5, 0.5, keep_best=False)
@@ -147,14 +152,38 @@ class RegionHeads(nn.Module):
             boxes.append(candidates[torch.cat([positive, negative])])
             labels.append(torch.cat([target["labels"][matched[positive]], background]))
             truth.append(target["boxes"][matched[positive]])
+            possible.append(self._possible(candidates[negative], target))
         logits, deltas = self.score(levels, boxes)
         label = torch.cat(labels)
         foreground = (label < len(self.config.classes)).nonzero().squeeze(1)
         chosen = deltas.unflatten(1, (-1, 4))[foreground, label[foreground]]
         location = self._box_loss(chosen, torch.cat(boxes)[foreground], torch.cat(truth)) / max(label.numel(), 1)
+        logits = _merge_possible(logits, label, torch.cat(possible))
         return {"loss_cls": F.cross_entropy(logits, label), "loss_box_reg": location * self.config.box_loss_weight}
+
+    def _possible(self, boxes: Tensor, target: dict[str, Tensor]) -> Tensor:
+        """Which classes may be in each box `(n, 4)` without a label, `(n, K)`; by default none."""
+        if "exhaustive" not in target:
+            return torch.zeros(len(boxes), len(self.config.classes), dtype=torch.bool, device=boxes.device)
+        return ~target["exhaustive"][area_of(boxes, target["areas"])]
 
     def _box_loss(self, deltas: Tensor, boxes: Tensor, truth: Tensor) -> Tensor:
         if self.config.box_loss == "giou":
             return generalized_box_iou_loss(decode(deltas, boxes, _WEIGHTS), truth, reduction="sum")
         return F.l1_loss(deltas, encode(boxes, truth, _WEIGHTS), reduction="sum")
+
+
+def _merge_possible(logits: Tensor, label: Tensor, possible: Tensor) -> Tensor:
+    """Give the background of background samples the probability of the classes that may be there unlabelled.
+
+    Args:
+        logits: `(n, K + 1)`, background last.
+        label: `(n,)`; K = background.
+        possible: `(b, K)`, the classes that may be there, of the b background samples.
+    """
+    background = (label == logits.shape[1] - 1).nonzero().squeeze(1)
+    merged = F.pad(possible, (0, 1), value=True)
+    rows = logits[background]
+    total = rows.masked_fill(~merged, -torch.inf).logsumexp(dim=1, keepdim=True)
+    rows = torch.cat([rows[:, :-1].masked_fill(possible, -torch.inf), total], dim=1)
+    return logits.index_copy(0, background, rows)

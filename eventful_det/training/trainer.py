@@ -36,7 +36,7 @@ class TrainOptions:
         weight_decay, layer_decay: of AdamW; the rate of a block is `layer_decay` times that of the next.
         clip: largest norm of the gradient.
         ema: decay of the averaged weights that are written at the end; 0 = none.
-        amp: bfloat16 on GPUs.
+        amp: bfloat16 where that is faster: on GPUs, and on CPUs with matrix units (AMX).
         checkpointing: recompute activations of the blocks in the backward pass, to save memory.
         seed: of the order, the augmentation and all sampling.
         workers: processes that read and augment.
@@ -165,8 +165,8 @@ class Trainer:
     def _losses(self, model: nn.Module, images: Tensor, targets: list[Target]) -> dict[str, Tensor]:
         images = images.to(self.device, non_blocking=True).float().div_(255)
         targets = [{k: v.to(self.device, non_blocking=True) for k, v in target.items()} for target in targets]
-        cuda = self.device.type == "cuda"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.amp and cuda):
+        enabled = self.options.amp and _has_fast_bfloat16(self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             losses: dict[str, Tensor] = model(images, targets)
         return losses
 
@@ -207,6 +207,10 @@ class Trainer:
                 f"{path} was made with other values of train.{', train.'.join(changed)}; "
                 "use the same values, or choose another run directory"
             )
+
+
+def _has_fast_bfloat16(device: torch.device) -> bool:
+    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
 
 
 class _Log:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 TINY = [
     "model.init=null", "+model.dim=48", "+model.depth=2", "+model.global_blocks=[1]", "+model.channels=16",
-    "+model.box_fc=[32]", "augment.height=64", "augment.width=96", "train.batch=1", "train.workers=0",
+    "+model.box_fc=[32]", "augment.sizes=[[64,96]]", "train.batch=1", "train.workers=0",
     "train.log_every=1", "train.checkpoint_every=1", "device=cpu", "evaluate=false",
 ]  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch
 
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
 from eventful_det.data.training_set import TrainingSet, training_loader
-from eventful_det.data.transforms import Augmentation
+from eventful_det.data.augmentation import Augmentation
 from eventful_det.errors import UserError
 from eventful_det.models.checkpoints import load_detector
 from eventful_det.models.detector import Detector
@@ -20,7 +20,7 @@ from eventful_det.training.optim import learning_rate, make_optimizer
 from eventful_det.training.trainer import Trainer, TrainOptions
 
 OPTIONS = TrainOptions(steps=6, batch=2, lr=1e-3, warmup=2, workers=0, log_every=1, checkpoint_every=2)
-AUGMENTATION = Augmentation(64, 96)
+AUGMENTATION = Augmentation(((64, 96),))
 
 
 @pytest.fixture

@@ -1,0 +1,141 @@
+"""Training augmentation: pictures and their boxes, scaled, cropped, flipped and spoilt as video frames are.
+
+Images are `(h, w, 3)` uint8 RGB arrays, boxes `(n, 4)` float32 xyxy in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from eventful_det.data.transforms import Image, resize
+
+Boxes = NDArray[np.float32]
+_SPLIT = (0.35, 0.65)  # where a mosaic is divided, as a share of each side
+_BLUR = (3, 9)  # shortest and longest motion blur in pixels
+_NOISE = (2.0, 12.0)  # standard deviation of sensor noise in grey levels
+_JPEG = (25, 80)  # quality
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Large-scale jitter to a given size, flip, colour, and the flaws of video frames.
+
+    Attributes:
+        sizes: (height, width) in pixels that pictures are brought to; a batch has one of them.
+        scale: smallest and largest scale relative to the largest that fits into the result.
+        aspect: pictures are stretched by up to this factor in either direction; 1 = never.
+        flip: probability of a horizontal flip.
+        colour: strength of brightness, contrast and saturation jitter; 0 = none.
+        degrade: probability of each of motion blur, noise and JPEG compression.
+        min_visible: boxes of which a crop leaves less than this share are dropped.
+        mosaic: probability of a sample made of four pictures (Bochkovskiy et al. 2020, YOLOv4).
+    """
+
+    sizes: Sequence[Sequence[int]] = ((256, 384),)
+    scale: tuple[float, float] = (0.6, 1.6)
+    aspect: float = 1.0
+    flip: float = 0.5
+    colour: float = 0.3
+    degrade: float = 0.0
+    min_visible: float = 0.3
+    mosaic: float = 0.0
+
+    def __call__(
+        self, image: Image, boxes: Boxes, size: Sequence[int], rng: np.random.Generator
+    ) -> tuple[Image, Boxes, NDArray[np.bool_]]:
+        """Augment one picture.
+
+        Args:
+            image: of any size.
+            boxes: of its objects.
+            size: (height, width) of the result in pixels.
+            rng: all randomness comes from it.
+
+        Returns:
+            The picture `(height, width, 3)`, the boxes `(n, 4)` and which of them are kept `(n,)`.
+        """
+        height, width = size
+        image, boxes = self._jitter_scale(image, boxes, height, width, rng)
+        whole = _areas(boxes)
+        boxes = np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
+        keep = (_areas(boxes) > self.min_visible * whole) & (_areas(boxes) > 1)
+        if rng.random() < self.flip:
+            image = np.ascontiguousarray(image[:, ::-1])
+            boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
+        return self._degrade(self._jitter_colour(image, rng), rng), boxes, keep
+
+    def cells(self, size: Sequence[int], rng: np.random.Generator) -> list[tuple[int, int, int, int]]:
+        """Where the pictures of a sample lie, each (top, left, bottom, right): one, or four around a point."""
+        height, width = size
+        if rng.random() >= self.mosaic:
+            return [(0, 0, height, width)]
+        y, x = (round(side * rng.uniform(*_SPLIT)) for side in size)
+        return [(0, 0, y, x), (0, x, y, width), (y, 0, height, x), (y, x, height, width)]
+
+    def _jitter_scale(
+        self, image: Image, boxes: Boxes, height: int, width: int, rng: np.random.Generator
+    ) -> tuple[Image, Boxes]:
+        """Scale and stretch, then crop or pad to the fixed size at a random place."""
+        fit = min(height / image.shape[0], width / image.shape[1])
+        scale = fit * float(np.exp(rng.uniform(*np.log(self.scale))))
+        stretch = self.aspect ** (rng.uniform(-0.5, 0.5) if self.aspect > 1 else 0.0)
+        h, w = max(1, round(image.shape[0] * scale / stretch)), max(1, round(image.shape[1] * scale * stretch))
+        top = round(rng.uniform(min(0, height - h), max(0, height - h)))
+        left = round(rng.uniform(min(0, width - w), max(0, width - w)))
+        boxes = boxes * np.array([w / image.shape[1], h / image.shape[0]] * 2, np.float32)
+        canvas = np.full((height, width, 3), 128, np.uint8)
+        y, x = max(0, top), max(0, left)
+        part = resize(image, h, w)[y - top : height - top, x - left : width - left]
+        canvas[y : y + part.shape[0], x : x + part.shape[1]] = part
+        return canvas, boxes + np.array([left, top, left, top], np.float32)
+
+    def _jitter_colour(self, image: Image, rng: np.random.Generator) -> Image:
+        if not self.colour:
+            return image
+        brightness, contrast, saturation = 1 + rng.uniform(-self.colour, self.colour, 3)
+        picture = image.astype(np.float32)
+        grey = picture.mean(axis=2, keepdims=True)
+        picture = grey + (picture - grey) * np.float32(saturation)
+        picture = (picture - picture.mean()) * np.float32(contrast) + picture.mean() * np.float32(brightness)
+        return np.asarray(np.clip(picture + np.float32(0.5), 0, 255), dtype=np.uint8)
+
+    def _degrade(self, image: Image, rng: np.random.Generator) -> Image:
+        if not self.degrade:
+            return image
+        blur, noise, compress = rng.random(3) < self.degrade
+        if blur:
+            image = _motion_blur(image, int(rng.integers(*_BLUR, endpoint=True)), float(rng.uniform(0, np.pi)))
+        if noise:
+            image = _add_noise(image, float(rng.uniform(*_NOISE)), rng)
+        return _compress(image, int(rng.integers(*_JPEG))) if compress else image
+
+
+def _motion_blur(image: Image, length: int, angle: float) -> Image:
+    """Smear along a line of `length` pixels at `angle` radians."""
+    kernel = np.zeros((length, length), np.float32)
+    centre = (length - 1) / 2
+    reach = centre * np.array([np.cos(angle), np.sin(angle)])
+    ends = [tuple(int(round(centre + sign * r)) for r in reach) for sign in (-1, 1)]
+    cv2.line(kernel, ends[0], ends[1], 1.0)
+    return np.asarray(cv2.filter2D(image, -1, kernel / kernel.sum()), np.uint8)
+
+
+def _add_noise(image: Image, sigma: float, rng: np.random.Generator) -> Image:
+    noise = rng.standard_normal(image.shape, np.float32) * np.float32(sigma)
+    return np.asarray(np.clip(image + noise + np.float32(0.5), 0, 255), np.uint8)
+
+
+def _compress(image: Image, quality: int) -> Image:
+    """There and back through JPEG."""
+    _, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    spoilt = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))
+    return np.asarray(cv2.cvtColor(spoilt, cv2.COLOR_BGR2RGB), np.uint8)
+
+
+def _areas(boxes: Boxes) -> NDArray[np.float32]:
+    return np.asarray((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), dtype=np.float32)

@@ -1,0 +1,68 @@
+"""The training set: class balance, mosaics, and what an image says about classes nobody looked for."""
+
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from eventful_det.data.augmentation import Augmentation
+from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video, load_coco_video
+from eventful_det.data.training_set import TrainingSet, training_loader
+
+CATEGORIES = [(1, "cat"), (2, "dog"), (3, "unicorn")]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> CocoVideo:
+    """20 pictures: 18 with a cat, 2 with a dog; each searched for its own class only."""
+    videos = []
+    for i in range(20):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), np.full((64, 64, 3), 12 * i, np.uint8))
+        category = 2 if i >= 18 else 1
+        frame = Frame(i + 1, f"{i}.png", 64, 64, 0, [Annotation(category, (8, 8, 56, 56))])
+        frame.exhaustive = frozenset([category])
+        videos.append(Video(i + 1, str(i), [frame]))
+    return CocoVideo(CATEGORIES, videos, tmp_path)
+
+
+def test_exhaustive_classes_survive_the_file(data: CocoVideo, tmp_path: Path) -> None:
+    data.renumber()
+    data.save(tmp_path / "data.json")
+    again = load_coco_video(tmp_path / "data.json")
+    assert [frame.exhaustive for frame in again.frames] == [frame.exhaustive for frame in data.frames]
+
+
+def test_every_frame_once_an_epoch_without_balancing(data: CocoVideo) -> None:
+    samples = TrainingSet(data, Augmentation())
+    assert sorted(samples._frame(n).image_id for n in range(20, 40)) == list(range(1, 21))
+
+
+def test_rare_classes_are_shown_by_their_repeat_factor(data: CocoVideo) -> None:
+    samples = TrainingSet(data, Augmentation(), repeat_threshold=0.9)  # cat: factor 1; dog: sqrt(0.9 / 0.1) = 3
+    shown = Counter(samples._frame(n).annotations[0].category_id for n in range(20 * 24))
+    assert shown[2] / shown[1] == pytest.approx(3 * 2 / 18, rel=0.02)
+
+
+def test_classes_nobody_looked_for_are_told_apart(data: CocoVideo) -> None:
+    samples = TrainingSet(data, Augmentation(((64, 64),), mosaic=1.0))
+    for n in range(10):
+        image, target = samples[n]
+        assert image.shape == (3, 64, 64) and target["areas"].shape == (4, 4)
+        for area, known in zip(target["areas"], target["exhaustive"], strict=True):
+            x, y = (area[:2] + area[2:]) / 2
+            inside = [
+                int(label)
+                for box, label in zip(target["boxes"], target["labels"], strict=True)
+                if box[0] <= x < box[2] and box[1] <= y < box[3]
+            ]
+            assert known[2], "a class without any box is a negative everywhere"
+            assert all(known[label] for label in inside) and not known[:2].all()
+
+
+def test_all_samples_of_a_batch_have_one_size(data: CocoVideo) -> None:
+    sizes = ((32, 64), (64, 32), (48, 48))
+    batches = iter(training_loader(TrainingSet(data, Augmentation(sizes)), 3))
+    seen = {tuple(next(batches)[0].shape[-2:]) for _ in range(12)}
+    assert seen == set(sizes)

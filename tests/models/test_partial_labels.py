@@ -1,0 +1,56 @@
+"""A class that is not exhaustively labelled gives no negative loss."""
+
+import torch
+
+from eventful_det.models.boxes import area_of
+from eventful_det.models.detector import Detector
+from eventful_det.models.regions import _merge_possible
+
+SIZE = 64
+
+
+def target(exhaustive: list[list[bool]], areas: list[list[float]]) -> dict[str, torch.Tensor]:
+    return {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.long),
+        "areas": torch.tensor(areas),
+        "exhaustive": torch.tensor(exhaustive),
+    }
+
+
+def test_possible_classes_cost_nothing_on_background() -> None:
+    logits = torch.tensor([[4.0, -1.0, 1.0], [0.5, 3.0, 0.0]], requires_grad=True)  # two classes and background
+    label = torch.tensor([2, 1])
+    merged = _merge_possible(logits, label, torch.tensor([[True, False]]))
+    probability = logits.softmax(1)
+    assert torch.allclose(merged.softmax(1)[0, 2], probability[0, 0] + probability[0, 2])
+    assert torch.equal(merged[1], logits[1])
+    torch.nn.functional.cross_entropy(merged, label).backward()
+    gradient = logits.grad
+    assert gradient is not None and gradient[0, 0] < 0 < gradient[0, 1]
+
+
+def test_all_classes_labelled_equals_no_statement(tiny_detector: Detector) -> None:
+    tiny_detector.train()
+    classes = len(tiny_detector.names)
+    images = torch.rand(1, 3, SIZE, SIZE)
+    full = target([[True] * classes], [[0, 0, SIZE, SIZE]])
+    silent = {key: full[key] for key in ("boxes", "labels")}
+    losses = []
+    for targets in (full, silent):
+        torch.manual_seed(0)
+        losses.append(tiny_detector(images, [targets]))
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+
+
+def test_an_image_searched_for_nothing_teaches_no_background(tiny_detector: Detector) -> None:
+    tiny_detector.train()
+    classes = len(tiny_detector.names)
+    losses = tiny_detector(torch.rand(1, 3, SIZE, SIZE), [target([[False] * classes], [[0, 0, SIZE, SIZE]])])
+    assert losses["loss_cls"].item() < 1e-6
+
+
+def test_boxes_belong_to_the_picture_under_their_centre() -> None:
+    areas = torch.tensor([[0.0, 0, 10, 20], [10, 0, 20, 20]])
+    boxes = torch.tensor([[0.0, 0, 8, 8], [4, 4, 18, 18], [12, 0, 30, 9], [-9, -9, -1, -1]])
+    assert area_of(boxes, areas).tolist() == [0, 1, 0, 0]
