@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from eventful_det.data.augmentation import Augmentation
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
 from eventful_det.data.training_set import TrainingSet, training_loader
-from eventful_det.data.augmentation import Augmentation
 from eventful_det.errors import UserError
 from eventful_det.models.checkpoints import load_detector
 from eventful_det.models.detector import Detector
