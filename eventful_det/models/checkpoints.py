@@ -20,6 +20,7 @@ from torch import Tensor
 from eventful_det.errors import UserError
 from eventful_det.models.config import ModelConfig
 from eventful_det.models.detector import Detector
+from eventful_det.models.labels import LabelMap, read_labels, relabel
 from eventful_det.models.vitdet import WindowedViT
 
 FORMAT = "eventful-det/1"
@@ -49,12 +50,17 @@ def save_detector(
     os.replace(part, path)
 
 
-def load_detector(source: str | os.PathLike[str] | None = None, **changes: Any) -> Detector:
+def load_detector(
+    source: str | os.PathLike[str] | None = None,
+    labels: LabelMap | str | os.PathLike[str] | None = None,
+    **changes: Any,
+) -> Detector:
     """A detector ready for inference, on the CPU in float32.
 
     Args:
         source: a safetensors file written by `save_detector`, or the name of shipped weights; the shipped default
             if None.
+        labels: names of classes to change, or None as a name to drop the class; a mapping, or a JSON file of one.
         changes: values of `ModelConfig` to change that do not affect the weights, for example `proposals=50`.
 
     Raises:
@@ -62,6 +68,8 @@ def load_detector(source: str | os.PathLike[str] | None = None, **changes: Any) 
     """
     path = _find(DEFAULT if source is None else source)
     config = ModelConfig.from_dict({**json.loads(read_notes(path)["config"]), **changes})
+    if labels is not None:
+        config = relabel(config, labels if isinstance(labels, Mapping) else read_labels(labels))
     detector = Detector(config)
     load_exactly(detector, {key: value.float() for key, value in load_file(path).items()}, str(path))
     return detector.eval()

@@ -15,6 +15,7 @@ class ModelConfig:
 
     Attributes:
         classes: names of the classes; the label of a detection is an index into them.
+        dropped: those of them that are not reported.
         dim, depth, heads: width, blocks and attention heads of the Transformer.
         window: side of the attention windows in tokens.
         global_blocks: blocks that attend to the whole frame.
@@ -35,6 +36,7 @@ class ModelConfig:
     """
 
     classes: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
     dim: int = 192
     depth: int = 12
     heads: int = 3
@@ -71,6 +73,8 @@ class ModelConfig:
             raise UserError(f"model: dim ({self.dim}) must be a multiple of heads ({self.heads})")
         if self.box_loss not in ("l1", "giou"):
             raise UserError(f"model: box_loss must be 'l1' or 'giou', got {self.box_loss!r}")
+        if not set(self.dropped) <= set(self.classes):
+            raise UserError(f"model: dropped={list(self.dropped)} names no class; classes: {', '.join(self.classes)}")
         if self.window == 0 and self.global_blocks:
             raise UserError("model: window=0 makes every block global; leave global_blocks empty")
 

@@ -98,6 +98,7 @@ class RegionHeads(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self._dropped = [config.classes.index(name) for name in config.dropped]
         self.box_head = BoxHead(config.channels, config.box_convs, config.box_fc)
         self.box_predictor = BoxPredictor(self.box_head.width, len(config.classes))
 
@@ -129,6 +130,7 @@ class RegionHeads(nn.Module):
     def select(self, proposals: Tensor, logits: Tensor, deltas: Tensor, size: tuple[int, int]) -> Detections:
         """The objects of one image of (height, width) `size`: decode, threshold, suppress per class."""
         scores = logits.softmax(dim=1)[:, :-1]
+        scores[:, self._dropped] = 0.0
         boxes = clip_boxes_to_image(decode(deltas, proposals, _WEIGHTS).unflatten(1, (-1, 4)), size)
         row, label = (scores > self.config.score_threshold).nonzero(as_tuple=True)
         box, score = boxes[row, label], scores[row, label]
