@@ -35,7 +35,7 @@ from eventful_det.data.video import VideoSource, open_source
 from eventful_det.data.video_writer import VideoWriter
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import peak_memory
-from eventful_det.models.checkpoints import load_detector
+from eventful_det.models.checkpoints import SYNTHETIC, load_detector
 from eventful_det.models.detector import Detector
 from eventful_det.models.regions import Detections
 from eventful_det.runtime.stream import Stream, StreamResult
@@ -62,6 +62,10 @@ class Outputs:
             raise UserError(f"cannot write to output={directory}: {error.strerror}") from error
         self.video = VideoWriter(self.video_path, fps)
         self.rows: csv.DictWriter[str] | None = None
+        self.frames = 0
+
+    def __len__(self) -> int:
+        return self.frames
 
     def write(self, result: StreamResult) -> None:
         """Append a frame to every file."""
@@ -73,6 +77,7 @@ class Outputs:
             if self.rows is None:
                 self.rows = csv.DictWriter(self.table, list(row))
                 self.rows.writeheader()
+            self.frames += 1
             self.rows.writerow({key: round(value, 6) for key, value in row.items()})
         except OSError as error:
             raise UserError(f"cannot write to {self.lines_path.parent}: {error.strerror}") from error
@@ -191,7 +196,9 @@ def uninterrupted() -> Iterator[None]:
 
 def open_stream(config: DictConfig, source: VideoSource) -> tuple[Stream, Comparison | None]:
     """The stream of a config, and the dense one beside it when asked for."""
-    detector = load_detector(config.weights).to(choose_device(config.device)).with_rule(build_rule(config.gate))
+    weights = config.weights or (SYNTHETIC if str(config.source).startswith("synthetic") else None)
+    device = choose_device(config.device)
+    detector = load_detector(weights, config.labels).to(device).with_rule(build_rule(config.gate))
     if detector.rule is None and config.budget is not None:
         raise UserError("gate=dense recomputes everything; leave budget out, or choose gate=rows or gate=paper")
     sizes = {"short_side": config.short_side, "long_side": config.long_side}
@@ -225,18 +232,21 @@ def demo(config: DictConfig) -> None:
         fps = source.fps if source.fps and 1 <= source.fps <= 240 else 25.0
         total = min((n for n in (source.frames, config.max_frames) if n), default=None)
         outputs = Outputs(directory, fps, config.show)
+        began = time.perf_counter()
         try:
             run(itertools.chain([first], stream), outputs, comparison, total)
         except BaseException as error:
             if outputs.rows is None:
                 raise
             stopped = error
+        seconds = time.perf_counter() - began
         with uninterrupted():
             results = {
                 "command": " ".join(sys.argv),
                 "source": source.name,
                 "rule": str(stream.detector.rule or "dense"),
                 **outputs.close(),
+                "frames_per_second": (len(outputs) - 1) / seconds,
                 "state_bytes": stream.state_bytes,
                 "peak_memory_mb": round(peak_memory(torch.device("cpu")) / 1e6),
                 "skipped": source.skipped,
@@ -254,7 +264,8 @@ def print_summary(results: dict[str, Any]) -> None:
     gmacs, dense, share = (results[k]["total"] for k in ("gmacs_per_frame", "dense_gmacs_per_frame", "share_of_dense"))
     console.print(
         f"{results['frames']} frames, {gmacs:.2f} GMACs each: {share:.0%} of dense ({dense:.2f}); "
-        f"median {results['latency_ms']['median']:.0f} ms"
+        f"median {results['latency_ms']['median']:.0f} ms; "
+        f"{results['frames_per_second']:.1f} frames/s with decoding, drawing and encoding"
     )
     if results["skipped"]:
         console.print(f"{results['skipped']} pieces of the source could not be decoded")

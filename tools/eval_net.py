@@ -4,6 +4,7 @@
     python tools/eval_net.py gate=dense weights=runs/train/model.safetensors
     python tools/eval_net.py eval=sweep                          # budgets and baselines: CSV, table, plot
     python tools/eval_net.py eval=sweep max_videos=2 max_frames=20
+    python tools/eval_net.py eval=sweep data=clips               # your own, labelled or not: agreement with dense
 
 Writes results.json to `output`; beside it coco_results.json (detections of a single evaluation), or sweep.csv,
 sweep.json, sweep.md and sweep.png.
@@ -26,8 +27,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from eventful_det.data.coco_video import CocoVideo, load_coco_video
+from eventful_det.data.remap import for_classes
 from eventful_det.errors import UserError
 from eventful_det.evaluation import report
+from eventful_det.evaluation.detection import labelled_frames
 from eventful_det.evaluation.summary import jsonable, row_of, rows_of
 from eventful_det.evaluation.sweep import Method, MethodRun, first, run_methods
 from eventful_det.gating.convert import Rule
@@ -73,6 +76,7 @@ def _rule_with(gate: DictConfig | None, **policy: Any) -> Rule | None:
 
 def evaluate_single(config: DictConfig, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
     """Evaluate the rule of the gate group."""
+    labelled_frames(data)
     rule = build_rule(config.gate)
     name = "dense" if rule is None else config.gate.rule
     (run,) = _run(config, detector, data, [Method(name, None, rule, config.eval.hold, config.eval.scale)])
@@ -97,7 +101,7 @@ def evaluate_sweep(config: DictConfig, detector: Detector, data: CocoVideo, dire
     (directory / "sweep.md").write_text(report.markdown(rows))
     title = f"Average precision against cost: {rows[0].videos} videos, {rows[0].frames} frames"
     report.plot(rows, directory / "sweep.png", title)
-    _show([line[:8] for line in report.table(rows)])  # what fits on a terminal; sweep.md has all
+    _show([line[:9] for line in report.table(rows)])  # what fits on a terminal; sweep.md has all
     console.print(f"plot: {directory / 'sweep.png'}", soft_wrap=True)
     return {"rows": rows}
 
@@ -142,7 +146,9 @@ def run(config: DictConfig) -> None:
     """Evaluate, then write the results."""
     data = first(load_coco_video(config.data.val), config.max_videos, config.max_frames)
     device = choose_device(config.device)
-    detector = load_detector(config.weights).to(device)
+    detector = load_detector(config.weights, config.labels).to(device)
+    if config.common_classes:
+        data = for_classes(data, detector.names)
     directory = Path(config.output)
     directory.mkdir(parents=True, exist_ok=True)
     evaluate = evaluate_sweep if "curves" in config.eval else evaluate_single
@@ -151,6 +157,7 @@ def run(config: DictConfig) -> None:
     about = {
         "command": " ".join(sys.argv),
         "weights": config.weights or DEFAULT,
+        "labelled_frames": sum(frame.labelled for frame in data.frames),
         "data": config.data.val,
         "machine": f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "note": NOTE,

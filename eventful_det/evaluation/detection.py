@@ -85,7 +85,7 @@ def category_ids(data: CocoVideo, names: Sequence[str]) -> list[int]:
         ]
         raise UserError(
             f"the classes of the weights and of the data set differ ({'; '.join(lists)}); "
-            "give weights that were trained for this data set's classes"
+            "give weights that were trained for this data set's classes, or score what both know (common_classes=true)"
         )
     return [ids[name] for name in names]
 
@@ -110,13 +110,15 @@ def evaluate(data: CocoVideo, results: Iterable[Entry]) -> DetectionScores:
             exhaustively labelled, boxes of the others are neither right nor wrong.
         results: COCO results; a frame without an entry has no detections.
 
-    Raises:
-        UserError: there is no labelled frame to score.
+    Returns:
+        The scores; `nan` where no frame is labelled.
     """
-    frames = labelled_frames(data)
-    images = {frame.image_id: frame for frame in frames}
-    truth = [_truth(annotation, frame) for frame in frames for annotation in frame.annotations]
-    scored = ([e for e in entries if _is_exhaustive(images.get(e["image_id"]), e)] for entries in (truth, results))
+    images = {frame.image_id: frame for frame in data.frames if frame.labelled}
+    truth = [_truth(annotation, frame) for frame in images.values() for annotation in frame.annotations]
+    scored = (
+        [e for e in entries if is_exhaustive(images.get(e["image_id"]), e["category_id"])]
+        for entries in (truth, results)
+    )
     return _score(images, data.categories, *scored)
 
 
@@ -137,9 +139,9 @@ def agreement(dense: Iterable[Entry], ours: Iterable[Entry]) -> float:
     return _score(images, [(c, str(c)) for c in categories], truth, judged).ap50
 
 
-def _is_exhaustive(frame: Frame | None, entry: Entry) -> bool:
-    """Whether all objects of the entry's class have a box on this frame, so that the entry can be judged."""
-    return frame is not None and (frame.exhaustive is None or entry["category_id"] in frame.exhaustive)
+def is_exhaustive(frame: Frame | None, category: int) -> bool:
+    """Whether all objects of the category have a box on this frame, so that boxes of it can be judged."""
+    return frame is not None and (frame.exhaustive is None or category in frame.exhaustive)
 
 
 def _truth(annotation: Annotation, frame: Frame) -> Entry:
@@ -163,7 +165,8 @@ def _score(
         if images and categories:
             judge.evaluate()
             judge.accumulate()
-    precision = judge.eval["precision"][..., 0, -1] if judge.eval else np.empty((10, 101, 0))  # (overlaps, recalls, K)
+    undefined = np.full((10, 101, len(categories)), -1.0)
+    precision = judge.eval["precision"][..., 0, -1] if judge.eval else undefined  # (overlaps, recalls, K)
     overlaps = judge.params.iouThrs
     by_class = [_mean(precision[np.isclose(overlaps, 0.5), :, k]) for k in range(len(categories))]
     return DetectionScores(

@@ -9,6 +9,7 @@ import math
 import operator
 from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def _cells(row: Row) -> dict[str, str]:
         "AP50": percent(row.ap50, 1),
         "AP": percent(row.ap, 1),
         "agree": percent(row.agreement50, 1),
+        "found": percent(row.found, 1),
+        "flicker": percent(row.flicker, 1),
         "GMACs backbone": f"{row.gmacs_backbone:.2f} ({percent(row.relative_backbone)}%)",
         "GMACs total": f"{row.gmacs_total:.2f} ({percent(row.relative_total)}%)",
         "time %": percent(row.relative_time),
@@ -74,25 +77,28 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 def plot(rows: Sequence[Row], path: Path, title: str = "") -> None:
     """AP50 against MACs of the backbone, MACs of the detector, and time; a PNG.
 
+    Without labels, agreement with the dense detector takes the place of AP50.
     Curves whose precision falls far below that of dense leave the picture at its lower edge.
     """
     figure = Figure(figsize=(13.5, 5.4), dpi=160, layout="constrained")
     curves = list(dict.fromkeys(row.curve for row in rows if row.curve != DENSE))
     styles = dict(zip(curves, itertools.cycle(_STYLES)))
     dense = next((row for row in rows if row.curve == DENSE), None)
+    labelled = any(math.isfinite(row.ap50) for row in rows)
+    precision = attrgetter("ap50" if labelled else "agreement50")
     panels = figure.subplots(1, len(_PANELS), sharey=True)
     for panel, axes in enumerate(panels):
         _frame(axes, _PANELS[panel])
         if dense is not None:
-            _draw_dense(axes, dense, _costs(dense, dense)[panel])
+            _draw_dense(axes, 100 * precision(dense), _costs(dense, dense)[panel])
         for curve, (colour, marker) in styles.items():
             points = sorted((row for row in rows if row.curve == curve), key=lambda row: row.gmacs_total)
-            x, y = [_costs(row, dense)[panel] for row in points], [100 * row.ap50 for row in points]
+            x, y = [_costs(row, dense)[panel] for row in points], [100 * precision(row) for row in points]
             axes.plot(x, y, color=colour, marker=marker, label=curve.replace("_", " "), zorder=4, **_LINE)
         axes.set_xlim(left=0)
     if dense is not None:
-        panels[0].set_ylim(bottom=max(panels[0].get_ylim()[0], 100 * (dense.ap50 - _DEPTH)))
-    panels[0].set_ylabel("AP50 (%)", fontsize=11)
+        panels[0].set_ylim(bottom=max(panels[0].get_ylim()[0], 100 * (precision(dense) - _DEPTH)))
+    panels[0].set_ylabel("AP50 (%)" if labelled else "agreement with dense, AP50 (%)", fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), frameon=False, fontsize=11)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
@@ -112,9 +118,8 @@ def _frame(axes: Axes, label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_dense(axes: Axes, dense: Row, cost: float) -> None:
+def _draw_dense(axes: Axes, ap: float, cost: float) -> None:
     """A star, the band within two points of it, and costs in percent of it along the top."""
-    ap = 100 * dense.ap50
     axes.axhspan(ap - 100 * _CLOSE, ap, color="#f1efe2", zorder=0)
     axes.axhline(ap, color="black", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     axes.plot(cost, ap, "*", color="black", markersize=16, label=DENSE, zorder=5)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventful_det.data.coco_video import CocoVideo
-from eventful_det.evaluation.detection import DetectionScores, agreement
+from eventful_det.evaluation.consistency import flicker, found_share
+from eventful_det.evaluation.detection import DetectionScores, agreement, labelled_frames
 from eventful_det.evaluation.efficiency import TOTAL
 from eventful_det.evaluation.sweep import DENSE, Method, MethodRun, run_method
 
@@ -31,6 +32,8 @@ class Row:
     Attributes:
         ap, ap50, ap75: against the labels.
         agreement50: AP50 against the dense detections.
+        found: share of the labelled objects that a sure detection covers.
+        flicker: blinks per sure detection, see `consistency.flicker`.
         gmacs_*: 1e9 multiply-adds per frame, mean over all frames; "steady" leaves flushes out.
         ms_*: milliseconds per frame; `ms_flush` is the median of the flushes.
         recomputed: share of the tokens that were recomputed.
@@ -45,6 +48,8 @@ class Row:
     ap50: float
     ap75: float
     agreement50: float
+    found: float
+    flicker: float
     gmacs_backbone: float
     gmacs_pyramid: float
     gmacs_rpn: float
@@ -82,7 +87,11 @@ def evaluate_detector(
 
     Returns:
         The fields of `Row`, and "ap50_by_class"; undefined numbers are `nan`, see `jsonable`.
+
+    Raises:
+        UserError: no frame is labelled.
     """
+    labelled_frames(data)
     run = run_method(detector, data, method or Method(DENSE), **options)
     scores = run.scores()
     return vars(row_of(run, scores)) | {"ap50_by_class": scores.ap50_by_class}
@@ -113,6 +122,8 @@ def row_of(run: MethodRun, scores: DetectionScores, dense: MethodRun | None = No
         ap50=scores.ap50,
         ap75=scores.ap75,
         agreement50=math.nan if dense is None else agreement(dense.results, run.results),
+        found=found_share(run.data, run.results),
+        flicker=flicker(run.data, run.results),
         gmacs_backbone=cost.gmacs["backbone"],
         gmacs_pyramid=cost.gmacs["pyramid"],
         gmacs_rpn=cost.gmacs["rpn"],

@@ -15,7 +15,6 @@ from eventful_det.evaluation.detection import (
     category_ids,
     coco_results,
     evaluate,
-    labelled_frames,
 )
 from eventful_det.evaluation.efficiency import Efficiency, peak_memory, reset_peak_memory, summarise
 
@@ -144,9 +143,8 @@ def run_methods(
         on_frame: called after every frame of every method.
 
     Raises:
-        UserError: no frame is labelled, an image cannot be read, or the detector knows other classes.
+        UserError: an image cannot be read, or the detector knows other classes.
     """
-    labelled_frames(data)
     category_ids(data, detector.names)
     runs = [MethodRun(method, data) for method in methods]
     training = detector.training

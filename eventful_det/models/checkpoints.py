@@ -25,6 +25,7 @@ from eventful_det.models.vitdet import WindowedViT
 
 FORMAT = "eventful-det/1"
 DEFAULT = "vitdet_tiny_synthetic"
+SYNTHETIC = "vitdet_tiny_synthetic"
 
 
 def save_detector(

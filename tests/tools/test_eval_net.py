@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from running import ROOT, make_tree, run
 
 from eventful_det.data.coco_video import load_coco_video
+from eventful_det.data.video_writer import VideoWriter
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import evaluate
 from eventful_det.models.checkpoints import save_detector
@@ -69,6 +73,27 @@ def test_sweep(options: list[str], tmp_path: Path) -> None:
         assert [line["method"] for line in csv.DictReader(file)] == names
     assert len((tmp_path / "run/sweep.md").read_text().splitlines()) == 2 + len(rows)
     assert cv2.imread(str(tmp_path / "run/sweep.png")) is not None
+
+
+def test_unlabelled_clips_are_judged_by_agreement_with_dense(options: list[str], tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "clip.mp4", 25.0) as writer:
+        for i in range(4):
+            writer.write(np.full((96, 128, 3), 40 * i, np.uint8))
+    make = [
+        sys.executable,
+        "datasets/prepare_clips.py",
+        str(tmp_path / "clip.mp4"),
+        "--output",
+        str(tmp_path / "clips"),
+    ]
+    assert "1 videos, 4 frames" in subprocess.run(make, check=True, capture_output=True, text=True).stdout
+    curves = [f"~eval.curves.{name}" for name in ("rows_threshold", "paper", "random", "held_boxes", "resolution")]
+    where = ["data=clips", f"data.root={tmp_path / 'clips'}", "common_classes=true", "max_frames=3"]
+    (tmp_path / "labels.json").write_text('{"disc": "car", "square": "dog"}')
+    run("tools/eval_net.py", *options[1:], *where, *curves, "eval=sweep", f"labels={tmp_path / 'labels.json'}")
+    rows = json.loads((tmp_path / "run/results.json").read_text())["rows"]
+    assert [row["images"] for row in rows] == [0] * 5 and all(row["ap50"] is None for row in rows)
+    assert "| - | - |" in (tmp_path / "run/sweep.md").read_text()
 
 
 def test_errors_are_one_line(options: list[str], tree: Path, tmp_path: Path) -> None:
