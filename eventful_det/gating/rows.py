@@ -6,22 +6,20 @@ that were not selected, and nothing is N x N. With every token selected it equal
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import Anatomy, Block, Grid
+from eventful_det.gating.anatomy import Anatomy, Block, Grid, relative_table
 from eventful_det.gating.cost import Counts
 from eventful_det.gating.policy import GateInput, Policy, TopFraction, select_all
+from eventful_det.gating.rows_attention import Queries, attend
 from eventful_det.gating.state import TensorTree
 from eventful_det.gating.update import Update
-from eventful_det.gating.windows import relative_bias, windows_of
-
-_BIAS_ELEMENTS = 1 << 25  # largest attention bias held at once; longer query lists are cut into pieces
+from eventful_det.gating.windows import windows_of
 
 
 @dataclass
@@ -34,9 +32,11 @@ class RowsState(TensorTree):
         frame: frames since the last flush; 0 = the next frame is a flush.
         reference: `(N, P)` patches or `(N, D)` embeddings last let through.
         age: `(N,)` frames since each token was let through.
-        keys, values: per block `(windows, heads, slots, d)`; slots of padded tokens hold the bias. The one
+        keys, values: per block `(windows, slots, heads, d)`; slots of padded tokens hold the bias. The one
             window of a global block starts with the slots of the prefix tokens.
         output: `(N, C)` the last computed output of every token.
+        positions: `(N, D)` position encoding at this grid, or None. Like the tables, it is worked out at a flush.
+        tables: per block its relative positions at this grid, along y and x; empty without.
     """
 
     layout: tuple[str, ...]
@@ -47,6 +47,8 @@ class RowsState(TensorTree):
     keys: list[Tensor]
     values: list[Tensor]
     output: Tensor
+    positions: Tensor | None = None
+    tables: list[list[Tensor]] = field(default_factory=list)
 
 
 @dataclass
@@ -103,7 +105,7 @@ class Rows:
         flush = state.frame == 0
         renew = flush or (self.renew_every > 0 and state.frame % self.renew_every == 0)
         if flush:
-            _preset_padding(anatomy, state)
+            _prepare(anatomy, state)
         index, z, counts = self._select(anatomy, patches, state, renew)
         state.age += 1
         state.age[index] = 1
@@ -134,8 +136,8 @@ class Rows:
         index = index[windows_of((rows, cols), side, patches.device).window[index].argsort(stable=True)]
         state.reference.index_copy_(0, index, compared[index])
         z = anatomy.embed(patches[index]) if self.gate == "patches" else compared[index]
-        if anatomy.positions is not None:
-            z = z + anatomy.positions(state.grid)[index]
+        if state.positions is not None:
+            z = z + state.positions[index]
             counts += Counts(add=z.numel())
         embedded = index.numel() if self.gate == "patches" else tokens
         weight = anatomy.projection.weight
@@ -143,18 +145,26 @@ class Rows:
 
 
 def _empty_cache(block: Block, grid: Grid, prefix: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of a block, `(windows, heads, slots, d)`."""
+    """Keys and values of a block, `(windows, slots, heads, d)`."""
     windows = windows_of(grid, block.window, block.qkv.weight.device)
-    shape = (windows.count, block.heads, windows.slots + prefix, block.dim // block.heads)
+    shape = (windows.count, windows.slots + prefix, block.heads, block.dim // block.heads)
     return block.qkv.weight.new_zeros(shape), block.qkv.weight.new_zeros(shape)
 
 
-def _preset_padding(anatomy: Anatomy, state: RowsState) -> None:
-    """Give every slot the keys and values of a padded token; nothing else writes those of padded tokens."""
+def _prepare(anatomy: Anatomy, state: RowsState) -> None:
+    """What depends on the weights and the grid alone: positions, and the keys and values of padded tokens.
+
+    Every slot is given those of a padded token; nothing else writes the slots of padded tokens.
+    """
+    state.positions = None if anatomy.positions is None else anatomy.positions(state.grid).detach().clone()
+    state.tables = []
     for block, keys, values in zip(anatomy.blocks, state.keys, state.values, strict=True):
-        _, k, v = block.padding_qkv.view(3, block.heads, 1, -1)
+        _, k, v = block.padding_qkv.view(3, block.heads, -1)
         keys.copy_(k)
         values.copy_(v)
+        shape = windows_of(state.grid, block.window, keys.device).shape
+        both = zip(block.rel_pos or (), shape, strict=False)
+        state.tables.append([relative_table(table.detach(), size) for table, size in both])
 
 
 def _run_blocks(anatomy: Anatomy, z: Tensor, index: Tensor, state: RowsState) -> tuple[Tensor, Counts]:
@@ -162,11 +172,12 @@ def _run_blocks(anatomy: Anatomy, z: Tensor, index: Tensor, state: RowsState) ->
     prefix = anatomy.prefix_count
     if anatomy.prefix is not None:
         z = torch.cat([anatomy.prefix(), z])
+    sides = {block.window for block in anatomy.blocks}
+    queries = {side: Queries.of(index, state.grid, side, prefix) for side in sides}
     counts = Counts()
-    for block, keys, values in zip(anatomy.blocks, state.keys, state.values, strict=True):
-        qkv = block.qkv(block.norm1(z)).view(z.shape[0], 3, block.heads, -1)
-        attend = _attend_windows if block.window else _attend_globally
-        x, attention = attend(block, qkv, (keys, values), index, state.grid)
+    for block, keys, values, tables in zip(anatomy.blocks, state.keys, state.values, state.tables, strict=True):
+        relative = (tables[0], tables[1]) if tables else None
+        x, attention = attend(block, block.qkv(block.norm1(z)), keys, values, queries[block.window], relative)
         z = z + block.project(x)
         z = z + block.mlp(block.norm2(z))
         counts += attention + _linear_counts(block, z.shape[0])
@@ -180,77 +191,3 @@ def _linear_counts(block: Block, rows: int) -> Counts:
         bias=rows * sum(layer.out_features for layer in layers if layer.bias is not None),
         add=2 * rows * block.dim,
     )
-
-
-def _bias_counts(block: Block, queries: int, shape: Grid) -> Counts:
-    if block.rel_pos is None:
-        return Counts()
-    return Counts(einsum=queries * block.dim * sum(shape), add=2 * queries * block.heads * shape[0] * shape[1])
-
-
-def _attend_globally(
-    block: Block, qkv: Tensor, cache: tuple[Tensor, Tensor], index: Tensor, grid: Grid
-) -> tuple[Tensor, Counts]:
-    """Rows `(r, 3, heads, d)`, prefix tokens first, against all cached keys of the frame; returns `(r, D)`."""
-    (q, k, v), (keys, values) = qkv.unbind(1), cache
-    prefix = q.shape[0] - index.numel()
-    slots = torch.cat([torch.arange(prefix, device=index.device), index + prefix])
-    keys[0].index_copy_(1, slots, k.transpose(0, 1))
-    values[0].index_copy_(1, slots, v.transpose(0, 1))
-    q = q.transpose(0, 1)
-    if block.rel_pos is None:
-        x = F.scaled_dot_product_attention(q[None], keys, values)[0]
-    else:
-        step = max(1, _BIAS_ELEMENTS // (block.heads * keys.shape[2]))
-        pieces = [
-            F.scaled_dot_product_attention(
-                part[None], keys, values, attn_mask=relative_bias(part, where, grid, block.rel_pos)[None]
-            )[0]
-            for part, where in zip(q.split(step, dim=1), slots.split(step), strict=True)
-        ]
-        x = torch.cat(pieces, dim=1)
-    counts = Counts(matmul=2 * q.shape[1] * keys.shape[2] * block.dim) + _bias_counts(block, q.shape[1], grid)
-    return x.transpose(0, 1).flatten(1), counts
-
-
-def _attend_windows(
-    block: Block, qkv: Tensor, cache: tuple[Tensor, Tensor], index: Tensor, grid: Grid
-) -> tuple[Tensor, Counts]:
-    """Rows `(r, 3, heads, d)` against the cached keys of their windows; windows without one are not touched."""
-    (q, k, v), (keys, values) = qkv.unbind(1), cache
-    windows = windows_of(grid, block.window, index.device)
-    window, slot = windows.window[index], windows.slot[index]
-    keys[window, :, slot] = k
-    values[window, :, slot] = v
-    touched, group, rank, widest = _group(window)
-    queries = q.new_zeros(len(touched), widest, *q.shape[1:])
-    queries[group, rank] = q
-    bias = None
-    if block.rel_pos is not None:
-        bias = q.new_zeros(len(touched), block.heads, widest, windows.slots)
-        bias[group, :, rank] = relative_bias(q.transpose(0, 1), slot, windows.shape, block.rel_pos).transpose(0, 1)
-    everything = len(touched) == windows.count
-    x = F.scaled_dot_product_attention(
-        queries.transpose(1, 2),
-        keys if everything else keys[touched],
-        values if everything else values[touched],
-        attn_mask=bias,
-    )
-    counts = Counts(matmul=2 * len(touched) * widest * windows.slots * block.dim)
-    return x[group, :, rank].flatten(1), counts + _bias_counts(block, q.shape[0], windows.shape)
-
-
-def _group(window: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Group rows that are sorted by window.
-
-    Args:
-        window: `(r,)` ascending window of each row.
-
-    Returns:
-        The touched windows `(t,)`; for each row its place among them and its rank within its window; the
-        largest number of rows in a window.
-    """
-    touched, group, sizes = torch.unique_consecutive(window, return_inverse=True, return_counts=True)
-    starts = sizes.cumsum(0) - sizes
-    rank = torch.arange(len(window), device=window.device) - starts[group]
-    return touched, group, rank, int(sizes.max())

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from eventful_det.gating.anatomy import Grid, relative_table
+from eventful_det.gating.anatomy import Grid
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,23 @@ def windows_of(grid: Grid, side: int, device: torch.device) -> Windows:
     )
 
 
-def relative_bias(q: Tensor, slot: Tensor, shape: Grid, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Decomposed relative position terms of some query rows, as in MViTv2 and ViTDet.
+def relative_terms(q: Tensor, slot: Tensor, shape: Grid, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Decomposed relative position terms of some query rows, along y and then along x, as in MViTv2 and ViTDet.
 
     Args:
-        q: `(heads, r, d)` unscaled queries.
+        q: `(r, heads, d)` unscaled queries.
         slot: `(r,)` place of each query in its window.
         shape: window size in tokens.
-        tables: embeddings along y and x, see `anatomy.relative_table`.
+        tables: embeddings along y and x, `(rows, rows, d)` and `(columns, columns, d)`, see `anatomy.relative_table`.
 
     Returns:
-        `(heads, r, rows * columns)` to be added to the scaled products.
+        `(r, heads, rows + columns)`.
     """
-    rows, cols = shape
-    along_y = torch.einsum("hrd,rkd->hrk", q, relative_table(tables[0], rows)[slot // cols])
-    along_x = torch.einsum("hrd,rkd->hrk", q, relative_table(tables[1], cols)[slot % cols])
+    embeddings = torch.cat([tables[0][slot // shape[1]], tables[1][slot % shape[1]]], dim=1)
+    return torch.bmm(q, embeddings.transpose(1, 2))
+
+
+def relative_bias(terms: Tensor, shape: Grid) -> Tensor:
+    """Terms `(..., rows + columns)` as a bias of the scaled products, `(..., rows * columns)`."""
+    along_y, along_x = terms.split(list(shape), dim=-1)
     return (along_y[..., :, None] + along_x[..., None, :]).flatten(-2)

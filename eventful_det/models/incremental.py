@@ -8,6 +8,7 @@ A proposal that is bit-identical to one of the last frame, and whose region saw 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -82,12 +83,13 @@ def refresh_pyramid(
     mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     mask.view(-1)[changed] = True
     pooled = F.max_pool2d(mask[None].float(), 2)[0] > 0
+    halved = pooled.flatten().nonzero().squeeze(1)
+    pixels = tokens.flatten(0, 1).index_select(0, changed)
+    fine, coarse = (changed, mask, pixels), (halved, pooled, _max_of_four(tokens, halved))
     masks, macs = [], 0
-    for i, stage in enumerate((backbone.simfp_2, backbone.simfp_3, backbone.simfp_4, backbone.simfp_5)):
-        coarse = pooled if i == 3 else mask
-        sources = coarse.flatten().nonzero().squeeze(1)
-        pixels = _max_of_four(tokens, sources) if i == 3 else tokens.flatten(0, 1)[sources]
-        more, dirty = _refresh_level(stage, pixels, sources, coarse, levels[i])
+    stages = (backbone.simfp_2, backbone.simfp_3, backbone.simfp_4, backbone.simfp_5)
+    for stage, level, sources in zip(stages, levels, (fine, fine, fine, coarse), strict=False):
+        more, dirty = _refresh_level(stage, level, *sources)
         macs += more
         masks.append(dirty)
     levels[4].feature[1:-1, 1:-1] = levels[3].feature[1:-1:2, 1:-1:2]
@@ -101,14 +103,15 @@ def refresh_proposals(generator: ProposalGenerator, levels: list[LevelState], ma
         inputs = [level.feature, *level.hidden]
         for conv, source, target in zip(head.convs, inputs, [*level.hidden, None], strict=True):
             mask = _dilate(mask)
-            cells = mask.flatten().nonzero().squeeze(1)
+            cells = _cells(mask)
             rows = F.relu(_convolve(cast(nn.Conv2d, conv), source, cells))
             macs += cells.numel() * cast(nn.Conv2d, conv).weight.numel()
             if target is not None:
                 _write(target, cells, rows)
+        inside = mask.flatten().nonzero().squeeze(1)
         for layer, values in ((head.objectness_logits, level.logits), (head.anchor_deltas, level.deltas)):
             update = F.linear(rows, layer.weight.flatten(1), layer.bias)
-            values.view(mask.numel(), -1).index_copy_(0, cells, update)
+            values.view(mask.numel(), -1).index_copy_(0, inside, update)
             macs += cells.numel() * layer.weight.numel()
     return macs
 
@@ -166,24 +169,31 @@ def fill_heads(backbone: ViTDetBackbone, generator: ProposalGenerator, tokens: T
 
 
 def _refresh_level(
-    stage: nn.Sequential, pixels: Tensor, sources: Tensor, coarse: Tensor, level: LevelState
+    stage: nn.Sequential, level: LevelState, sources: Tensor, mask: Tensor, pixels: Tensor
 ) -> tuple[int, Tensor]:
-    """Recompute a level from the changed source cells `(n, D)` at flat indices `sources` of the mask `coarse`."""
+    """Recompute the cells of a level that changed source cells reach.
+
+    Args:
+        stage: of the pyramid.
+        level: updated in place.
+        sources: `(n,)` flat indices of the changed cells on the map that the stage starts from.
+        mask: `(h, w)` the same as a mask.
+        pixels: `(n, D)` their values.
+
+    Returns:
+        The MACs that ran, and the changed cells of the level as a mask.
+    """
     x, macs = pixels[:, None, None], 0
     for layer in stage[:-1]:
         x, more = _pointwise(layer, x)
         macs += more
-    scale = x.shape[1]
-    rows, cols = coarse.shape[0] * scale, coarse.shape[1] * scale
-    within = torch.arange(scale, device=x.device)
-    y = (sources // coarse.shape[1])[:, None, None] * scale + within[:, None]
-    cells = (y * cols + (sources % coarse.shape[1])[:, None, None] * scale + within).flatten()
     assert level.inner is not None
-    _write(level.inner, cells, x.flatten(0, 2))
-    mask = torch.zeros(rows * cols, dtype=torch.bool, device=x.device)
-    mask[cells] = True
-    dirty = _dilate(mask.view(rows, cols))
-    reached = dirty.flatten().nonzero().squeeze(1)
+    scale, width = x.shape[1], level.inner.shape[1]
+    first = (sources // mask.shape[1] * scale + 1) * width + sources % mask.shape[1] * scale + 1
+    _write(level.inner, (first[:, None] + _square(scale, width, x.device)).flatten(), x.flatten(0, 2))
+    rows, cols = mask.shape
+    dirty = _dilate(mask[:, None, :, None].expand(rows, scale, cols, scale).reshape(rows * scale, cols * scale))
+    reached = _cells(dirty)
     last = cast(ConvNorm, stage[-1])
     _write(level.feature, reached, _normalise(last.norm, _convolve(last, level.inner, reached)))
     return macs + reached.numel() * last.weight.numel(), dirty
@@ -214,25 +224,33 @@ def _normalise(norm: LayerNorm2d, x: Tensor) -> Tensor:
 
 
 def _convolve(conv: nn.Conv2d, bordered: Tensor, cells: Tensor) -> Tensor:
-    """A 3x3 convolution at a list of cells: `(h + 2, w + 2, C)` read at `(n,)` flat cells gives `(n, C')`."""
+    """A 3x3 convolution at a list of cells: `(h + 2, w + 2, C)` read around `(n,)` bordered indices gives `(n, C')`."""
     width = bordered.shape[1]
-    around = torch.arange(3, device=cells.device)
-    offsets = (around[:, None] * width + around).flatten()
-    corner = cells // (width - 2) * width + cells % (width - 2)  # the upper left neighbour, in the bordered map
+    around = _square(3, width, cells.device) - width - 1
     weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
     source = bordered.flatten(0, 1)
     parts = []
-    for some in corner.split(_ROWS):
-        patches = source.index_select(0, (some[:, None] + offsets).flatten()).view(some.numel(), weight.shape[0])
+    for some in cells.split(_ROWS):
+        patches = source.index_select(0, (some[:, None] + around).flatten()).view(some.numel(), weight.shape[0])
         parts.append(patches @ weight if conv.bias is None else torch.addmm(conv.bias, patches, weight))
-    return torch.cat(parts) if parts else bordered.new_zeros(0, conv.out_channels)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+@lru_cache(maxsize=64)
+def _square(side: int, width: int, device: torch.device) -> Tensor:
+    """Flat offsets of a square of cells from its first, on a map of so many columns."""
+    within = torch.arange(side, device=device)
+    return (within[:, None] * width + within).flatten()
+
+
+def _cells(mask: Tensor) -> Tensor:
+    """Flat indices, in the bordered map, of the cells of a mask `(h, w)`."""
+    return F.pad(mask, (1, 1, 1, 1)).flatten().nonzero().squeeze(1)
 
 
 def _write(bordered: Tensor, cells: Tensor, rows: Tensor) -> None:
-    """Put `(n, C)` rows at flat cells of a bordered map, in place."""
-    width = bordered.shape[1]
-    inside = (cells // (width - 2) + 1) * width + cells % (width - 2) + 1
-    bordered.view(-1, bordered.shape[2]).index_copy_(0, inside, rows)
+    """Put `(n, C)` rows at bordered indices of a map, in place."""
+    bordered.view(-1, bordered.shape[2]).index_copy_(0, cells, rows)
 
 
 def _bordered(image: Tensor) -> Tensor:

@@ -109,16 +109,15 @@ class ProposalGenerator(nn.Module):
         config = self.config
         candidates = config.nms_candidates_train if self.training else config.nms_candidates
         keep = config.proposals_train if self.training else config.proposals
-        boxes, scores, level = [], [], []
-        for i, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
-            score, top = logit.topk(min(candidates, logit.numel()))
-            boxes.append(decode(delta[top], anchor[top], _WEIGHTS))
-            scores.append(score)
-            level.append(torch.full_like(top, i))
-        box, score, levels = clip_boxes_to_image(torch.cat(boxes), size), torch.cat(scores), torch.cat(level)
+        tops = [logit.topk(min(candidates, logit.numel())) for logit in logits]
+        delta = torch.cat([values[top] for values, (_, top) in zip(deltas, tops, strict=True)])
+        anchor = torch.cat([values[top] for values, (_, top) in zip(anchors, tops, strict=True)])
+        score = torch.cat([score for score, _ in tops])
+        level = torch.cat([torch.full_like(top, i) for i, (_, top) in enumerate(tops)])
+        box = clip_boxes_to_image(decode(delta, anchor, _WEIGHTS), size)
         solid = remove_small_boxes(box, 1e-5)
-        box, score, levels = box[solid], score[solid], levels[solid]
-        return box[batched_nms(box, score, levels, _NMS)[:keep]]
+        box, score, level = box[solid], score[solid], level[solid]
+        return box[batched_nms(box, score, level, _NMS)[:keep]]
 
     def _losses(
         self,

@@ -18,7 +18,7 @@ from torch import nn
 
 from eventful_det.errors import UserError
 from eventful_det.gating.anatomy import anatomy_of, relative_table, resize_positions
-from eventful_det.gating.windows import relative_bias, windows_of
+from eventful_det.gating.windows import relative_bias, relative_terms, windows_of
 
 CPU = torch.device("cpu")
 QUICK = settings(max_examples=60, deadline=None)
@@ -79,14 +79,16 @@ def test_relative_table_is_resized_linearly() -> None:
 def test_relative_bias_of_a_few_queries(rows: int, cols: int, data: st.DataObject) -> None:
     slots = data.draw(st.lists(st.integers(0, rows * cols - 1), max_size=5))
     generator = torch.Generator().manual_seed(rows)
-    q = torch.randn(2, len(slots), 3, generator=generator)
+    q = torch.randn(len(slots), 2, 3, generator=generator)
     y, x = torch.randn(2 * rows - 1, 3, generator=generator), torch.randn(2 * cols - 1, 3, generator=generator)
-    bias = relative_bias(q, torch.tensor(slots, dtype=torch.long), (rows, cols), (y, x))
-    assert bias.shape == (2, len(slots), rows * cols)
+    tables = relative_table(y, rows), relative_table(x, cols)
+    terms = relative_terms(q, torch.tensor(slots, dtype=torch.long), (rows, cols), tables)
+    bias = relative_bias(terms, (rows, cols))
+    assert bias.shape == (len(slots), 2, rows * cols)
     for i, slot in enumerate(slots):
         for key in range(rows * cols):
             embedding = y[slot // cols - key // cols + rows - 1] + x[slot % cols - key % cols + cols - 1]
-            torch.testing.assert_close(bias[:, i, key], q[:, i] @ embedding)
+            torch.testing.assert_close(bias[i, :, key], q[i] @ embedding)
 
 
 def test_positions_are_resized_as_timm_does() -> None:

@@ -18,7 +18,8 @@ from eventful_det.errors import UserError
 from eventful_det.gating.anatomy import anatomy_of
 from eventful_det.gating.convert import eventify
 from eventful_det.gating.policy import GateInput, Policy, RandomK, Threshold, TopFraction, TopK, select_all
-from eventful_det.gating.rows import Rows, _group
+from eventful_det.gating.rows import Rows
+from eventful_det.gating.rows_attention import _group
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "windows that need padding": (sam, 40, 40),
@@ -318,7 +319,7 @@ def test_other_precisions(dtype: torch.dtype) -> None:
 def test_long_query_lists_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     vit, frames = sam(), clip(2)
     whole, _ = run(vit, Rows(select_all), frames)
-    monkeypatch.setattr("eventful_det.gating.rows._BIAS_ELEMENTS", 1500)  # 7 queries at a time
+    monkeypatch.setattr("eventful_det.gating.rows_attention._BIAS_ELEMENTS", 1500)  # 7 queries at a time
     pieces, _ = run(vit, Rows(select_all), frames)
     assert error(pieces[1][0].tokens, whole[1][0].tokens) < 1e-6
 
