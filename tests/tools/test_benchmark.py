@@ -1,0 +1,180 @@
+"""tools/benchmark.py end to end on networks that take no time, its arithmetic, and its error lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from running import ROOT, run
+
+from eventful_det.errors import UserError
+from eventful_det.evaluation.timing import Call, Timed
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+from benchmark import compare, markdown, table  # noqa: E402
+from benchmark_methods import Step, cases_of, prepare  # noqa: E402
+
+PEER = os.environ.get("EVENTFUL_PEER")  # a checkout of WISION-Lab/eventful-transformer
+SMALL = "{dim: 48, depth: 4, heads: 3, global_blocks: [1,3], channels: 16, box_fc: [64], proposals: 20}"
+DETECTOR = f"{{model: vitdet_tiny, size: [64,96], what: detector, fraction: 0.25, config: {SMALL}}}"
+BACKBONE = f"{{model: vitdet_tiny, size: [96,64], what: backbone, k: 5, config: {SMALL}}}"
+
+
+def settings(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose("benchmark", [*overrides])
+
+
+def find(case: dict[str, Any], method: str, part: str) -> dict[str, Any]:
+    (row,) = (row for row in case["rows"] if (row["method"], row["part"]) == (method, part))
+    return row
+
+
+def test_end_to_end(tmp_path: Path) -> None:
+    done = run(
+        "tools/benchmark.py",
+        f"cases=[{DETECTOR},{BACKBONE}]",
+        *("repetitions=3", "warm_up=2", "threads=1", "device=cpu", "profile=true", f"output={tmp_path}"),
+    )
+    assert "per MAC" in done.stdout and "aten::addmm" in done.stdout and "results.json" in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert "1 threads" in results["machine"] and "float32" in results["machine"]
+    detector, backbone = results["cases"]
+    assert (detector["k"], detector["tokens"], backbone["k"], backbone["tokens"]) == (6, 24, 5, 24)
+    assert "exactly 6 tokens per frame in 4 moving blobs, seed 0" in detector["notes"][0]
+    assert len(detector["rows"]) == 9 and len(backbone["rows"]) == 3
+    dense, rows = (find(detector, method, "total") for method in ("dense", "rows"))
+    assert dense["mac_ratio"] == dense["time_ratio"] == 1
+    assert rows["mac_ratio"] == pytest.approx(dense["gmacs"] / rows["gmacs"]) and rows["mac_ratio"] > 1
+    parts = [find(detector, "rows", part)["gmacs"] for part in ("backbone", "heads")]
+    assert sum(parts) == pytest.approx(rows["gmacs"])
+    assert 0 < find(detector, "rows", "backbone")["ms_p50"] < rows["ms_p50"] <= rows["ms_p95"]
+    assert rows["state_bytes"] > dense["state_bytes"] and find(backbone, "dense", "backbone")["state_bytes"] == 0
+    assert sum(dense["attention_kernels"].values()) == 4 and rows["ms_first"] > 0
+    text = (tmp_path / "benchmark.md").read_text()
+    assert text.count("| rows |") == 4 and backbone["name"] in text
+    assert len(list(tmp_path.glob("profile-*.txt"))) == 6
+
+
+def test_gated_methods_recompute_what_changes() -> None:
+    (case,), _ = cases_of(settings(f"cases=[{BACKBONE}]"))
+    setting = prepare(case, settings(), 4, torch.device("cpu"), None)
+    dense, rows = setting.methods["dense"], setting.methods["rows"]
+    steps = [rows.step(frame).macs["backbone"] for frame in setting.frames]
+    assert steps[0] > 3 * steps[1] and steps[0] <= dense.step(setting.frames[0]).macs["backbone"]
+    held = rows.state_bytes()
+    rows.reset()
+    assert held > 0 and rows.state_bytes() == 0
+    assert rows.step(setting.frames[0]).macs["backbone"] == steps[0]
+
+
+def test_a_clip(tmp_path: Path) -> None:
+    clip = DETECTOR.replace("}}", "}, changes: clip}")
+    (case,), left_out = cases_of(settings(f"cases=[{clip}]", "clip=synthetic:1"))
+    setting = prepare(case, settings("clip=synthetic:1"), 3, torch.device("cpu"), None)
+    assert left_out == [] and [frame.shape for frame in setting.frames] == [(3, 64, 96)] * 3
+    assert "those of the clip synthetic:1" in setting.notes[0]
+    with pytest.raises(UserError, match="has 150 frames; 151 are needed"):
+        prepare(case, settings("clip=synthetic:1"), 151, torch.device("cpu"), None)
+
+
+def timed(totals: list[float], backbones: list[float], macs: int) -> Timed[Step]:
+    step = [Step({"backbone": macs, "total": 2 * macs}, {"backbone": seconds}) for seconds in backbones]
+    calls = [Call(seconds, result) for seconds, result in zip(totals, step, strict=True)]
+    return Timed(Call(9.0, step[0]), calls)
+
+
+def test_ratios_by_hand() -> None:
+    dense, gated = timed([4, 8, 40], [2, 2, 2], 6 * 10**9), timed([1, 4, 4], [0.5, 1, 2], 10**9)
+    backbone, total = compare(gated, dense, ("backbone", "total"))
+    assert (total["gmacs"], total["mac_ratio"], total["time_ratio"], total["ms_p50"]) == (2, 6, 4, 4000)
+    assert (total["time_ratio_p5"], total["time_ratio_p95"]) == pytest.approx((2.2, 9.4))
+    assert total["time_ratio_per_mac_ratio"] == pytest.approx(4 / 6)
+    assert (backbone["gmacs"], backbone["time_ratio"], backbone["ms_p95"]) == (1, 2, pytest.approx(1900))
+    facts = {"method": "rows", "ms_first": 9000, "state_bytes": 2 * 10**6, "peak_bytes": 3 * 10**6}
+    header, first, last = table([{**facts, **row} for row in (backbone, total)])
+    assert dict(zip(header, last, strict=True)) == {
+        "method": "rows",
+        "part": "total",
+        "GMACs": "2.00",
+        "fewer": "6.00",
+        "p50 ms": "4000.0",
+        "p95 ms": "4000.0",
+        "faster (p5-p95)": "4.00 (2.20-9.40)",
+        "per MAC": "0.67",
+        "first ms": "9000.0",
+        "state MB": "2.0",
+        "peak MB": "3",
+    }
+    assert first[-3:] == ["", "", ""]
+    case = {"name": "a case", "notes": ["A note."], "rows": [{**facts, **total}]}
+    text = markdown({"command": "benchmark.py", "machine": "a machine", "repetitions": 3}, [case])
+    assert "## a case\n\nA note.\n\n| method |" in text
+
+
+def test_the_cases_of_the_config() -> None:
+    cases, left_out = cases_of(settings())
+    sizes = {(case.model, case.what, case.size) for case in cases}
+    assert ("vitdet_b_vid", "backbone", (672, 672)) in sizes and ("vitdet_tiny", "detector", (384, 640)) in sizes
+    assert len(left_out) == 2, "one needs a peer, one a clip"
+    everything, left_out = cases_of(settings("peer=somewhere", "clip=a.mp4"))
+    assert left_out == [] and len(everything) == len(cases) + 2
+    assert [case.size for case in cases_of(settings("only=672x672"))[0]] == [(672, 672)]
+    assert {case.changes for case in everything if case.model != "shipped"} == {"synthetic"}
+    assert {case.changes for case in cases_of(settings("changes=clip", "clip=a.mp4"))[0]} == {"clip"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("k: 5", "k: 25"), "asks for 25 tokens; frames have 1 to 24"),
+        (("k: 5", "k: few"), "k must be a whole number"),
+        (("k: 5", "k: 5, fraction: 0.5"), "exactly one of k (tokens) and fraction"),
+        (("[96,64]", "[96,60]"), "multiples of 32 pixels"),
+        (("[96,64]", "[96]"), "[height,width]"),
+        (("[96,64]", "96"), "size must be a list"),
+        (("what: backbone", "what: heads"), "what must be one of backbone, detector"),
+        (("k: 5", "k: 5, methods: [dense,fast]"), "unknown method 'fast'; known for a backbone: dense, rows, paper"),
+        (("k: 5", "k: 5, methods: [rows]"), "methods need dense"),
+        (("k: 5", "k: 5, changes: some"), "changes must be synthetic or clip"),
+        (("k: 5", "tokens: 5"), "unknown option tokens"),
+        (("model: vitdet_tiny, ", ""), "has no model"),
+        (("model: vitdet_tiny", "model: nothing"), "no weights 'nothing'"),
+        (("dim: 48", "sides: 48"), "unknown option sides"),
+        (("k: 5", "k: 5, changes: clip"), "no case left of 1"),
+    ],
+)
+def test_errors(change: tuple[str, str], message: str) -> None:
+    entry = BACKBONE.replace(*change)
+    if "nothing" in change[1]:
+        entry = entry.replace(SMALL, "{}")
+    with pytest.raises(UserError, match=re.escape(message)):
+        (case,), _ = cases_of(settings(f"cases=[{entry}]"))
+        prepare(case, settings(), 4, torch.device("cpu"), None)
+
+
+def test_an_error_takes_one_line(tmp_path: Path) -> None:
+    done = run("tools/benchmark.py", f"cases=[{BACKBONE}]", f"peer={tmp_path}", f"output={tmp_path}", check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "holds no eventful_transformer/backbones.py" in done.stderr
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.skipif(PEER is None, reason="EVENTFUL_PEER names no checkout of the official code")
+def test_the_official_code(tmp_path: Path) -> None:
+    options = ("repetitions=2", "warm_up=1", "device=cpu", f"output={tmp_path}", f"peer={PEER}")
+    run("tools/benchmark.py", f"cases=[{BACKBONE}]", *options)
+    (case,) = json.loads((tmp_path / "results.json").read_text())["cases"]
+    assert any("official code and ours differ by" in note for note in case["notes"])
+    paper, peer = (find(case, method, "backbone") for method in ("paper", "peer"))
+    assert peer["gmacs"] == paper["gmacs"] and peer["state_bytes"] > 0
+    assert find(case, "peer_dense", "backbone")["attention_kernels"] == {}

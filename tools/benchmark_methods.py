@@ -1,0 +1,289 @@
+"""What tools/benchmark.py runs: its cases, the frames that they show, and the methods that process them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from common import plain
+from omegaconf import DictConfig
+from torch import Tensor
+
+from eventful_det.data.transforms import resize, to_tensor
+from eventful_det.data.video import open_source
+from eventful_det.errors import UserError
+from eventful_det.evaluation.changes import BLOBS, blob_frames
+from eventful_det.evaluation.peers import PeerBackbone, PeerCode, dense_difference
+from eventful_det.gating.anatomy import Grid, anatomy_of
+from eventful_det.gating.closed_form import ViTShape, dense_counts
+from eventful_det.gating.convert import RULES, eventify
+from eventful_det.gating.policy import TopK
+from eventful_det.models.checkpoints import load_detector
+from eventful_det.models.config import MODELS, ModelConfig
+from eventful_det.models.cost import window_padding_macs
+from eventful_det.models.detector import DIVISOR, Detector
+
+DENSE = "dense"  # what all other methods are compared with
+OURS, PEERS = (DENSE, *RULES), ("peer_dense", "peer")
+PARTS = {"backbone": ("backbone",), "detector": ("backbone", "heads", "total")}
+PEER_TOLERANCE = 1e-4  # largest accepted difference of the dense token maps, relative to the largest value
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run and on what; see configs/benchmark.yaml."""
+
+    model: str
+    size: tuple[int, int]
+    what: str = "detector"
+    k: int | None = None
+    fraction: float | None = None
+    changes: str = "synthetic"
+    methods: tuple[str, ...] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.what not in PARTS:
+            raise UserError(f"{self.name}: what must be one of {', '.join(PARTS)}")
+        if self.changes not in ("synthetic", "clip"):
+            raise UserError(f"{self.name}: changes must be synthetic or clip, got {self.changes!r}")
+        if len(self.size) != 2 or not all(isinstance(side, int) and side > 0 for side in self.size):
+            raise UserError(f"{self.name}: size must be [height,width] in pixels")
+        if any(side % DIVISOR for side in self.size):
+            raise UserError(f"{self.name}: height and width must be multiples of {DIVISOR} pixels")
+        if (self.k is None) == (self.fraction is None):
+            raise UserError(f"{self.name}: give exactly one of k (tokens) and fraction (share of the tokens)")
+        if not (isinstance(self.k, int) if self.fraction is None else isinstance(self.fraction, (int, float))):
+            raise UserError(f"{self.name}: k must be a whole number, and fraction a number")
+        usable = OURS + (PEERS if self.what == "backbone" else ())
+        if self.methods is not None and (unknown := sorted(set(self.methods) - set(usable))):
+            raise UserError(f"{self.name}: unknown method {unknown[0]!r}; known for a {self.what}: {', '.join(usable)}")
+        if self.methods is not None and DENSE not in self.methods:
+            raise UserError(f"{self.name}: methods need dense, which all others are compared with")
+
+    @property
+    def name(self) -> str:
+        """For people, and for `only`."""
+        budget = f"fraction={self.fraction}" if self.k is None else f"k={self.k}"
+        parts = [self.model, self.what, "x".join(map(str, self.size)), budget, self.changes]
+        return " ".join([*parts, *(["+".join(self.methods)] if self.methods else [])])
+
+    def budget(self, tokens: int) -> int:
+        """Tokens that gated methods recompute."""
+        k = round((self.fraction or 0.0) * tokens) if self.k is None else self.k
+        if not 1 <= k <= tokens:
+            raise UserError(f"{self.name}: asks for {k} tokens; frames have 1 to {tokens}")
+        return k
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a frame cost, by part; parts without seconds took as long as the call."""
+
+    macs: dict[str, int]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to process the frames of one stream.
+
+    Attributes:
+        step: processes the next frame `(3, h, w)`.
+        state_bytes: remembered of the stream so far.
+        reset: forgets the stream.
+    """
+
+    step: Callable[[Tensor], Step]
+    state_bytes: Callable[[], int] = lambda: 0
+    reset: Callable[[], None] = lambda: None
+
+
+def cases_of(config: DictConfig) -> tuple[list[Case], list[str]]:
+    """The cases of a config, and the names of those left out because they need a clip or a peer.
+
+    Raises:
+        UserError: a case is not written as in configs/benchmark.yaml, or none is left.
+    """
+    cases = [_case({"changes": config.changes, **entry}) for entry in plain(config)["cases"]]
+    wanted = [case for case in cases if config.only is None or str(config.only) in case.name]
+    usable = [
+        case
+        for case in wanted
+        if (config.clip is not None or case.changes != "clip")
+        and (config.peer is not None or not set(case.methods or ()) & set(PEERS))
+    ]
+    if not usable:
+        raise UserError(f"no case left of {len(cases)}; see only={config.only}, clip={config.clip}, peer={config.peer}")
+    return usable, [case.name for case in wanted if case not in usable]
+
+
+def _case(entry: dict[str, Any]) -> Case:
+    known = [f.name for f in dataclasses.fields(Case)]
+    if unknown := sorted(set(entry) - set(known)):
+        raise UserError(f"cases: unknown option {unknown[0]}; known: {', '.join(known)}")
+    if missing := sorted({"model", "size"} - set(entry)):
+        raise UserError(f"cases: an entry has no {missing[0]}")
+    lists = {"size": entry["size"], "methods": entry.get("methods") or []}
+    if wrong := next((key for key, value in lists.items() if not isinstance(value, list)), None):
+        raise UserError(f"cases: {wrong} must be a list, got {entry[wrong]!r}")
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    return Case(**values)
+
+
+def dense_backbone(net: Any, grid: Grid) -> Method:
+    """The plain network."""
+    shape = ViTShape.of(anatomy_of(net))
+    step = Step({"backbone": dense_counts(shape, grid).macs + window_padding_macs(shape, grid)})
+
+    @torch.no_grad()
+    def run(frame: Tensor) -> Step:
+        net(frame[None])
+        return step
+
+    return Method(run)
+
+
+def gated_backbone(net: Any, rule: str, k: int) -> Method:
+    """The network made eventful by one of our rules."""
+    vit = eventify(net, RULES[rule](), TopK(k))
+    state = vit.init_state()
+
+    def run(frame: Tensor) -> Step:
+        (update,) = vit.step(frame[None], state)
+        return Step({"backbone": update.counts.macs})
+
+    return Method(run, lambda: state.nbytes, state.reset)
+
+
+def peer_backbone(peer: PeerBackbone, frames: Sequence[Tensor]) -> Method:
+    """The official backbone. It counts its operations beforehand, because counting takes its time."""
+    peer.count(frames[0])
+    step = Step({"backbone": peer.count(frames[1]).macs})
+    peer.reset()
+
+    def run(frame: Tensor) -> Step:
+        peer(frame)
+        return step
+
+    return Method(run, lambda: peer.state_bytes, peer.reset)
+
+
+def whole_detector(detector: Detector, rule: str, k: int) -> Method:
+    """The detector, dense or by one of our rules."""
+    view = detector.with_rule(RULES[rule]() if rule in RULES else None)
+    if view.rule is not None:
+        view.policy = TopK(k)
+    state = view.init_state()
+
+    def run(frame: Tensor) -> Step:
+        cost = view.step(frame[None], state)[0].cost
+        macs = {"backbone": cost.macs["backbone"], "heads": cost.total - cost.macs["backbone"], "total": cost.total}
+        heads = sum(seconds for part, seconds in cost.seconds.items() if part in ("pyramid", "rpn", "roi"))
+        return Step(macs, {"backbone": cost.seconds["backbone"], "heads": heads})
+
+    return Method(run, lambda: state.nbytes, state.reset)
+
+
+def build_detector(case: Case, classes: int, seed: int) -> Detector:
+    """The case's model, with random weights unless they are named."""
+    if case.model not in MODELS:
+        return load_detector(None if case.model == "shipped" else case.model, **case.config)
+    standard = MODELS[case.model](tuple(f"class{i}" for i in range(classes)))
+    torch.manual_seed(seed)
+    detector = Detector(ModelConfig.from_dict({**dataclasses.asdict(standard), **case.config}))
+    for name, parameter in detector.named_parameters():
+        if ".rel_pos_" in name:  # zero at first, which would hide mistakes in them
+            torch.nn.init.trunc_normal_(parameter, std=0.02)
+    return detector.eval()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A case made ready.
+
+    Attributes:
+        frames: `(3, h, w)` as the methods take them.
+        methods: by name.
+        k: tokens that gated methods recompute, of `tokens`.
+        notes: what a reader of its times should know.
+    """
+
+    frames: list[Tensor]
+    methods: dict[str, Method]
+    k: int
+    tokens: int
+    notes: list[str]
+
+
+def prepare(case: Case, config: DictConfig, count: int, device: torch.device, code: PeerCode | None) -> Setting:
+    """Build a case's model, methods and first `count` frames; checks that a peer computes what ours does."""
+    detector = build_detector(case, config.classes, config.seed).to(device)
+    patch = detector.config.patch
+    tokens = case.size[0] * case.size[1] // patch**2
+    k = case.budget(tokens)
+    frames = [frame.to(device) for frame in make_frames(case, patch, k, count, config.clip, config.seed)]
+    changes = f"synthetic, exactly {k} tokens per frame in {BLOBS} moving blobs, seed {config.seed}"
+    if case.changes == "clip":
+        changes = f"those of the clip {Path(str(config.clip)).name}, resized"
+    notes = [f"Token changes: {changes}. Gated methods recompute {k} of {tokens} tokens."]
+    if case.what == "detector":
+        methods = {name: whole_detector(detector, name, k) for name in case.methods or OURS}
+        return Setting(frames, methods, k, tokens, notes)
+    mean, std = cast(Tensor, detector.pixel_mean), cast(Tensor, detector.pixel_std)
+    frames = [(frame - mean) / std for frame in frames]
+    methods = backbone_methods(case, detector, frames, k, code)
+    if code is not None and set(methods) & set(PEERS):
+        notes.append(check_peer(code, detector, frames[0]))
+    return Setting(frames, methods, k, tokens, notes)
+
+
+def make_frames(case: Case, patch: int, k: int, count: int, clip: Any, seed: int) -> list[Tensor]:
+    """The frames of a case, `(3, h, w)` in [0, 1].
+
+    Raises:
+        UserError: the clip cannot be read or is too short.
+    """
+    if case.changes == "synthetic":
+        return list(itertools.islice(blob_frames(case.size, patch, k, seed), count))
+    with open_source(clip) as source:
+        frames = [to_tensor(resize(frame.image, *case.size)) for frame in itertools.islice(source, count)]
+    if len(frames) < count:
+        raise UserError(f"{clip} has {len(frames)} frames; {count} are needed, give fewer repetitions")
+    return frames
+
+
+def backbone_methods(
+    case: Case, detector: Detector, frames: Sequence[Tensor], k: int, code: PeerCode | None
+) -> dict[str, Method]:
+    """The methods of a case of the backbone alone; `frames` are normalised."""
+    net = detector.backbone.net
+    grid = anatomy_of(net).grid(*case.size)
+    methods = {}
+    for name in case.methods or OURS + (PEERS if code else ()):
+        if name == DENSE:
+            methods[name] = dense_backbone(net, grid)
+        elif name in RULES:
+            methods[name] = gated_backbone(net, name, k)
+        elif code is not None:
+            peer = PeerBackbone(code, net, grid, k if name == "peer" else None)
+            methods[name] = peer_backbone(peer, frames)
+    return methods
+
+
+def check_peer(code: PeerCode, detector: Detector, frame: Tensor) -> str:
+    """Whether the official dense backbone computes what ours does, in words; `frame` is normalised.
+
+    Raises:
+        UserError: it does not, so that its times would mean nothing.
+    """
+    difference = dense_difference(code, detector.backbone.net, frame)
+    words = f"the dense token maps of the official code and ours differ by {difference:.1e} of the largest value"
+    if not difference <= PEER_TOLERANCE:
+        raise UserError(f"{words}; at most {PEER_TOLERANCE:.0e} is accepted")
+    return f"{words[0].upper()}{words[1:]} (accepted: {PEER_TOLERANCE:.0e})."
