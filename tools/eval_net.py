@@ -6,6 +6,9 @@
     python tools/eval_net.py eval=sweep max_videos=2 max_frames=20
     python tools/eval_net.py eval=sweep data=clips               # your own, labelled or not: agreement with dense
 
+The same command goes on where a killed run was, and does not run finished videos again; `torchrun --nproc_per_node=N`
+shares the videos out between processes.
+
 Writes results.json to `output`; beside it coco_results.json (detections of a single evaluation), or sweep.csv,
 sweep.json, sweep.md and sweep.png.
 """
@@ -13,6 +16,7 @@ sweep.json, sweep.md and sweep.png.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from pathlib import Path
@@ -20,6 +24,7 @@ from typing import Any, cast
 
 import hydra
 import torch
+import torch.distributed as dist
 from common import build_rule, choose_device, console, tool, write_results
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich import box
@@ -31,10 +36,11 @@ from eventful_det.data.remap import for_classes
 from eventful_det.errors import UserError
 from eventful_det.evaluation import report
 from eventful_det.evaluation.detection import labelled_frames
+from eventful_det.evaluation.store import ResultStore, file_hash
 from eventful_det.evaluation.summary import jsonable, row_of, rows_of
 from eventful_det.evaluation.sweep import Method, MethodRun, first, run_methods
 from eventful_det.gating.convert import Rule
-from eventful_det.models.checkpoints import DEFAULT, load_detector
+from eventful_det.models.checkpoints import DEFAULT, find_weights, load_detector
 from eventful_det.models.detector import Detector
 
 NOTE = (
@@ -107,6 +113,24 @@ def evaluate_sweep(config: DictConfig, detector: Detector, data: CocoVideo, dire
 
 
 def _run(config: DictConfig, detector: Detector, data: CocoVideo, methods: list[Method]) -> list[MethodRun]:
+    """Run the methods, on all processes of torchrun; only the first returns, the others are done.
+
+    Every process runs videos of its own and leaves the results in the store, from where the first one takes them.
+    """
+    about = {
+        "weights": file_hash(find_weights(config.weights)),
+        "detector": detector.config.to_json(),
+        "scene_cuts": config.scene_cuts,
+        "device": detector.device.type,
+    }
+    store = ResultStore(Path(config.output) / "videos", about)
+    if dist.is_initialized():
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        own = CocoVideo(data.categories, data.videos[rank::ranks], data.image_root)
+        run_methods(detector, own, methods, scene_cuts=config.scene_cuts, store=store)
+        dist.barrier()
+        if rank:
+            sys.exit()
     frames = sum(len(video.frames) for video in data.videos)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
@@ -115,7 +139,7 @@ def _run(config: DictConfig, detector: Detector, data: CocoVideo, methods: list[
         def advance(method: Method) -> None:
             progress.update(task, advance=1, description=method.name)
 
-        return run_methods(detector, data, methods, scene_cuts=config.scene_cuts, on_frame=advance)
+        return run_methods(detector, data, methods, scene_cuts=config.scene_cuts, on_frame=advance, store=store)
 
 
 def _by_video(run: MethodRun) -> list[dict[str, Any]]:
@@ -168,8 +192,14 @@ def run(config: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="../configs", config_name="eval_net")
 @tool
 def main(config: DictConfig) -> None:
-    """Entry point."""
-    run(config)
+    """Entry point, with or without torchrun."""
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+    try:
+        run(config)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -164,4 +164,5 @@ def jsonable(value: Any) -> Any:
 
 def _relative_time(run: MethodRun, dense: MethodRun) -> float:
     pairs = zip(run.videos, dense.videos, strict=True)
-    return float(np.median([ours.seconds / other.seconds for ours, other in pairs if other.seconds]))
+    ratios = [a.seconds / b.seconds for a, b in pairs if b.seconds and a.session == b.session]
+    return float(np.median(ratios)) if ratios else math.nan

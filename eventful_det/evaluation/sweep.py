@@ -17,6 +17,7 @@ from eventful_det.evaluation.detection import (
     evaluate,
 )
 from eventful_det.evaluation.efficiency import Efficiency, peak_memory, reset_peak_memory, summarise
+from eventful_det.evaluation.store import SESSION, ResultStore
 
 if TYPE_CHECKING:
     from eventful_det.gating.convert import Rule
@@ -68,6 +69,7 @@ class VideoRun:
         costs: frame by frame.
         state_bytes: remembered of the stream between frames.
         peak_bytes: largest memory while it ran (process or GPU).
+        session: the process that ran it; times of different ones cannot be compared.
     """
 
     video: Video
@@ -75,6 +77,7 @@ class VideoRun:
     costs: list[FrameCost]
     state_bytes: int
     peak_bytes: int
+    session: str = SESSION
 
     @property
     def seconds(self) -> float:
@@ -129,6 +132,7 @@ def run_methods(
     *,
     scene_cuts: bool = True,
     on_frame: Callable[[Method], None] | None = None,
+    store: ResultStore | None = None,
 ) -> list[MethodRun]:
     """Run a detector over whole videos in several ways.
 
@@ -141,6 +145,7 @@ def run_methods(
         methods: the ways.
         scene_cuts: recompute everything when another scene begins.
         on_frame: called after every frame of every method.
+        store: what it holds is not run again; what is run is kept in it.
 
     Raises:
         UserError: an image cannot be read, or the detector knows other classes.
@@ -152,10 +157,19 @@ def run_methods(
     try:
         for method in methods:
             for video in first(data, 1, _WARM_UP).videos:
-                _run_video(detector, data, video, method, scene_cuts, None)
+                if store is None or any(store.load(method, v) is None for v in data.videos):
+                    _run_video(detector, data, video, method, scene_cuts, None)
         for video in data.videos:
             for run in runs:
-                run.videos.append(_run_video(detector, data, video, run.method, scene_cuts, on_frame))
+                done = None if store is None else store.load(run.method, video)
+                if done is None:
+                    done = _run_video(detector, data, video, run.method, scene_cuts, on_frame)
+                    if store is not None:
+                        store.save(run.method, done)
+                elif on_frame is not None:
+                    for _ in video.frames:
+                        on_frame(run.method)
+                run.videos.append(done)
     finally:
         detector.train(training)
     return runs

@@ -67,7 +67,7 @@ def load_detector(
     Raises:
         UserError: no such file or name, or the file is not one of ours.
     """
-    path = _find(DEFAULT if source is None else source)
+    path = find_weights(source)
     config = ModelConfig.from_dict({**json.loads(read_notes(path)["config"]), **changes})
     if labels is not None:
         config = relabel(config, labels if isinstance(labels, Mapping) else read_labels(labels))
@@ -161,8 +161,13 @@ def _imagenet_tensors(source: str) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def _find(source: str | os.PathLike[str]) -> Path:
-    path = Path(source)
+def find_weights(source: str | os.PathLike[str] | None = None) -> Path:
+    """The file of a path, of the name of shipped weights, or of the shipped default.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(source := DEFAULT if source is None else source)
     if path.is_file():
         return path
     shipped = Path(str(resources.files("eventful_det"))) / "weights"

@@ -16,6 +16,7 @@ import pytest
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
 from eventful_det.errors import UserError
 from eventful_det.evaluation import report
+from eventful_det.evaluation.store import ResultStore
 from eventful_det.evaluation.summary import Row, evaluate_detector, jsonable, row_of, rows_of
 from eventful_det.evaluation.sweep import Method, first, run_method, run_methods
 from eventful_det.gating.paper import Paper
@@ -154,3 +155,46 @@ def test_report(detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
     report.plot(rows, tmp_path / "sweep.png", "a title")
     picture = cv2.imread(str(tmp_path / "sweep.png"))
     assert picture is not None and picture.shape[1] > 1000
+
+
+def test_a_killed_sweep_goes_on_and_nothing_is_run_twice(detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
+    methods = [Method("dense"), Method("rows", 0.5, Rows(TopFraction(0.5)))]
+    store = ResultStore(tmp_path, {"weights": "abc"})
+    uninterrupted = rows_of(run_methods(detector, data, methods))
+    seen: list[str] = []
+
+    def stop_midway(method: Method) -> None:
+        seen.append(method.name)
+        if len(seen) == 10:  # in the second video, after its first method has begun
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_methods(detector, data, methods, store=store, on_frame=stop_midway)
+    again: list[str] = []
+    resumed = rows_of(run_methods(detector, data, methods, store=store, on_frame=lambda m: again.append(m.name)))
+    assert len(again) == 16 and [str(steady(row)) for row in resumed] == [str(steady(row)) for row in uninterrupted]
+    images = [store.load(method, video) for method in methods for video in data.videos]
+    assert all(images)
+    finished = rows_of(run_methods(detector, data, methods, store=store))
+    assert finished == resumed, "times too: nothing was run"
+
+
+def test_what_was_kept_is_not_used_for_anything_else(detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
+    method, other = Method("rows", 0.5, Rows(TopFraction(0.5))), Method("rows", 0.5, Rows(TopFraction(0.25)))
+    store = ResultStore(tmp_path, {"weights": "abc"})
+    run_method(detector, data, method, store=store)
+    video = data.videos[0]
+    assert store.load(method, video) is not None
+    assert store.load(other, video) is None
+    assert ResultStore(tmp_path, {"weights": "other"}).load(method, video) is None
+    assert store.load(method, first(data, frames=2).videos[0]) is None
+    for path in tmp_path.rglob("*.json"):
+        path.write_text(path.read_text()[:-20])
+    assert store.load(method, video) is None, "a truncated file is run again"
+
+
+def test_times_of_different_processes_are_not_compared(detector: Detector, data: CocoVideo) -> None:
+    runs = run_methods(detector, data, [Method("dense"), Method("held", 2, hold=2)])
+    elsewhere = [dataclasses.replace(video, session="another") for video in runs[1].videos]
+    _, held = rows_of([runs[0], dataclasses.replace(runs[1], videos=elsewhere)])
+    assert math.isnan(held.relative_time)
