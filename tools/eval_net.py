@@ -36,6 +36,7 @@ from eventful_det.data.remap import for_classes
 from eventful_det.errors import UserError
 from eventful_det.evaluation import report
 from eventful_det.evaluation.detection import labelled_frames
+from eventful_det.evaluation.flushes import ap50_since_flush
 from eventful_det.evaluation.store import ResultStore, file_hash
 from eventful_det.evaluation.summary import jsonable, row_of, rows_of
 from eventful_det.evaluation.sweep import Method, MethodRun, first, run_methods
@@ -94,6 +95,7 @@ def evaluate_single(config: DictConfig, detector: Detector, data: CocoVideo, dir
     return {
         "rows": [row],
         "ap50_by_class": scores.ap50_by_class,
+        "ap50_since_flush": ap50_since_flush(data, run.results, run.ages()),
         "efficiency": run.efficiency,
         "videos": _by_video(run),
     }
@@ -107,7 +109,7 @@ def evaluate_sweep(config: DictConfig, detector: Detector, data: CocoVideo, dire
     (directory / "sweep.md").write_text(report.markdown(rows))
     title = f"Average precision against cost: {rows[0].videos} videos, {rows[0].frames} frames"
     report.plot(rows, directory / "sweep.png", title)
-    _show([line[:9] for line in report.table(rows)])  # what fits on a terminal; sweep.md has all
+    _show([[*line[:2], line[6], *line[9:12]] for line in report.table(rows)])  # what fits on a terminal; sweep.md has all
     console.print(f"plot: {directory / 'sweep.png'}", soft_wrap=True)
     return {"rows": rows}
 

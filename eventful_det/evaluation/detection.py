@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Entry = dict[str, Any]
 _AREAS = [[0.0, 1e10]]  # objects of every size; COCO's small / medium / large are not reported
+_OVERLAPS = np.linspace(0.5, 0.95, 10)
 _AGREED_SCORE = 0.5
 
 
@@ -119,7 +121,7 @@ def evaluate(data: CocoVideo, results: Iterable[Entry]) -> DetectionScores:
         [e for e in entries if is_exhaustive(images.get(e["image_id"]), e["category_id"])]
         for entries in (truth, results)
     )
-    return _score(images, data.categories, *scored)
+    return _score(len(images), data.categories, *scored)
 
 
 def agreement(dense: Iterable[Entry], ours: Iterable[Entry]) -> float:
@@ -136,7 +138,7 @@ def agreement(dense: Iterable[Entry], ours: Iterable[Entry]) -> float:
     judged = list(ours)
     images = {entry["image_id"] for entry in (*truth, *judged)}
     categories = sorted({entry["category_id"] for entry in truth})
-    return _score(images, [(c, str(c)) for c in categories], truth, judged).ap50
+    return _score(len(images), [(c, str(c)) for c in categories], truth, judged).ap50
 
 
 def is_exhaustive(frame: Frame | None, category: int) -> bool:
@@ -155,37 +157,57 @@ def _area(entry: Entry) -> float:
 
 
 def _score(
-    images: Collection[int], categories: Sequence[tuple[int, str]], truth: list[Entry], found: list[Entry]
+    images: int, categories: Sequence[tuple[int, str]], truth: Sequence[Entry], found: Sequence[Entry]
 ) -> DetectionScores:
+    precision = np.full((len(_OVERLAPS), 101, len(categories)), -1.0)  # (overlaps, recalls, categories)
+    sides = [_by_category(entries) for entries in (truth, found)]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        boxes = [entry | {"area": _area(entry), "iscrowd": 0} for entry in found]
-        cocos = [_coco(images, categories, entries) for entries in (truth, boxes)]
-        judge = COCOeval(*cocos, iouType="bbox")
-        judge.params.areaRng, judge.params.areaRngLbl = _AREAS, ["all"]
-        if images and categories:
-            judge.evaluate()
-            judge.accumulate()
-    undefined = np.full((10, 101, len(categories)), -1.0)
-    precision = judge.eval["precision"][..., 0, -1] if judge.eval else undefined  # (overlaps, recalls, K)
-    overlaps = judge.params.iouThrs
-    by_class = [_mean(precision[np.isclose(overlaps, 0.5), :, k]) for k in range(len(categories))]
+        for k, (category, _) in enumerate(categories):
+            if category in sides[0]:
+                precision[..., k] = _precision(*(side.get(category, []) for side in sides))
+    ap50, ap75 = (precision[np.isclose(_OVERLAPS, overlap)] for overlap in (0.5, 0.75))
     return DetectionScores(
         ap=_mean(precision),
-        ap50=_mean(precision[np.isclose(overlaps, 0.5)]),
-        ap75=_mean(precision[np.isclose(overlaps, 0.75)]),
-        ap50_by_class=dict(zip((name for _, name in categories), by_class, strict=True)),
-        images=len(images),
+        ap50=_mean(ap50),
+        ap75=_mean(ap75),
+        ap50_by_class={name: _mean(ap50[..., k]) for k, (_, name) in enumerate(categories)},
+        images=images,
         objects=sum(not entry["iscrowd"] for entry in truth),
         detections=len(found),
     )
 
 
-def _coco(images: Collection[int], categories: Sequence[tuple[int, str]], entries: list[Entry]) -> COCO:
-    """A COCO index in memory. Ids count from 1: pycocotools takes the id 0 for "not matched"."""
+def _by_category(entries: Iterable[Entry]) -> dict[int, list[Entry]]:
+    grouped: dict[int, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        grouped[entry["category_id"]].append(entry)
+    return grouped
+
+
+def _precision(truth: list[Entry], found: list[Entry]) -> NDArray[np.float64]:
+    """Precision of one category by overlap and recall, (10, 101); -1 where only crowds are to be found.
+
+    One category at a time and only the images that have something of it: pycocotools visits every pair of image and
+    category, and nearly all are empty.
+    """
+    boxes = [entry | {"area": _area(entry), "iscrowd": 0} for entry in found]
+    judge = COCOeval(*(_coco(entries, truth + found) for entries in (truth, boxes)), iouType="bbox")
+    judge.params.areaRng, judge.params.areaRngLbl = _AREAS, ["all"]
+    judge.params.iouThrs = _OVERLAPS
+    judge.evaluate()
+    judge.accumulate()
+    return judge.eval["precision"][:, :, 0, 0, -1]
+
+
+def _coco(entries: list[Entry], seen: list[Entry]) -> COCO:
+    """A COCO index in memory, of the images and categories of `seen`.
+
+    Ids count from 1: pycocotools takes the id 0 for "not matched".
+    """
     coco = COCO()
     coco.dataset = {
-        "images": [{"id": image} for image in sorted(images)],
-        "categories": [{"id": category, "name": name} for category, name in categories],
+        "images": [{"id": image} for image in sorted({entry["image_id"] for entry in seen})],
+        "categories": [{"id": category} for category in {entry["category_id"] for entry in seen}],
         "annotations": [entry | {"id": n} for n, entry in enumerate(entries, start=1)],
     }
     coco.createIndex()

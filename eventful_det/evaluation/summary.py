@@ -31,6 +31,8 @@ class Row:
 
     Attributes:
         ap, ap50, ap75: against the labels.
+        ap50_vid, ap50_slow, ap50_medium, ap50_fast, ap_ilsvrc: as papers on ImageNet VID count it, see
+            docs/metrics.md; groups of motion are `nan` without track ids.
         agreement50: AP50 against the dense detections.
         found: share of the labelled objects that a sure detection covers.
         flicker: blinks per sure detection, see `consistency.flicker`.
@@ -47,6 +49,11 @@ class Row:
     ap: float
     ap50: float
     ap75: float
+    ap50_vid: float
+    ap50_slow: float
+    ap50_medium: float
+    ap50_fast: float
+    ap_ilsvrc: float
     agreement50: float
     found: float
     flicker: float
@@ -114,6 +121,7 @@ def row_of(run: MethodRun, scores: DetectionScores, dense: MethodRun | None = No
     cost = run.efficiency
     reference = cost.gmacs_dense if dense is None else dense.efficiency.gmacs
     time = cost.ms[TOTAL]
+    vid = run.vid_scores()
     return Row(
         method=run.method.name,
         curve=run.method.curve,
@@ -121,6 +129,11 @@ def row_of(run: MethodRun, scores: DetectionScores, dense: MethodRun | None = No
         ap=scores.ap,
         ap50=scores.ap50,
         ap75=scores.ap75,
+        ap50_vid=vid.ap50_vid,
+        ap50_slow=vid.ap50_slow,
+        ap50_medium=vid.ap50_medium,
+        ap50_fast=vid.ap50_fast,
+        ap_ilsvrc=vid.ap_ilsvrc,
         agreement50=math.nan if dense is None else agreement(dense.results, run.results),
         found=found_share(run.data, run.results),
         flicker=flicker(run.data, run.results),

@@ -17,6 +17,8 @@ from eventful_det.evaluation.detection import (
     evaluate,
 )
 from eventful_det.evaluation.efficiency import Efficiency, peak_memory, reset_peak_memory, summarise
+from eventful_det.evaluation.flushes import frames_since_flush
+from eventful_det.evaluation.ilsvrc import VidScores, vid_scores
 from eventful_det.evaluation.store import SESSION, ResultStore
 
 if TYPE_CHECKING:
@@ -109,6 +111,18 @@ class MethodRun:
             return evaluate(self.data, self.results)
         alone = CocoVideo(self.data.categories, [video.video], self.data.image_root)
         return evaluate(alone, video.results)
+
+    def vid_scores(self) -> VidScores:
+        """Average precision as papers on ImageNet VID count it."""
+        return vid_scores(self.data, self.results)
+
+    def ages(self) -> dict[int, int]:
+        """Frames since the last flush by image id."""
+        ages: dict[int, int] = {}
+        for run in self.videos:
+            since = frames_since_flush(cost.flush for cost in run.costs)
+            ages |= {frame.image_id: age for frame, age in zip(run.video.frames, since, strict=True)}
+        return ages
 
 
 def first(data: CocoVideo, videos: int | None = None, frames: int | None = None) -> CocoVideo:
