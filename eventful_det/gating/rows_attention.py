@@ -29,7 +29,7 @@ class Queries:
     Attributes:
         shape: tokens of a window.
         cached: `(r,)` row of each query in the caches, flattened to `(windows * slots, heads, d)`.
-        slot: `(r,)` place of each query in its window; prefix tokens have none, networks with them no positions.
+        position: `(r,)` row and column of each query in its window, prefix tokens excepted.
         touched: `(groups,)` the windows that hold a query; None = all of them.
         groups, widest: of the layout.
         place: `(r,)` place of each query in the flattened layout; None = they are in order.
@@ -37,7 +37,7 @@ class Queries:
 
     shape: Grid
     cached: Tensor
-    slot: Tensor
+    position: tuple[Tensor, Tensor]
     touched: Tensor | None
     groups: int
     widest: int
@@ -56,13 +56,13 @@ class Queries:
         windows = windows_of(grid, side, index.device)
         if not side:
             cached = torch.cat([torch.arange(prefix, device=index.device), index + prefix]) if prefix else index
-            return cls(windows.shape, cached, index, None, 1, cached.numel(), None)
+            return cls(windows.shape, cached, (index // grid[1], index % grid[1]), None, 1, cached.numel(), None)
         window, slot = windows.window[index], windows.slot[index]
         touched, group, rank, widest = _group(window)
         return cls(
             shape=windows.shape,
             cached=window * windows.slots + slot,
-            slot=slot,
+            position=(slot // windows.shape[1], slot % windows.shape[1]),
             touched=None if len(touched) == windows.count else touched,
             groups=len(touched),
             widest=widest,
@@ -102,7 +102,7 @@ def attend(
     values.flatten(0, 1).index_copy_(0, queries.cached, v)
     if queries.touched is not None:
         keys, values = keys.index_select(0, queries.touched), values.index_select(0, queries.touched)
-    terms = None if tables is None else relative_terms(q, queries.slot, queries.shape, tables)
+    terms = None if tables is None else relative_terms(q, queries.position, tables)
     step = q.shape[0]
     if queries.groups == 1 and terms is not None:
         step = max(1, _BIAS_ELEMENTS // (block.heads * keys.shape[1]))

@@ -49,19 +49,18 @@ def windows_of(grid: Grid, side: int, device: torch.device) -> Windows:
     )
 
 
-def relative_terms(q: Tensor, slot: Tensor, shape: Grid, tables: tuple[Tensor, Tensor]) -> Tensor:
+def relative_terms(q: Tensor, place: tuple[Tensor, Tensor], tables: tuple[Tensor, Tensor]) -> Tensor:
     """Decomposed relative position terms of some query rows, along y and then along x, as in MViTv2 and ViTDet.
 
     Args:
         q: `(r, heads, d)` unscaled queries.
-        slot: `(r,)` place of each query in its window.
-        shape: window size in tokens.
+        place: `(r,)` row and column of each query in its window.
         tables: embeddings along y and x, `(rows, rows, d)` and `(columns, columns, d)`, see `anatomy.relative_table`.
 
     Returns:
         `(r, heads, rows + columns)`.
     """
-    embeddings = torch.cat([tables[0][slot // shape[1]], tables[1][slot % shape[1]]], dim=1)
+    embeddings = torch.cat([table[where] for table, where in zip(tables, place, strict=True)], dim=1)
     return torch.bmm(q, embeddings.transpose(1, 2))
 
 

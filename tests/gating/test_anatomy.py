@@ -82,7 +82,8 @@ def test_relative_bias_of_a_few_queries(rows: int, cols: int, data: st.DataObjec
     q = torch.randn(len(slots), 2, 3, generator=generator)
     y, x = torch.randn(2 * rows - 1, 3, generator=generator), torch.randn(2 * cols - 1, 3, generator=generator)
     tables = relative_table(y, rows), relative_table(x, cols)
-    terms = relative_terms(q, torch.tensor(slots, dtype=torch.long), (rows, cols), tables)
+    slot = torch.tensor(slots, dtype=torch.long)
+    terms = relative_terms(q, (slot // cols, slot % cols), tables)
     bias = relative_bias(terms, (rows, cols))
     assert bias.shape == (len(slots), 2, rows * cols)
     for i, slot in enumerate(slots):
