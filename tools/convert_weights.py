@@ -1,6 +1,7 @@
-"""Rewrite weights in another precision, with notes.
+"""Rewrite weights in another precision, with notes and other defaults.
 
 python tools/convert_weights.py input=runs/train/model.safetensors output=tiny.safetensors dtype=float16
+python tools/convert_weights.py input=a.safetensors output=b.safetensors +model.short_side=320 +notes.licence=MIT
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import hydra
 import torch
-from common import console, tool, write_results
+from common import console, plain, tool, write_results
 from omegaconf import DictConfig
 
 from eventful_det.errors import UserError
@@ -29,7 +30,7 @@ def main(config: DictConfig) -> None:
     path = Path(config.output)
     notes = {key: value for key, value in read_notes(config.input).items() if key not in ("format", "config")}
     added = {key: str(value) for key, value in config.notes.items()}
-    save_detector(load_detector(config.input), path, DTYPES[config.dtype], {**notes, **added})
+    save_detector(load_detector(config.input, **plain(config.model)), path, DTYPES[config.dtype], {**notes, **added})
     megabytes = path.stat().st_size / 1e6
     console.print(f"{path}: {megabytes:.1f} MB, {config.dtype}")
     results = {"input": str(config.input), "output": str(path), "dtype": config.dtype, "megabytes": megabytes}
