@@ -24,7 +24,7 @@ from eventful_det.models.labels import LabelMap, read_labels, relabel
 from eventful_det.models.vitdet import WindowedViT
 
 FORMAT = "eventful-det/1"
-DEFAULT = "vitdet_tiny_synthetic"
+DEFAULT = "vitdet_tiny_vid"
 SYNTHETIC = "vitdet_tiny_synthetic"
 
 
