@@ -44,6 +44,7 @@ from eventful_det.gating.convert import Rule
 from eventful_det.models.checkpoints import DEFAULT, find_weights, load_detector
 from eventful_det.models.detector import Detector
 
+COMMON = 10  # objects: average precision of a class with fewer is noise
 NOTE = (
     "Precisions lie in [0, 1]. GMACs are 1e9 multiply-adds per frame. Times come from this one run on this machine, "
     "in which the methods took turns video by video; relative_time is the median over videos of the ratio to dense."
@@ -91,10 +92,15 @@ def evaluate_single(config: DictConfig, detector: Detector, data: CocoVideo, dir
     row = row_of(run, scores)
     (directory / "coco_results.json").write_text(json.dumps(run.results) + "\n")
     _show([list(line) for line in zip(*report.table([row]), strict=True) if line[1] != "-"])
-    _show([["class", "AP50"], *([name, report.percent(ap, 1)] for name, ap in scores.ap50_by_class.items())])
+    lines = [[n, report.percent(ap, 1), str(scores.objects_by_class[n])] for n, ap in scores.ap50_by_class.items()]
+    _show([["class", "AP50", "objects"], *lines])
+    common = scores.ap50_of_common(COMMON)
+    console.print(f"AP50 {report.percent(common, 1)} over the classes with {COMMON} or more objects")
     return {
         "rows": [row],
         "ap50_by_class": scores.ap50_by_class,
+        "objects_by_class": scores.objects_by_class,
+        f"ap50_of_classes_with_{COMMON}_objects": common,
         "ap50_since_flush": ap50_since_flush(data, run.results, run.ages()),
         "efficiency": run.efficiency,
         "videos": _by_video(run),

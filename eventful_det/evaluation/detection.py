@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ class DetectionScores:
         ap: average precision, averaged over the overlaps 0.5, 0.55, ..., 0.95.
         ap50, ap75: average precision at an overlap of 0.5 and 0.75.
         ap50_by_class: AP50 of each class; `nan` for a class that does not occur.
+        objects_by_class: objects of each class, crowds excluded.
         images: frames that were scored.
         objects: objects on them, crowds excluded.
         detections: detections on them.
@@ -47,9 +48,15 @@ class DetectionScores:
     ap50: float
     ap75: float
     ap50_by_class: dict[str, float]
+    objects_by_class: dict[str, int]
     images: int
     objects: int
     detections: int
+
+    def ap50_of_common(self, objects: int) -> float:
+        """AP50 averaged over the classes with at least so many objects: rare ones are noise."""
+        common = [ap for name, ap in self.ap50_by_class.items() if self.objects_by_class[name] >= objects]
+        return sum(common) / len(common) if common else math.nan
 
 
 def coco_results(detections: Mapping[int, Detections], categories: Sequence[int]) -> list[Entry]:
@@ -165,14 +172,16 @@ def _score(
         for k, (category, _) in enumerate(categories):
             if category in sides[0]:
                 precision[..., k] = _precision(*(side.get(category, []) for side in sides))
+    objects = Counter(entry["category_id"] for entry in truth if not entry["iscrowd"])
     ap50, ap75 = (precision[np.isclose(_OVERLAPS, overlap)] for overlap in (0.5, 0.75))
     return DetectionScores(
         ap=_mean(precision),
         ap50=_mean(ap50),
         ap75=_mean(ap75),
         ap50_by_class={name: _mean(ap50[..., k]) for k, (_, name) in enumerate(categories)},
+        objects_by_class={name: objects[category] for category, name in categories},
         images=images,
-        objects=sum(not entry["iscrowd"] for entry in truth),
+        objects=objects.total(),
         detections=len(found),
     )
 

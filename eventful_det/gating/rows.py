@@ -15,7 +15,7 @@ from torch import Tensor
 from eventful_det.errors import UserError
 from eventful_det.gating.anatomy import Anatomy, Block, Grid, relative_table
 from eventful_det.gating.cost import Counts
-from eventful_det.gating.policy import GateInput, Policy, TopFraction, select_all
+from eventful_det.gating.policy import GateInput, Policy, Threshold, select_all
 from eventful_det.gating.rows_attention import Queries, attend
 from eventful_det.gating.state import TensorTree
 from eventful_det.gating.update import Update
@@ -62,7 +62,7 @@ class Rows:
         renew_every: recompute everything on every n-th frame; 0 = never.
     """
 
-    policy: Policy = TopFraction(0.25, age_power=0.5)
+    policy: Policy = Threshold(2.0, cap=0.5, age_power=0.5)
     gate: Literal["patches", "embedding"] = "patches"
     renew_every: int = 0
 

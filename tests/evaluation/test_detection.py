@@ -164,3 +164,10 @@ def test_agreement() -> None:
     assert 0 < agreement(results, sure[::2]) < 0.7
     assert agreement([found(1, BOX)], [found(1, moved(BOX, 20))]) == pytest.approx(1)
     assert agreement([found(1, BOX)], [found(1, moved(BOX, 60))]) == 0
+
+
+def test_rare_classes_can_be_left_out_of_the_mean() -> None:
+    data = dataset([Annotation(11, BOX), Annotation(12, BOX)], [Annotation(11, BOX)])
+    scores = evaluate(data, [found(1, BOX, 0.5), found(2, BOX, 0.9)])
+    assert scores.ap50_of_common(2) == pytest.approx(1) and scores.ap50_of_common(1) == pytest.approx(0.5)
+    assert math.isnan(scores.ap50_of_common(3)) and scores.objects == 3

@@ -44,7 +44,7 @@ def annotations(tree: Path) -> dict[str, Any]:
 
 
 def test_single(tree: Path, options: list[str], tmp_path: Path) -> None:
-    done = run("tools/eval_net.py", *options, "gate.policy.fraction=0.5")
+    done = run("tools/eval_net.py", *options, "gate/policy=fraction", "gate.policy.fraction=0.5")
     assert "AP50" in done.stdout
     results = json.loads((tmp_path / "run/results.json").read_text())
     (row,) = results["rows"]
