@@ -94,7 +94,7 @@ class WindowLoad(NamedTuple):
 
 
 def dense_counts(shape: ViTShape, grid: Grid, pool: int = 1, embedding: bool = True) -> Counts:
-    """Everything recomputed: the dense network, or a flush of the paper's rule.
+    """Everything recomputed: the dense network, or (with `spared_windows`) a flush of the paper's rule.
 
     Args:
         shape: the network.
@@ -121,6 +121,7 @@ def paper_counts(
     pool: int = 1,
     cells: int | None = None,
     embedding: bool = True,
+    touched: int | None = None,
 ) -> Counts:
     """A steady frame (not a flush) of the `Paper` rule.
 
@@ -133,32 +134,22 @@ def paper_counts(
         cells: pooled cells that the selected tokens fall in; None = `expected_cells`. Without pooling it is
             `selected`.
         embedding: whether to count the patch embedding, which this rule does for all tokens.
+        touched: tokens in windows that hold a selected one; None = all.
     """
     sequence, dim = shape.prefix + _tokens(grid), shape.dim
-    keys, selected = sequence // pool**2, min(selected, sequence)
+    selected = min(selected, sequence)
     if pool == 1:
         cells = selected
     elif cells is None:
         cells = round(expected_cells(grid, selected, pool))
-    attention = _relative(shape, sequence, _pooled(grid, pool))
-    if ablation == "tokenwise":
-        attention += Counts(matmul=2 * sequence * keys * dim)
-    else:
-        attention += Counts(matmul=(selected * keys + sequence * cells) * dim)  # rows and columns of QK^T
-        if ablation == "qk":
-            attention += Counts(matmul=sequence * keys * dim)
-        else:
-            attention += Counts(
-                matmul=2 * sequence * cells * dim,
-                gate=keys * dim + shape.heads * sequence * keys,
-                accumulator=cells * dim + 2 * sequence * dim,
-            )
+    attention = _paper_attention(shape, grid, selected, ablation, pool, cells)
     gated = _linear(shape, selected) + Counts(add=2 * sequence * dim, gate=3 * sequence * dim)
     return (
         _stem(shape, grid, embedding)
         + _times(shape.depth, gated)
         + _times(shape.windowed, _window_attention(shape, grid))
         + _times(shape.depth - shape.windowed, attention)
+        + spared_windows(shape, grid, _tokens(grid) if touched is None else touched)
     )
 
 
@@ -227,6 +218,13 @@ def window_load(grid: Grid, side: int, index: Tensor) -> WindowLoad:
     return WindowLoad(int((counts > 0).sum()), int(counts.max()) if len(counts) else 0)
 
 
+def spared_windows(shape: ViTShape, grid: Grid, touched: int) -> Counts:
+    """What the paper's rule spares: attention of padded queries, and of all but `touched` tokens in windowed blocks."""
+    side = shape.window
+    ran = Counts(matmul=2 * touched * side**2 * shape.dim) + _relative(shape, touched, (side, side))
+    return _times(shape.windowed, Counts(spared=_window_attention(shape, grid).macs - ran.macs))
+
+
 def window_load_bound(grid: Grid, side: int, selected: int) -> WindowLoad:
     """The costliest load of `selected` >= 1 tokens: of t touched windows, the widest holds at most r - t + 1."""
     windows = windows_of(grid, side, torch.device("cpu"))
@@ -245,6 +243,24 @@ def _pooled(grid: Grid, pool: int) -> Grid:
 
 def _times(count: int, counts: Counts) -> Counts:
     return Counts(*(count * value for value in astuple(counts)))
+
+
+def _paper_attention(shape: ViTShape, grid: Grid, selected: int, ablation: Ablation, pool: int, cells: int) -> Counts:
+    """Attention of a global block under the paper's rule."""
+    queries, dim = shape.prefix + _tokens(grid), shape.dim
+    keys = queries // pool**2
+    whole, updated = queries * keys, selected * keys + cells * queries  # rows and columns of QK^T
+    relative = _relative(shape, queries, _pooled(grid, pool))
+    if ablation == "tokenwise":
+        return relative + Counts(matmul=2 * whole * dim)
+    relative += Counts(spared=relative.einsum - _relative(shape, selected, _pooled(grid, pool)).einsum)
+    if ablation == "qk":
+        return relative + Counts(matmul=(updated + whole) * dim, spared=max(updated - whole, 0) * dim)
+    gate, accumulator = keys * dim + shape.heads * whole, (cells + 2 * queries) * dim
+    official, ran = updated + 2 * cells * queries, min(updated + 3 * cells * queries, 2 * whole)
+    return relative + Counts(
+        matmul=official * dim, gate=gate, accumulator=accumulator, spared=gate + (official - ran) * dim
+    )
 
 
 def _stem(shape: ViTShape, grid: Grid, embedding: bool) -> Counts:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from eventful_det.errors import UserError
 from eventful_det.gating.anatomy import Anatomy, Block, Grid
 from eventful_det.gating.cost import Counts
-from eventful_det.gating.paper_attention import Mixture, Products, attend_frame, attend_windows
+from eventful_det.gating.paper_attention import attend_frame, attend_windows
+from eventful_det.gating.paper_products import Mixture, Products, empty_mixture, empty_products
 from eventful_det.gating.policy import GateInput, Policy, TopFraction
 from eventful_det.gating.state import TensorTree
 from eventful_det.gating.update import Update
@@ -40,12 +41,19 @@ class PaperGateState(TensorTree):
 
 @dataclass
 class PaperBlockState(TensorTree):
-    """State of one block: its three gated operations, and its attention products where they are remembered."""
+    """State of one block.
+
+    Attributes:
+        qkv, proj, mlp: its three gated operations.
+        attended: `(N, D)` the last attention output of every token of a windowed block, None in global ones.
+        products: what is remembered of the attention of a global block, or None.
+    """
 
     qkv: PaperGateState
     proj: PaperGateState
     mlp: PaperGateState
-    products: Products | None
+    attended: Tensor | None
+    products: Products | Mixture | None
 
 
 @dataclass
@@ -58,6 +66,7 @@ class PaperState(TensorTree):
         frame: frames since the last flush; 0 = the next frame is a flush.
         blocks: one per block.
         output: `(N, C)` the token map of the last frame.
+        positions: `(N, D)` position encoding, taken from the network at a flush, or None.
     """
 
     layout: tuple[str | int, ...]
@@ -65,14 +74,17 @@ class PaperState(TensorTree):
     frame: int
     blocks: list[PaperBlockState]
     output: Tensor
+    positions: Tensor | None = None
 
 
 @dataclass
 class Paper:
     """Gates before qkv, output projection and MLP of every block; L = prefix tokens + N tokens.
 
-    Windowed blocks recompute their attention in full from the buffered q, k and v. Prefix tokens are gated like
-    the others. Gates remember no ages: `GateInput.age` is all ones.
+    Windowed blocks recompute the attention of every window that holds a refreshed token in full, from the buffered
+    q, k and v. Prefix tokens are gated like the others. Gates remember no ages: `GateInput.age` is all ones.
+
+    Results are those of the official code; see `Counts.spared` for what is not computed on the way there.
 
     Args:
         policy: selects tokens, by the same rule at every gate.
@@ -138,8 +150,10 @@ class Paper:
         flush = state.frame == 0
         x = anatomy.embed(patches)
         counts = Counts(linear=x.numel() * patches.shape[1], bias=x.numel())
-        if anatomy.positions is not None:
-            x = x + anatomy.positions(state.grid)
+        if flush:
+            state.positions = None if anatomy.positions is None else anatomy.positions(state.grid).detach().clone()
+        if state.positions is not None:
+            x = x.add_(state.positions)
             counts += Counts(add=x.numel())
         if anatomy.prefix is not None:
             x = torch.cat([anatomy.prefix(), x])
@@ -169,33 +183,32 @@ class Paper:
             The tokens `(L, D)` after the last block; `(L,)` the share of its token-wise work that each had done;
             the operations that ran.
         """
-        work = torch.zeros(len(x), device=x.device)
-        counts = Counts()
+        x, work, counts = x.clone(), torch.zeros(len(x), device=x.device), Counts()
         for block, block_state in zip(blocks, state.blocks, strict=True):
-            x, more = self._step_block(block, x, block_state, state.grid, state.frame, work)
-            counts += more
+            counts += self._step_block(block, x, block_state, state.grid, state.frame, work)
         state.frame += 1
         return x, work / sum(part.size for block in blocks for part in _operations(block, state.grid)), counts
 
     def _step_block(
         self, block: Block, x: Tensor, state: PaperBlockState, grid: Grid, frame: int, work: Tensor
-    ) -> tuple[Tensor, Counts]:
-        """One block on `(L, D)`; adds to `work (L,)` the multiply-adds of linear layers spent on each token."""
+    ) -> Counts:
+        """One block on `x (L, D)`, in place; adds to `work (L,)` the multiply-adds of linear layers on each token."""
         if frame == 0:  # presets the slots of padded tokens, which nothing else writes
             state.qkv.buffer.copy_(block.padding_qkv.expand_as(state.qkv.buffer))
         qkv, proj, mlp = _operations(block, grid)
         index, qkv_counts = self._refresh(qkv, state.qkv, x, frame, work)
-        if block.window:
-            attended, attention_counts = attend_windows(block, state.qkv.buffer, grid)
+        if state.attended is not None:
+            attended = state.attended
+            attention_counts = attend_windows(block, state.qkv.buffer, attended, index, grid)
         else:
             attended, attention_counts = attend_frame(
                 block, state.qkv.buffer, state.products, index, grid, self.pool, flush=frame == 0
             )
         _, proj_counts = self._refresh(proj, state.proj, attended, frame, work)
-        x = x + state.proj.buffer
+        x.add_(state.proj.buffer)
         _, mlp_counts = self._refresh(mlp, state.mlp, x, frame, work)
-        x = x + state.mlp.buffer
-        return x, qkv_counts + attention_counts + proj_counts + mlp_counts + Counts(add=2 * x.numel())
+        x.add_(state.mlp.buffer)
+        return qkv_counts + attention_counts + proj_counts + mlp_counts + Counts(add=2 * x.numel())
 
     def _refresh(
         self, operation: Operation, state: PaperGateState, x: Tensor, frame: int, work: Tensor
@@ -207,14 +220,15 @@ class Paper:
         else:
             error = torch.linalg.vector_norm(compared - state.reference, dim=1)
             age = torch.ones(len(x), dtype=torch.int32, device=x.device)
-            index, counts = self.policy(GateInput(error, age, frame)), Counts(gate=state.reference.numel())
-        rows = compared[index]
+            index = self.policy(GateInput(error, age, frame)).sort().values  # neighbours in memory one after another
+            counts = Counts(gate=state.reference.numel())
+        rows = compared.index_select(0, index)
         if self.stgt:
             state.reference.copy_(compared)
         else:
             state.reference.index_copy_(0, index, rows)
         result = operation.apply(operation.norm(rows) if self.gate_before_norm else rows)
-        slots = index if operation.slots is None else operation.slots[index]
+        slots = index if operation.slots is None else operation.slots.index_select(0, index)
         state.buffer.index_copy_(0, slots, result)
         work[index] += operation.size
         return index, counts + operation.counts(len(index))
@@ -224,18 +238,17 @@ class Paper:
         windows = windows_of(grid, block.window, block.qkv.weight.device)
         zeros = block.qkv.weight.new_zeros
         slots = windows.count * windows.slots if block.window else tokens
-        products = None
+        products: Products | Mixture | None = None
         if not block.window and self.ablation != "tokenwise":
-            keys = tokens // self.pool**2
-            weights, values = (block.heads, tokens, keys), (block.heads, keys, dim // block.heads)
-            mixture = None
-            if self.ablation == "full":
-                mixture = Mixture(zeros(weights), zeros(values), zeros(block.heads, tokens, dim // block.heads))
-            products = Products(zeros(weights), mixture)
+            empty = empty_mixture if self.ablation == "full" else empty_products
+            sides = () if block.rel_pos is None else (grid[0] // self.pool, grid[1] // self.pool)
+            keys, width = tokens // self.pool**2, dim // block.heads
+            products = empty(block.qkv.weight, block.heads, tokens, keys, width, sides)
         return PaperBlockState(
             qkv=PaperGateState(zeros(tokens, dim), zeros(slots, 3 * dim)),
             proj=PaperGateState(zeros(tokens, dim), zeros(tokens, dim)),
             mlp=PaperGateState(zeros(tokens, dim), zeros(tokens, dim)),
+            attended=zeros(tokens, dim) if block.window else None,
             products=products,
         )
 

@@ -189,7 +189,7 @@ def _compare_counts(ours: list[Counts], theirs: list[dict[str, int]], surplus: C
         differing |= {
             kind
             for kind, value in asdict(own).items()
-            if value - getattr(surplus, kind) != official.get(kind, 0) and kind not in skipped
+            if value - getattr(surplus, kind) != official.get(kind, 0) and kind not in skipped | {"spared"}
         }
     return f"differ: {','.join(sorted(differing))}" if differing else "equal"
 

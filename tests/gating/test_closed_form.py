@@ -15,12 +15,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from eventful_det.errors import UserError
 from eventful_det.gating import closed_form
 from eventful_det.gating.anatomy import Anatomy, anatomy_of
-from eventful_det.gating.closed_form import ViTShape, WindowLoad, dense_counts, paper_counts, rows_counts
+from eventful_det.gating.closed_form import (
+    ViTShape,
+    WindowLoad,
+    dense_counts,
+    paper_counts,
+    rows_counts,
+    spared_windows,
+)
 from eventful_det.gating.cost import Counts
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.policy import GateInput, RandomK, select_all
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.update import Update
+from eventful_det.gating.windows import windows_of
 
 VIT_B = ViTShape(depth=12, dim=768, heads=12, window=14, global_blocks=(2, 5, 8, 11), rel_pos=True)
 SMALL = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -62,15 +70,36 @@ def products(counts: Counts) -> int:
     return counts.linear + counts.matmul + counts.einsum
 
 
+def drawn(policy: RandomK, shape: ViTShape, grid: tuple[int, int]) -> torch.Tensor:
+    """The tokens that every gate of the first steady frame selects."""
+    ones = torch.ones(shape.prefix + grid[0] * grid[1])
+    return policy(GateInput(ones, ones, 1))
+
+
+def touched_tokens(grid: tuple[int, int], side: int, index: torch.Tensor) -> int:
+    """Tokens in the windows that hold a selected one; in a network without windows it does not matter."""
+    window = windows_of(grid, side, index.device).window
+    return int(torch.isin(window, window[index]).sum())
+
+
+def flush_counts(shape: ViTShape, grid: tuple[int, int], pool: int = 1) -> Counts:
+    return dense_counts(shape, grid, pool) + spared_windows(shape, grid, grid[0] * grid[1])
+
+
+def token_gates(shape: ViTShape, grid: tuple[int, int]) -> int:
+    return 3 * shape.depth * (shape.prefix + grid[0] * grid[1]) * shape.dim
+
+
 @SMALL
 @given(networks(), grids, st.integers(0, 81), st.sampled_from(["full", "qk", "tokenwise"]))
 def test_paper_rule(vit: nn.Module, grid: tuple[int, int], selected: int, ablation: str) -> None:
     anatomy = anatomy_of(vit)
-    shape = ViTShape.of(anatomy)
-    first, second, flops = step_twice(Paper(RandomK(k=selected), ablation), anatomy, grid)
-    assert first.counts == dense_counts(shape, grid)
-    assert second.counts == paper_counts(shape, grid, selected, ablation)
-    assert products(second.counts) == flops
+    shape, policy = ViTShape.of(anatomy), RandomK(k=selected)
+    first, second, flops = step_twice(Paper(policy, ablation), anatomy, grid)
+    touched = touched_tokens(grid, shape.window, drawn(policy, shape, grid)) if shape.windowed else None
+    assert first.counts == flush_counts(shape, grid)
+    assert second.counts == paper_counts(shape, grid, selected, ablation, touched=touched)
+    assert second.counts.macs - token_gates(shape, grid) == flops
 
 
 @SMALL
@@ -81,15 +110,14 @@ def test_paper_rule_with_pooling(
     anatomy, grid = anatomy_of(vit), (grid[0] * pool, grid[1] * pool)
     if anatomy.prefix is not None:
         return
-    shape = ViTShape.of(anatomy)
-    policy = RandomK(k=selected)  # draws the same tokens at every gate of a frame
+    shape, policy = ViTShape.of(anatomy), RandomK(k=selected)
     first, second, flops = step_twice(Paper(policy, ablation, pool), anatomy, grid)
-    ones = torch.ones(grid[0] * grid[1])
-    index = policy(GateInput(ones, ones, 1))
+    index = drawn(policy, shape, grid)
     cells = len({(int(i) // grid[1] // pool, int(i) % grid[1] // pool) for i in index})
-    assert first.counts == dense_counts(shape, grid, pool)
-    assert second.counts == paper_counts(shape, grid, selected, ablation, pool, cells)
-    assert products(second.counts) == flops
+    touched = touched_tokens(grid, shape.window, index) if shape.windowed else None
+    assert first.counts == flush_counts(shape, grid, pool)
+    assert second.counts == paper_counts(shape, grid, selected, ablation, pool, cells, touched=touched)
+    assert second.counts.macs - token_gates(shape, grid) == flops
 
 
 @SMALL

@@ -10,10 +10,13 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import anatomy_of
+from eventful_det.gating.anatomy import Anatomy, Block, anatomy_of, relative_table
 from eventful_det.gating.convert import eventify
-from eventful_det.gating.paper import Paper
-from eventful_det.gating.policy import GateInput, RandomK, Threshold, TopFraction, TopK, select_all
+from eventful_det.gating.paper import Paper, PaperState
+from eventful_det.gating.paper_attention import attend_windows
+from eventful_det.gating.paper_products import accumulate, empty_mixture, empty_products, multiply
+from eventful_det.gating.paper_scores import Scores
+from eventful_det.gating.policy import GateInput, Policy, RandomK, Threshold, TopFraction, TopK, select_all
 from eventful_det.gating.state import State
 
 ABLATIONS = ("full", "qk", "tokenwise")
@@ -102,18 +105,102 @@ def test_any_selection_works(policy: object, ablation: str, pool: int) -> None:
     assert outputs.isfinite().all()
 
 
-def test_buffered_products_are_those_of_the_buffered_tokens() -> None:
-    """QK^T equals that of the buffered q and k; A.V equals that of the references (what accumulation stands for)."""
+def positions(block: Block, q: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Relative positions `(heads, L, L)` of queries `(heads, L, d)` on a map, token by token."""
+    y, x = (relative_table(table, size) for table, size in zip(block.rel_pos, shape, strict=True))
+    places = [(i // shape[1], i % shape[1]) for i in range(q.shape[1])]
+    rows = [torch.stack([y[a, c] + x[b, d] for c, d in places]) @ q[:, i, :, None] for i, (a, b) in enumerate(places)]
+    return torch.stack(rows, 1).squeeze(-1)
+
+
+def scores(block: Block, qkv: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """QK^T `(heads, L, L)`, scaled and with relative positions, and values `(heads, L, d)`."""
+    q, k, v = qkv.unflatten(1, (3, block.heads, -1)).permute(1, 2, 0, 3)
+    return q @ k.mT / q.shape[-1] ** 0.5 + positions(block, q, shape), v
+
+
+def steps(policy: Policy, ablation: str, count: int) -> tuple[Anatomy, PaperState]:
+    """A network and the state of a stream after some frames."""
     vit = sam()
-    eventful = eventify(vit, Paper(TopK(9)))
+    eventful = eventify(vit, Paper(policy, ablation))
     state = eventful.init_state()
-    for x in clip(4, 1):
+    for x in clip(count, 1):
         eventful.step(x, state)
-    block = state.streams[0].blocks[1]
-    q, k, _ = block.qkv.buffer.view(100, 3, 2, 12).permute(1, 2, 0, 3)
-    assert close(block.products.scores, q @ k.mT / 12**0.5)
-    mixture = block.products.mixture
-    assert close(mixture.product, mixture.weights @ mixture.values)
+    return eventful.anatomy, state.streams[0]
+
+
+@pytest.mark.parametrize("k", [0, 9, 45, 60])
+def test_remembered_attention_is_that_of_the_buffered_tokens(k: int) -> None:
+    """The softmax equals that of the buffered q and k; A.V that of the references, what accumulation stands for."""
+    anatomy, stream = steps(TopK(k), "full", 4)
+    mixture, block = stream.blocks[1].products, anatomy.blocks[1]
+    expected, v = scores(block, stream.blocks[1].qkv.buffer, (10, 10))
+    assert close(mixture.base + mixture.sums.log(), expected.logsumexp(-1))
+    assert close(mixture.product, mixture.weights.mT @ mixture.values)
+    assert torch.equal(mixture.values, v)
+    _, stream = steps(TopK(k), "qk", 4)
+    products = stream.blocks[1].products
+    expected, _ = scores(block, stream.blocks[1].qkv.buffer, (10, 10))
+    assert close(products.weights, (expected - products.base[..., None]).exp().mT)
+
+
+@pytest.mark.parametrize("policy", [TopK(2), TopK(30), Threshold(3.0)])
+def test_skipped_windows_hold_the_attention_of_their_tokens(policy: Policy) -> None:
+    """10 x 10 tokens in windows of 4, so that those at the bottom and right are padded."""
+    anatomy, stream = steps(policy, "full", 5)
+    for block, state in zip(anatomy.blocks, stream.blocks, strict=True):
+        if not block.window:
+            assert state.attended is None
+            continue
+        for window, qkv in enumerate(state.qkv.buffer.unflatten(0, (9, 16))):
+            expected, v = scores(block, qkv, (4, 4))
+            x = (expected.softmax(-1) @ v).transpose(0, 1).reshape(4, 4, 24)
+            top, left = window // 3 * 4, window % 3 * 4
+            ours = state.attended.view(10, 10, 24)[top : top + 4, left : left + 4]
+            assert close(ours, x[: ours.shape[0], : ours.shape[1]])
+
+
+def test_windows_without_a_refreshed_token_are_neither_touched_nor_computed() -> None:
+    anatomy, stream = steps(TopK(9), "full", 1)
+    block, state = anatomy.blocks[0], stream.blocks[0]
+    before = state.attended.clone()
+    state.qkv.buffer.normal_()
+    counts = attend_windows(block, state.qkv.buffer, state.attended, torch.tensor([0, 3, 99]), (10, 10))
+    changed = (state.attended != before).any(1).view(10, 10)
+    assert bool(changed[:4, :4].all()) and bool(changed[8:, 8:].all()) and int(changed.sum()) == 16 + 4
+    assert counts.matmul == 2 * 144 * 16 * 24 and counts.einsum == 144 * 24 * 8
+    assert counts.macs == (counts.matmul + counts.einsum) * 20 // 144
+    nothing = attend_windows(block, state.qkv.buffer.normal_(), state.attended, torch.tensor([]).long(), (10, 10))
+    assert nothing.macs == 0 and nothing.official == counts.official
+
+
+@pytest.mark.parametrize(("spread", "dtype"), [(0.5, torch.float32), (3.0, torch.float32), (20.0, torch.float64)])
+@pytest.mark.parametrize("refreshed", [1, 12, 40])
+@pytest.mark.parametrize("relative", [False, True])
+def test_many_updates_of_products(spread: float, dtype: torch.dtype, refreshed: int, relative: bool) -> None:
+    """Over many frames, also when the key that dominates a query comes or goes."""
+    generator = torch.Generator().manual_seed(refreshed)
+    heads, rows, cols, d = 2, 6, 10, 4
+    length = rows * cols
+    terms = [torch.randn(heads, n, length, generator=generator, dtype=dtype) for n in (rows, cols)] if relative else []
+    bias = (terms[0][:, :, None] + terms[1][:, None]).flatten(1, 2).mT if relative else torch.zeros(1)
+    like = torch.zeros(1, dtype=dtype)
+    mixture, products = (empty(like, heads, length, length, d, ()) for empty in (empty_mixture, empty_products))
+    q, k, v = (torch.zeros(heads, length, d, dtype=dtype) for _ in range(3))
+    a, ran = torch.zeros(heads, length, length, dtype=dtype), 0
+    for step in range(60):
+        index = torch.randperm(length, generator=generator)[: length if step == 0 else refreshed].sort().values
+        for x, scale in ((q, spread), (k, spread), (v, 1.0)):
+            x[:, index] = scale * torch.randn(heads, len(index), d, generator=generator, dtype=dtype)
+        current = Scores(q, k, terms)
+        macs = accumulate(mixture, current, v, index, index)
+        ran = max(ran, macs) if step else 0
+        softmax = (q @ k.mT / d**0.5 + bias).softmax(-1)
+        a[..., index] = softmax[..., index]
+        assert close(mixture.product, a @ v)
+        assert close(multiply(products, current, v, index, index)[0], softmax @ v)
+    if refreshed == 1:
+        assert (ran > 5 * length) == (spread > 1)  # more than the rows and columns: denominators computed anew
 
 
 def test_reference_follows_selected_tokens_only_unless_stgt() -> None:
