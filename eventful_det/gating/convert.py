@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eventful_det.errors import UserError
 from eventful_det.gating.anatomy import Anatomy, Grid, anatomy_of
 from eventful_det.gating.paper import Paper
-from eventful_det.gating.policy import Policy
+from eventful_det.gating.policy import JointPolicy, Policy
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.state import State
 from eventful_det.gating.update import Update
@@ -29,8 +29,10 @@ class Rule(Protocol):
     def init_stream(self, anatomy: Anatomy, grid: Grid) -> Any:
         """Allocate the state of one stream."""
 
-    def step(self, anatomy: Anatomy, patches: Tensor, state: Any) -> Update:
-        """Process the next frame `(N, P)` of a stream, updating its state in place."""
+    def step(
+        self, anatomy: Anatomy, patches: Sequence[Tensor], states: Sequence[Any], joint: JointPolicy | None = None
+    ) -> list[Update]:
+        """Process the next frame `(N, P)` of every stream, updating the states in place."""
 
 
 RULES: dict[str, type[Rule]] = {"rows": Rows, "paper": Paper}
@@ -84,7 +86,11 @@ class EventfulViT(nn.Module):
 
     @torch.no_grad()
     def step(
-        self, frames: Tensor | Sequence[Tensor], state: State, flush: Sequence[bool] | bool = False
+        self,
+        frames: Tensor | Sequence[Tensor],
+        state: State,
+        flush: Sequence[bool] | bool = False,
+        joint: JointPolicy | None = None,
     ) -> list[Update]:
         """Process the next frame of every stream.
 
@@ -92,6 +98,7 @@ class EventfulViT(nn.Module):
             frames: `(B, 3, h, w)` or B tensors `(3, h, w)`, normalised as the network expects; sizes may differ.
             state: of the B streams, updated in place. A frame of a new size flushes its stream alone.
             flush: streams to recompute in full.
+            joint: selects the tokens of all streams together; by default `policy` is asked about each alone.
 
         Raises:
             UserError: the numbers of frames and streams differ, or a frame is no `(3, h, w)` of the network's type.
@@ -100,26 +107,34 @@ class EventfulViT(nn.Module):
         anatomy = self.anatomy
         for frame in frames:
             _check_frame(frame, anatomy)
-        return [
-            step_stream(self.rule, anatomy, frame, state, i, flushed)
-            for i, (frame, flushed) in enumerate(zip(frames, flushes, strict=True))
-        ]
+        return step_streams(self.rule, anatomy, frames, state, flushes, joint)
 
     def forward(self, x: Tensor) -> Tensor:
         """The dense network, as it was."""
         return cast(Tensor, self.dense(x))
 
 
-def step_stream(rule: Rule, anatomy: Anatomy, frame: Tensor, state: State, i: int, flush: bool) -> Update:
-    """Process the next frame `(3, h, w)` of stream `i`; a new size, a rule of another kind or `flush` recompute all."""
-    grid = anatomy.grid(*frame.shape[-2:])
-    stream = state.streams[i]
-    if stream is None or (stream.layout, stream.grid) != (rule.layout, grid):
-        with torch.inference_mode(False):  # so that the stream can go on outside of inference mode
-            state.streams[i] = stream = rule.init_stream(anatomy, grid)
-    if flush:
-        stream.frame = 0
-    return rule.step(anatomy, anatomy.patches(frame), stream)
+def step_streams(
+    rule: Rule,
+    anatomy: Anatomy,
+    frames: Tensor | Sequence[Tensor],
+    state: State,
+    flushes: Sequence[bool],
+    joint: JointPolicy | None = None,
+) -> list[Update]:
+    """Process the next frame `(3, h, w)` of every stream.
+
+    A new size, a rule of another kind or its flag in `flushes` recompute all tokens of a stream.
+    """
+    for i, (frame, flush) in enumerate(zip(frames, flushes, strict=True)):
+        grid = anatomy.grid(*frame.shape[-2:])
+        stream = state.streams[i]
+        if stream is None or (stream.layout, stream.grid) != (rule.layout, grid):
+            with torch.inference_mode(False):  # so that the stream can go on outside of inference mode
+                state.streams[i] = stream = rule.init_stream(anatomy, grid)
+        if flush:
+            stream.frame = 0
+    return rule.step(anatomy, [anatomy.patches(frame) for frame in frames], state.streams, joint)
 
 
 def flush_flags(frames: Tensor | Sequence[Tensor], state: State, flush: Sequence[bool] | bool) -> list[bool]:

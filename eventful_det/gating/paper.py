@@ -17,7 +17,7 @@ from eventful_det.gating.anatomy import Anatomy, Block, Grid
 from eventful_det.gating.cost import Counts
 from eventful_det.gating.paper_attention import attend_frame, attend_windows
 from eventful_det.gating.paper_products import Mixture, Products, empty_mixture, empty_products
-from eventful_det.gating.policy import GateInput, Policy, TopFraction
+from eventful_det.gating.policy import GateInput, JointPolicy, Policy, TopFraction
 from eventful_det.gating.state import TensorTree
 from eventful_det.gating.update import Update
 from eventful_det.gating.windows import windows_of
@@ -139,14 +139,30 @@ class Paper:
         )
 
     @torch.no_grad()
-    def step(self, anatomy: Anatomy, patches: Tensor, state: PaperState) -> Update:
-        """Process the next frame of a stream.
+    def step(
+        self,
+        anatomy: Anatomy,
+        patches: Sequence[Tensor],
+        states: Sequence[PaperState],
+        joint: JointPolicy | None = None,
+    ) -> list[Update]:
+        """Process the next frame of every stream.
 
         Args:
             anatomy: the network.
-            patches: `(N, P)` pixel patches of the frame.
-            state: updated in place.
+            patches: `(N, P)` pixel patches of each stream's frame.
+            states: of the streams, updated in place.
+            joint: not supported by this rule, which decides at every gate of every block.
+
+        Raises:
+            UserError: a joint policy is given.
         """
+        if joint is not None:
+            raise UserError("the paper rule decides gate by gate; streams can share a budget under the rows rule only")
+        return [self._step_stream(anatomy, *pair) for pair in zip(patches, states, strict=True)]
+
+    def _step_stream(self, anatomy: Anatomy, patches: Tensor, state: PaperState) -> Update:
+        """The next frame of one stream."""
         flush = state.frame == 0
         x = anatomy.embed(patches)
         counts = Counts(linear=x.numel() * patches.shape[1], bias=x.numel())

@@ -6,6 +6,7 @@ hold no state, so one may be shared by many streams and exchanged between any tw
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -34,6 +35,16 @@ class Policy(Protocol):
 
     def __call__(self, gate: GateInput, /) -> Tensor:
         """Flat indices `(r,)` of the selected tokens, each at most once, in any order."""
+
+
+class JointPolicy(Protocol):
+    """Selects tokens of several streams at once, so that they can share a budget: any callable of this form."""
+
+    def __call__(self, gates: Sequence[GateInput], /) -> Sequence[Tensor]:
+        """For each stream the flat indices `(r,)` of its selected tokens, each at most once, in any order.
+
+        Streams that recompute everything, as at a flush, are not asked about.
+        """
 
 
 def _scores(gate: GateInput, age_power: float) -> Tensor:

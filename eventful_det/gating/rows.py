@@ -6,6 +6,7 @@ that were not selected, and nothing is N x N. With every token selected it equal
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from eventful_det.errors import UserError
 from eventful_det.gating.anatomy import Anatomy, Block, Grid, relative_table
 from eventful_det.gating.cost import Counts
-from eventful_det.gating.policy import GateInput, Policy, Threshold, select_all
+from eventful_det.gating.policy import GateInput, JointPolicy, Policy, Threshold, select_all
 from eventful_det.gating.rows_attention import Queries, attend
 from eventful_det.gating.state import TensorTree
 from eventful_det.gating.update import Update
@@ -94,19 +95,55 @@ class Rows:
         )
 
     @torch.no_grad()
-    def step(self, anatomy: Anatomy, patches: Tensor, state: RowsState) -> Update:
-        """Process the next frame of a stream.
+    def step(
+        self, anatomy: Anatomy, patches: Sequence[Tensor], states: Sequence[RowsState], joint: JointPolicy | None = None
+    ) -> list[Update]:
+        """Process the next frame of every stream.
 
         Args:
             anatomy: the network.
-            patches: `(N, P)` pixel patches of the frame.
-            state: updated in place.
+            patches: `(N, P)` pixel patches of each stream's frame.
+            states: of the streams, updated in place.
+            joint: selects the tokens of all streams together; by default each stream is asked about alone.
         """
-        flush = state.frame == 0
-        renew = flush or (self.renew_every > 0 and state.frame % self.renew_every == 0)
-        if flush:
-            _prepare(anatomy, state)
-        index, z, counts = self._select(anatomy, patches, state, renew)
+        flushes = [state.frame == 0 for state in states]
+        for state, flush in zip(states, flushes, strict=True):
+            if flush:
+                _prepare(anatomy, state)
+        compared = [frame if self.gate == "patches" else anatomy.embed(frame) for frame in patches]
+        indices = self._select(compared, states, joint)
+        return [
+            self._update(anatomy, frame, index, state, flush)
+            for frame, index, state, flush in zip(compared, indices, states, flushes, strict=True)
+        ]
+
+    def _renews(self, state: RowsState) -> bool:
+        """Whether everything is recomputed on this frame."""
+        return state.frame == 0 or (self.renew_every > 0 and state.frame % self.renew_every == 0)
+
+    def _select(
+        self, compared: Sequence[Tensor], states: Sequence[RowsState], joint: JointPolicy | None
+    ) -> list[Tensor]:
+        """The only decision of the frame: for each stream the indices `(r,)` of its tokens, in any order."""
+        gates = [
+            GateInput(torch.linalg.vector_norm(now - state.reference, dim=1), state.age, state.frame)
+            for now, state in zip(compared, states, strict=True)
+        ]
+        asked = [i for i, state in enumerate(states) if not self._renews(state)]
+        indices = [select_all(gate) for gate in gates]
+        some = [gates[i] for i in asked]
+        for i, index in zip(asked, joint(some) if joint else map(self.policy, some), strict=True):
+            indices[i] = index
+        return indices
+
+    def _update(self, anatomy: Anatomy, compared: Tensor, index: Tensor, state: RowsState, flush: bool) -> Update:
+        """Recompute the tokens `(r,)` of one stream."""
+        counts = Counts() if self._renews(state) else Counts(gate=compared.numel())
+        side = max(block.window for block in anatomy.blocks)
+        index = index[windows_of(state.grid, side, index.device).window[index].argsort(stable=True)]
+        state.reference.index_copy_(0, index, compared[index])
+        z, more = self._embed(anatomy, compared, index, state)
+        counts += more
         state.age += 1
         state.age[index] = 1
         state.frame += 1
@@ -117,31 +154,21 @@ class Rows:
         return Update(
             tokens=state.output.unflatten(0, state.grid).clone(),
             changed=index,
-            work=torch.zeros(patches.shape[0], device=index.device).index_fill_(0, index, 1.0),
+            work=torch.zeros(compared.shape[0], device=index.device).index_fill_(0, index, 1.0),
             flush=flush,
             counts=counts,
         )
 
-    def _select(
-        self, anatomy: Anatomy, patches: Tensor, state: RowsState, everything: bool
-    ) -> tuple[Tensor, Tensor, Counts]:
-        """The only decision of the frame: indices `(r,)` in window order, embedded rows `(r, D)`, counts."""
-        tokens, rows, cols = patches.shape[0], *state.grid
-        compared = patches if self.gate == "patches" else anatomy.embed(patches)
-        counts = Counts() if everything else Counts(gate=compared.numel())
-        error = torch.linalg.vector_norm(compared - state.reference, dim=1)
-        policy = select_all if everything else self.policy
-        index = policy(GateInput(error, state.age, state.frame))
-        side = max(block.window for block in anatomy.blocks)
-        index = index[windows_of((rows, cols), side, patches.device).window[index].argsort(stable=True)]
-        state.reference.index_copy_(0, index, compared[index])
-        z = anatomy.embed(patches[index]) if self.gate == "patches" else compared[index]
+    def _embed(self, anatomy: Anatomy, compared: Tensor, index: Tensor, state: RowsState) -> tuple[Tensor, Counts]:
+        """Embedded rows `(r, D)` with their positions, and what they took."""
+        weight = anatomy.projection.weight
+        z = anatomy.embed(compared[index]) if self.gate == "patches" else compared[index]
+        embedded = index.numel() if self.gate == "patches" else compared.shape[0]
+        counts = Counts(linear=embedded * weight.numel(), bias=embedded * anatomy.dim)
         if state.positions is not None:
             z = z + state.positions[index]
             counts += Counts(add=z.numel())
-        embedded = index.numel() if self.gate == "patches" else tokens
-        weight = anatomy.projection.weight
-        return index, z, counts + Counts(linear=embedded * weight.numel(), bias=embedded * anatomy.dim)
+        return z, counts
 
 
 def _empty_cache(block: Block, grid: Grid, prefix: int) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import anatomy_of
+from eventful_det.gating.anatomy import Anatomy, anatomy_of
 from eventful_det.gating.closed_form import ViTShape, dense_counts
-from eventful_det.gating.convert import Rule, flush_flags, step_stream
-from eventful_det.gating.policy import Policy
+from eventful_det.gating.convert import Rule, flush_flags, step_streams
+from eventful_det.gating.cost import Counts
+from eventful_det.gating.policy import JointPolicy, Policy
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.state import State, TensorTree
 from eventful_det.gating.update import Update
@@ -150,7 +151,11 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def step(
-        self, frames: Tensor | Sequence[Tensor], state: State, flush: Sequence[bool] | bool = False
+        self,
+        frames: Tensor | Sequence[Tensor],
+        state: State,
+        flush: Sequence[bool] | bool = False,
+        joint: JointPolicy | None = None,
     ) -> list[StepResult]:
         """Detect in the next frame of every stream.
 
@@ -158,6 +163,7 @@ class Detector(nn.Module):
             frames: `(B, 3, h, w)` or B tensors `(3, h, w)`, RGB in [0, 1]; sizes may differ.
             state: of the B streams, updated in place. A frame of a new size flushes its stream alone.
             flush: streams to recompute in full.
+            joint: selects the tokens of all streams together; by default `policy` is asked about each alone.
 
         Raises:
             UserError: the numbers of frames and streams differ, or the module is in training mode.
@@ -165,9 +171,22 @@ class Detector(nn.Module):
         if self.training:
             raise UserError("Detector.step is for inference; call .eval() first")
         flushes = flush_flags(frames, state, flush)
+        stopwatch = _Stopwatch(self.device)
+        images, streams = [], []
+        for i, frame in enumerate(frames):
+            image, (size,) = self._batch(frame[None])
+            stream = state.streams[i]
+            if stream is None or stream.size != size:
+                state.streams[i] = stream = DetectorStream(State([None]), size)
+            images.append(image)
+            streams.append(stream)
+        stopwatch.lap("other")
+        updates = self._update_tokens(images, streams, flushes, joint)
+        stopwatch.lap("backbone")
+        shared = {part: seconds / len(streams) for part, seconds in stopwatch.seconds.items()}
         return [
-            self._step_stream(frame, state, i, flushed)
-            for i, (frame, flushed) in enumerate(zip(frames, flushes, strict=True))
+            self._step_heads(update, stream, _Stopwatch(self.device, shared))
+            for update, stream in zip(updates, streams, strict=True)
         ]
 
     def stream(self, source: Any, **options: Any) -> Stream:
@@ -186,37 +205,50 @@ class Detector(nn.Module):
         ]
         return torch.stack(padded), sizes
 
-    def _step_stream(self, frame: Tensor, state: State, i: int, flush: bool) -> StepResult:
-        stopwatch = _Stopwatch(frame.device)
-        batch, (size,) = self._batch(frame[None])
-        stream = state.streams[i]
-        if stream is None or stream.size != size:
-            state.streams[i] = stream = DetectorStream(State([None]), size)
+    def _update_tokens(
+        self,
+        images: Sequence[Tensor],
+        streams: Sequence[DetectorStream],
+        flushes: Sequence[bool],
+        joint: JointPolicy | None,
+    ) -> list[Update]:
+        """The token maps of the next frames `(1, 3, h, w)`, and what changed in them."""
         anatomy = anatomy_of(self.backbone.net)
-        grid = anatomy.grid(*batch.shape[-2:])
-        shape = ViTShape.of(anatomy)
+        if self.rule is None:
+            return [self._dense_update(anatomy, *pair) for pair in zip(images, flushes, strict=True)]
+        backbones = State([stream.backbone.streams[0] for stream in streams])
+        updates = step_streams(self.rule, anatomy, [image[0] for image in images], backbones, flushes, joint)
+        for stream, backbone in zip(streams, backbones.streams, strict=True):
+            stream.backbone.streams[0] = backbone
+        return updates
+
+    def _dense_update(self, anatomy: Anatomy, image: Tensor, flush: bool) -> Update:
+        """Everything, as if all tokens had changed."""
+        tokens = self.backbone.net(image)[0].permute(1, 2, 0)
+        shape, grid = ViTShape.of(anatomy), anatomy.grid(*image.shape[-2:])
+        changed = torch.arange(tokens[..., 0].numel(), device=tokens.device)
+        counts = Counts(linear=dense_counts(shape, grid).macs + window_padding_macs(shape, grid))
+        return Update(tokens, changed, torch.ones(changed.numel()), flush, counts)
+
+    def _step_heads(self, update: Update, stream: DetectorStream, stopwatch: _Stopwatch) -> StepResult:
+        """Detections from the token map of one stream."""
+        rows, cols = grid = (update.tokens.shape[0], update.tokens.shape[1])
         dense = {
-            "backbone": dense_counts(shape, grid).macs,
+            "backbone": dense_counts(ViTShape.of(anatomy_of(self.backbone.net)), grid).macs,
             "pyramid": pyramid_macs(self.backbone, grid),
             "rpn": rpn_macs(self.proposal_generator.rpn_head, grid),
             "roi": roi_macs(self.roi_heads, self.config.proposals),
         }
-        stopwatch.lap("other")
         if self.rule is None:
-            tokens = self.backbone.net(batch)[0].permute(1, 2, 0)
-            macs = {**dense, "backbone": dense["backbone"] + window_padding_macs(shape, grid)}
-            flushed, work = flush, torch.ones(grid)
-            stopwatch.lap("backbone")
-            stream.detections = self._run_heads(tokens, size, stopwatch, macs)
+            macs = {**dense, "backbone": update.counts.macs}
+            stream.detections = self._run_heads(update.tokens, stream.size, stopwatch, macs)
         else:
-            update = step_stream(self.rule, anatomy, batch[0], stream.backbone, 0, flush)
             macs = {**dict.fromkeys(dense, 0), "backbone": update.counts.macs}
-            flushed, work = update.flush, update.work.view(grid)
-            stopwatch.lap("backbone")
             if update.changed.numel() or stream.detections is None:
                 stream.detections = self._refresh_heads(update, stream, stopwatch, macs, dense)
-        cost = FrameCost(macs, dense, round(float(work.sum())), grid[0] * grid[1], flushed, stopwatch.seconds)
-        return StepResult(stream.detections.clone(), cost, work)
+        recomputed = round(float(update.work.sum()))
+        cost = FrameCost(macs, dense, recomputed, rows * cols, update.flush, stopwatch.seconds)
+        return StepResult(stream.detections.clone(), cost, update.work.view(grid))
 
     def _run_heads(
         self, tokens: Tensor, size: tuple[int, int], stopwatch: _Stopwatch, macs: dict[str, int]
@@ -264,11 +296,11 @@ class Detector(nn.Module):
 
 
 class _Stopwatch:
-    """Seconds between laps, by name."""
+    """Seconds between laps, by name, added to those given."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, seconds: dict[str, float] | None = None) -> None:
         self.device = device
-        self.seconds: dict[str, float] = {}
+        self.seconds = dict(seconds or {})
         self.last = self._now()
 
     def lap(self, name: str) -> None:

@@ -60,9 +60,9 @@ def step_twice(rule: Paper | Rows, anatomy: Anatomy, grid: tuple[int, int]) -> t
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(2, grid[0] * grid[1], 3 * anatomy.patch**2, generator=generator)
     state = rule.init_stream(anatomy, grid)
-    first = rule.step(anatomy, patches[0], state)
+    (first,) = rule.step(anatomy, patches[:1], [state])
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        second = rule.step(anatomy, patches[1], state)
+        (second,) = rule.step(anatomy, patches[1:], [state])
     return first, second, counter.get_total_flops() // 2
 
 

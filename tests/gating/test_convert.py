@@ -108,9 +108,9 @@ def test_a_rule_of_another_kind_flushes() -> None:
 class EveryOther(Rows):
     """A rule of the user's own."""
 
-    def step(self, anatomy: Any, patches: Any, state: Any) -> Update:
+    def step(self, anatomy: Any, patches: Any, states: Any, joint: Any = None) -> list[Update]:
         self.policy = lambda gate: torch.arange(gate.frame % 2, gate.error.numel(), 2)
-        return super().step(anatomy, patches, state)
+        return super().step(anatomy, patches, states, joint)
 
 
 def test_own_rules_and_policies() -> None:
