@@ -19,23 +19,31 @@ from typing import Any
 import hydra
 import torch
 import torch.distributed as dist
+from torch import nn
 from common import choose_device, console, plain, tool, write_results
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from eventful_det.data.augmentation import Augmentation
-from eventful_det.data.coco_video import load_coco_video
+from eventful_det.data.clips import ClipOptions, ClipSet
+from eventful_det.data.coco_video import CocoVideo, load_coco_video
 from eventful_det.data.training_set import TrainingSet
 from eventful_det.errors import UserError
 from eventful_det.evaluation.summary import evaluate_detector, jsonable
-from eventful_det.models.checkpoints import init_backbone
+from eventful_det.models.checkpoints import init_backbone, load_detector
 from eventful_det.models.config import MODELS, ModelConfig
 from eventful_det.models.detector import Detector
+from eventful_det.training.objective import EventfulObjective, EventfulOptions
 from eventful_det.training.trainer import Trainer, TrainOptions
 
 
 def build_model(config: DictConfig, classes: tuple[str, ...]) -> Detector:
-    """The model of a config, its backbone started from `model.init` if given."""
+    """The model to train: that of `weights` if given, else that of `model`, its backbone started from `model.init`."""
+    if config.weights:
+        detector = load_detector(config.weights)
+        if detector.names != classes:
+            raise UserError(f"weights={config.weights} knows {', '.join(detector.names)}; the data {', '.join(classes)}")
+        return detector
     sizes = dict(plain(config.model))
     name, init = sizes.pop("name"), sizes.pop("init", None)
     if name not in MODELS:
@@ -44,6 +52,16 @@ def build_model(config: DictConfig, classes: tuple[str, ...]) -> Detector:
     if init:
         init_backbone(detector.backbone.net, init)
     return detector
+
+
+def build_task(config: DictConfig, data: CocoVideo, detector: Detector) -> tuple[TrainingSet, nn.Module | None]:
+    """What to train on and what to minimise: stills and the detector's losses, or clips with gates on."""
+    augmentation = Augmentation(**plain(config.augment))
+    order = config.train.seed, config.data.repeat_threshold
+    if config.eventful is None:
+        return TrainingSet(data, augmentation, *order), None
+    clips = ClipSet(data, augmentation, ClipOptions(**plain(config.clips)), *order)
+    return clips, EventfulObjective(detector, EventfulOptions(**plain(config.eventful)))
 
 
 def train(config: DictConfig) -> None:
@@ -55,11 +73,10 @@ def train(config: DictConfig) -> None:
         torch.cuda.set_device(device)
     main_process = not dist.is_initialized() or dist.get_rank() == 0
     options = TrainOptions(**plain(config.train))
-    augmentation = Augmentation(**plain(config.augment))
     data = load_coco_video(config.data.train)
     torch.manual_seed(options.seed)
     detector = build_model(config, tuple(name for _, name in data.categories)).to(device)
-    samples = TrainingSet(data, augmentation, options.seed, config.data.repeat_threshold)
+    samples, objective = build_task(config, data, detector)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
     with progress if main_process else nullcontext():
@@ -68,7 +85,7 @@ def train(config: DictConfig) -> None:
         def show(step: int, metrics: dict[str, float]) -> None:
             progress.update(task, completed=step, description=f"loss {metrics['loss']:.3f}")
 
-        trainer = Trainer(detector, samples, options, directory, show)
+        trainer = Trainer(detector, samples, options, directory, show, objective)
         if main_process:
             OmegaConf.save(config, directory / "config.yaml", resolve=True)
             if trainer.step:

@@ -75,6 +75,15 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         """
         n, size = key if isinstance(key, tuple) else (key, 0)
         height, width = self.augmentation.sizes[size]
+        picture, target = self._sample(n, height, width)
+        return torch.from_numpy(picture).permute(2, 0, 1), target
+
+    def size_of_step(self, step: int) -> int:
+        """The index of the size that all samples of a step have."""
+        return int(np.random.default_rng([self.seed, 3, step]).integers(len(self.augmentation.sizes)))
+
+    def _sample(self, n: int, height: int, width: int) -> tuple[Image, Target]:
+        """Sample n as a picture `(height, width, 3)`, and its target."""
         rng = np.random.default_rng([self.seed, 2, n])
         canvas = np.empty((height, width, 3), np.uint8)
         boxes, labels, areas, exhaustive = [], [], [], []
@@ -87,14 +96,10 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
             boxes.append(box[keep] + np.array([left, top, left, top], np.float32))
             labels.append(label[keep])
             areas.append([left, top, right, bottom])
-            exhaustive.append([frame.exhaustive is None or c in frame.exhaustive | self.silent for c in self.label_of])
+            exhaustive.append(self._exhaustive(frame))
         target = {"boxes": torch.from_numpy(np.concatenate(boxes)), "labels": torch.from_numpy(np.concatenate(labels))}
         target |= {"areas": torch.tensor(areas, dtype=torch.float32), "exhaustive": torch.tensor(exhaustive)}
-        return torch.from_numpy(canvas).permute(2, 0, 1), target
-
-    def size_of_step(self, step: int) -> int:
-        """The index of the size that all samples of a step have."""
-        return int(np.random.default_rng([self.seed, 3, step]).integers(len(self.augmentation.sizes)))
+        return canvas, target
 
     def _frame(self, n: int) -> Frame:
         """Each epoch draws every frame as often as its repeat factor says, rounded up or down at random."""
@@ -108,6 +113,12 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         objects = [a for a in frame.annotations if not a.iscrowd]
         boxes = np.array([a.box for a in objects], np.float32).reshape(-1, 4)
         return boxes, np.array([self.label_of[a.category_id] for a in objects], np.int64)
+
+    def _exhaustive(self, frame: Frame) -> list[bool]:
+        """For each class, whether every object of it on the frame has its box."""
+        if not frame.labelled:
+            return [False] * len(self.label_of)
+        return [frame.exhaustive is None or c in frame.exhaustive | self.silent for c in self.label_of]
 
 
 def _repeat_factors(seen: Sequence[set[int]], threshold: float) -> NDArray[np.float64]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._pytree import tree_map
 
 from eventful_det.data.training_set import Target, TrainingSet, training_loader
 from eventful_det.errors import UserError
@@ -80,6 +81,7 @@ class Trainer:
         options: how to train.
         directory: of the run; an unfinished run in it is continued.
         on_step: called with step and its metrics after every step of the main process.
+        objective: gives the losses of images and targets in training mode; by default those of the detector.
     """
 
     def __init__(
@@ -89,9 +91,11 @@ class Trainer:
         options: TrainOptions,
         directory: Path,
         on_step: Callable[[int, dict[str, float]], None] | None = None,
+        objective: nn.Module | None = None,
     ) -> None:
         self.detector, self.data, self.options, self.directory = detector, data, options, directory
         self.on_step = on_step
+        self.objective = detector if objective is None else objective
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.device = detector.device
@@ -114,11 +118,11 @@ class Trainer:
             UserError: the loss is not finite.
         """
         options = self.options
-        model: nn.Module = DistributedDataParallel(self.detector) if self.ranks > 1 else self.detector
+        model = DistributedDataParallel(self.objective) if self.ranks > 1 else self.objective
         loader = training_loader(self.data, options.batch, self.step, options.workers, self.rank, self.ranks)
         log = _Log(self.directory, self.step) if self.rank == 0 else None
         batches: Iterator[tuple[Tensor, list[Target]]] = iter(loader) if self.step < options.steps else iter(())
-        self.detector.train()
+        self.objective.train()
         while self.step < options.steps:
             began = time.perf_counter()
             metrics = self._train_step(model, *next(batches))
@@ -164,7 +168,7 @@ class Trainer:
 
     def _losses(self, model: nn.Module, images: Tensor, targets: list[Target]) -> dict[str, Tensor]:
         images = images.to(self.device, non_blocking=True).float().div_(255)
-        targets = [{k: v.to(self.device, non_blocking=True) for k, v in target.items()} for target in targets]
+        targets = tree_map(lambda tensor: tensor.to(self.device, non_blocking=True), targets)
         enabled = self.options.amp and _has_fast_bfloat16(self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             losses: dict[str, Tensor] = model(images, targets)
