@@ -115,9 +115,7 @@ class ClipSet(TrainingSet):
         canvas = (round(height * _MARGIN), round(width * _MARGIN))
         still, target = self._sample(n, *canvas)
         moving = float(rng.random() >= options.static)
-        cameras = camera_path(
-            options.length, canvas, (height, width), moving * options.pan, moving * options.zoom, rng
-        )
+        cameras = camera_path(options.length, canvas, (height, width), moving * options.pan, moving * options.zoom, rng)
         sprites = self._sprites(n, canvas, rng)
         sigma = float(rng.uniform(0, options.noise))
         frames, targets = [], []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, cast
 
 import cv2
 import numpy as np
@@ -19,6 +20,16 @@ from eventful_det.data.transforms import Image
 from eventful_det.errors import UserError
 
 Target = dict[str, Tensor]
+
+
+class Samples(Protocol):
+    """An endless sequence of training samples; what sample n is depends on n alone."""
+
+    def __getitem__(self, key: tuple[int, int], /) -> tuple[Tensor, Any]:
+        """Sample n in the size of the given index: images as uint8, and what is on them."""
+
+    def size_of_step(self, step: int) -> int:
+        """The index of the size that all samples of a step have."""
 
 
 def read_image(path: str) -> Image:
@@ -130,7 +141,7 @@ def _repeat_factors(seen: Sequence[set[int]], threshold: float) -> NDArray[np.fl
 class _Batches:
     """(sample, size) of each step of one rank, from `first_step` on, without end."""
 
-    def __init__(self, data: TrainingSet, batch: int, first_step: int, rank: int, ranks: int) -> None:
+    def __init__(self, data: Samples, batch: int, first_step: int, rank: int, ranks: int) -> None:
         self.data, self.batch, self.first_step, self.rank, self.ranks = data, batch, first_step, rank, ranks
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -142,11 +153,11 @@ class _Batches:
 
 
 def training_loader(
-    data: TrainingSet, batch: int, first_step: int = 0, workers: int = 0, rank: int = 0, ranks: int = 1
+    data: Samples, batch: int, first_step: int = 0, workers: int = 0, rank: int = 0, ranks: int = 1
 ) -> Iterable[tuple[Tensor, list[Target]]]:
     """Batches of images `(batch, 3, h, w)` uint8 with their targets, from step `first_step` on, without end."""
     return DataLoader(
-        data,
+        cast(Dataset[tuple[Tensor, Target]], data),
         batch_sampler=_Batches(data, batch, first_step, rank, ranks),
         num_workers=workers,
         collate_fn=_collate,

@@ -89,7 +89,8 @@ class EventfulObjective(nn.Module):
             raise UserError(f"clips of {height}x{width} pixels: augment.sizes must be multiples of {DIVISOR}")
         clips = (clips - self.detector.pixel_mean) / self.detector.pixel_std
         chosen = [self._supervised(clips.shape[1]) for _ in clips]
-        levels = self.detector.backbone.pyramid(torch.cat([self._tokens(*pair) for pair in zip(clips, chosen)]))
+        tokens = [self._tokens(clip, index) for clip, index in zip(clips, chosen, strict=True)]
+        levels = self.detector.backbone.pyramid(torch.cat(tokens))
         frames = torch.cat([clip[index] for clip, index in zip(clips, chosen, strict=True)])
         sizes = [(height, width)] * len(frames)
         dense = self._dense_levels(frames) if self.options.distil or self.options.labels == "dense" else []
