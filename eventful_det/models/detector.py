@@ -82,9 +82,6 @@ class Detector(nn.Module):
         rule: how a frame's tokens are recomputed in `step`; `Rows()` by default. Set `rule` to None for dense.
     """
 
-    pixel_mean: Tensor
-    pixel_std: Tensor
-
     def __init__(self, config: ModelConfig, rule: Rule | None = None) -> None:
         super().__init__()
         if not config.classes:
