@@ -66,7 +66,7 @@ def test_frames_of_a_clip_follow_each_other_under_one_augmentation(videos: CocoV
         clip, targets = samples[n]
         assert clip.shape == (4, 3, 64, 96)
         assert all(torch.equal(a["labels"], targets[0]["labels"]) for a in targets if len(a["labels"]))
-        whole = [t["boxes"][0] for t in targets if len(t["boxes"]) and 1 < t["boxes"][0, 0] and t["boxes"][0, 2] < 95]
+        whole = [t["boxes"][0] for t in targets if len(t["boxes"]) and t["boxes"][0, 0] > 1 and t["boxes"][0, 2] < 95]
         for image, target in zip(clip, targets, strict=True):
             assert all(brightness(image, box) > 200 for box in target["boxes"].tolist() if box[2] - box[0] > 12)
         if len(whole) == 4:
