@@ -98,6 +98,7 @@ def test_training_with_gates_on(tree: Path, tmp_path: Path) -> None:
         ("model.init=nothing.safetensors", "no backbone weights"),
         ("device=tpu", "cannot be used here"),
         ("+model.headz=3", "unknown option"),
+        ("start=vitdet_tiny_vid", "has the classes"),
     ],
 )
 def test_errors_are_one_line(tree: Path, tmp_path: Path, option: str, message: str) -> None:

@@ -79,6 +79,17 @@ def test_training_brings_gated_closer_to_dense(tiny_detector: Detector, clips: C
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_bfloat16_gives_about_the_same_distance(tiny_detector: Detector, clips: Clips) -> None:
+    gated = objective(tiny_detector, labels="none", budgets=(0.2, 0.2))
+    losses = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(float(gated(*clips)["loss_distil"].detach()))
+    assert losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
 def test_labels_of_the_dense_detector_are_its_sure_detections(tiny_detector: Detector, clips: Clips) -> None:
     gated = objective(tiny_detector, labels="dense")
     gated.dense.config = dataclasses.replace(gated.dense.config, proposals=5)
