@@ -2,17 +2,20 @@
 
     python tools/train_net.py                                    # vitdet_tiny on the synthetic data set
     python tools/train_net.py train.steps=500 output=runs/short
-    torchrun --nproc_per_node=2 tools/train_net.py               # one process per GPU (or CPU)
+    python tools/train_net.py experiment=eventful_finetune       # with gates on, from the shipped weights
+    torchrun --nproc_per_node=8 tools/train_net.py experiment=vitdet_b_vid    # one process per GPU (or CPU)
 
-The same command goes on from the last checkpoint when a run was cut off.
+The same command goes on from the last checkpoint when a run was cut off. docs/training.md explains all of it.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +25,28 @@ import torch.distributed as dist
 from common import choose_device, console, plain, tool, write_results
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 
 from eventful_det.data.augmentation import Augmentation
-from eventful_det.data.coco_video import load_coco_video
-from eventful_det.data.training_set import TrainingSet
+from eventful_det.data.clips import ClipOptions, ClipSet
+from eventful_det.data.coco_video import CocoVideo, load_coco_video
+from eventful_det.data.mixed import MixedSet
+from eventful_det.data.training_set import Samples, TrainingSet
 from eventful_det.errors import UserError
 from eventful_det.evaluation.summary import evaluate_detector, jsonable
-from eventful_det.models.checkpoints import init_backbone
+from eventful_det.models.checkpoints import init_backbone, load_detector
 from eventful_det.models.config import MODELS, ModelConfig
 from eventful_det.models.detector import Detector
-from eventful_det.training.trainer import Trainer, TrainOptions
+from eventful_det.training.objective import EventfulObjective, EventfulOptions
+from eventful_det.training.options import TrainOptions
+from eventful_det.training.probe import probe
+from eventful_det.training.trainer import Trainer
 
 
 def build_model(config: DictConfig, classes: tuple[str, ...]) -> Detector:
-    """The model of a config, its backbone started from `model.init` if given."""
+    """The model to train: that of `start` if given, else that of `model`, its backbone started from `model.init`."""
+    if config.start:
+        return load_detector(config.start)
     sizes = dict(plain(config.model))
     name, init = sizes.pop("name"), sizes.pop("init", None)
     if name not in MODELS:
@@ -44,6 +55,27 @@ def build_model(config: DictConfig, classes: tuple[str, ...]) -> Detector:
     if init:
         init_backbone(detector.backbone.net, init)
     return detector
+
+
+def build_task(config: DictConfig, data: list[CocoVideo], detector: Detector) -> tuple[Samples, nn.Module | None]:
+    """What to train on and what to minimise: stills and the detector's losses, or clips with gates on."""
+    augmentation = Augmentation(**plain(config.augment))
+    order = config.train.seed, config.data.repeat_threshold
+    ratio = [1.0, *(entry.ratio for entry in config.mix)]
+    if config.eventful is None:
+        stills = [TrainingSet(part, augmentation, *order) for part in data]
+        return MixedSet(stills, ratio, config.train.seed), None
+    clips = [ClipSet(part, augmentation, ClipOptions(**plain(config.clips)), *order) for part in data]
+    objective = EventfulObjective(detector, EventfulOptions(**plain(config.eventful)))
+    return MixedSet(clips, ratio, config.train.seed), objective
+
+
+def check_classes(path: str, data: CocoVideo, names: tuple[str, ...]) -> CocoVideo:
+    """The data set, whose classes have to be `names`."""
+    found = tuple(name for _, name in data.categories)
+    if found != names:
+        raise UserError(f"{path} has the classes {', '.join(found)}; the detector {', '.join(names)}")
+    return data
 
 
 def train(config: DictConfig) -> None:
@@ -55,38 +87,45 @@ def train(config: DictConfig) -> None:
         torch.cuda.set_device(device)
     main_process = not dist.is_initialized() or dist.get_rank() == 0
     options = TrainOptions(**plain(config.train))
-    augmentation = Augmentation(**plain(config.augment))
-    data = load_coco_video(config.data.train)
+    paths = [config.data.train, *(entry.train for entry in config.mix)]
+    data = [load_coco_video(path) for path in paths]
     torch.manual_seed(options.seed)
-    detector = build_model(config, tuple(name for _, name in data.categories)).to(device)
-    samples = TrainingSet(data, augmentation, options.seed, config.data.repeat_threshold)
+    detector = build_model(config, tuple(name for _, name in data[0].categories)).to(device)
+    data = [check_classes(path, part, detector.names) for path, part in zip(paths, data, strict=True)]
+    samples, objective = build_task(config, data, detector)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-    with progress if main_process else nullcontext():
-        task = progress.add_task("training", total=options.steps)
 
-        def show(step: int, metrics: dict[str, float]) -> None:
-            progress.update(task, completed=step, description=f"loss {metrics['loss']:.3f}")
+    def show(step: int, metrics: dict[str, float]) -> None:
+        progress.update(task, completed=step, description=f"loss {metrics['loss']:.3f}")
 
-        trainer = Trainer(detector, samples, options, directory, show)
+    judge = make_judge(config) if options.eval_every and main_process else None
+    trainer = Trainer(detector, samples, options, directory, show, objective, judge)
+    if main_process:
+        OmegaConf.save(config, directory / "config.yaml", resolve=True)
+        if trainer.step:
+            console.print(f"resuming at step {trainer.step} from {directory / 'checkpoint.pt'}")
+    if config.probe and trainer.step < options.steps:
+        estimate = probe(trainer)
         if main_process:
-            OmegaConf.save(config, directory / "config.yaml", resolve=True)
-            if trainer.step:
-                console.print(f"resuming at step {trainer.step} from {directory / 'checkpoint.pt'}")
+            console.print(f"{estimate}, {trainer.ranks} of them" if trainer.ranks > 1 else str(estimate))
+    with progress if main_process else nullcontext():
+        task = progress.add_task("training", total=options.steps, completed=trainer.step)
         detector = trainer.train()
     if main_process:
         results = {
             "command": " ".join(sys.argv),
             "steps": options.steps,
             "weights": str(directory / "model.safetensors"),
+            "best_ap50": trainer.best_score if options.eval_every else None,
             "validation": evaluate(config, detector) if config.evaluate else None,
         }
         write_results(directory, results)
 
 
 def evaluate(config: DictConfig, detector: Detector) -> dict[str, Any]:
-    """Average precision of the dense detector on the validation split."""
-    data = load_coco_video(config.data.val)
+    """Average precision and more of the dense detector on the validation split."""
+    data = check_classes(config.data.val, load_coco_video(config.data.val), detector.names)
     columns = [TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=sum(len(video.frames) for video in data.videos))
@@ -95,12 +134,25 @@ def evaluate(config: DictConfig, detector: Detector) -> dict[str, Any]:
     return jsonable(scores)
 
 
+def make_judge(config: DictConfig) -> Callable[[Detector], dict[str, float]]:
+    """What the trainer calls now and then: average precision on a part of the validation split."""
+    whole = load_coco_video(config.data.val)
+    data = CocoVideo(whole.categories, whole.videos[:: config.val_every], whole.image_root)
+
+    def judge(detector: Detector) -> dict[str, float]:
+        scores = evaluate_detector(detector, check_classes(config.data.val, data, detector.names))
+        return {name: scores[name] for name in ("ap", "ap50", "ap75")}
+
+    return judge
+
+
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train_net")
 @tool
 def main(config: DictConfig) -> None:
     """Entry point, with or without torchrun."""
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # The others wait while the first process evaluates.
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=6))
     try:
         train(config)
     finally:

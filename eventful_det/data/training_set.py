@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, cast
 
 import cv2
 import numpy as np
@@ -19,6 +20,16 @@ from eventful_det.data.transforms import Image
 from eventful_det.errors import UserError
 
 Target = dict[str, Tensor]
+
+
+class Samples(Protocol):
+    """An endless sequence of training samples; what sample n is depends on n alone."""
+
+    def __getitem__(self, key: tuple[int, int], /) -> tuple[Tensor, Any]:
+        """Sample n in the size of the given index: images as uint8, and what is on them."""
+
+    def size_of_step(self, step: int) -> int:
+        """The index of the size that all samples of a step have."""
 
 
 def read_image(path: str) -> Image:
@@ -75,6 +86,15 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         """
         n, size = key if isinstance(key, tuple) else (key, 0)
         height, width = self.augmentation.sizes[size]
+        picture, target = self._sample(n, height, width)
+        return torch.from_numpy(picture).permute(2, 0, 1), target
+
+    def size_of_step(self, step: int) -> int:
+        """The index of the size that all samples of a step have."""
+        return int(np.random.default_rng([self.seed, 3, step]).integers(len(self.augmentation.sizes)))
+
+    def _sample(self, n: int, height: int, width: int) -> tuple[Image, Target]:
+        """Sample n as a picture `(height, width, 3)`, and its target."""
         rng = np.random.default_rng([self.seed, 2, n])
         canvas = np.empty((height, width, 3), np.uint8)
         boxes, labels, areas, exhaustive = [], [], [], []
@@ -87,14 +107,10 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
             boxes.append(box[keep] + np.array([left, top, left, top], np.float32))
             labels.append(label[keep])
             areas.append([left, top, right, bottom])
-            exhaustive.append([frame.exhaustive is None or c in frame.exhaustive | self.silent for c in self.label_of])
+            exhaustive.append(self._exhaustive(frame))
         target = {"boxes": torch.from_numpy(np.concatenate(boxes)), "labels": torch.from_numpy(np.concatenate(labels))}
         target |= {"areas": torch.tensor(areas, dtype=torch.float32), "exhaustive": torch.tensor(exhaustive)}
-        return torch.from_numpy(canvas).permute(2, 0, 1), target
-
-    def size_of_step(self, step: int) -> int:
-        """The index of the size that all samples of a step have."""
-        return int(np.random.default_rng([self.seed, 3, step]).integers(len(self.augmentation.sizes)))
+        return canvas, target
 
     def _frame(self, n: int) -> Frame:
         """Each epoch draws every frame as often as its repeat factor says, rounded up or down at random."""
@@ -109,6 +125,12 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         boxes = np.array([a.box for a in objects], np.float32).reshape(-1, 4)
         return boxes, np.array([self.label_of[a.category_id] for a in objects], np.int64)
 
+    def _exhaustive(self, frame: Frame) -> list[bool]:
+        """For each class, whether every object of it on the frame has its box."""
+        if not frame.labelled:
+            return [False] * len(self.label_of)
+        return [frame.exhaustive is None or c in frame.exhaustive | self.silent for c in self.label_of]
+
 
 def _repeat_factors(seen: Sequence[set[int]], threshold: float) -> NDArray[np.float64]:
     """How often each frame is shown: the factor of its rarest class, max(1, sqrt(threshold / share of the frames))."""
@@ -119,7 +141,7 @@ def _repeat_factors(seen: Sequence[set[int]], threshold: float) -> NDArray[np.fl
 class _Batches:
     """(sample, size) of each step of one rank, from `first_step` on, without end."""
 
-    def __init__(self, data: TrainingSet, batch: int, first_step: int, rank: int, ranks: int) -> None:
+    def __init__(self, data: Samples, batch: int, first_step: int, rank: int, ranks: int) -> None:
         self.data, self.batch, self.first_step, self.rank, self.ranks = data, batch, first_step, rank, ranks
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -131,11 +153,11 @@ class _Batches:
 
 
 def training_loader(
-    data: TrainingSet, batch: int, first_step: int = 0, workers: int = 0, rank: int = 0, ranks: int = 1
+    data: Samples, batch: int, first_step: int = 0, workers: int = 0, rank: int = 0, ranks: int = 1
 ) -> Iterable[tuple[Tensor, list[Target]]]:
     """Batches of images `(batch, 3, h, w)` uint8 with their targets, from step `first_step` on, without end."""
     return DataLoader(
-        data,
+        cast(Dataset[tuple[Tensor, Target]], data),
         batch_sampler=_Batches(data, batch, first_step, rank, ranks),
         num_workers=workers,
         collate_fn=_collate,

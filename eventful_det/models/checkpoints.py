@@ -143,9 +143,7 @@ def init_backbone(vit: WindowedViT, source: str | os.PathLike[str]) -> None:
 
 def _imagenet_tensors(source: str) -> dict[str, Tensor]:
     if source.startswith("timm:"):
-        import timm
-
-        return dict(timm.create_model(source.removeprefix("timm:"), pretrained=True, num_classes=0).state_dict())
+        return _timm_tensors(source.removeprefix("timm:"))
     if not Path(source).is_file():
         raise UserError(f"no backbone weights {source}; give a safetensors or .pth file, or timm:MODEL_NAME")
     try:
@@ -159,6 +157,16 @@ def _imagenet_tensors(source: str) -> dict[str, Tensor]:
     if "pos_embed" not in tensors or "patch_embed.proj.weight" not in tensors:
         raise UserError(f"{source} holds no ViT with timm's names (pos_embed, patch_embed.proj.weight, ...)")
     return dict(tensors)
+
+
+def _timm_tensors(name: str) -> dict[str, Tensor]:
+    import timm
+
+    try:
+        return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
+    except Exception as error:  # of the many layers between here and the network
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"timm cannot give the weights {name} ({reason}); name a file of them instead") from error
 
 
 def find_weights(source: str | os.PathLike[str] | None = None) -> Path:

@@ -127,7 +127,7 @@ class ProposalGenerator(nn.Module):
         targets: list[dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         logit, delta = torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
-        objectness, location = logit.sum() * 0, logit.sum() * 0
+        objectness, location = logit.sum() * 0, delta.sum() * 0  # parameters have a gradient even without objects
         for i, target in enumerate(targets):
             matched, label = match(target["boxes"], anchors, 0.3, 0.7, keep_best=True)
             positive, negative = sample(label, _SAMPLES, _FOREGROUND)

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,63 +16,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._pytree import tree_map
 
-from eventful_det.data.training_set import Target, TrainingSet, training_loader
+from eventful_det.data.training_set import Samples, Target, training_loader
 from eventful_det.errors import UserError
 from eventful_det.models.checkpoints import save_detector
 from eventful_det.models.detector import Detector
+from eventful_det.training.log import Log
 from eventful_det.training.optim import learning_rate, make_optimizer, set_learning_rate
+from eventful_det.training.options import FREE, TrainOptions
+from eventful_det.training.precision import autocast_dtype, make_scaler
 
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How to train.
-
-    Attributes:
-        steps: optimiser steps.
-        batch: images per step and process.
-        accumulate: the batch is worked off in this many pieces, to save memory.
-        lr: peak learning rate; `warmup` steps lead to it; `schedule` is "cosine" or "step" with `milestones`.
-        weight_decay, layer_decay: of AdamW; the rate of a block is `layer_decay` times that of the next.
-        clip: largest norm of the gradient.
-        ema: decay of the averaged weights that are written at the end; 0 = none.
-        amp: bfloat16 where that is faster: on GPUs, and on CPUs with matrix units (AMX).
-        checkpointing: recompute activations of the blocks in the backward pass, to save memory.
-        seed: of the order, the augmentation and all sampling.
-        workers: processes that read and augment.
-        log_every, checkpoint_every: steps.
-    """
-
-    steps: int = 3000
-    batch: int = 8
-    accumulate: int = 1
-    lr: float = 4e-4
-    warmup: int = 100
-    schedule: str = "cosine"
-    milestones: tuple[float, ...] = (0.89, 0.96)
-    weight_decay: float = 0.05
-    layer_decay: float = 0.8
-    clip: float = 1.0
-    ema: float = 0.998
-    amp: bool = True
-    checkpointing: bool = False
-    seed: int = 0
-    workers: int = 1
-    log_every: int = 20
-    checkpoint_every: int = 200
-
-    def __post_init__(self) -> None:
-        if self.batch % self.accumulate:
-            raise UserError(f"train.accumulate ({self.accumulate}) must divide train.batch ({self.batch})")
-        if self.steps < 1 or self.batch < 1:
-            raise UserError(f"train.steps and train.batch must be at least 1, got {self.steps} and {self.batch}")
+Batch = tuple[Tensor, list[Target]]
+SCORE = "ap50"  # the entry of an evaluation by which the best weights are kept
 
 
 class Trainer:
     """Trains a detector; the run directory holds all there is to go on from.
 
-    Files: `checkpoint.pt` (replaced atomically), `metrics.jsonl` (one line per logged step), `tensorboard/`, and at
-    the end `model.safetensors`.
+    Files: `checkpoint.pt` (replaced atomically), `metrics.jsonl` (one line per logged step), `tensorboard/`,
+    `best.safetensors` where it is evaluated while training, and at the end `model.safetensors`.
 
     Args:
         detector: the model, on its device.
@@ -80,32 +43,46 @@ class Trainer:
         options: how to train.
         directory: of the run; an unfinished run in it is continued.
         on_step: called with step and its metrics after every step of the main process.
+        objective: gives the losses of images and targets in training mode; by default those of the detector.
+        evaluate: gives numbers of a detector, "ap50" among them; called every `options.eval_every` steps.
     """
 
     def __init__(
         self,
         detector: Detector,
-        data: TrainingSet,
+        data: Samples,
         options: TrainOptions,
         directory: Path,
         on_step: Callable[[int, dict[str, float]], None] | None = None,
+        objective: nn.Module | None = None,
+        evaluate: Callable[[Detector], dict[str, float]] | None = None,
     ) -> None:
         self.detector, self.data, self.options, self.directory = detector, data, options, directory
-        self.on_step = on_step
+        self.on_step, self.evaluate = on_step, evaluate
+        self.objective = detector if objective is None else objective
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.share, self.at_once = options.shares(self.ranks)
         self.device = detector.device
+        self.dtype = autocast_dtype(options.amp, self.device)
+        self.scaler = make_scaler(self.dtype, self.device)
         detector.backbone.net.set_grad_checkpointing(options.checkpointing)
         self.optimizer = make_optimizer(detector, options.lr, options.weight_decay, options.layer_decay)
         self.average = AveragedModel(detector, multi_avg_fn=get_ema_multi_avg_fn(options.ema)) if options.ema else None
-        self.step = 0
+        self.step, self.best_score = 0, -1.0
         directory.mkdir(parents=True, exist_ok=True)
         self._resume()
+        self.model = DistributedDataParallel(self.objective) if self.ranks > 1 else self.objective
 
     @property
-    def best(self) -> Detector:
+    def result(self) -> Detector:
         """The weights to use: averaged ones when there are any."""
         return self.detector if self.average is None else self.average.module  # type: ignore[return-value]
+
+    def batches(self) -> Iterator[Batch]:
+        """What is left of the endless sequence of this process's batches."""
+        options = self.options
+        return iter(training_loader(self.data, self.share, self.step, options.workers, self.rank, self.ranks))
 
     def train(self) -> Detector:
         """Train to the end and return the model in evaluation mode.
@@ -114,69 +91,91 @@ class Trainer:
             UserError: the loss is not finite.
         """
         options = self.options
-        model: nn.Module = DistributedDataParallel(self.detector) if self.ranks > 1 else self.detector
-        loader = training_loader(self.data, options.batch, self.step, options.workers, self.rank, self.ranks)
-        log = _Log(self.directory, self.step) if self.rank == 0 else None
-        batches: Iterator[tuple[Tensor, list[Target]]] = iter(loader) if self.step < options.steps else iter(())
-        self.detector.train()
+        log = Log(self.directory, self.step) if self.rank == 0 else None
+        batches = self.batches() if self.step < options.steps else iter(())
+        self.objective.train()
         while self.step < options.steps:
             began = time.perf_counter()
-            metrics = self._train_step(model, *next(batches))
+            metrics = self._train_step(*next(batches))
             metrics["seconds"] = time.perf_counter() - began
             self.step += 1
             if log is not None:
-                if self.step % options.log_every == 0 or self.step == options.steps:
-                    log.write(self.step, metrics)
-                if self.step % options.checkpoint_every == 0 or self.step == options.steps:
-                    self._save_checkpoint()
-                if self.on_step is not None:
-                    self.on_step(self.step, metrics)
+                self._after_step(log, metrics)
         if log is not None:
             log.close()
-            notes = {"training": json.dumps(asdict(options))}
-            save_detector(self.best, self.directory / "model.safetensors", torch.float32, notes)
-        return self.best.eval()
+            self._save_weights("model.safetensors")
+        return self.result.eval()
 
-    def _train_step(self, model: nn.Module, images: Tensor, targets: list[Target]) -> dict[str, float]:
+    def losses(self, images: Tensor, targets: list[Target]) -> dict[str, Tensor]:
+        """Losses of some images `(b, 3, h, w)` uint8 (or clips of them), in the precision of the training."""
+        images = images.to(self.device, non_blocking=True).float().div_(255)
+        targets = tree_map(lambda tensor: tensor.to(self.device, non_blocking=True), targets)
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            losses: dict[str, Tensor] = self.model(images, targets)
+        return losses
+
+    def add_gradients(self, images: Tensor, targets: list[Target]) -> dict[str, float]:
+        """Forward and backward pass of a batch, piece by piece; returns its mean losses."""
+        totals: dict[str, float] = {}
+        pieces = self.share // self.at_once
+        for i in range(0, self.share, self.at_once):
+            last = i + self.at_once == self.share
+            with nullcontext() if last or self.ranks == 1 else self.model.no_sync():  # type: ignore[operator]
+                losses = self.losses(images[i : i + self.at_once], targets[i : i + self.at_once])
+                self.scaler.scale(torch.stack(list(losses.values())).sum() / pieces).backward()
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0.0) + loss.item() / pieces
+        return totals
+
+    def _train_step(self, images: Tensor, targets: list[Target]) -> dict[str, float]:
         options = self.options
         # All randomness of a step follows from its number: a resumed run repeats what the killed one would have done.
         torch.manual_seed((options.seed * 1_000_003 + self.step) * self.ranks + self.rank)
         rate = learning_rate(self.step, options.steps, options.lr, options.warmup, options.schedule, options.milestones)
         set_learning_rate(self.optimizer, rate)
-        totals: dict[str, float] = {}
-        piece = options.batch // options.accumulate
-        for i in range(0, options.batch, piece):
-            last = i + piece == options.batch
-            with nullcontext() if last or self.ranks == 1 else model.no_sync():  # type: ignore[operator]
-                losses = self._losses(model, images[i : i + piece], targets[i : i + piece])
-                (sum(losses.values(), torch.zeros((), device=self.device)) / options.accumulate).backward()
-            for name, loss in losses.items():
-                totals[name] = totals.get(name, 0.0) + loss.item() / options.accumulate
-        norm = float(nn.utils.clip_grad_norm_(self.detector.parameters(), options.clip))
+        totals = self.add_gradients(images, targets)
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.detector.parameters(), options.clip or float("inf")))
         total = sum(totals.values())
-        if not (total < float("inf") and norm < float("inf")):
+        # With loss scaling a gradient may overflow: the scaler then skips the step and lowers the scale.
+        if not (total < float("inf") and (norm < float("inf") or self.scaler.is_enabled())):
             raise UserError(f"the loss is not finite at step {self.step}; lower train.lr (now {options.lr})")
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update_parameters(self.detector)
         return {**totals, "loss": total, "grad_norm": norm, "lr": rate}
 
-    def _losses(self, model: nn.Module, images: Tensor, targets: list[Target]) -> dict[str, Tensor]:
-        images = images.to(self.device, non_blocking=True).float().div_(255)
-        targets = [{k: v.to(self.device, non_blocking=True) for k, v in target.items()} for target in targets]
-        enabled = self.options.amp and _has_fast_bfloat16(self.device)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
-            losses: dict[str, Tensor] = model(images, targets)
-        return losses
+    def _after_step(self, log: Log, metrics: dict[str, float]) -> None:
+        """What the main process does between two steps."""
+        options, end = self.options, self.step == self.options.steps
+        if self.step % options.log_every == 0 or end:
+            log.write(self.step, metrics)
+        if self.evaluate is not None and options.eval_every and (self.step % options.eval_every == 0 or end):
+            scores = self.evaluate(self.result)
+            log.write(self.step, {f"val_{name}": value for name, value in scores.items()}, "val")
+            if scores[SCORE] > self.best_score:
+                self.best_score = scores[SCORE]
+                self._save_weights("best.safetensors")
+        if self.step % options.checkpoint_every == 0 or end:
+            self._save_checkpoint()
+        if self.on_step is not None:
+            self.on_step(self.step, metrics)
+
+    def _save_weights(self, name: str) -> None:
+        notes = {"training": json.dumps(asdict(self.options)), "step": str(self.step)}
+        save_detector(self.result, self.directory / name, torch.float32, notes)
 
     def _save_checkpoint(self) -> None:
         state = {
             "step": self.step,
+            "best_score": self.best_score,
             "options": json.dumps(asdict(self.options)),
             "model": self.detector.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
         path = self.directory / "checkpoint.pt"
         part = path.with_name("checkpoint.pt.part")
@@ -195,41 +194,16 @@ class Trainer:
             before = json.loads(state["options"])
             self.detector.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
             if self.average is not None and state["average"] is not None:
                 self.average.load_state_dict(state["average"])
-            self.step = int(state["step"])
+            self.step, self.best_score = int(state["step"]), float(state["best_score"])
         except Exception as error:
             raise UserError(f"cannot resume from {path} ({error}); delete it or choose another output") from error
         now = json.loads(json.dumps(asdict(self.options)))
-        changed = [k for k in now if before.get(k) != now[k] and k not in ("log_every", "checkpoint_every", "workers")]
+        changed = [k for k in now if before.get(k) != now[k] and k not in FREE]
         if changed:
             raise UserError(
                 f"{path} was made with other values of train.{', train.'.join(changed)}; "
                 "use the same values, or choose another run directory"
             )
-
-
-def _has_fast_bfloat16(device: torch.device) -> bool:
-    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
-
-
-class _Log:
-    """metrics.jsonl and TensorBoard; lines beyond the resumed step are dropped."""
-
-    def __init__(self, directory: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = directory / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(line + "\n" for line in kept))
-        self.board = SummaryWriter(directory / "tensorboard", purge_step=step + 1)
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in metrics.items()}}) + "\n")
-        for name, value in metrics.items():
-            self.board.add_scalar(f"train/{name}", value, step)
-
-    def close(self) -> None:
-        self.board.close()

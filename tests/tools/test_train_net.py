@@ -15,11 +15,14 @@ import torch
 from running import ENVIRONMENT, ROOT, make_tree, run
 from safetensors.torch import load_file
 
+from eventful_det.models.checkpoints import SYNTHETIC, find_weights
+
 TINY = [
     "model.init=null", "+model.dim=48", "+model.depth=2", "+model.global_blocks=[1]", "+model.channels=16",
     "+model.box_fc=[32]", "augment.sizes=[[64,96]]", "train.batch=1", "train.workers=0",
-    "train.log_every=1", "train.checkpoint_every=1", "device=cpu", "evaluate=false",
+    "train.log_every=1", "train.checkpoint_every=1", "device=cpu", "evaluate=false", "probe=false",
 ]  # fmt: skip
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +58,37 @@ def test_killed_run_resumes_exactly(tree: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train(tree: Path, tmp_path: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    options = [f"data.root={tree}", *TINY, "train.steps=2", f"output={tmp_path / 'run'}"]
-    run(*launcher, "tools/train_net.py", *options)
-    assert (tmp_path / "run" / "model.safetensors").is_file()
-    assert [entry["step"] for entry in logged(tmp_path / "run")] == [1, 2]
+def test_the_recipe_in_small(tree: Path, tmp_path: Path) -> None:
+    """experiment=vitdet_b_vid with tiny widths, 30 steps in two processes: the same path, gradients added up."""
+    train = tree / "annotations" / "imagenet_vid_train.json"
+    options = [
+        "experiment=vitdet_b_vid", f"data.root={tree}", f"mix=[{{train: {train}, ratio: 0.5}}]", *TINY, "probe=true",
+        "+model.heads=3", "+model.window=4", "+model.box_convs=1", "+model.rpn_convs=1", "+model.proposals_train=50",
+        "train.steps=30", "train.warmup=5", "train.batch=4", "train.at_once=1", "train.amp=bfloat16", "train.ema=0.9",
+        "train.eval_every=15", "val_every=1", "train.checkpoint_every=10",
+    ]  # fmt: skip
+    done = run(*LAUNCHER, "tools/train_net.py", *options, f"output={tmp_path}")
+    assert "million parameters" in done.stdout
+    assert "2 of them" in done.stdout
+    lines = logged(tmp_path)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 31))
+    assert [line["step"] for line in lines if "val_ap50" in line] == [15, 30]
+    rates = [line["lr"] for line in lines if "loss" in line]
+    assert rates[4] == pytest.approx(1e-4)
+    assert rates[27] == pytest.approx(1e-5)  # the first milestone is at 0.889
+    assert rates[29] == pytest.approx(1e-6)
+    assert load_file(tmp_path / "best.safetensors").keys() == load_file(tmp_path / "model.safetensors").keys()
+
+
+@pytest.mark.slow
+def test_training_with_gates_on(tree: Path, tmp_path: Path) -> None:
+    options = ["clips.length=3", "clips.sprites=1", "train.steps=2", f"output={tmp_path}"]
+    tiny = [option for option in TINY if "model." not in option]  # the shipped weights say what the model is
+    run("tools/train_net.py", "experiment=eventful_finetune", f"data.root={tree}", *tiny, *options)
+    assert [line["loss_distil"] > 0 for line in logged(tmp_path)] == [True, True]
+    shipped, trained = (load_file(path) for path in (find_weights(SYNTHETIC), tmp_path / "model.safetensors"))
+    distances = {key: float((trained[key] - shipped[key].float()).abs().max()) for key in shipped}
+    assert 0 < max(distances.values()) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -70,6 +98,7 @@ def test_two_processes_train(tree: Path, tmp_path: Path) -> None:
         ("model.init=nothing.safetensors", "no backbone weights"),
         ("device=tpu", "cannot be used here"),
         ("+model.headz=3", "unknown option"),
+        ("start=vitdet_tiny_vid", "has the classes"),
     ],
 )
 def test_errors_are_one_line(tree: Path, tmp_path: Path, option: str, message: str) -> None:

@@ -17,7 +17,9 @@ from eventful_det.errors import UserError
 from eventful_det.models.checkpoints import load_detector
 from eventful_det.models.detector import Detector
 from eventful_det.training.optim import learning_rate, make_optimizer
-from eventful_det.training.trainer import Trainer, TrainOptions
+from eventful_det.training.options import TrainOptions
+from eventful_det.training.probe import Estimate, probe
+from eventful_det.training.trainer import Trainer
 
 OPTIONS = TrainOptions(steps=6, batch=2, lr=1e-3, warmup=2, workers=0, log_every=1, checkpoint_every=2)
 AUGMENTATION = Augmentation(((64, 96),))
@@ -75,13 +77,77 @@ def test_training_lowers_the_loss(tiny_detector: Detector, data: CocoVideo, tmp_
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:3])
 
 
-def test_accumulation_gives_one_step(tiny_detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
-    options = dataclasses.replace(OPTIONS, steps=1, accumulate=2)
-    trainer = Trainer(tiny_detector, TrainingSet(data, AUGMENTATION), options, tmp_path / "run")
-    trainer.train()
-    assert trainer.step == 1
-    with pytest.raises(UserError, match="must divide"):
-        dataclasses.replace(OPTIONS, batch=3, accumulate=2)
+def test_accumulation_gives_the_same_gradient(tiny_detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
+    """Without the draws of the losses: those of the bare token map."""
+
+    class Objective(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.detector = tiny_detector
+
+        def forward(self, images: torch.Tensor, _: object) -> dict[str, torch.Tensor]:
+            return {"loss": self.detector.backbone.net(images).square().mean()}
+
+    samples, gradients = TrainingSet(data, AUGMENTATION), []
+    for at_once in (0, 2, 1):
+        options = dataclasses.replace(OPTIONS, batch=4, at_once=at_once)
+        trainer = Trainer(tiny_detector, samples, options, tmp_path / str(at_once), objective=Objective())
+        trainer.add_gradients(*next(trainer.batches()))
+        gradients.append(tiny_detector.backbone.net.patch_embed.proj.weight.grad.clone())  # type: ignore[union-attr]
+        trainer.optimizer.zero_grad()
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0])
+
+
+def test_the_batch_is_shared_out_evenly() -> None:
+    assert dataclasses.replace(OPTIONS, batch=64, at_once=4).shares(8) == (8, 4)
+    assert dataclasses.replace(OPTIONS, batch=4, at_once=8).shares(2) == (2, 2)
+    with pytest.raises(UserError, match="multiple of the number of processes"):
+        dataclasses.replace(OPTIONS, batch=3).shares(2)
+    with pytest.raises(UserError, match="must divide the 3 images"):
+        dataclasses.replace(OPTIONS, batch=3, at_once=2).shares(1)
+
+
+def test_the_best_weights_are_kept(tiny_detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
+    scores = iter([0.3, 0.5, 0.4, 0.1])
+    options = dataclasses.replace(OPTIONS, eval_every=2, checkpoint_every=3)
+    seen: list[torch.Tensor] = []
+
+    def judge(detector: Detector) -> dict[str, float]:
+        seen.append(detector.backbone.net.pos_embed.detach().clone())
+        return {"ap50": next(scores), "ap": 0.1}
+
+    def trainer(**changes: object) -> Trainer:
+        changed = dataclasses.replace(options, **changes)  # type: ignore[arg-type]
+        return Trainer(tiny_detector, TrainingSet(data, AUGMENTATION), changed, tmp_path, evaluate=judge)
+
+    trainer().train()
+    assert len(seen) == 3
+    best = load_detector(tmp_path / "best.safetensors").backbone.net.pos_embed
+    assert torch.equal(best, seen[1])
+    assert not torch.equal(best, seen[2])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["val_ap50"]) for line in lines if "val_ap50" in line] == [(2, 0.3), (4, 0.5), (6, 0.4)]
+    again = trainer(eval_every=1)  # how often is free to change
+    assert again.best_score == 0.5
+    assert again.step == 6
+
+
+def test_probe_leaves_the_trainer_as_it_was(tiny_detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
+    trainer = Trainer(tiny_detector, TrainingSet(data, AUGMENTATION), OPTIONS, tmp_path)
+    before = {key: value.clone() for key, value in tiny_detector.state_dict().items()}
+    estimate = probe(trainer)
+    assert all(torch.equal(before[key], value) for key, value in tiny_detector.state_dict().items())
+    assert all(parameter.grad is None for parameter in tiny_detector.parameters())
+    assert trainer.step == 0
+    assert not trainer.optimizer.state
+    assert estimate.parameters == sum(p.numel() for p in tiny_detector.parameters())
+    assert estimate.memory > 8 * estimate.parameters
+    assert estimate.total == 6 * max(estimate.seconds, estimate.read_seconds)
+    assert str(Estimate(45000, 1.0, 4.0, 2**34, 10**8)) == (
+        "100.0 million parameters; 1.00 s to compute a step, 4.00 s to read its images; reading is the slower: give it "
+        "more train.workers; 45000 steps: about 2.1 days; 16.0 GiB per process"
+    )
 
 
 def test_other_options_do_not_continue_a_run(tiny_detector: Detector, data: CocoVideo, tmp_path: Path) -> None:

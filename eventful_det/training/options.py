@@ -1,0 +1,68 @@
+"""How to train, as one typed record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from eventful_det.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train.
+
+    Attributes:
+        steps: optimiser steps.
+        batch: images (or clips) per step, of all processes together.
+        at_once: images that a process works off at once, to save memory; gradients add up until the batch is
+            reached. 0 = all of its share.
+        lr: peak learning rate; `warmup` steps lead to it; `schedule` is "cosine" or "step" with `milestones`.
+        weight_decay, layer_decay: of AdamW; the rate of a block is `layer_decay` times that of the next.
+        clip: largest norm of the gradient; 0 = any.
+        ema: decay of the averaged weights that are written at the end; 0 = none.
+        amp: type of the products, see `precision.autocast_dtype`.
+        checkpointing: recompute activations of the blocks in the backward pass, to save memory.
+        seed: of the order, the augmentation and all sampling.
+        workers: processes that read and augment, for each training process.
+        log_every, checkpoint_every, eval_every: steps; eval_every = 0: no evaluation while training.
+    """
+
+    steps: int = 3000
+    batch: int = 8
+    at_once: int = 0
+    lr: float = 4e-4
+    warmup: int = 100
+    schedule: str = "cosine"
+    milestones: tuple[float, ...] = (0.89, 0.96)
+    weight_decay: float = 0.05
+    layer_decay: float = 0.8
+    clip: float = 1.0
+    ema: float = 0.998
+    amp: str = "auto"
+    checkpointing: bool = False
+    seed: int = 0
+    workers: int = 1
+    log_every: int = 20
+    checkpoint_every: int = 200
+    eval_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1:
+            raise UserError(f"train.steps and train.batch must be at least 1, got {self.steps} and {self.batch}")
+
+    def shares(self, ranks: int) -> tuple[int, int]:
+        """Images per step of each of `ranks` processes, and how many of them it works off at once.
+
+        Raises:
+            UserError: the batch cannot be shared out evenly.
+        """
+        if self.batch % ranks:
+            raise UserError(f"train.batch ({self.batch}) must be a multiple of the number of processes ({ranks})")
+        share = self.batch // ranks
+        at_once = min(self.at_once or share, share)
+        if share % at_once:
+            raise UserError(f"train.at_once ({self.at_once}) must divide the {share} images of a process")
+        return share, at_once
+
+
+FREE = ("log_every", "checkpoint_every", "eval_every", "workers")  # may change when a run is continued
