@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from eventful_det.data.coco_video import CocoVideo, Video
-from eventful_det.data.training_set import read_image
+from eventful_det.data.pictures import read_image
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import (
     DetectionScores,
@@ -135,7 +136,7 @@ def first(data: CocoVideo, videos: int | None = None, frames: int | None = None)
         if count is not None and count < 1:
             raise UserError(f"the number of {what} must be at least 1, got {count}")
     filled = [video for video in data.videos if video.frames]
-    kept = [Video(video.id, video.name, video.frames[:frames]) for video in filled[:videos]]
+    kept = [dataclasses.replace(video, frames=video.frames[:frames]) for video in filled[:videos]]
     return CocoVideo(data.categories, kept, data.image_root)
 
 
