@@ -37,9 +37,10 @@ from eventful_det.errors import UserError
 from eventful_det.evaluation import report
 from eventful_det.evaluation.detection import labelled_frames
 from eventful_det.evaluation.flushes import ap50_since_flush
+from eventful_det.evaluation.runs import Method, MethodRun
 from eventful_det.evaluation.store import ResultStore, file_hash
 from eventful_det.evaluation.summary import jsonable, row_of, rows_of
-from eventful_det.evaluation.sweep import Method, MethodRun, first, run_methods
+from eventful_det.evaluation.sweep import first, run_methods
 from eventful_det.gating.convert import Rule
 from eventful_det.models.checkpoints import DEFAULT, find_weights, load_detector
 from eventful_det.models.detector import Detector

@@ -14,7 +14,7 @@ smaller. Order and content depend on the data set and the number of slots alone,
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -91,7 +91,7 @@ class VideoStreams(Iterable[list[StreamFrame]]):
         self.data, self.videos = data, [filled[i] for i in mine]
         self.slots, self.size, self.workers, self.ahead = slots, size, workers, ahead if workers else 0
 
-    def __iter__(self) -> Iterator[list[StreamFrame]]:
+    def __iter__(self) -> Generator[list[StreamFrame], None, None]:
         with ExitStack() as cleanup:
             read = partial(self._read, cleanup.enter_context(FrameReader(self.data)))
             start = self._starter(read, cleanup)

@@ -16,8 +16,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from eventful_det.evaluation.runs import DENSE
 from eventful_det.evaluation.summary import Row, jsonable
-from eventful_det.evaluation.sweep import DENSE
 
 # Okabe and Ito's colours, told apart by colour-blind readers and in grey print; markers tell the same again.
 _STYLES = (
