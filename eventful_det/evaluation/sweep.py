@@ -90,6 +90,8 @@ def complete(
         UserError: the detector knows other classes, or a number is out of its range.
     """
     category_ids(data, detector.names)
+    if streams < 1:
+        raise UserError(f"streams must be at least 1, got {streams}")
     options: dict[str, Any] = {"streams": streams, "workers": workers, "scene_cuts": scene_cuts}
     training = detector.training
     detector.eval()
