@@ -245,10 +245,8 @@ def run(config: DictConfig) -> None:
     write_results(directory, jsonable(about | results))
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="eval_net")
-@tool
-def main(config: DictConfig) -> None:
-    """Entry point, with or without torchrun."""
+def start(config: DictConfig) -> None:
+    """Evaluate with or without torchrun."""
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo", timeout=PATIENCE)
         if torch.cuda.is_available():
@@ -258,6 +256,15 @@ def main(config: DictConfig) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="eval_net")
+@tool
+def main(config: DictConfig) -> None:
+    """Entry point."""
+    import eval_net  # by its name: Hydra's launchers pickle this function with all that it refers to
+
+    eval_net.start(config)
 
 
 if __name__ == "__main__":
