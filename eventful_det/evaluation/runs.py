@@ -31,7 +31,7 @@ class Method:
         rule: how a frame's tokens are recomputed; None = dense.
         hold: run on every n-th frame only and hold its boxes in between.
         scale: of the network's input, relative to the model's own.
-        square: frames are padded to a square as large as the long side, as the official code does.
+        square: frames are padded to a square, as the official code of Eventful Transformers does.
     """
 
     curve: str

@@ -59,7 +59,7 @@ def run_videos(
     reset_peak_memory(detector.device)
     sides = detector.config.short_side, detector.config.long_side
     size = (round(method.scale * sides[0]), round(method.scale * sides[1]))
-    driver = _Driver(detector, data, method, streams, scene_cuts, size[1])
+    driver = _Driver(detector, data, method, streams, scene_cuts)
     with closing(iter(VideoStreams(data, streams, size=size, workers=workers))) as batches:
         for batch in batches:
             driver.advance(batch)
@@ -106,12 +106,10 @@ class _Stream:
 class _Driver:
     """Steps a detector through batches of frames; each slot has a stream."""
 
-    def __init__(
-        self, detector: Detector, data: CocoVideo, method: Method, streams: int, scene_cuts: bool, side: int
-    ) -> None:
+    def __init__(self, detector: Detector, data: CocoVideo, method: Method, streams: int, scene_cuts: bool) -> None:
         self.detector = detector.with_rule(method.rule)
         self.categories = category_ids(data, detector.names)
-        self.hold, self.square, self.scene_cuts = method.hold, side if method.square else 0, scene_cuts
+        self.hold, self.square, self.scene_cuts = method.hold, method.square, scene_cuts
         self.state = self.detector.init_state(streams)
         self.streams: dict[int, _Stream] = {}
 
@@ -167,7 +165,8 @@ class _Driver:
         frame = to_tensor(image).to(self.detector.device)
         if not self.square:
             return frame
-        canvas = self.detector.get_buffer("pixel_mean").expand(3, self.square, self.square).clone()
+        side = max(frame.shape)
+        canvas = self.detector.get_buffer("pixel_mean").expand(3, side, side).clone()
         canvas[:, : frame.shape[1], : frame.shape[2]] = frame
         return canvas
 
