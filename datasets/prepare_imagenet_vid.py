@@ -11,16 +11,13 @@ request itself cannot be met.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
+from reporting import save_report, show, summary
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from eventful_det.data.classes import IMAGENET_VID, Category, load_classes
 from eventful_det.data.coco_video import CocoVideo
@@ -111,56 +108,6 @@ def read(
         total = sum(len(folder.entries) for folder in folders)
         progress.update(task, description=f"reading {source.subset} {source.split}", total=total)
         return convert(source, folders, workers, lambda frames: progress.advance(task, frames))
-
-
-def save_report(path: Path, data: CocoVideo, problems: Sequence[Problem]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    report = {
-        "videos": len(data.videos),
-        "frames": sum(len(video.frames) for video in data.videos),
-        "boxes": sum(len(frame.annotations) for frame in data.frames),
-        "problem_counts": dict(sorted(Counter(p.kind for p in problems).items())),
-        "problems": [p._asdict() for p in problems],
-    }
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
-def summary(name: str, data: CocoVideo) -> Table:
-    boxes: Counter[int] = Counter()
-    frames: Counter[int] = Counter()
-    videos: Counter[int] = Counter()
-    for video in data.videos:
-        seen: set[int] = set()
-        for frame in video.frames:
-            ids = [a.category_id for a in frame.annotations]
-            boxes.update(ids)
-            frames.update(set(ids))
-            seen.update(ids)
-        videos.update(seen)
-    table = Table(title=name, show_footer=True)
-    table.add_column("category", footer="all")
-    for title, total in (
-        ("videos", len(data.videos)),
-        ("frames", sum(len(video.frames) for video in data.videos)),
-        ("boxes", boxes.total()),
-    ):
-        table.add_column(title, footer=str(total), justify="right")
-    for i, category in data.categories:
-        table.add_row(category, str(videos[i]), str(frames[i]), str(boxes[i]))
-    return table
-
-
-def show(console: Console, problems: Sequence[Problem], limit: int, report: Path) -> None:
-    if not problems:
-        return
-    counts = ", ".join(f"{n} {kind}" for kind, n in Counter(p.kind for p in problems).most_common())
-    console.print(f"[yellow]warning:[/] {len(problems)} faults in the data: {counts}", highlight=False)
-    for problem in problems[: max(limit, 0)]:
-        console.print(f"  {problem.kind}  {problem.file}: {problem.detail}", highlight=False, markup=False)
-    if len(problems) > limit:
-        console.print(f"  ... all of them in {report}", highlight=False)
 
 
 if __name__ == "__main__":

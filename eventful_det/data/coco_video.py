@@ -153,6 +153,28 @@ def load_coco_video(path: str | os.PathLike[str], image_root: str | os.PathLike[
             not checked: that would cost minutes on large sets.
     """
     path = Path(path)
+    data = read_json_object(path)
+    if image_root is None:
+        info = data.get("info")
+        told = info.get("image_root") if isinstance(info, dict) else None
+        image_root = path.parent / (told or (".." if path.resolve().parent.name == "annotations" else "."))
+    return parse_coco_video(data, path, image_root)
+
+
+def parse_coco_video(
+    data: dict[str, Any], path: str | os.PathLike[str], image_root: str | os.PathLike[str]
+) -> CocoVideo:
+    """Check the content of a COCO-video file that is in memory; arguments and errors as of `load_coco_video`."""
+    categories, videos = _Reader(Path(path), data).read()
+    return CocoVideo(categories, videos, Path(os.path.normpath(image_root)))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        UserError: the file is missing or something else.
+    """
     try:
         with path.open(encoding="utf-8") as file:
             data = json.load(file)
@@ -165,12 +187,7 @@ def load_coco_video(path: str | os.PathLike[str], image_root: str | os.PathLike[
         raise UserError(f"{path} is not valid JSON ({error}); make it again, it may have been cut short") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object with categories, images and annotations")
-    if image_root is None:
-        info = data.get("info")
-        told = info.get("image_root") if isinstance(info, dict) else None
-        image_root = path.parent / (told or (".." if path.resolve().parent.name == "annotations" else "."))
-    categories, videos = _Reader(path, data).read()
-    return CocoVideo(categories, videos, Path(os.path.normpath(image_root)))
+    return data
 
 
 class _Reader:

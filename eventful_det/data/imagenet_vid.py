@@ -42,7 +42,7 @@ from xml.etree import ElementTree
 from PIL import Image
 
 from eventful_det.data.classes import Category
-from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
+from eventful_det.data.coco_video import Annotation, Box, CocoVideo, Frame, Video
 from eventful_det.data.parallel import map_ordered
 from eventful_det.errors import UserError
 
@@ -236,7 +236,7 @@ def _read_frame(source: Source, folder: str, entry: Entry, problems: list[Proble
         if o.wnid not in known:
             report("unknown_class", xml, f"{o.wnid!r} is none of the {len(known)} categories")
             continue
-        box, fault = _clip(o.box, size)
+        box, fault = clip_box(o.box, size)
         if fault:
             report(fault, xml, f"box {o.box} of {o.wnid} on a {size[0]}x{size[1]} image")
         if box is not None:
@@ -283,10 +283,13 @@ def _parse_xml(path: Path) -> tuple[tuple[int, int], list[_RawObject]]:
     return size, objects
 
 
-def _clip(
-    box: tuple[float, float, float, float], size: tuple[int, int]
-) -> tuple[tuple[float, float, float, float] | None, str]:
-    """The part of a box inside the image (None if there is none) and the name of what was wrong ('' if nothing)."""
+def clip_box(box: Box, size: tuple[int, int]) -> tuple[Box | None, str]:
+    """The part of a box inside the image (None if there is none) and the name of what was wrong ('' if nothing).
+
+    Args:
+        box: x1, y1, x2, y2 in pixels.
+        size: width and height of the image.
+    """
     x1, y1, x2, y2 = box
     if not (x2 > x1 and y2 > y1):
         return None, "box_degenerate"

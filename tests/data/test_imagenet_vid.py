@@ -29,7 +29,9 @@ Main = Callable[[list[str]], int]
 
 @pytest.fixture(scope="module")
 def prepare() -> Main:
-    main: Main = runpy.run_path(str(SCRIPT))["main"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        main: Main = runpy.run_path(str(SCRIPT))["main"]
     return main
 
 
