@@ -18,12 +18,18 @@ setup(
         "tensorboard>=2.15",  # training curves
     ],
     extras_require={
+        "fast": ["faster-coco-eval>=1.6"],  # average precision in half the time
+        "cluster": [
+            "hydra-submitit-launcher>=1.2",  # jobs on SLURM
+            "hydra-joblib-launcher>=1.2",  # jobs side by side on one machine
+        ],
         # detectron2 is not on PyPI: pip install git+https://github.com/facebookresearch/detectron2
         "dev": [
             "pytest>=8",  # tests
             "pytest-xdist>=3",  # tests on all cores
             "hypothesis>=6",  # property tests of index arithmetic
             "torchmetrics>=1.4",  # a second opinion on average precision
+            "faster-coco-eval>=1.6",  # a third one
             "ruff>=0.8",  # lint and format
             "mypy>=1.13",  # types
         ],

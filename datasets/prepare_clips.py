@@ -5,15 +5,18 @@
         --videos dog horsejump --exhaustive dog:dog horsejump:horse
 
 Video files are decoded once into OUTPUT/<clip>/000000.jpg, ... without labels: what gating changes is then judged
-against the dense detector. Of a COCO-video JSON the chosen videos are taken with their labels; the images stay where
-they are. --exhaustive says which classes were labelled on every object of a video ("dog:dog,cat"; "dog:" for none);
-boxes of other classes are then neither right nor wrong. Writes OUTPUT/annotations/val.json. Exit status: 0 when done,
-2 when the request cannot be met.
+against the dense detector. With --in-place they stay what they are and are decoded whenever they are read.
+Of a COCO-video JSON the chosen videos are taken with their labels; pictures and video files stay where they are, but
+with --extract the frames of video files are decoded into OUTPUT, so that tools/train_net.py can read them in any order.
+--exhaustive says which classes were labelled on every object of a video ("dog:dog,cat"; "dog:" for none); boxes of
+other classes are then neither right nor wrong. Writes OUTPUT/annotations/val.json. Exit status: 0 when done, 2 when
+the request cannot be met.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +26,8 @@ from rich.progress import track
 
 from eventful_det.data.classes import IMAGENET_VID
 from eventful_det.data.coco_video import CocoVideo, Frame, Video, load_coco_video
+from eventful_det.data.frame_reader import FrameReader
+from eventful_det.data.transforms import Image
 from eventful_det.data.video import open_source
 from eventful_det.errors import UserError
 
@@ -38,6 +43,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, required=True, help="folder of the data set")
     add("--videos", nargs="+", metavar="NAME", help="only these videos of the JSON file")
     add("--exhaustive", nargs="+", default=[], metavar="NAME:CLASSES", help="classes labelled in full, by video")
+    add("--in-place", action="store_true", help="leave video files as they are")
+    add("--extract", action="store_true", help="decode the video files of the JSON file")
     add("--max-frames", type=int, metavar="N", help="only the first N frames of each clip")
     return parser.parse_args(argv)
 
@@ -45,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args, console = parse(argv), Console(soft_wrap=True)
     try:
-        data = labelled(args) if args.sources[0].endswith(".json") else decoded(args, console)
+        data = labelled(args, console) if args.sources[0].endswith(".json") else decoded(args, console)
         path = args.output / "annotations" / "val.json"
         data.save(path)
         frames = sum(len(video.frames) for video in data.videos)
@@ -61,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     return 2
 
 
-def labelled(args: argparse.Namespace) -> CocoVideo:
+def labelled(args: argparse.Namespace, console: Console) -> CocoVideo:
     """The chosen videos of a COCO-video file."""
     if len(args.sources) > 1:
         raise UserError(f"give one JSON file, or video files; got {', '.join(args.sources)}")
@@ -79,7 +86,23 @@ def labelled(args: argparse.Namespace) -> CocoVideo:
     videos = [by_name[name] for name in names]
     for video in videos:
         video.frames = video.frames[: args.max_frames]
-    return CocoVideo(data.categories, videos, data.image_root)
+    chosen = CocoVideo(data.categories, videos, data.image_root)
+    return extracted(chosen, args.output, console) if args.extract else chosen
+
+
+def extracted(data: CocoVideo, output: Path, console: Console) -> CocoVideo:
+    """A data set whose video files are decoded into pictures."""
+    for video in data.videos:
+        with FrameReader(data) as reader:
+            for frame in track(video.frames, description=video.name, console=console, disable=not video.file_name):
+                if video.file_name:
+                    picture = output / video.name / f"{frame.frame_id:06d}.jpg"
+                    write_picture(picture, reader.read(video, frame))
+                else:
+                    picture = data.image_path(frame)
+                frame.file_name = Path(os.path.relpath(picture, output)).as_posix()
+        video.file_name = ""
+    return CocoVideo(data.categories, data.videos, output)
 
 
 def exhaustive(entries: list[str], data: CocoVideo) -> dict[str, frozenset[int]]:
@@ -96,29 +119,33 @@ def exhaustive(entries: list[str], data: CocoVideo) -> dict[str, frozenset[int]]
 
 
 def decoded(args: argparse.Namespace, console: Console) -> CocoVideo:
-    """The frames of video files, written as JPEG; nobody has labelled them."""
-    if args.videos or args.exhaustive:
-        raise UserError("--videos and --exhaustive choose from a JSON file; leave them out for video files")
+    """The frames of video files, written as JPEG or left there; nobody has labelled them."""
+    if args.videos or args.exhaustive or args.extract:
+        raise UserError("--videos, --exhaustive and --extract are for a JSON file; leave them out for video files")
     videos: list[Video] = []
     for number, source in enumerate(args.sources, start=1):
         name = Path(source).stem
         if name in {video.name for video in videos}:
             raise UserError(f"two clips are called {name}; rename one of them")
-        video = Video(number, name)
-        (args.output / name).mkdir(parents=True, exist_ok=True)
+        video = Video(number, name, [], Path(os.path.relpath(source, args.output)).as_posix() if args.in_place else "")
         with open_source(source) as clip:
             frames = track(clip, description=name, total=args.max_frames or clip.frames, console=console)
             for index, frame in enumerate(frames):
                 if index == args.max_frames:
                     break
                 file, (height, width) = f"{name}/{index:06d}.jpg", frame.image.shape[:2]
-                picture = cv2.cvtColor(frame.image, cv2.COLOR_RGB2BGR)
-                if not cv2.imwrite(str(args.output / file), picture, [cv2.IMWRITE_JPEG_QUALITY, QUALITY]):
-                    raise UserError(f"cannot write {args.output / file}; is the disk full?")
+                if not args.in_place:
+                    write_picture(args.output / file, frame.image)
                 image = number * 1_000_000 + index
                 video.frames.append(Frame(image, file, width, height, index, labelled=False))
         videos.append(video)
     return CocoVideo([(category.id, category.name) for category in IMAGENET_VID], videos, args.output)
+
+
+def write_picture(path: Path, image: Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, QUALITY]):
+        raise UserError(f"cannot write {path}; is the disk full?")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Make COCO-video annotation files from an ImageNet VID (and DET) tree.
 
-    python datasets/prepare_imagenet_vid.py /data/ILSVRC2015 --frames-per-video 15
+    python datasets/prepare_imagenet_vid.py /data/ILSVRC2015 --frames-per-video 15 --det-per-class 2000
 
 Writes imagenet_vid_train.json, imagenet_vid_val.json and, where the tree has DET, imagenet_det_train.json
 (the categories of VID only), each with a .report.json that lists everything that was wrong. Exit status: 0 when
@@ -11,20 +11,18 @@ request itself cannot be met.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
+from reporting import save_report, show, summary
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from eventful_det.data.classes import IMAGENET_VID, Category, load_classes
 from eventful_det.data.coco_video import CocoVideo
 from eventful_det.data.imagenet_vid import Problem, Source, convert, find_tree, list_folders
+from eventful_det.data.sampling import at_most_per_class, what_is_missing
 from eventful_det.errors import UserError
 
 SETS = {"vid_train": ("VID", "train"), "vid_val": ("VID", "val"), "det_train": ("DET", "train")}
@@ -39,6 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sets", nargs="+", choices=SETS, help="what to prepare (default: all that the tree holds)")
     add("--output", type=Path, help="folder of the JSON files (default: <tree>/annotations)")
     add("--frames-per-video", type=int, metavar="K", help="of VID train: K evenly spaced frames (default: all)")
+    add("--det-per-class", type=int, metavar="K", help="of DET train: at most K images for each class (default: all)")
     add("--classes", type=Path, help="category table (default: <tree>/classes.json if there, else ImageNet VID)")
     add("--strict", action="store_true", help="exit 1 at any fault of the data")
     add(
@@ -64,8 +63,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(args: argparse.Namespace, console: Console) -> int:
-    if args.frames_per_video is not None and args.frames_per_video < 1:
-        raise UserError(f"--frames-per-video is {args.frames_per_video}; expected 1 or more")
+    for option in ("frames_per_video", "det_per_class"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            raise UserError(f"--{option.replace('_', '-')} is {getattr(args, option)}; expected 1 or more")
     tree = find_tree(args.root)
     table = categories(args.classes, tree)
     output: Path = args.output or tree / "annotations"
@@ -78,14 +78,20 @@ def prepare(args: argparse.Namespace, console: Console) -> int:
     empty, faults = False, 0
     for name in args.sets or present:
         source = Source(tree, *SETS[name], table)
-        data, problems = read(source, args.frames_per_video if name == "vid_train" else None, args.workers, console)
+        per_video = args.frames_per_video if name == "vid_train" else None
+        data, problems, lack = read(source, per_video, args.workers, console)
         faults += len(problems)
+        if name == "det_train" and args.det_per_class is not None:
+            data = at_most_per_class(data, args.det_per_class)
+            data.renumber()
         path = output / f"imagenet_{name}.json"
         boxes = sum(len(frame.annotations) for frame in data.frames)
         if boxes:
             data.save(path)
         save_report(path.with_suffix(".report.json"), data, problems)
         console.print(summary(name, data))
+        if lack:
+            console.print(f"[yellow]warning:[/] {lack}", highlight=False)
         show(console, problems, args.show, path.with_suffix(".report.json"))
         if boxes:
             console.print(f"wrote {path}\n", highlight=False)
@@ -103,64 +109,20 @@ def categories(path: Path | None, tree: Path) -> tuple[Category, ...]:
 
 def read(
     source: Source, frames_per_video: int | None, workers: int, console: Console
-) -> tuple[CocoVideo, list[Problem]]:
+) -> tuple[CocoVideo, list[Problem], str]:
+    """A set of the tree, what is wrong with its files, and what it lacks as a whole ("" if nothing is known to)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(f"listing {source.subset} {source.split}", total=None)
         folders = list_folders(source, frames_per_video)
         total = sum(len(folder.entries) for folder in folders)
         progress.update(task, description=f"reading {source.subset} {source.split}", total=total)
-        return convert(source, folders, workers, lambda frames: progress.advance(task, frames))
-
-
-def save_report(path: Path, data: CocoVideo, problems: Sequence[Problem]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    report = {
-        "videos": len(data.videos),
-        "frames": sum(len(video.frames) for video in data.videos),
-        "boxes": sum(len(frame.annotations) for frame in data.frames),
-        "problem_counts": dict(sorted(Counter(p.kind for p in problems).items())),
-        "problems": [p._asdict() for p in problems],
-    }
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
-def summary(name: str, data: CocoVideo) -> Table:
-    boxes: Counter[int] = Counter()
-    frames: Counter[int] = Counter()
-    videos: Counter[int] = Counter()
-    for video in data.videos:
-        seen: set[int] = set()
-        for frame in video.frames:
-            ids = [a.category_id for a in frame.annotations]
-            boxes.update(ids)
-            frames.update(set(ids))
-            seen.update(ids)
-        videos.update(seen)
-    table = Table(title=name, show_footer=True)
-    table.add_column("category", footer="all")
-    for title, total in (
-        ("videos", len(data.videos)),
-        ("frames", sum(len(video.frames) for video in data.videos)),
-        ("boxes", boxes.total()),
-    ):
-        table.add_column(title, footer=str(total), justify="right")
-    for i, category in data.categories:
-        table.add_row(category, str(videos[i]), str(frames[i]), str(boxes[i]))
-    return table
-
-
-def show(console: Console, problems: Sequence[Problem], limit: int, report: Path) -> None:
-    if not problems:
-        return
-    counts = ", ".join(f"{n} {kind}" for kind, n in Counter(p.kind for p in problems).most_common())
-    console.print(f"[yellow]warning:[/] {len(problems)} faults in the data: {counts}", highlight=False)
-    for problem in problems[: max(limit, 0)]:
-        console.print(f"  {problem.kind}  {problem.file}: {problem.detail}", highlight=False, markup=False)
-    if len(problems) > limit:
-        console.print(f"  ... all of them in {report}", highlight=False)
+        data, problems = convert(source, folders, workers, lambda frames: progress.advance(task, frames))
+    lack = ""
+    if source.categories == IMAGENET_VID:
+        counted = total if frames_per_video is None else None
+        lack = what_is_missing(source.subset, source.split, len(folders), counted)
+    return data, problems, lack
 
 
 if __name__ == "__main__":

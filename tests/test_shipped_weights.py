@@ -14,8 +14,8 @@ from torchvision.ops import box_iou
 from eventful_det import load_detector
 from eventful_det.data.classes import SYNTHETIC_SHAPES
 from eventful_det.data.coco_video import load_coco_video
+from eventful_det.data.pictures import read_image
 from eventful_det.data.synthetic import SceneOptions, render_video
-from eventful_det.data.training_set import read_image
 from eventful_det.models.checkpoints import SYNTHETIC
 from eventful_det.models.detector import Detector
 

@@ -5,12 +5,15 @@
     python tools/eval_net.py eval=sweep                          # budgets and baselines: CSV, table, plot
     python tools/eval_net.py eval=sweep max_videos=2 max_frames=20
     python tools/eval_net.py eval=sweep data=clips               # your own, labelled or not: agreement with dense
+    python tools/eval_net.py experiment=sweep_vid weights=...    # ImageNet VID: everything a paper's table needs
 
-The same command goes on where a killed run was, and does not run finished videos again; `torchrun --nproc_per_node=N`
-shares the videos out between processes.
+The same command goes on where a killed run was, and does not run finished videos again. `streams=8` runs eight videos
+side by side; `torchrun --nproc_per_node=N` shares the videos out between processes. Neither changes a result.
+
+Frames that cannot be read are skipped, counted and named; they are in no number.
 
 Writes results.json to `output`; beside it coco_results.json (detections of a single evaluation), or sweep.csv,
-sweep.json, sweep.md and sweep.png.
+sweep.json, sweep.md, sweep.png and sweep.pdf.
 """
 
 from __future__ import annotations
@@ -19,75 +22,63 @@ import json
 import os
 import platform
 import sys
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import hydra
 import torch
 import torch.distributed as dist
 from common import build_rule, choose_device, console, tool, write_results
-from omegaconf import DictConfig, OmegaConf, open_dict
+from eval_methods import chosen, sweep_methods
+from omegaconf import DictConfig
 from rich import box
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    track,
+)
 from rich.table import Table
 
 from eventful_det.data.coco_video import CocoVideo, load_coco_video
 from eventful_det.data.remap import for_classes
+from eventful_det.data.streams import share_out
 from eventful_det.errors import UserError
 from eventful_det.evaluation import report
 from eventful_det.evaluation.detection import labelled_frames
 from eventful_det.evaluation.flushes import ap50_since_flush
+from eventful_det.evaluation.runs import Method, MethodRun
 from eventful_det.evaluation.store import ResultStore, file_hash
-from eventful_det.evaluation.summary import jsonable, row_of, rows_of
-from eventful_det.evaluation.sweep import Method, MethodRun, first, run_methods
-from eventful_det.gating.convert import Rule
+from eventful_det.evaluation.summary import Row, jsonable, row_of
+from eventful_det.evaluation.sweep import collect, complete, first
 from eventful_det.models.checkpoints import DEFAULT, find_weights, load_detector
 from eventful_det.models.detector import Detector
 
 COMMON = 10  # objects: average precision of a class with fewer is noise
+READERS = 4  # threads that read frames ahead for a GPU; on a CPU they would take time from what is measured
+REASONS = 20  # of skipped frames that results.json quotes
+PATIENCE = timedelta(days=30)  # of a process that is done, with those that are not
+TERMINAL = ("method", "AP50", "agree", "GMACs backbone", "GMACs total", "time %")  # sweep.md has all columns
 NOTE = (
     "Precisions lie in [0, 1]. GMACs are 1e9 multiply-adds per frame. Times come from this one run on this machine, "
-    "in which the methods took turns video by video; relative_time is the median over videos of the ratio to dense."
+    "in which the methods took turns video by video; relative_time is the median over videos of the ratio to dense. "
+    "Latency runs from when the frames of a step are at hand, decoded and resized, until all its detections are there; "
+    "with several streams, that is the latency of the step they share, and fps counts the frames of all of them."
 )
-
-
-def sweep_methods(config: DictConfig) -> list[Method]:
-    """The methods of an `eval` config with curves (configs/eval/sweep.yaml).
-
-    Raises:
-        UserError: a curve is not written as there.
-    """
-    methods: list[Method] = []
-    for curve, entry in config.curves.items():
-        unknown = sorted(set(entry) - {"gate", "vary"})
-        vary = entry.get("vary") or {}
-        if unknown or len(vary) > 1:
-            raise UserError(f"eval.curves.{curve}: expected gate and vary, vary with one option; got {dict(entry)}")
-        if not vary:
-            methods.append(Method(curve, rule=_rule_with(entry.get("gate"))))
-        for option, values in vary.items():
-            for value in values:
-                own = {option: value} if option in ("hold", "scale") else {}
-                rule = _rule_with(entry.get("gate"), **({} if own else {option: value}))
-                methods.append(Method(curve, float(value), rule, **own))
-    return methods
-
-
-def _rule_with(gate: DictConfig | None, **policy: Any) -> Rule | None:
-    if gate is None:
-        if policy:
-            raise UserError(f"eval.curves: {', '.join(policy)} varies a policy, but the curve has no gate")
-        return None
-    with open_dict(gate):
-        return build_rule(cast(DictConfig, OmegaConf.merge(gate, {"policy": policy} if policy else {})))
 
 
 def evaluate_single(config: DictConfig, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
     """Evaluate the rule of the gate group."""
     labelled_frames(data)
-    rule = build_rule(config.gate)
+    rule, options = build_rule(config.gate), config.eval
     name = "dense" if rule is None else config.gate.rule
-    (run,) = _run(config, detector, data, [Method(name, None, rule, config.eval.hold, config.eval.scale)])
+    method = Method(name, None, rule, options.hold, options.scale, options.square)
+    run = collect(complete_all(config, detector, data, [method]), method, data)
     scores = run.scores()
     row = row_of(run, scores)
     (directory / "coco_results.json").write_text(json.dumps(run.results) + "\n")
@@ -101,59 +92,79 @@ def evaluate_single(config: DictConfig, detector: Detector, data: CocoVideo, dir
         "ap50_by_class": scores.ap50_by_class,
         "objects_by_class": scores.objects_by_class,
         f"ap50_of_classes_with_{COMMON}_objects": common,
-        "ap50_since_flush": ap50_since_flush(data, run.results, run.ages()),
+        "ap50_since_flush": ap50_since_flush(run.data, run.results, run.ages()),
         "efficiency": run.efficiency,
         "videos": _by_video(run),
+        "skipped": _skipped(run.skipped),
     }
 
 
 def evaluate_sweep(config: DictConfig, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
     """Evaluate all curves in one run."""
-    rows = rows_of(_run(config, detector, data, sweep_methods(config.eval)))
+    methods = sweep_methods(config.eval)
+    if config.eval.only is not None:
+        complete_all(config, detector, data, chosen(methods, config.eval.only))
+        console.print(f"{config.eval.only}: kept in {directory}; the command without eval.only makes the table")
+        return {}
+    store = complete_all(config, detector, data, methods)
+    dense = next((method for method in methods if method.is_dense), None)
+    reference = None if dense is None else collect(store, dense, data)
+    rows: list[Row] = []
+    skipped: dict[int, str] = {}
+    for method in track(methods, "scoring", console=console, transient=True):  # one by one, for the memory's sake
+        run = reference if method is dense and reference else collect(store, method, data)
+        rows.append(row_of(run, run.scores(), reference))
+        skipped |= run.skipped
     report.write_csv(rows, directory / "sweep.csv")
     (directory / "sweep.json").write_text(json.dumps(jsonable(rows), indent=1) + "\n")
     (directory / "sweep.md").write_text(report.markdown(rows))
     title = f"Average precision against cost: {rows[0].videos} videos, {rows[0].frames} frames"
-    report.plot(rows, directory / "sweep.png", title)
-    _show(
-        [[*line[:2], line[6], *line[9:12]] for line in report.table(rows)]
-    )  # what fits on a terminal; sweep.md has all
+    for suffix in ("png", "pdf"):
+        report.plot(rows, directory / f"sweep.{suffix}", title)
+    header, *lines = report.table(rows)
+    _show([list(TERMINAL), *([line[header.index(name)] for name in TERMINAL] for line in lines)])
     console.print(f"plot: {directory / 'sweep.png'}", soft_wrap=True)
-    return {"rows": rows}
+    return {"rows": rows, "skipped": _skipped(skipped)}
 
 
-def _run(config: DictConfig, detector: Detector, data: CocoVideo, methods: list[Method]) -> list[MethodRun]:
-    """Run the methods, on all processes of torchrun; only the first returns, the others are done.
+def complete_all(config: DictConfig, detector: Detector, data: CocoVideo, methods: list[Method]) -> ResultStore:
+    """Run what has not been run, on all processes of torchrun; only the first returns, the others are done.
 
     Every process runs videos of its own and leaves the results in the store, from where the first one takes them.
     """
     about = {
         "weights": file_hash(find_weights(config.weights)),
+        "data": file_hash(config.data.val),
         "detector": detector.config.to_json(),
         "scene_cuts": config.scene_cuts,
+        "streams": config.streams,
         "device": detector.device.type,
     }
     store = ResultStore(Path(config.output) / "videos", about)
-    if dist.is_initialized():
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-        own = CocoVideo(data.categories, data.videos[rank::ranks], data.image_root)
-        run_methods(detector, own, methods, scene_cuts=config.scene_cuts, store=store)
-        dist.barrier()
-        if rank:
-            sys.exit()
-    frames = sum(len(video.frames) for video in data.videos)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = sorted(share_out([len(video.frames) for video in data.videos], ranks)[rank])
+    own = CocoVideo(data.categories, [data.videos[i] for i in share], data.image_root)
+    workers = config.workers if config.workers is not None else 0 if detector.device.type == "cpu" else READERS
+    options = {"streams": config.streams, "workers": workers, "scene_cuts": config.scene_cuts}
+    frames = sum(len(video.frames) for video in own.videos)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=rank > 0) as progress:
         task = progress.add_task("warming up", total=frames * len(methods))
 
         def advance(method: Method) -> None:
             progress.update(task, advance=1, description=method.name)
 
-        return run_methods(detector, data, methods, scene_cuts=config.scene_cuts, on_frame=advance, store=store)
+        complete(detector, own, methods, store, on_frame=advance, **options)
+    if ranks > 1:
+        dist.barrier()
+        if rank:
+            sys.exit()
+        complete(detector, data, methods, store, **options)  # what another process could not keep
+    return store
 
 
 def _by_video(run: MethodRun) -> list[dict[str, Any]]:
-    """AP50 and cost of each video; None where a video has no label."""
+    """AP50 and cost of each video that could be read; None where a video has no label."""
     return [
         {
             "name": video.video.name,
@@ -163,7 +174,20 @@ def _by_video(run: MethodRun) -> list[dict[str, Any]]:
             "ms_mean": 1e3 * video.seconds / len(video.costs),
         }
         for video in run.videos
+        if video.costs
     ]
+
+
+def _skipped(skipped: dict[int, str]) -> dict[str, Any]:
+    """How many frames could not be read, and why not the first of them."""
+    if skipped:
+        first_of_all = next(iter(skipped.values()))
+        _warn(f"{len(skipped)} frames could not be read; they are in no number. The first: {first_of_all}")
+    return {"frames": len(skipped), "reasons": list(skipped.values())[:REASONS]}
+
+
+def _warn(text: str) -> None:
+    console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
 def _show(cells: list[list[str]]) -> None:
@@ -176,9 +200,28 @@ def _show(cells: list[list[str]]) -> None:
     console.print(table)
 
 
+def load_data(config: DictConfig) -> CocoVideo:
+    """The data set of the config, and warnings about what it lacks.
+
+    Raises:
+        UserError: it cannot be used, or is empty.
+    """
+    data = first(load_coco_video(config.data.val), config.max_videos, config.max_frames)
+    if not data.videos:
+        raise UserError(f"{config.data.val} holds no video with frames; there is nothing to evaluate. Prepare it again")
+    if all(len(video.frames) == 1 for video in data.videos):
+        _warn(
+            f"every video of {config.data.val} has one frame, so that nothing can be gated; "
+            "if these are frames of videos, import them with datasets/import_annotations.py"
+        )
+    if any(frame.labelled for frame in data.frames) and not any(frame.annotations for frame in data.frames):
+        _warn(f"{config.data.val} has not one box on its labelled frames; average precisions are not defined")
+    return data
+
+
 def run(config: DictConfig) -> None:
     """Evaluate, then write the results."""
-    data = first(load_coco_video(config.data.val), config.max_videos, config.max_frames)
+    data = load_data(config)
     device = choose_device(config.device)
     detector = load_detector(config.weights, config.labels).to(device)
     if config.common_classes:
@@ -187,11 +230,14 @@ def run(config: DictConfig) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     evaluate = evaluate_sweep if "curves" in config.eval else evaluate_single
     results = evaluate(config, detector, data, directory)
+    if not results:
+        return
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = {
         "command": " ".join(sys.argv),
         "weights": config.weights or DEFAULT,
         "labelled_frames": sum(frame.labelled for frame in data.frames),
+        "streams": config.streams,
         "data": config.data.val,
         "machine": f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "note": NOTE,
@@ -199,17 +245,26 @@ def run(config: DictConfig) -> None:
     write_results(directory, jsonable(about | results))
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="eval_net")
-@tool
-def main(config: DictConfig) -> None:
-    """Entry point, with or without torchrun."""
+def start(config: DictConfig) -> None:
+    """Evaluate with or without torchrun."""
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     try:
         run(config)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="eval_net")
+@tool
+def main(config: DictConfig) -> None:
+    """Entry point."""
+    import eval_net  # by its name: Hydra's launchers pickle this function with all that it refers to
+
+    eval_net.start(config)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class Frame:
     """One image.
 
     Attributes:
-        file_name: relative to ``CocoVideo.image_root``.
+        file_name: relative to ``CocoVideo.image_root``; of a frame in a video file only its name for people.
         width, height: in pixels.
         frame_id: orders the frames of a video.
         annotations: the objects.
@@ -86,11 +86,17 @@ class Frame:
 
 @dataclass(slots=True)
 class Video:
-    """Frames in the order of time."""
+    """Frames in the order of time.
+
+    Attributes:
+        file_name: of the video file that holds the frames, relative to ``CocoVideo.image_root``; "" where every frame
+            is a picture of its own.
+    """
 
     id: int
     name: str
     frames: list[Frame] = field(default_factory=list)
+    file_name: str = ""
 
 
 @dataclass(slots=True)
@@ -147,6 +153,28 @@ def load_coco_video(path: str | os.PathLike[str], image_root: str | os.PathLike[
             not checked: that would cost minutes on large sets.
     """
     path = Path(path)
+    data = read_json_object(path)
+    if image_root is None:
+        info = data.get("info")
+        told = info.get("image_root") if isinstance(info, dict) else None
+        image_root = path.parent / (told or (".." if path.resolve().parent.name == "annotations" else "."))
+    return parse_coco_video(data, path, image_root)
+
+
+def parse_coco_video(
+    data: dict[str, Any], path: str | os.PathLike[str], image_root: str | os.PathLike[str]
+) -> CocoVideo:
+    """Check the content of a COCO-video file that is in memory; arguments and errors as of `load_coco_video`."""
+    categories, videos = _Reader(Path(path), data).read()
+    return CocoVideo(categories, videos, Path(os.path.normpath(image_root)))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        UserError: the file is missing or something else.
+    """
     try:
         with path.open(encoding="utf-8") as file:
             data = json.load(file)
@@ -159,12 +187,7 @@ def load_coco_video(path: str | os.PathLike[str], image_root: str | os.PathLike[
         raise UserError(f"{path} is not valid JSON ({error}); make it again, it may have been cut short") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object with categories, images and annotations")
-    if image_root is None:
-        info = data.get("info")
-        told = info.get("image_root") if isinstance(info, dict) else None
-        image_root = path.parent / (told or (".." if path.resolve().parent.name == "annotations" else "."))
-    categories, videos = _Reader(path, data).read()
-    return CocoVideo(categories, videos, Path(os.path.normpath(image_root)))
+    return data
 
 
 class _Reader:
@@ -180,7 +203,8 @@ class _Reader:
         stills = "videos" not in self.data
         videos: dict[int, Video] = {}
         if not stills:
-            videos = {i: Video(i, str(v.get("name", i))) for i, v in self.entries("videos", "id")}
+            videos = {i: self.video(i, entry) for i, entry in self.entries("videos", "id")}
+            self.settle_files(videos)
         frames: dict[int, Frame] = {}
         for i, image in self.entries("images", "id", "file_name", "width", "height"):
             frames[i] = self.frame(i, image, categories)
@@ -189,7 +213,7 @@ class _Reader:
             else:
                 self.video_of(i, image, videos).frames.append(frames[i])
         for i, entry in self.entries("annotations", "id", "image_id", "category_id", "bbox"):
-            frame = frames.get(entry["image_id"])
+            frame = frames.get(entry["image_id"]) if isinstance(entry["image_id"], int) else None
             if frame is None:
                 raise self.error(f"annotation {i}", f"has image_id {entry['image_id']!r}", "the id of an image")
             if entry["category_id"] not in categories:
@@ -216,6 +240,26 @@ class _Reader:
             seen.add(row["id"])
             yield row["id"], row
 
+    def video(self, i: int, entry: dict[str, Any]) -> Video:
+        file_name = entry.get("file_name", "")
+        if not isinstance(file_name, str):
+            raise self.error(f"video {i}", f"has the file_name {file_name!r}", "the name of a video file")
+        return Video(i, str(entry.get("name", file_name or i)), [], file_name)
+
+    def settle_files(self, videos: dict[int, Video]) -> None:
+        """Tell frames of video files from pictures, which have a file name of their own; complete the former."""
+        rows = self.data.get("images")
+        images = [image for image in rows if isinstance(image, dict)] if isinstance(rows, list) else []
+        images = [image for image in images if isinstance(image.get("video_id"), int)]
+        for pictured in {image["video_id"] for image in images if "file_name" in image} & set(videos):
+            videos[pictured].file_name = ""
+        entries = {entry["id"]: entry for entry in self.data["videos"] if videos[entry["id"]].file_name}
+        for image in images:
+            entry = entries.get(image["video_id"])
+            if entry is not None:
+                image["file_name"] = f"{entry['file_name']}#{image.get('frame_id')}"
+                image.update({key: entry[key] for key in ("width", "height") if key in entry and key not in image})
+
     def frame(self, i: int, image: dict[str, Any], categories: Collection[int]) -> Frame:
         width, height, frame_id = image["width"], image["height"], image.get("frame_id", 0)
         if not all(isinstance(n, int) and n > 0 for n in (width, height)):
@@ -230,9 +274,10 @@ class _Reader:
         return Frame(i, str(image["file_name"]), width, height, frame_id, [], labelled, exhaustive)
 
     def video_of(self, i: int, image: dict[str, Any], videos: dict[int, Video]) -> Video:
-        video = videos.get(image.get("video_id", ""))
+        told = image.get("video_id")
+        video = videos.get(told) if isinstance(told, int) else None
         if video is None or "frame_id" not in image:
-            found = f"has video_id {image.get('video_id')!r} and frame_id {image.get('frame_id')!r}"
+            found = f"has video_id {told!r} and frame_id {image.get('frame_id')!r}"
             raise self.error(f"image {i}", found, "the id of a video and the place in it")
         return video
 
@@ -271,15 +316,22 @@ def _write(data: CocoVideo, file: TextIO, image_root: str) -> None:
 
     file.write(f'{{"info": {json.dumps({"image_root": Path(image_root).as_posix()})}')
     rows("categories", ({"id": i, "name": name} for i, name in data.categories))
-    rows("videos", ({"id": video.id, "name": video.name} for video in data.videos))
-    rows("images", (_image(frame, video.id) for video in data.videos for frame in video.frames))
+    rows("videos", (_video(video) for video in data.videos))
+    rows("images", (_image(frame, video) for video in data.videos for frame in video.frames))
     rows("annotations", (_annotation(a, frame.image_id) for frame in data.frames for a in frame.annotations))
     file.write("}\n")
 
 
-def _image(frame: Frame, video_id: int) -> dict[str, Any]:
-    entry: dict[str, Any] = {"id": frame.image_id, "video_id": video_id, "frame_id": frame.frame_id}
-    entry |= {"file_name": frame.file_name, "width": frame.width, "height": frame.height}
+def _video(video: Video) -> dict[str, Any]:
+    entry: dict[str, Any] = {"id": video.id, "name": video.name}
+    return entry | {"file_name": video.file_name} if video.file_name else entry
+
+
+def _image(frame: Frame, video: Video) -> dict[str, Any]:
+    entry: dict[str, Any] = {"id": frame.image_id, "video_id": video.id, "frame_id": frame.frame_id}
+    if not video.file_name:
+        entry["file_name"] = frame.file_name
+    entry |= {"width": frame.width, "height": frame.height}
     if frame.exhaustive is not None:
         entry["labelled_category_ids"] = sorted(frame.exhaustive)
     return entry if frame.labelled else entry | {"labelled": False}

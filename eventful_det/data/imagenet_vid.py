@@ -21,6 +21,8 @@ problem                what happens to the frame or box
 ``box_degenerate``     the box is dropped
 ``box_outside``        the box is dropped
 ``box_clipped``        the box is clipped to the image
+``missing_track``      the box stays, but belongs to no track (VID)
+``duplicate_track``    the same: its track has a box on this frame already
 =====================  =================================================================
 
 An unlabelled validation frame stays because a stream without it would be another stream. Boxes are taken as
@@ -42,8 +44,9 @@ from xml.etree import ElementTree
 from PIL import Image
 
 from eventful_det.data.classes import Category
-from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
+from eventful_det.data.coco_video import Annotation, Box, CocoVideo, Frame, Video
 from eventful_det.data.parallel import map_ordered
+from eventful_det.data.sampling import evenly
 from eventful_det.errors import UserError
 
 IMAGE_SUFFIXES = {".jpeg", ".jpg"}
@@ -126,8 +129,8 @@ def list_folders(source: Source, frames_per_video: int | None = None) -> list[Fo
         pictures, labels = images.get(name, {}), xmls.get(name, {})
         # a DET image without annotation is a picture of none of its classes, not a fault
         stems = sorted(labels if source.subset == "DET" else pictures.keys() | labels.keys())
-        if frames_per_video is not None and len(stems) > frames_per_video:
-            stems = [stems[int((i + 0.5) * len(stems) / frames_per_video)] for i in range(frames_per_video)]
+        if frames_per_video is not None:
+            stems = evenly(stems, frames_per_video)
         folders.append(Folder(name, [Entry(s, pictures.get(s), labels.get(s)) for s in stems]))
     return folders
 
@@ -236,14 +239,31 @@ def _read_frame(source: Source, folder: str, entry: Entry, problems: list[Proble
         if o.wnid not in known:
             report("unknown_class", xml, f"{o.wnid!r} is none of the {len(known)} categories")
             continue
-        box, fault = _clip(o.box, size)
+        box, fault = clip_box(o.box, size)
         if fault:
             report(fault, xml, f"box {o.box} of {o.wnid} on a {size[0]}x{size[1]} image")
         if box is not None:
             frame.annotations.append(Annotation(known[o.wnid], box, o.track_id, o.occluded, o.generated))
+    if source.subset == "VID":
+        for fault, detail in _untangle_tracks(frame):
+            report(fault, xml, detail)
     if source.subset == "DET" and not frame.annotations:
         return None
     return frame
+
+
+def _untangle_tracks(frame: Frame) -> list[tuple[str, str]]:
+    """Take the track from boxes that cannot belong to it; what was wrong, kind and detail."""
+    faults, seen = [], set()
+    for annotation in frame.annotations:
+        if annotation.track_id is None:
+            faults.append(("missing_track", f"no <trackid> for the box {annotation.box}"))
+        elif annotation.track_id in seen:
+            faults.append(("duplicate_track", f"track {annotation.track_id} is on this frame more than once"))
+            annotation.track_id = None
+        else:
+            seen.add(annotation.track_id)
+    return faults
 
 
 class _RawObject(NamedTuple):
@@ -283,10 +303,13 @@ def _parse_xml(path: Path) -> tuple[tuple[int, int], list[_RawObject]]:
     return size, objects
 
 
-def _clip(
-    box: tuple[float, float, float, float], size: tuple[int, int]
-) -> tuple[tuple[float, float, float, float] | None, str]:
-    """The part of a box inside the image (None if there is none) and the name of what was wrong ('' if nothing)."""
+def clip_box(box: Box, size: tuple[int, int]) -> tuple[Box | None, str]:
+    """The part of a box inside the image (None if there is none) and the name of what was wrong ('' if nothing).
+
+    Args:
+        box: x1, y1, x2, y2 in pixels.
+        size: width and height of the image.
+    """
     x1, y1, x2, y2 = box
     if not (x2 > x1 and y2 > y1):
         return None, "box_degenerate"

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from eventful_det.data.coco_video import CocoVideo, Frame, Video
+from eventful_det.data.coco_video import CocoVideo, Frame
 from eventful_det.errors import UserError
 
 
@@ -35,5 +35,5 @@ def for_classes(data: CocoVideo, names: Sequence[str]) -> CocoVideo:
         exhaustive = common if frame.exhaustive is None else frame.exhaustive & common
         return dataclasses.replace(frame, annotations=known, exhaustive=exhaustive)
 
-    videos = [Video(video.id, video.name, [seen(frame) for frame in video.frames]) for video in data.videos]
+    videos = [dataclasses.replace(video, frames=[seen(frame) for frame in video.frames]) for video in data.videos]
     return CocoVideo(sorted(categories), videos, data.image_root)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from eventful_det.data.augmentation import Augmentation
 from eventful_det.data.coco_video import CocoVideo, Frame
-from eventful_det.data.transforms import Image
+from eventful_det.data.pictures import read_image
 from eventful_det.errors import UserError
 
 Target = dict[str, Tensor]
@@ -30,18 +29,6 @@ class Samples(Protocol):
 
     def size_of_step(self, step: int) -> int:
         """The index of the size that all samples of a step have."""
-
-
-def read_image(path: str) -> Image:
-    """Read a picture as `(h, w, 3)` uint8 RGB.
-
-    Raises:
-        UserError: the file is missing or no picture.
-    """
-    image = cv2.imread(path, cv2.IMREAD_COLOR)
-    if image is None:
-        raise UserError(f"cannot read the image {path}: it is missing, truncated or not a picture")
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
 class TrainingSet(Dataset[tuple[Tensor, Target]]):

@@ -28,6 +28,11 @@ def resize(image: Image, height: int, width: int) -> Image:
     return np.asarray(cv2.resize(image, (width, height), interpolation=method), dtype=np.uint8)
 
 
+def fit(image: Image, short_side: int, long_side: int) -> Image:
+    """Resize to what `fit_size` says."""
+    return resize(image, *fit_size(image.shape[0], image.shape[1], short_side, long_side))
+
+
 def to_tensor(image: Image) -> Tensor:
     """`(h, w, 3)` uint8 to `(3, h, w)` float32 in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float().div_(255)

@@ -1,4 +1,4 @@
-"""Average precision as COCO defines it, computed by pycocotools.
+"""Average precision as COCO defines it, computed by pycocotools, or by faster-coco-eval where it is installed.
 
 All precisions lie in [0, 1], or are `nan` where no object was there to be found.
 """
@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame
 from eventful_det.errors import UserError
+
+try:
+    from faster_coco_eval import COCO  # the same numbers in half the time
+    from faster_coco_eval import COCOeval_faster as COCOeval
+except ImportError:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
 if TYPE_CHECKING:
     from eventful_det.models.regions import Detections

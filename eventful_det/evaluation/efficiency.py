@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from eventful_det.models.cost import FrameCost
@@ -38,8 +40,11 @@ class Efficiency:
         gmacs: mean per frame, in 1e9 multiply-adds.
         gmacs_steady: the same without the flushes; empty when all frames are flushes.
         gmacs_dense: what the dense detector spends on frames of the same size.
-        ms: times per frame; empty when they were not measured.
-        ms_flush: times of the flushes alone; empty when there was none.
+        ms: times per frame, its share of a step that it had in common with other streams; empty when not measured.
+        latency: milliseconds from the moment the frames of a step are at hand until all its detections are there; equal
+            to `ms["total"]` when every stream has steps of its own. None when not measured.
+        latency_flush: the same of the flushes alone; None when there was none.
+        frames_per_second: of all streams together, reading the frames not counted; `nan` when not measured.
         tokens: mean number of tokens per frame.
         recomputed: mean number of tokens recomputed per frame.
     """
@@ -50,22 +55,34 @@ class Efficiency:
     gmacs_steady: dict[str, float]
     gmacs_dense: dict[str, float]
     ms: dict[str, Milliseconds]
-    ms_flush: dict[str, Milliseconds]
+    latency: Milliseconds | None
+    latency_flush: Milliseconds | None
+    frames_per_second: float
     tokens: float
     recomputed: float
 
 
-def summarise(costs: Sequence[FrameCost]) -> Efficiency:
-    """Aggregate the costs of frames (at least one)."""
-    flushes = [cost for cost in costs if cost.flush]
+def summarise(costs: Sequence[FrameCost], latencies: Sequence[float] | None = None) -> Efficiency:
+    """Aggregate the costs of frames.
+
+    Args:
+        costs: of at least one frame.
+        latencies: seconds that each of them took to be there; by default the time that it cost.
+    """
+    seconds = [cost.latency for cost in costs]
+    waits = np.array(seconds if latencies is None else latencies)
+    flushes = np.array([cost.flush for cost in costs])
+    timed = sum(seconds) > 0
     return Efficiency(
         frames=len(costs),
-        flushes=len(flushes),
+        flushes=int(flushes.sum()),
         gmacs=_gmacs([cost.macs for cost in costs]),
         gmacs_steady=_gmacs([cost.macs for cost in costs if not cost.flush]),
         gmacs_dense=_gmacs([cost.dense for cost in costs]),
         ms=_milliseconds(costs),
-        ms_flush=_milliseconds(flushes),
+        latency=_spread(waits) if timed else None,
+        latency_flush=_spread(waits[flushes]) if timed and flushes.any() else None,
+        frames_per_second=len(costs) / sum(seconds) if timed else math.nan,
         tokens=float(np.mean([cost.tokens for cost in costs])),
         recomputed=float(np.mean([cost.recomputed for cost in costs])),
     )
@@ -104,7 +121,9 @@ def _milliseconds(costs: Sequence[FrameCost]) -> dict[str, Milliseconds]:
     if not times:
         return {}
     times[TOTAL] = np.sum(list(times.values()), axis=0)
-    return {
-        part: Milliseconds(float(t.mean()), float(np.median(t)), float(np.percentile(t, 95)))
-        for part, t in ((part, 1e3 * t) for part, t in times.items())
-    }
+    return {part: _spread(t) for part, t in times.items()}
+
+
+def _spread(seconds: NDArray[np.float64]) -> Milliseconds:
+    ms = 1e3 * seconds
+    return Milliseconds(float(ms.mean()), float(np.median(ms)), float(np.percentile(ms, 95)))

@@ -1,30 +1,52 @@
 """Results kept video by video while an evaluation runs, so that a killed run goes on where it was.
 
-A kept result is used again only if nothing it depends on has changed: weights, code, frames, the method and its
-options. Processes may share a store: each writes whole files of its own videos.
+A kept result is used again only if nothing it depends on has changed: weights, code, data, the method and its options,
+the number of streams, on which times depend. Processes may share a store: each writes whole files of its own videos.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from eventful_det.data.coco_video import Video
+from eventful_det.evaluation.runs import Method, VideoRun
 from eventful_det.models.cost import FrameCost
 
-if TYPE_CHECKING:
-    from eventful_det.evaluation.sweep import Method, VideoRun
+_PLAIN = ("results", "latencies", "state_bytes", "peak_bytes", "session")  # what JSON holds as it is
 
-SESSION = uuid.uuid4().hex  # of this process; times are compared only within one
+
+class Store(Protocol):
+    """Where finished videos are kept."""
+
+    def load(self, method: Method, video: Video) -> VideoRun | None:
+        """What the method did on the video, or None where that is not known."""
+
+    def save(self, method: Method, run: VideoRun) -> None:
+        """Keep what a method did on a video."""
+
+
+class MemoryStore:
+    """Keeps finished videos while the process lives."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, int], VideoRun] = {}
+
+    def load(self, method: Method, video: Video) -> VideoRun | None:
+        """What the method did on the video, or None where that is not known."""
+        return self._kept.get((repr(method), video.id))
+
+    def save(self, method: Method, run: VideoRun) -> None:
+        """Keep what a method did on a video."""
+        self._kept[repr(method), run.video.id] = run
 
 
 class ResultStore:
@@ -32,7 +54,7 @@ class ResultStore:
 
     Args:
         directory: made when needed.
-        about: whatever else the results depend on, as JSON values: the weights, the options of the run.
+        about: whatever else the results depend on, as JSON values: the weights, the data set, the options of the run.
     """
 
     def __init__(self, directory: Path, about: Mapping[str, Any]) -> None:
@@ -40,35 +62,38 @@ class ResultStore:
 
     def load(self, method: Method, video: Video) -> VideoRun | None:
         """What the method did on the video, or None where that is not known."""
-        from eventful_det.evaluation.sweep import VideoRun
-
         try:
             kept = json.loads(self._path(method, video).read_text())
-            if kept["images"] != [frame.image_id for frame in video.frames]:
+            skipped = {int(image): reason for image, reason in kept["skipped"].items()}
+            frames = [frame for frame in video.frames if frame.image_id not in skipped]
+            if kept["images"] != [frame.image_id for frame in frames] or len(frames) + len(skipped) != len(
+                video.frames
+            ):
                 return None
-            costs = [FrameCost(**cost) for cost in kept["costs"]]
-            return VideoRun(video, kept["results"], costs, kept["state_bytes"], kept["peak_bytes"], kept["session"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return VideoRun(
+                video=dataclasses.replace(video, frames=frames),
+                costs=[FrameCost(**cost) for cost in kept["costs"]],
+                skipped=skipped,
+                **{key: kept[key] for key in _PLAIN},
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def save(self, method: Method, run: VideoRun) -> None:
         """Keep what a method did on a video; the file is whole or not there."""
         path = self._path(method, run.video)
         path.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "images": [frame.image_id for frame in run.video.frames],
-            "results": run.results,
-            "costs": [asdict(cost) for cost in run.costs],
-            "state_bytes": run.state_bytes,
-            "peak_bytes": run.peak_bytes,
-            "session": run.session,
-        }
+        record = {key: getattr(run, key) for key in _PLAIN}
+        record["images"] = [frame.image_id for frame in run.video.frames]
+        record["costs"] = [dataclasses.asdict(cost) for cost in run.costs]
+        record["skipped"] = run.skipped
         part = path.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(record))
         os.replace(part, path)
 
     def _path(self, method: Method, video: Video) -> Path:
-        spec = json.dumps({**self.about, "method": [repr(method.rule), method.hold, method.scale]}, sort_keys=True)
+        options = [repr(method.rule), method.hold, method.scale, method.square]
+        spec = json.dumps({**self.about, "method": options}, sort_keys=True)
         name = re.sub(r"[^\w.]+", "_", method.name)
         return self.directory / f"{name}-{hashlib.sha256(spec.encode()).hexdigest()[:12]}" / f"{video.id}.json"
 

@@ -14,11 +14,14 @@ import numpy as np
 from eventful_det.data.coco_video import CocoVideo
 from eventful_det.evaluation.consistency import flicker, found_share
 from eventful_det.evaluation.detection import DetectionScores, agreement, labelled_frames
-from eventful_det.evaluation.efficiency import TOTAL
-from eventful_det.evaluation.sweep import DENSE, Method, MethodRun, run_method
+from eventful_det.evaluation.efficiency import TOTAL, Milliseconds
+from eventful_det.evaluation.runs import DENSE, Method, MethodRun
+from eventful_det.evaluation.sweep import run_method
 
 if TYPE_CHECKING:
     from eventful_det.models.detector import Detector
+
+_NO_TIME = Milliseconds(math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Row:
 
     "Relative" is relative to the dense method of the same sweep. Times come from one run on one machine, in which
     the methods took turns video by video; `relative_time` is the median over videos of the ratio of their times,
-    and the number to trust on a machine that does other things as well.
+    and the number to trust on a machine that does other things as well. Decoding and resizing are not timed.
 
     Attributes:
         ap, ap50, ap75: against the labels.
@@ -37,10 +40,15 @@ class Row:
         found: share of the labelled objects that a sure detection covers.
         flicker: blinks per sure detection, see `consistency.flicker`.
         gmacs_*: 1e9 multiply-adds per frame, mean over all frames; "steady" leaves flushes out.
-        ms_*: milliseconds per frame; `ms_flush` is the median of the flushes.
+        ms_mean, ms_median, ms_p95: latency in milliseconds, until the detections of a frame are there; when several
+            streams share a step, that of the step. Of held frames 0.
+        ms_flush: median latency of the flushes.
+        ms_backbone: milliseconds that a frame costs in the backbone, its share of the step.
+        fps: frames per second of all streams together, one step after the other.
         recomputed: share of the tokens that were recomputed.
         state_bytes: remembered per stream; peak_bytes: largest memory while the method ran.
         images: frames that were scored, of `frames` that were run.
+        skipped: frames that could not be read; they are in no other number.
     """
 
     method: str
@@ -71,6 +79,7 @@ class Row:
     ms_p95: float
     ms_backbone: float
     ms_flush: float
+    fps: float
     relative_time: float
     recomputed: float
     flushes: int
@@ -79,6 +88,7 @@ class Row:
     videos: int
     frames: int
     images: int
+    skipped: int
 
 
 def evaluate_detector(
@@ -120,7 +130,8 @@ def row_of(run: MethodRun, scores: DetectionScores, dense: MethodRun | None = No
     """
     cost = run.efficiency
     reference = cost.gmacs_dense if dense is None else dense.efficiency.gmacs
-    time = cost.ms[TOTAL]
+    latency = cost.latency or _NO_TIME
+    flush = cost.latency_flush or _NO_TIME
     vid = run.vid_scores()
     return Row(
         method=run.method.name,
@@ -146,11 +157,12 @@ def row_of(run: MethodRun, scores: DetectionScores, dense: MethodRun | None = No
         gmacs_total_steady=cost.gmacs_steady.get(TOTAL, math.nan),
         relative_backbone=cost.gmacs["backbone"] / reference["backbone"],
         relative_total=cost.gmacs[TOTAL] / reference[TOTAL],
-        ms_mean=time.mean,
-        ms_median=time.median,
-        ms_p95=time.p95,
-        ms_backbone=cost.ms["backbone"].mean,
-        ms_flush=cost.ms_flush[TOTAL].median if cost.ms_flush else math.nan,
+        ms_mean=latency.mean,
+        ms_median=latency.median,
+        ms_p95=latency.p95,
+        ms_backbone=cost.ms["backbone"].mean if cost.ms else math.nan,
+        ms_flush=flush.median,
+        fps=cost.frames_per_second,
         relative_time=math.nan if dense is None else _relative_time(run, dense),
         recomputed=cost.recomputed / cost.tokens,
         flushes=cost.flushes,
@@ -159,6 +171,7 @@ def row_of(run: MethodRun, scores: DetectionScores, dense: MethodRun | None = No
         videos=len(run.videos),
         frames=cost.frames,
         images=scores.images,
+        skipped=len(run.skipped),
     )
 
 

@@ -2,127 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eventful_det.data.coco_video import CocoVideo, Video
-from eventful_det.data.training_set import read_image
+from eventful_det.data.coco_video import CocoVideo, Frame, Video
+from eventful_det.data.frame_reader import FrameReader
 from eventful_det.errors import UserError
-from eventful_det.evaluation.detection import (
-    DetectionScores,
-    Entry,
-    category_ids,
-    coco_results,
-    evaluate,
-)
-from eventful_det.evaluation.efficiency import Efficiency, peak_memory, reset_peak_memory, summarise
-from eventful_det.evaluation.flushes import frames_since_flush
-from eventful_det.evaluation.ilsvrc import VidScores, vid_scores
-from eventful_det.evaluation.store import SESSION, ResultStore
+from eventful_det.evaluation.detection import category_ids
+from eventful_det.evaluation.runs import Method, MethodRun, VideoRun
+from eventful_det.evaluation.store import MemoryStore, Store
+from eventful_det.evaluation.streaming import run_videos
 
 if TYPE_CHECKING:
-    from eventful_det.gating.convert import Rule
-    from eventful_det.models.cost import FrameCost
     from eventful_det.models.detector import Detector
-    from eventful_det.models.regions import Detections
 
-DENSE = "dense"  # the curve that all others are compared with
 _WARM_UP = 2  # frames run before anything is timed: one flush, one update
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to run a detector over video.
-
-    Attributes:
-        curve: methods of the same curve differ in `setting` only.
-        setting: the budget or the like that the curve varies; None where there is nothing to vary.
-        rule: how a frame's tokens are recomputed; None = dense.
-        hold: run on every n-th frame only and hold its boxes in between.
-        scale: of the network's input, relative to the model's own.
-    """
-
-    curve: str
-    setting: float | None = None
-    rule: Rule | None = None
-    hold: int = 1
-    scale: float = 1.0
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        curve = self.curve.replace("_", " ")
-        return curve if self.setting is None else f"{curve} {self.setting:g}"
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether this is the plain detector: what all others are compared with."""
-        return self.rule is None and self.hold == 1 and self.scale == 1
-
-
-@dataclass(frozen=True)
-class VideoRun:
-    """What a method did on one video.
-
-    Attributes:
-        video: its frames and their labels.
-        results: detections on all its frames as a COCO results list.
-        costs: frame by frame.
-        state_bytes: remembered of the stream between frames.
-        peak_bytes: largest memory while it ran (process or GPU).
-        session: the process that ran it; times of different ones cannot be compared.
-    """
-
-    video: Video
-    results: list[Entry]
-    costs: list[FrameCost]
-    state_bytes: int
-    peak_bytes: int
-    session: str = SESSION
-
-    @property
-    def seconds(self) -> float:
-        """Time of all frames."""
-        return sum(cost.latency for cost in self.costs)
-
-
-@dataclass(frozen=True)
-class MethodRun:
-    """What a method did on a data set."""
-
-    method: Method
-    data: CocoVideo
-    videos: list[VideoRun] = field(default_factory=list)
-
-    @property
-    def results(self) -> list[Entry]:
-        """All detections as a COCO results list."""
-        return [entry for run in self.videos for entry in run.results]
-
-    @property
-    def efficiency(self) -> Efficiency:
-        """Of all frames of all videos."""
-        return summarise([cost for run in self.videos for cost in run.costs])
-
-    def scores(self, video: VideoRun | None = None) -> DetectionScores:
-        """Average precision on all videos, or on one of them."""
-        if video is None:
-            return evaluate(self.data, self.results)
-        alone = CocoVideo(self.data.categories, [video.video], self.data.image_root)
-        return evaluate(alone, video.results)
-
-    def vid_scores(self) -> VidScores:
-        """Average precision as papers on ImageNet VID count it."""
-        return vid_scores(self.data, self.results)
-
-    def ages(self) -> dict[int, int]:
-        """Frames since the last flush by image id."""
-        ages: dict[int, int] = {}
-        for run in self.videos:
-            since = frames_since_flush(cost.flush for cost in run.costs)
-            ages |= {frame.image_id: age for frame, age in zip(run.video.frames, since, strict=True)}
-        return ages
+_TURN = 4  # videos per stream that a method runs before it is the turn of the next
 
 
 def first(data: CocoVideo, videos: int | None = None, frames: int | None = None) -> CocoVideo:
@@ -135,58 +31,28 @@ def first(data: CocoVideo, videos: int | None = None, frames: int | None = None)
         if count is not None and count < 1:
             raise UserError(f"the number of {what} must be at least 1, got {count}")
     filled = [video for video in data.videos if video.frames]
-    kept = [Video(video.id, video.name, video.frames[:frames]) for video in filled[:videos]]
+    kept = [dataclasses.replace(video, frames=video.frames[:frames]) for video in filled[:videos]]
     return CocoVideo(data.categories, kept, data.image_root)
 
 
 def run_methods(
-    detector: Detector,
-    data: CocoVideo,
-    methods: Sequence[Method],
-    *,
-    scene_cuts: bool = True,
-    on_frame: Callable[[Method], None] | None = None,
-    store: ResultStore | None = None,
+    detector: Detector, data: CocoVideo, methods: Sequence[Method], *, store: Store | None = None, **options: Any
 ) -> list[MethodRun]:
-    """Run a detector over whole videos in several ways.
-
-    Every video begins a new stream. The methods take turns video by video, so that whatever else slows the machine
-    down for a while slows all of them.
+    """Run a detector over whole videos in several ways, and hold all results in memory.
 
     Args:
         detector: the weights; its own rule does not matter.
-        data: what to run on; images are read one at a time.
+        data: what to run on.
         methods: the ways.
-        scene_cuts: recompute everything when another scene begins.
-        on_frame: called after every frame of every method.
         store: what it holds is not run again; what is run is kept in it.
+        options: as in `complete`.
 
     Raises:
-        UserError: an image cannot be read, or the detector knows other classes.
+        UserError: not one frame can be read, or the detector knows other classes.
     """
-    category_ids(data, detector.names)
-    runs = [MethodRun(method, data) for method in methods]
-    training = detector.training
-    detector.eval()
-    try:
-        for method in methods:
-            for video in first(data, 1, _WARM_UP).videos:
-                if store is None or any(store.load(method, v) is None for v in data.videos):
-                    _run_video(detector, data, video, method, scene_cuts, None)
-        for video in data.videos:
-            for run in runs:
-                done = None if store is None else store.load(run.method, video)
-                if done is None:
-                    done = _run_video(detector, data, video, run.method, scene_cuts, on_frame)
-                    if store is not None:
-                        store.save(run.method, done)
-                elif on_frame is not None:
-                    for _ in video.frames:
-                        on_frame(run.method)
-                run.videos.append(done)
-    finally:
-        detector.train(training)
-    return runs
+    store = MemoryStore() if store is None else store
+    complete(detector, data, methods, store, **options)
+    return [collect(store, method, data) for method in methods]
 
 
 def run_method(detector: Detector, data: CocoVideo, method: Method, **options: Any) -> MethodRun:
@@ -194,29 +60,97 @@ def run_method(detector: Detector, data: CocoVideo, method: Method, **options: A
     return run_methods(detector, data, [method], **options)[0]
 
 
-def _run_video(
+def complete(
     detector: Detector,
     data: CocoVideo,
-    video: Video,
-    method: Method,
-    scene_cuts: bool,
-    on_frame: Callable[[Method], None] | None,
-) -> VideoRun:
-    reset_peak_memory(detector.device)
-    stream = detector.with_rule(method.rule).stream(
-        (read_image(str(data.image_path(frame))) for frame in video.frames),
-        short_side=round(method.scale * detector.config.short_side),
-        long_side=round(method.scale * detector.config.long_side),
-        scene_cuts=scene_cuts,
-        hold=method.hold,
-    )
-    detections: dict[int, Detections] = {}
-    costs: list[FrameCost] = []
-    for frame, result in zip(video.frames, stream, strict=True):
-        detections[frame.image_id] = result.detections.to("cpu")
-        costs.append(result.cost)
-        if on_frame is not None:
-            on_frame(method)
-    # Numbers, not tensors, outlive the video: small tensors kept among large short-lived ones fragment the heap.
-    results = coco_results(detections, category_ids(data, detector.names))
-    return VideoRun(video, results, costs, stream.state_bytes, peak_memory(detector.device))
+    methods: Sequence[Method],
+    store: Store,
+    *,
+    streams: int = 1,
+    workers: int = 0,
+    scene_cuts: bool = True,
+    on_frame: Callable[[Method], None] | None = None,
+) -> None:
+    """Run a detector over whole videos in several ways, as far as that has not been done.
+
+    Every video begins a new stream. The methods take turns, video by video or, with more than one stream, every few
+    videos, so that whatever else slows the machine down for a while slows all of them.
+
+    Args:
+        detector: the weights; its own rule does not matter.
+        data: what to run on.
+        methods: the ways.
+        store: keeps the results. What it holds is not run again, unless frames were skipped that can be read now.
+        streams: videos that share a step of the detector; results do not depend on it, times do.
+        workers: threads that read frames ahead; on a CPU they take time from the detector.
+        scene_cuts: recompute everything when another scene begins.
+        on_frame: called after every frame of every method, those done before included.
+
+    Raises:
+        UserError: the detector knows other classes, or a number is out of its range.
+    """
+    category_ids(data, detector.names)
+    if streams < 1:
+        raise UserError(f"streams must be at least 1, got {streams}")
+    options: dict[str, Any] = {"streams": streams, "workers": workers, "scene_cuts": scene_cuts}
+    training = detector.training
+    detector.eval()
+    try:
+        missing = [_missing(data, method, store) for method in methods]
+        for method, videos in zip(methods, missing, strict=True):
+            if videos:
+                list(run_videos(detector, first(data, streams, _WARM_UP), method, **options))
+        for turn in _turns(data, streams):
+            for method, videos in zip(methods, missing, strict=True):
+                if on_frame is not None:
+                    for _ in range(sum(len(video.frames) for video in turn if video.id not in videos)):
+                        on_frame(method)
+                due = CocoVideo(data.categories, [v for v in turn if v.id in videos], data.image_root)
+                for run in run_videos(detector, due, method, on_frame=on_frame, **options):
+                    store.save(method, run)
+    finally:
+        detector.train(training)
+
+
+def collect(store: Store, method: Method, data: CocoVideo) -> MethodRun:
+    """What a method did on all videos of a data set, after `complete`.
+
+    Raises:
+        UserError: not one frame could be read.
+    """
+    kept = [store.load(method, video) for video in data.videos if video.frames]
+    runs = [run for run in kept if run is not None]
+    if len(runs) < len(kept):
+        raise ValueError(f"{method.name} was run on {len(runs)} of {len(kept)} videos; call `complete` first")
+    if not any(run.costs for run in runs):
+        reasons = [reason for run in runs for reason in run.skipped.values()]
+        raise UserError(f"no frame can be read; the first: {reasons[0]}" if reasons else "the data set has no frame")
+    return MethodRun.of(method, data, runs)
+
+
+def _turns(data: CocoVideo, streams: int) -> Iterator[list[Video]]:
+    """Videos that a method runs before it is the turn of the next: like lengths together, so that streams stay busy."""
+    videos, size = data.videos, 1
+    if streams > 1:
+        videos, size = sorted(videos, key=lambda video: -len(video.frames)), _TURN * streams
+    for start in range(0, len(videos), size):
+        yield list(videos[start : start + size])
+
+
+def _missing(data: CocoVideo, method: Method, store: Store) -> set[int]:
+    """Ids of the videos that a method has still to run."""
+    with FrameReader(data) as reader:
+        return {v.id for v in data.videos if v.frames and not _is_done(v, store.load(method, v), reader)}
+
+
+def _is_done(video: Video, run: VideoRun | None, reader: FrameReader) -> bool:
+    """Whether a video was run, and none of the frames that were skipped then can be read now."""
+    return run is not None and not any(_can_read(reader, video, f) for f in video.frames if f.image_id in run.skipped)
+
+
+def _can_read(reader: FrameReader, video: Video, frame: Frame) -> bool:
+    try:
+        reader.read(video, frame)
+    except UserError:
+        return False
+    return True

@@ -29,7 +29,9 @@ Main = Callable[[list[str]], int]
 
 @pytest.fixture(scope="module")
 def prepare() -> Main:
-    main: Main = runpy.run_path(str(SCRIPT))["main"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        main: Main = runpy.run_path(str(SCRIPT))["main"]
     return main
 
 
@@ -119,6 +121,14 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "unknown_class": (lambda image, xml: edit(xml, "<name>s0", "<name>x0"), "none of the 10"),
     "box_degenerate": (lambda image, xml: xml.write_text(xml_text((128, 96), ("s00000001", (9, 9, 9, 20)))), "box"),
     "box_outside": (lambda image, xml: xml.write_text(xml_text((128, 96), ("s00000001", (130, 9, 140, 20)))), "box"),
+    "missing_track": (
+        lambda image, xml: xml.write_text(xml_text((128, 96), ("s00000001", (1, 2, 30, 40)), track=False)),
+        "no <trackid>",
+    ),
+    "duplicate_track": (
+        lambda image, xml: xml.write_text(xml_text((128, 96), *[("s00000001", (1, 2, 30, 40))] * 2)),
+        "track 4 is on this frame more than once",
+    ),
     "box_clipped": (lambda image, xml: xml.write_text(xml_text((128, 96), ("s00000001", (120, -5, 140, 20)))), "box"),
 }
 
@@ -148,6 +158,8 @@ def test_each_fault_is_reported_and_the_rest_kept(
             assert frame.labelled == (kind not in ("missing_xml", "malformed_xml"))
             if kind == "box_clipped":
                 assert [(a.box, a.track_id) for a in frame.annotations] == [((120, 0, 128, 20), 4)]
+            elif kind.endswith("track"):
+                assert frame.annotations[-1].track_id is None and frame.annotations[0].box == (1, 2, 30, 40)
             elif kind.startswith("box"):
                 assert not frame.annotations
             elif kind == "size_mismatch":
@@ -214,6 +226,52 @@ def test_det_keeps_the_categories_of_vid_only(prepare: Main, tmp_path: Path) -> 
     }
     assert all(len(v.frames) == 1 for v in data.videos)
     assert set(report_of(tree, "det_train")) == {"missing_image"}
+
+
+def test_det_may_be_thinned(prepare: Main, tmp_path: Path) -> None:
+    tree = tmp_path / "ILSVRC2017"
+    make_det(tree)
+    dog = tree / "Data/DET/train/ILSVRC2013_train/n02084071/dog.JPEG"
+    for i in range(5):
+        shutil.copy(dog, dog.with_name(f"dog{i}.JPEG"))
+        xml = tree / f"Annotations/DET/train/ILSVRC2013_train/n02084071/dog{i}.xml"
+        xml.write_text(xml_text((40, 30), ("n02084071", (1, 2, 20, 25)), track=False))
+    assert prepare([str(tmp_path), "--workers", "1", "--det-per-class", "2"]) == 0
+    data = load_coco_video(tree / "annotations/imagenet_det_train.json")
+    names = [frame.file_name.split("/")[-1] for frame in data.frames]
+    assert names == ["dog0.JPEG", "dog3.JPEG", "mixed.JPEG"]
+
+
+def test_a_tree_that_lacks_videos_is_told(prepare: Main, tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tree / "mine.json").write_text(classes_json(IMAGENET_VID))
+    prepare([str(tree), "--sets", "vid_val", "--workers", "1", "--classes", str(tree / "mine.json")])
+    assert "the tree holds 2 of 555 videos and 8 of 176,126 frames" in " ".join(capsys.readouterr().out.split())
+    prepare([str(tree), "--sets", "vid_val", "--workers", "1"])
+    assert "the tree holds" not in capsys.readouterr().out, "a set with classes of its own has a size of its own"
+
+
+def test_again_gives_the_same_bytes(prepare: Main, tree: Path) -> None:
+    def written() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tree / "annotations").iterdir()}
+
+    assert prepare([str(tree), "--workers", "1"]) == 0
+    before = written()
+    assert prepare([str(tree), "--workers", "1"]) == 0
+    assert written() == before and len(before) == 4
+
+
+def test_an_interrupt_leaves_what_was_there(prepare: Main, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prepare([str(tree), "--sets", "vid_val", "--workers", "1"]) == 0
+    before = (tree / "annotations/imagenet_vid_val.json").read_bytes()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eventful_det.data.coco_video.os.replace", interrupted)
+    assert prepare([str(tree), "--workers", "1"]) == 130
+    files = {path.name for path in (tree / "annotations").iterdir()}
+    assert files == {"imagenet_vid_val.json", "imagenet_vid_val.report.json"}
+    assert (tree / "annotations/imagenet_vid_val.json").read_bytes() == before
 
 
 def test_output_may_lie_elsewhere_and_the_tree_is_left_alone(prepare: Main, tree: Path, tmp_path: Path) -> None:

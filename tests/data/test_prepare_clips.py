@@ -1,12 +1,17 @@
 """datasets/prepare_clips.py: choice of labelled videos; decoding is tested with tools/eval_net.py."""
 
+import contextlib
+import io
+import runpy
 import subprocess
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video, load_coco_video
+from eventful_det.data.streams import VideoStreams
+from eventful_det.data.video_writer import VideoWriter
 
 SCRIPT = Path(__file__).parents[2] / "datasets/prepare_clips.py"
 
@@ -26,7 +31,12 @@ def source(tmp_path: Path) -> Path:
 
 
 def run(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True)
+    """What the script does and prints, without the start of another process."""
+    main = runpy.run_path(str(SCRIPT))["main"]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(list(map(str, args)))
+    return subprocess.CompletedProcess([], status, out.getvalue(), err.getvalue())
 
 
 def test_chosen_videos_keep_their_labels(source: Path, tmp_path: Path) -> None:
@@ -36,6 +46,28 @@ def test_chosen_videos_keep_their_labels(source: Path, tmp_path: Path) -> None:
     assert [video.name for video in data.videos] == ["dogs"] and data.image_root == tmp_path
     assert [frame.exhaustive for frame in data.frames] == [frozenset([2])] * 2
     assert all(len(frame.annotations) == 1 for frame in data.frames)
+
+
+def test_video_files_in_place_and_extracted(tmp_path: Path) -> None:
+    """Video files become a data set; labelled, they may be decoded for training."""
+    with VideoWriter(tmp_path / "my clip.mp4", quality=5) as writer:
+        for i in range(4):
+            writer.write(np.full((64, 96, 3), 50 * i, np.uint8))
+    done = run(tmp_path / "my clip.mp4", "--in-place", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    data = load_coco_video(tmp_path / "out/annotations/val.json")
+    assert [(f.frame_id, f.width, f.height, f.labelled) for f in data.frames] == [(i, 96, 64, False) for i in range(4)]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["annotations"], "nothing was decoded into files"
+    data.videos[0].frames[2].annotations.append(Annotation(9, (1, 1, 9, 9), id=1))
+    data.save(tmp_path / "labelled.json")
+    done = run(tmp_path / "labelled.json", "--extract", "--output", tmp_path / "pictures", "--max-frames", 3)
+    assert done.returncode == 0, done.stderr
+    pictures = load_coco_video(tmp_path / "pictures/annotations/val.json")
+    assert [f.file_name for f in pictures.frames] == [f"my clip/00000{i}.jpg" for i in range(3)]
+    assert pictures.videos[0].frames[2].annotations[0].category_id == 9
+    for a, b in zip(VideoStreams(data), VideoStreams(pictures), strict=False):
+        assert a[0].image is not None and b[0].image is not None
+        assert np.abs(a[0].image.astype(int) - b[0].image).max() <= 3
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from eventful_det.data.coco_video import Annotation, Box, CocoVideo, Frame, Video, load_coco_video
+from eventful_det.evaluation import detection
 from eventful_det.evaluation.detection import Entry, evaluate
 from eventful_det.evaluation.flushes import ap50_since_flush, frames_since_flush
 from eventful_det.evaluation.ilsvrc import FGFA, MEGA, group_scores, vid_scores
@@ -75,6 +78,20 @@ def test_torchmetrics_agrees(seed: int, program: str) -> None:
         [expected[key].item() for key in ("map", "map_50", "map_75")], abs=1e-5
     )
     assert 0.05 < scores.ap < scores.ap50 < 0.95, "the case is neither trivial nor hopeless"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_both_coco_programs_agree(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    faster = pytest.importorskip("faster_coco_eval")
+    data, results = random_data(seed)
+    scores = []
+    for program in ((faster.COCO, faster.COCOeval_faster), (COCO, COCOeval)):
+        monkeypatch.setattr(detection, "COCO", program[0])
+        monkeypatch.setattr(detection, "COCOeval", program[1])
+        scores.append(evaluate(data, results))
+    a, b = scores
+    assert (a.ap, a.ap50, a.ap75) == pytest.approx((b.ap, b.ap50, b.ap75), abs=1e-12) and 0.1 < a.ap < 0.9
+    assert a.ap50_by_class == pytest.approx(b.ap50_by_class, abs=1e-12, nan_ok=True)
 
 
 @pytest.fixture(scope="module")

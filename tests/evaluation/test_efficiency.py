@@ -27,15 +27,25 @@ def test_means_medians_and_flushes_apart() -> None:
     assert (backbone.mean, backbone.median) == pytest.approx((275, 250))
     assert (total.mean, total.median) == pytest.approx((375, 350))
     assert total.p95 == pytest.approx(100 + 1000 * np.percentile(seconds, 95))
-    assert result.ms_flush["total"].median == pytest.approx(600)
+    assert result.latency == result.ms["total"] and result.frames_per_second == pytest.approx(4 / 1.5)
+    assert result.latency_flush is not None and result.latency_flush.median == pytest.approx(600)
 
 
 def test_held_frames_cost_nothing_and_times_may_be_missing() -> None:
     result = summarise([cost(10**9, {"backbone": 0.2}), cost(0, {})])
     assert result.gmacs["total"] == pytest.approx(0.75) and result.ms["total"].mean == pytest.approx(100)
-    assert result.ms_flush == {}
+    assert result.latency_flush is None
     untimed = summarise([cost(10**9, {}, flush=True)])
-    assert untimed.ms == {} and untimed.gmacs_steady == {}
+    assert untimed.ms == {} and untimed.latency is None and untimed.gmacs_steady == {}
+
+
+def test_frames_that_share_a_step_wait_for_all_of_it() -> None:
+    """Two streams, two steps of 0.4 and 0.2 seconds: a frame costs half of a step and is there at its end."""
+    shares = [0.2, 0.2, 0.1, 0.1]
+    result = summarise([cost(10**9, {"backbone": s}, flush=s > 0.1) for s in shares], [2 * s for s in shares])
+    assert result.ms["total"].mean == pytest.approx(150) and result.frames_per_second == pytest.approx(4 / 0.6)
+    assert result.latency is not None and result.latency_flush is not None
+    assert (result.latency.mean, result.latency_flush.median) == pytest.approx((300, 400))
 
 
 def test_peak_memory_remembers_what_is_gone() -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from eventful_det.data.classes import IMAGENET_VID
 from eventful_det.data.coco_video import Annotation, Box, Frame, Video
+from eventful_det.data.imagenet_vid import Source, convert, list_folders
+from eventful_det.evaluation.ilsvrc import vid_scores
 from eventful_det.evaluation.motion import motion_group, motion_iou, motion_ious
 
 Track = dict[int, Box]  # by frame
@@ -109,6 +114,64 @@ def test_objects_of_known_speed_are_in_the_right_group(speed: float, group: str)
     video = clip(*tracks, frames=range(40))
     values = motion_iou(video)
     assert {motion_group(values[a.id]) for f in video.frames for a in f.annotations if a.track_id == 1} == {group}
+
+
+SPEEDS = {"slow": (0.0, 0.006), "medium": (0.016, 0.024), "fast": (0.1, 0.3)}  # widths per frame
+
+
+def write_tree(root: Path) -> dict[str, int]:
+    """An ILSVRC tree of textureless frames whose objects move straight ahead, each at the speed of its group.
+
+    k frames apart, a box that moves by s of its width per frame overlaps itself by (1 - s k) / (1 + s k): on average
+    over ten frames at least 0.93 at 0.006, 0.84 to 0.77 at 0.016 to 0.024, at most 0.36 at 0.1. Some frames lack it.
+
+    Returns:
+        Boxes of each group.
+    """
+    rng, boxes = np.random.default_rng(0), dict.fromkeys(SPEEDS, 0)
+    for v in range(6):
+        name = f"ILSVRC2015_val_{v:08d}"
+        images, xmls = (root / part / "VID/val" / name for part in ("Data", "Annotations"))
+        for folder in (images, xmls):
+            folder.mkdir(parents=True)
+        group = list(SPEEDS)
+        tracks = [(group[t % 3], rng.uniform(*SPEEDS[group[t % 3]]), rng.choice([-1, 1])) for t in range(6)]
+        for i in range(30):
+            objects = ""
+            for track, (kind, speed, way) in enumerate(tracks):
+                if track > 2 and i in (7, 20, 21):
+                    continue
+                boxes[kind] += 1
+                x = 1000 + way * speed * 100 * i
+                corners = {"xmin": x, "ymin": 40 * track, "xmax": x + 99, "ymax": 40 * track + 59}
+                bounds = "".join(f"<{key}>{value}</{key}>" for key, value in corners.items())
+                objects += f"<object><trackid>{track}</trackid><name>n02084071</name><bndbox>{bounds}</bndbox></object>"
+            size = "<size><width>2000</width><height>300</height></size>"
+            (xmls / f"{i:06d}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+            Image.new("L", (2000, 300)).save(images / f"{i:06d}.JPEG", "JPEG")
+    return boxes
+
+
+def test_a_set_of_known_motion_from_files_to_scores(tmp_path: Path) -> None:
+    boxes = write_tree(tmp_path)
+    source = Source(tmp_path, "VID", "val", IMAGENET_VID)
+    data, problems = convert(source, list_folders(source))
+    assert not problems
+    kinds = list(SPEEDS)
+    for video in data.videos:
+        values = motion_iou(video)
+        for frame in video.frames:
+            assert all(motion_group(values[a.id]) == kinds[(a.track_id or 0) % 3] for a in frame.annotations)
+    slow_only = [
+        {"image_id": f.image_id, "category_id": 9, "score": 0.9}
+        | {"bbox": [a.box[0], a.box[1], a.box[2] - a.box[0], a.box[3] - a.box[1]]}
+        for f in data.frames
+        for a in f.annotations
+        if (a.track_id or 0) % 3 == 0
+    ]
+    scores = vid_scores(data, slow_only)
+    assert {kind: getattr(scores, f"objects_{kind}") for kind in kinds} == boxes
+    assert (scores.ap50_slow, scores.ap50_medium, scores.ap50_fast) == (1, 0, 0)
 
 
 COORDINATE = st.integers(0, 300)

@@ -16,9 +16,10 @@ import pytest
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
 from eventful_det.errors import UserError
 from eventful_det.evaluation import report
+from eventful_det.evaluation.runs import Method
 from eventful_det.evaluation.store import ResultStore
 from eventful_det.evaluation.summary import Row, evaluate_detector, jsonable, row_of, rows_of
-from eventful_det.evaluation.sweep import Method, first, run_method, run_methods
+from eventful_det.evaluation.sweep import first, run_method, run_methods
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.policy import RandomK, TopFraction
 from eventful_det.gating.rows import Rows
@@ -56,7 +57,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> CocoVideo:
 
 def steady(row: Row) -> dict[str, object]:
     """What of a row must not depend on the machine."""
-    return {key: value for key, value in vars(row).items() if not key.startswith(("ms_", "relative_time", "peak_"))}
+    return {
+        key: value for key, value in vars(row).items() if not key.startswith(("ms_", "fps", "relative_time", "peak_"))
+    }
 
 
 def test_everything_selected_equals_dense(detector: Detector, data: CocoVideo) -> None:

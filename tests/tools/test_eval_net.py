@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from eventful_det.evaluation.detection import evaluate
 from eventful_det.models.checkpoints import save_detector
 from eventful_det.models.detector import Detector
 
+OTHERS = ("dense_square", "rows", "rows_threshold", "paper", "random", "resolution")
+CURVES = [*(f"~eval.curves.{name}" for name in OTHERS), "eval.curves.held_boxes.vary.hold=[2]"]  # dense and held
+
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -37,6 +41,23 @@ def options(tree: Path, tiny_detector: Detector, tmp_path: Path) -> list[str]:
     config = tiny_detector.config.from_dict({**json.loads(tiny_detector.config.to_json()), "classes": names})
     save_detector(Detector(config), tmp_path / "tiny.safetensors")
     return [f"data.root={tree}", f"weights={tmp_path / 'tiny.safetensors'}", f"output={tmp_path / 'run'}", "device=cpu"]
+
+
+@pytest.fixture
+def evaluate_with(options: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Evaluate in this process, with further options."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import eval_net
+
+    def evaluate_with(*more: str) -> None:
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            eval_net.run(compose("eval_net", [*options, *more]))
+
+    return evaluate_with
+
+
+def results_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "results.json").read_text())
 
 
 def annotations(tree: Path) -> dict[str, Any]:
@@ -67,15 +88,17 @@ def test_two_processes_agree_with_one(options: list[str], tmp_path: Path) -> Non
     assert len(list((tmp_path / "two/videos").rglob("*.json"))) == 2
 
 
-def test_sweep(options: list[str], tmp_path: Path) -> None:
+def test_sweep(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
     fewer = ["eval.fractions=[0.5,0.125]", "eval.thresholds=[3]", "eval.curves.held_boxes.vary.hold=[2]"]
     extra = ["~eval.curves.paper", "+eval.curves.patient={gate:{rule:rows,renew_every:2},vary:{hold:[2]}}"]
-    run("tools/eval_net.py", "eval=sweep", *options, *fewer, *extra, "max_videos=1", "max_frames=3")
-    rows = json.loads((tmp_path / "run/results.json").read_text())["rows"]
+    evaluate_with("eval=sweep", *fewer, *extra, "max_videos=1", "max_frames=3")
+    rows = results_of(tmp_path / "run")["rows"]
     names = [row["method"] for row in rows]
     assert names[:4] == ["dense", "rows 0.5", "rows 0.125", "rows threshold 3"]
-    assert names[4:] == ["random 0.5", "random 0.125", "held boxes 2", "resolution 0.75", "resolution 0.5", "patient 2"]
+    others = ["random 0.5", "random 0.125", "held boxes 2", "resolution 0.75", "resolution 0.5"]
+    assert names[4:] == [*others, "dense square", "patient 2"]
     cost = {row["method"]: row["gmacs_backbone"] for row in rows}
+    assert cost["dense"] < cost["dense square"], "padding is not free"
     assert cost["rows 0.125"] < cost["rows 0.5"] < cost["dense"] and cost["held boxes 2"] < cost["dense"]
     assert all(row["frames"] == 3 and row["relative_total"] for row in rows)
     assert json.loads((tmp_path / "run/sweep.json").read_text()) == rows
@@ -83,9 +106,12 @@ def test_sweep(options: list[str], tmp_path: Path) -> None:
         assert [line["method"] for line in csv.DictReader(file)] == names
     assert len((tmp_path / "run/sweep.md").read_text().splitlines()) == 2 + len(rows)
     assert cv2.imread(str(tmp_path / "run/sweep.png")) is not None
+    assert (tmp_path / "run/sweep.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_unlabelled_clips_are_judged_by_agreement_with_dense(options: list[str], tmp_path: Path) -> None:
+def test_unlabelled_clips_are_judged_by_agreement_with_dense(
+    evaluate_with: Callable[..., None], tmp_path: Path
+) -> None:
     with VideoWriter(tmp_path / "clip.mp4", 25.0) as writer:
         for i in range(4):
             writer.write(np.full((96, 128, 3), 40 * i, np.uint8))
@@ -97,11 +123,12 @@ def test_unlabelled_clips_are_judged_by_agreement_with_dense(options: list[str],
         str(tmp_path / "clips"),
     ]
     assert "1 videos, 4 frames" in subprocess.run(make, check=True, capture_output=True, text=True).stdout
-    curves = [f"~eval.curves.{name}" for name in ("rows_threshold", "paper", "random", "held_boxes", "resolution")]
+    unused = ("dense_square", "rows_threshold", "paper", "random", "held_boxes", "resolution")
+    curves = [f"~eval.curves.{name}" for name in unused]
     where = ["data=clips", f"data.root={tmp_path / 'clips'}", "common_classes=true", "max_frames=3"]
     (tmp_path / "labels.json").write_text('{"disc": "car", "square": "dog"}')
-    run("tools/eval_net.py", *options[1:], *where, *curves, "eval=sweep", f"labels={tmp_path / 'labels.json'}")
-    rows = json.loads((tmp_path / "run/results.json").read_text())["rows"]
+    evaluate_with(*where, *curves, "experiment=sweep_clips", f"labels={tmp_path / 'labels.json'}")
+    rows = results_of(tmp_path / "run")["rows"]
     assert [row["images"] for row in rows] == [0] * 5 and all(row["ap50"] is None for row in rows)
     assert "| - | - |" in (tmp_path / "run/sweep.md").read_text()
 
@@ -120,26 +147,91 @@ def test_errors_are_one_line(options: list[str], tree: Path, tmp_path: Path) -> 
         (["data.val={tmp}/unlabelled.json"], "no labelled frame"),
         (["data.val={tmp}/no_images.json"], "cannot read the image"),
         (["eval=sweep", "+eval.curves.a={vary:{fraction:[1]}}"], "the curve has no gate"),
-        (["eval=sweep", "+eval.curves.a={very:{hold:[1]}}"], "expected gate and vary"),
+        (["eval=sweep", "+eval.curves.a={very:{hold:[1]}}"], "expected gate, square and vary"),
         (["max_frames=0"], "the number of frames must be at least 1"),
+        (["streams=0"], "streams must be at least 1, got 0"),
+        (["eval=sweep", "eval.only=nothing"], "there is no curve nothing; there are dense, rows"),
+        (["data.val={tmp}/no_videos.json"], r"no_videos\.json holds no video with frames"),
+        (["data.val={tmp}/no_videos.json", "eval=sweep"], r"no_videos\.json holds no video with frames"),
+        (["data.val={tmp}/cut.json"], r"cut\.json is not valid JSON"),
+        (["data.val={tmp}/empty.json"], r"empty\.json is not valid JSON"),
+        (
+            ["data.val={tmp}/foreign.json"],
+            r"foreign\.json: annotation \d+ has category_id 31; expected a listed category",
+        ),
+        (["data.val={tmp}/youtube.json"], r"youtube\.json: images is missing"),
     ],
 )
 def test_errors(
-    change: list[str], message: str, options: list[str], tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: list[str], message: str, evaluate_with: Callable[..., None], tree: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import eval_net
-
     data = annotations(tree)
-    broken = {
-        "renamed": data | {"categories": [{"id": 1, "name": "zebra"}, *data["categories"][1:]]},
-        "unlabelled": data | {"images": [image | {"labelled": False} for image in data["images"]]},
-        "no_images": data | {"info": {"image_root": "nowhere"}},
+    broken: dict[str, Any] = {
+        "renamed": {"categories": [{"id": 1, "name": "zebra"}, *data["categories"][1:]]},
+        "unlabelled": {"images": [image | {"labelled": False} for image in data["images"]]},
+        "no_images": {"info": {"image_root": "nowhere"}},
+        "no_videos": {"videos": [], "images": [], "annotations": []},
+        "foreign": {"annotations": [data["annotations"][0] | {"category_id": 31}]},
+        "youtube": {"images": None},
     }
     for name, content in broken.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(data | {"info": {"image_root": str(tree)}} | content))
-    overrides = [*options, *(text.replace("{tmp}", str(tmp_path)) for text in change)]
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("eval_net", overrides)
+    (tmp_path / "cut.json").write_text(json.dumps(data)[:1000])
+    (tmp_path / "empty.json").write_text("")
     with pytest.raises(UserError, match=message):
-        eval_net.run(config)
+        evaluate_with(*(text.replace("{tmp}", str(tmp_path)) for text in change))
+    assert not (tmp_path / "run/results.json").exists()
+
+
+def test_streams_change_no_result(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
+    evaluate_with()
+    evaluate_with("streams=2", "workers=2", f"output={tmp_path / 'two'}")
+    one, two = (json.loads((tmp_path / name / "coco_results.json").read_text()) for name in ("run", "two"))
+    assert one and one == two
+    rows = [results_of(tmp_path / name)["rows"][0] for name in ("run", "two")]
+    timed = ("ms_", "fps", "peak_", "relative_time")
+    assert [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows[:1]] == [
+        {k: v for k, v in row.items() if not k.startswith(timed)} for row in rows[1:]
+    ]
+
+
+def test_jobs_of_a_cluster_share_out_a_sweep(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
+    small = ["eval=sweep", "max_frames=2", *CURVES]
+    evaluate_with(*small, "eval.only=held_boxes")
+    assert len(list((tmp_path / "run/videos").rglob("*.json"))) == 2 and not (tmp_path / "run/results.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/videos").rglob("*.json")}
+    evaluate_with(*small)
+    assert [row["method"] for row in results_of(tmp_path / "run")["rows"]] == ["dense", "held boxes 2"]
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items()), "nothing was run twice"
+
+
+def test_what_was_skipped_stands_beside_the_result(
+    evaluate_with: Callable[..., None], tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = annotations(tree)
+    whole = (tree / data["images"][1]["file_name"]).read_bytes()
+    (tmp_path / "cut.JPEG").write_bytes(whole[: len(whole) // 2])
+    data["images"][1]["file_name"] = str(tmp_path / "cut.JPEG")
+    data["images"][2]["file_name"] = "gone.JPEG"
+    data["info"]["image_root"] = str(tree)
+    (tmp_path / "some.json").write_text(json.dumps(data))
+    evaluate_with(f"data.val={tmp_path / 'some.json'}", "eval=sweep", *CURVES)
+    results = results_of(tmp_path / "run")
+    assert [(row["frames"], row["images"], row["skipped"]) for row in results["rows"]] == [(6, 6, 2)] * 2
+    assert results["skipped"]["frames"] == 2 and "cut.JPEG: it is cut short" in results["skipped"]["reasons"][0]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "2 frames could not be read; they are in no number. The first: cannot read the image" in printed
+    assert "2 frames could not be read" in (tmp_path / "run/sweep.md").read_text()
+
+
+def test_warnings(
+    evaluate_with: Callable[..., None], tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = annotations(tree) | {"info": {"image_root": str(tree)}, "annotations": []}
+    stills = {key: data[key] for key in ("info", "categories", "images", "annotations")}
+    for name, content in (("stills", stills), ("no_boxes", data)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        evaluate_with(f"data.val={tmp_path / f'{name}.json'}", "gate=dense", "max_frames=1", "max_videos=2")
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "every video of" in printed and "import_annotations.py" in printed and "has not one box" in printed
+        assert results_of(tmp_path / "run")["rows"][0]["ap50"] is None

@@ -1,0 +1,60 @@
+"""Turn the COCO files of other programs into COCO-video.
+
+    python datasets/import_annotations.py data/ILSVRC/annotations/imagenet_vid_val.json --output .data/vid/val.json
+    python datasets/import_annotations.py vid_data/annotations/vid_val.json --output .data/vid/val.json
+
+Knows ImageNet VID and DET as mmtracking writes them, the archive of the official Eventful Transformers, where videos
+with gaps become one video for each part, and plain COCO files whose frames lie in a folder for each video. Images stay
+where they are. Writes the file and beside it a .report.json that lists everything that was wrong. Exit status: 0 when
+done (faults of the data are warnings), 1 with --strict at any fault, 2 when the request cannot be met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from reporting import save_report, show, summary
+from rich.console import Console
+
+from eventful_det.data.other_layouts import LAYOUTS, import_annotations
+from eventful_det.errors import UserError
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("file", type=Path, help="the JSON file")
+    add("--output", type=Path, required=True, help="the COCO-video JSON file to write")
+    add("--layout", choices=LAYOUTS, help="of the file (default: told by its content)")
+    add("--images", type=Path, help="folder that its file names are relative to (default: where the layout has it)")
+    add("--key-frames", action="store_true", help="only the frames that the field trains on (mmtracking)")
+    add("--strict", action="store_true", help="exit 1 at any fault of the data")
+    add("--show", type=int, default=10, metavar="N", help="faults to print (default: 10; all are in the report)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, console = parse(argv), Console(soft_wrap=True)
+    try:
+        data, problems = import_annotations(args.file, args.layout, args.images, args.key_frames)
+        data.save(args.output)
+        report = args.output.with_suffix(".report.json")
+        save_report(report, data, problems)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or args.output}: {error.strerror}", file=sys.stderr)
+        return 2
+    console.print(summary(args.output.stem, data))
+    show(console, problems, args.show, report)
+    console.print(f"wrote {args.output}", highlight=False)
+    return int(args.strict and bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""What the scripts of this folder say about a data set: a table on the screen, faults on the screen and in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from eventful_det.data.coco_video import CocoVideo
+from eventful_det.data.imagenet_vid import Problem
+
+
+def save_report(path: Path, data: CocoVideo, problems: Sequence[Problem]) -> None:
+    """Write what a data set holds and everything that was wrong."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {
+        "videos": len(data.videos),
+        "frames": sum(len(video.frames) for video in data.videos),
+        "boxes": sum(len(frame.annotations) for frame in data.frames),
+        "problem_counts": dict(sorted(Counter(p.kind for p in problems).items())),
+        "problems": [p._asdict() for p in problems],
+    }
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def summary(name: str, data: CocoVideo) -> Table:
+    """Videos, frames and boxes of each category."""
+    boxes: Counter[int] = Counter()
+    frames: Counter[int] = Counter()
+    videos: Counter[int] = Counter()
+    for video in data.videos:
+        seen: set[int] = set()
+        for frame in video.frames:
+            ids = [a.category_id for a in frame.annotations]
+            boxes.update(ids)
+            frames.update(set(ids))
+            seen.update(ids)
+        videos.update(seen)
+    table = Table(title=name, show_footer=True)
+    table.add_column("category", footer="all")
+    for title, total in (
+        ("videos", len(data.videos)),
+        ("frames", sum(len(video.frames) for video in data.videos)),
+        ("boxes", boxes.total()),
+    ):
+        table.add_column(title, footer=str(total), justify="right")
+    for i, category in data.categories:
+        table.add_row(category, str(videos[i]), str(frames[i]), str(boxes[i]))
+    return table
+
+
+def show(console: Console, problems: Sequence[Problem], limit: int, report: Path) -> None:
+    """Print how many faults of which kind there are, and the first of them."""
+    if not problems:
+        return
+    counts = ", ".join(f"{n} {kind}" for kind, n in Counter(p.kind for p in problems).most_common())
+    console.print(f"[yellow]warning:[/] {len(problems)} faults in the data: {counts}", highlight=False)
+    for problem in problems[: max(limit, 0)]:
+        console.print(f"  {problem.kind}  {problem.file}: {problem.detail}", highlight=False, markup=False)
+    if len(problems) > limit:
+        console.print(f"  ... all of them in {report}", highlight=False)

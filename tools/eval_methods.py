@@ -1,0 +1,60 @@
+"""The ways to run a detector that tools/eval_net.py compares, from its config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from common import build_rule
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from eventful_det.errors import UserError
+from eventful_det.evaluation.runs import Method
+from eventful_det.gating.convert import Rule
+
+
+def sweep_methods(config: DictConfig) -> list[Method]:
+    """The methods of an `eval` config with curves (configs/eval/sweep.yaml).
+
+    Raises:
+        UserError: a curve is not written as there.
+    """
+    methods: list[Method] = []
+    for curve, entry in config.curves.items():
+        unknown = sorted(set(entry) - {"gate", "vary", "square"})
+        vary = entry.get("vary") or {}
+        if unknown or len(vary) > 1:
+            expected = "gate, square and vary, vary with one option"
+            raise UserError(f"eval.curves.{curve}: expected {expected}; got {dict(entry)}")
+        square = bool(entry.get("square", False))
+        if not vary:
+            methods.append(Method(curve, rule=_rule_with(entry.get("gate")), square=square))
+        for option, values in vary.items():
+            for value in values:
+                own = {option: value} if option in ("hold", "scale") else {}
+                rule = _rule_with(entry.get("gate"), **({} if own else {option: value}))
+                methods.append(Method(curve, float(value), rule, square=square, **own))
+    return methods
+
+
+def chosen(methods: list[Method], only: str | Sequence[str]) -> list[Method]:
+    """The methods of some curves.
+
+    Raises:
+        UserError: there is no such curve.
+    """
+    names = {only} if isinstance(only, str) else set(only)
+    curves = dict.fromkeys(method.curve for method in methods)
+    unknown = sorted(names - set(curves))
+    if unknown:
+        raise UserError(f"eval.only: there is no curve {', '.join(unknown)}; there are {', '.join(curves)}")
+    return [method for method in methods if method.curve in names]
+
+
+def _rule_with(gate: DictConfig | None, **policy: Any) -> Rule | None:
+    if gate is None:
+        if policy:
+            raise UserError(f"eval.curves: {', '.join(policy)} varies a policy, but the curve has no gate")
+        return None
+    with open_dict(gate):
+        return build_rule(cast(DictConfig, OmegaConf.merge(gate, {"policy": policy} if policy else {})))
