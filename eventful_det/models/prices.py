@@ -4,8 +4,8 @@ Tokens are taken in a given order. A cell of a map is reached as soon as one tok
 smallest rank around each cell, sorted, tells how many cells any beginning of the order reaches: the whole list of
 prices comes from one pass over the maps.
 
-Backbone, pyramid and proposal head are exact under the `Rows` rule with the patch gate. Of the region heads only a bound
-is known in advance, since which proposals survive depends on the values: as many regions as the caller reckons with.
+Backbone, pyramid and proposal head are exact under the `Rows` rule with the patch gate. Of the region heads only a
+bound is known in advance, since which proposals survive depends on the values.
 """
 
 from __future__ import annotations
@@ -39,15 +39,13 @@ class PriceList:
         sources: MACs of each pyramid stage p2 to p5 before its last convolution, per changed token (2x2 tokens, p5).
         last: MACs of the last convolution of each stage per cell.
         convs: MACs of each 3x3 convolution of the proposal head per cell, its last layers counted with the last.
-        region: MACs of the region heads per region.
-        regions: most regions of a frame.
+        regions: MACs of the region heads at most.
     """
 
     shape: ViTShape
     sources: tuple[int, ...]
     last: tuple[int, ...]
     convs: tuple[int, ...]
-    region: int
     regions: int
 
     @staticmethod
@@ -69,17 +67,16 @@ class PriceList:
             sources=tuple(stage_macs(stage[:-1], grid) for stage, grid in zip(stages, grids, strict=True)),
             last=tuple(cast(nn.Conv2d, stage[-1]).weight.numel() for stage in stages),
             convs=tuple(convs),
-            region=roi_macs(detector.roi_heads, 1),
-            regions=detector.config.proposals,
+            regions=roi_macs(detector.roi_heads, detector.config.proposals),
         )
 
-    def prices(self, grid: Grid, order: Tensor, regions: float | None = None) -> Tensor:
+    def prices(self, grid: Grid, order: Tensor, regions: int | None = None) -> Tensor:
         """Price a frame.
 
         Args:
             grid: token grid (H, W), N = H * W.
             order: `(n,)` flat indices of the tokens that may be recomputed, in the order in which they are taken.
-            regions: that are computed whenever a token is; None = all that a frame can have, which is a bound.
+            regions: MACs of the region heads whenever a token is recomputed; None = the most there can be.
 
         Returns:
             `(n + 1,)` MACs of the whole detector if the first 0, 1, ... n tokens are recomputed; they do not fall.
@@ -91,8 +88,12 @@ class PriceList:
         heads = self._heads(rank.view(grid), count)
         total = torch.where(taken > DENSE_ABOVE * tokens, _whole_heads(self, grid), heads)
         total += self._backbone(grid, order)
-        total[1:] += round((self.regions if regions is None else regions) * self.region)
+        total[1:] += self.regions if regions is None else regions
         return total
+
+    def whole(self, grid: Grid) -> int:
+        """MACs of the whole detector at most if all tokens are recomputed."""
+        return _whole(self, grid)
 
     def _backbone(self, grid: Grid, order: Tensor) -> Tensor:
         """`(n + 1,)` MACs of the backbone."""
@@ -122,6 +123,11 @@ class PriceList:
             rank = _around(rank)
             total += weight * _reached(rank, count)
         return total
+
+
+@lru_cache(maxsize=64)
+def _whole(price_list: PriceList, grid: Grid) -> int:
+    return int(price_list.prices(grid, torch.arange(grid[0] * grid[1]))[-1])
 
 
 @lru_cache(maxsize=64)

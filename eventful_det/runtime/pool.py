@@ -86,7 +86,8 @@ class StreamPool(Iterator[list[PoolResult]]):
         detector: in evaluation mode; its own rule and policy stay as they are.
         budget: what a round may cost: a share of the tokens (float), tokens (int), `Gmacs(40)`, `Latency(0.05)`, or a
             policy, which is asked about each stream alone; the detector's own policy if None.
-        terms: what tokens are worth, what every stream may count on, and how old tokens may grow.
+        terms: what tokens are worth under a budget, what every stream may count on, what is kept of it, and how old
+            tokens may grow. Under a policy only the last counts, and only if terms are given.
         short_side, long_side: of the network's input in pixels; the model's own if None.
         scene_cuts: recompute all of a stream when another scene begins in it.
     """
@@ -102,7 +103,7 @@ class StreamPool(Iterator[list[PoolResult]]):
         scene_cuts: bool = True,
     ) -> None:
         self.detector = detector.with_rule(copy.copy(detector.rule))
-        self._spender = Spender(self.detector, budget, terms or Terms())
+        self._spender = Spender(self.detector, budget, terms)
         self._viewer = Viewer.of(detector.config, short_side, long_side)
         self._scene_cuts = scene_cuts
         self._members: dict[str, _Member] = {}
@@ -171,12 +172,15 @@ class StreamPool(Iterator[list[PoolResult]]):
             return []
         state = State([one.member.memory for one in ready])
         steps = self._spender.step(
-            [one.frame for one in ready], state, [one.cut for one in ready], [one.member.account for one in ready]
+            [one.frame for one in ready],
+            state,
+            flush=[one.cut for one in ready],
+            accounts=[one.member.account for one in ready],
+            prepared=[one.seconds for one in ready],
         )
         results = []
         for one, step, memory in zip(ready, steps, state.streams, strict=True):
             one.member.memory = memory
-            step.cost.seconds["other"] = step.cost.seconds.get("other", 0.0) + one.seconds
             frame, captured = one.arrival.frame, one.arrival.captured
             seen = self._viewer.tell(step, frame.image, one.member.tally.frames, frame.timestamp)
             one.member.tally.count(step.cost, one.member.feed.dropped, memory.nbytes)
