@@ -144,7 +144,7 @@ def test_gmacs_are_those_of_a_round(tiny_detector: Detector) -> None:
             pool.budget = Gmacs(0.02)
         results = pool.step()
         assert sum(r.cost.total for r in results) <= (0.03 if step < 5 else 0.02) * 1e9
-        assert sum(r.cost.recomputed for r in results) > 5
+        assert sum(r.cost.recomputed for r in results) > 2
 
 
 def test_a_flush_costs_the_others_nothing(tiny_detector: Detector) -> None:
