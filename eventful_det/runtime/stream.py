@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,11 +18,15 @@ from eventful_det.data.transforms import fit_size, resize, to_tensor
 from eventful_det.data.video import open_source
 from eventful_det.errors import UserError
 from eventful_det.gating.policy import Policy
+from eventful_det.models.config import ModelConfig
 from eventful_det.models.cost import FrameCost
-from eventful_det.models.detector import Detector
+from eventful_det.models.detector import Detector, StepResult
 from eventful_det.models.regions import Detections
-from eventful_det.runtime.budget import policy_for
+from eventful_det.runtime.budget import Budget
+from eventful_det.runtime.drift import Drift, Shadow
 from eventful_det.runtime.refresh import SceneCuts
+from eventful_det.runtime.sharing import Terms
+from eventful_det.runtime.spender import Account, Spender
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,10 @@ class StreamResult:
         token_size: height and width of a token in pixels of the source frame; the map may reach beyond the frame.
         image: the source frame, `(h, w, 3)` uint8 RGB.
         held: the detector did not run; the detections are those of an earlier frame.
+        stream: name of the source.
+        frame_age: seconds from the capture of the frame to its detections; None unless the source is live.
+        dropped: frames of a live source that were overtaken by newer ones so far.
+        drift: how the detections compare with dense ones, on frames on which these were made as well.
     """
 
     detections: Detections
@@ -48,6 +58,51 @@ class StreamResult:
     token_size: tuple[float, float]
     image: NDArray[np.uint8]
     held: bool = False
+    stream: str = ""
+    frame_age: float | None = None
+    dropped: int = 0
+    drift: Drift | None = None
+
+
+@dataclass(frozen=True)
+class Viewer:
+    """Turns frames of a source into inputs of a detector, and its outputs back into pixels of the source.
+
+    Attributes:
+        config: of the detector.
+        short_side, long_side: of the input in pixels.
+    """
+
+    config: ModelConfig
+    short_side: int
+    long_side: int
+
+    @staticmethod
+    def of(config: ModelConfig, short_side: int | None = None, long_side: int | None = None) -> Viewer:
+        """With the model's own sides where none are given."""
+        return Viewer(config, short_side or config.short_side, long_side or config.long_side)
+
+    def look(self, image: NDArray[np.uint8], device: torch.device) -> Tensor:
+        """A frame `(h, w, 3)` as input `(3, h', w')` of the detector."""
+        height, width = image.shape[:2]
+        inner = fit_size(height, width, self.short_side, self.long_side)
+        return to_tensor(resize(image, *inner)).to(device)
+
+    def tell(self, step: StepResult, image: NDArray[np.uint8], index: int, timestamp: float | None) -> StreamResult:
+        """What a step found in a frame."""
+        height, width = image.shape[:2]
+        inner = fit_size(height, width, self.short_side, self.long_side)
+        scale = height / inner[0], width / inner[1]
+        return StreamResult(
+            detections=step.detections.scaled(scale[1], scale[0]),
+            names=self.config.classes,
+            frame_index=index,
+            timestamp=timestamp,
+            cost=step.cost,
+            work=step.work,
+            token_size=(self.config.patch * scale[0], self.config.patch * scale[1]),
+            image=image,
+        )
 
 
 class Stream(Iterator[StreamResult]):
@@ -58,24 +113,27 @@ class Stream(Iterator[StreamResult]):
         detector: Detector,
         source: Any,
         *,
-        budget: float | int | Policy | None = None,
+        budget: Budget | None = None,
+        terms: Terms | None = None,
         max_frames: int | None = None,
         short_side: int | None = None,
         long_side: int | None = None,
         scene_cuts: bool = True,
         hold: int = 1,
+        shadow_every: int = 0,
     ) -> None:
         """See `stream`."""
         if hold < 1:
             raise UserError(f"hold must be at least 1 (= every frame), got {hold}")
-        rule = dataclasses.replace(detector.rule) if detector.rule is not None else None  # type: ignore[type-var]
-        self.detector = detector.with_rule(rule)
-        if budget is not None:
-            self.budget = budget
-        self.short_side = short_side or detector.config.short_side
-        self.long_side = long_side or detector.config.long_side
+        if shadow_every < 0:
+            raise UserError(f"shadow_every must be a number of frames, or 0 for never, got {shadow_every}")
+        self.detector = detector.with_rule(copy.copy(detector.rule))
+        self._spender = Spender(self.detector, budget, terms)
+        self._account = Account()
+        self._viewer = Viewer.of(detector.config, short_side, long_side)
         self.hold, self.max_frames = hold, max_frames
         self._cuts = SceneCuts() if scene_cuts else None
+        self._shadow = Shadow(detector, self._viewer, shadow_every) if shadow_every else None
         self._state = detector.init_state()
         self._source = open_source(source)
         self._frames = iter(self._source)
@@ -83,21 +141,26 @@ class Stream(Iterator[StreamResult]):
 
     @property
     def policy(self) -> Policy | None:
-        """Which tokens are recomputed; None = dense."""
+        """Which tokens are recomputed where no budget decides; None = dense."""
         return self.detector.policy
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
-        self.detector.policy = policy
+        self.budget = policy
 
     @property
-    def budget(self) -> Policy | None:
-        """The policy that spends the budget; set tokens (int), a share of the tokens (float), or a policy."""
-        return self.policy
+    def budget(self) -> Budget | None:
+        """What a frame may cost, as it was set; None = the detector's own policy decides."""
+        return self._spender.budget
 
     @budget.setter
-    def budget(self, budget: float | int | Policy) -> None:
-        self.policy = policy_for(budget)
+    def budget(self, budget: Budget) -> None:
+        self._spender.budget = budget
+
+    @property
+    def drift(self) -> Drift | None:
+        """How the detections compare with dense ones, over all frames with a shadow; None without `shadow_every`."""
+        return None if self._shadow is None else self._shadow.total
 
     @property
     def state_bytes(self) -> int:
@@ -111,7 +174,7 @@ class Stream(Iterator[StreamResult]):
         if frame is None:
             self.close()
             raise StopIteration
-        cut = self._cuts is not None and self._cuts(frame.image)
+        cut = self._cuts is not None and self._cuts(frame.image) or frame.resumed
         same_size = self._last is not None and self._last.image.shape == frame.image.shape
         if self._last is not None and same_size and index % self.hold and not cut:
             idle = FrameCost(
@@ -128,28 +191,18 @@ class Stream(Iterator[StreamResult]):
             )
         else:
             result = self._detect(frame.image, index, frame.timestamp, cut)
-        self._last = result
-        return result
+        source = self._source
+        self._last = dataclasses.replace(result, stream=source.name, frame_age=frame.age, dropped=source.dropped)
+        if self._shadow is None:
+            return self._last
+        return dataclasses.replace(self._last, drift=self._shadow.compare(index, frame.image, result.detections))
 
     def _detect(self, image: NDArray[np.uint8], index: int, timestamp: float | None, cut: bool) -> StreamResult:
         began = time.perf_counter()
-        height, width = image.shape[:2]
-        inner = fit_size(height, width, self.short_side, self.long_side)
-        frame = to_tensor(resize(image, *inner)).to(self.detector.device)
+        frame = self._viewer.look(image, self.detector.device)
         prepared = time.perf_counter() - began
-        (step,) = self.detector.step(frame[None], self._state, flush=cut)
-        step.cost.seconds["other"] = step.cost.seconds.get("other", 0.0) + prepared
-        scale = height / inner[0], width / inner[1]
-        return StreamResult(
-            detections=step.detections.scaled(scale[1], scale[0]),
-            names=self.detector.names,
-            frame_index=index,
-            timestamp=timestamp,
-            cost=step.cost,
-            work=step.work,
-            token_size=(self.detector.config.patch * scale[0], self.detector.config.patch * scale[1]),
-            image=image,
-        )
+        (step,) = self._spender.step([frame], self._state, [cut], [self._account], [prepared])
+        return self._viewer.tell(step, image, index, timestamp)
 
     def close(self) -> None:
         """Release the source; iteration ends."""
@@ -165,11 +218,16 @@ def stream(detector: Detector, source: Any, **options: Any) -> Stream:
         source: a video file, webcam number, RTSP or HTTP URL, image folder or glob, or an iterable of
             `(h, w, 3)` uint8 RGB arrays.
         options:
-            budget: tokens per frame (int), share of the tokens (float), or a policy; the detector's own if None.
+            budget: what a frame may cost: a share of the tokens (float), tokens (int), `Gmacs(40)`, `Latency(0.05)`,
+                or a policy; the detector's own policy if None.
+            terms: what tokens are worth under a budget, what is kept of it, how old tokens may grow. Under a policy
+                only the last counts, and only if terms are given.
             max_frames: stop after this many frames.
             short_side, long_side: of the network's input in pixels; the model's own if None.
             scene_cuts: recompute everything when another scene begins.
             hold: run the detector on every n-th frame only and hold its boxes in between (a baseline).
+            shadow_every: also run the dense detector on every n-th frame and report how far the detections drift from
+                its; costs nothing of the budget and is counted nowhere else. 0 = never.
 
     Returns:
         An iterator over `StreamResult`; lazy, and constant in memory.

@@ -1,0 +1,260 @@
+"""Pools: streams share steps and a budget, and do not disturb each other."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from eventful_det.data.synthetic import SceneOptions, render_video
+from eventful_det.errors import UserError
+from eventful_det.gating.policy import TopK
+from eventful_det.models.detector import Detector
+from eventful_det.runtime.budget import Gmacs, Latency
+from eventful_det.runtime.metrics import StreamMetrics
+from eventful_det.runtime.pool import PoolResult, StreamPool
+from eventful_det.runtime.sharing import Terms
+from eventful_det.runtime.stream import StreamResult
+
+Image = NDArray[np.uint8]
+
+
+def clip(index: int, frames: int = 8, width: int = 144, height: int = 96) -> list[Image]:
+    options = SceneOptions(width=width, height=height, frames=frames, cut_fraction=0)
+    return [frame.image for frame in render_video(options, index=index)]
+
+
+def assert_equal(a: StreamResult, b: StreamResult) -> None:
+    for x, y in zip(a.detections.tensors(), b.detections.tensors(), strict=True):
+        assert torch.equal(x, y)
+    assert torch.equal(a.work, b.work) and a.cost.macs == b.cost.macs and a.frame_index == b.frame_index
+
+
+def by_stream(pool: StreamPool) -> dict[str, list[PoolResult]]:
+    results: dict[str, list[PoolResult]] = {}
+    for round in pool:
+        for result in round:
+            results.setdefault(result.stream, []).append(result)
+    return results
+
+
+def test_streams_of_a_policy_are_as_if_alone(tiny_detector: Detector) -> None:
+    clips = {"a": clip(1, 6), "b": clip(2, 8, 96, 144), "c": clip(3, 4)}
+    pool = StreamPool(tiny_detector, budget=TopK(9))
+    for name, images in clips.items():
+        pool.add(images, name=name)
+    results = by_stream(pool)
+    for name, images in clips.items():
+        for mine, alone in zip(results[name], tiny_detector.stream(images, budget=TopK(9)), strict=True):
+            assert_equal(mine, alone)
+            assert mine.image is alone.image and mine.frame_age is None and mine.dropped == 0
+    assert pool.names == () and pool.step() == []
+
+
+def test_a_budget_is_one_for_all(tiny_detector: Detector) -> None:
+    still = [clip(1, 1)[0]] * 6
+    pool = StreamPool(tiny_detector, budget=20)
+    pool.add(still, name="still")
+    pool.add(clip(2, 6), name="busy")
+    results = by_stream(pool)
+    for quiet, busy in zip(results["still"][1:], results["busy"][1:], strict=True):
+        assert quiet.cost.recomputed + busy.cost.recomputed == 20
+        assert busy.cost.recomputed > 15
+
+
+def test_join_leave_and_names(tiny_detector: Detector) -> None:
+    with StreamPool(tiny_detector, budget=0.3) as pool:
+        assert pool.add(clip(1)) == "arrays" and pool.add(clip(2)) == "arrays-2"
+        assert [r.stream for r in pool.step()] == ["arrays", "arrays-2"]
+        assert pool.add(clip(3), name="third") == "third"
+        flushes = {r.stream: r.cost.flush for r in pool.step()}
+        assert flushes == {"arrays": False, "arrays-2": False, "third": True}
+        pool.remove("arrays")
+        assert [r.stream for r in pool.step()] == ["arrays-2", "third"] and pool.names == ("arrays-2", "third")
+        with pytest.raises(UserError, match="no stream 'arrays'"):
+            pool.remove("arrays")
+        with pytest.raises(UserError, match="no such file"):
+            pool.add("missing.mp4")
+    assert pool.names == () and next(pool, None) is None
+
+
+def test_a_stream_that_dies_leaves_the_others_alone(tiny_detector: Detector) -> None:
+    def dying() -> Iterator[Image]:
+        yield from clip(1, 2)
+        raise OSError("the cable is gone")
+
+    pool = StreamPool(tiny_detector, budget=TopK(5))
+    pool.add(dying(), name="dying")
+    pool.add(clip(2, 5), name="healthy")
+    results = by_stream(pool)
+    assert len(results["dying"]) == 2 and len(results["healthy"]) == 5
+    metrics = pool.metrics()
+    assert metrics.streams["dying"].error == "OSError: the cable is gone"
+    assert metrics.streams["healthy"].error is None and not metrics.streams["healthy"].active
+    assert metrics.total.frames == 7 and metrics.total.flushes == 2
+
+
+def test_who_comes_and_goes_does_not_disturb_a_bit(tiny_detector: Detector) -> None:
+    """Others join, leave, die, change their size and come back; two streams take no notice."""
+    watched = {"a": clip(1, 12), "b": clip(4, 12, 96, 144)}
+    mixed = clip(2, 3) + clip(2, 3, 96, 144) + clip(2, 3)
+
+    def dying() -> Iterator[Image]:
+        yield from clip(3, 2)
+        raise RuntimeError("gone")
+
+    pool = StreamPool(tiny_detector, budget=TopK(11), scene_cuts=False)
+    for name, images in watched.items():
+        pool.add(images, name=name)
+    results: dict[str, list[PoolResult]] = {}
+    for step in range(12):
+        if step == 1:
+            pool.add(mixed, name="mixed")
+            pool.add(dying(), name="weak")
+        if step == 5:
+            pool.remove("mixed")
+        if step == 6:
+            assert pool.metrics().streams["weak"].error == "RuntimeError: gone"
+            assert pool.add(clip(3, 4), name="weak") == "weak", "a stream may come back under its name"
+            assert pool.metrics().streams["weak"].error is None
+        for result in pool.step():
+            results.setdefault(result.stream, []).append(result)
+    for name, images in watched.items():
+        alone = tiny_detector.stream(images, budget=TopK(11), scene_cuts=False)
+        for mine, solo in zip(results[name], alone, strict=True):
+            assert_equal(mine, solo)
+    assert [r.cost.flush for r in results["mixed"]] == [True, False, False, True]
+    assert [r.cost.flush for r in results["weak"]] == [True, False] + [True, False, False, False]
+    assert [r.frame_index for r in results["weak"]] == [0, 1, 0, 1, 2, 3]
+
+
+def test_gmacs_are_those_of_a_round(tiny_detector: Detector) -> None:
+    pool = StreamPool(tiny_detector, budget=Gmacs(0.03), scene_cuts=False)
+    for index in (1, 2, 4):
+        pool.add(clip(index, 10), name=str(index))
+    pool.step()
+    for step in range(9):
+        if step == 5:
+            pool.budget = Gmacs(0.02)
+        results = pool.step()
+        assert sum(r.cost.total for r in results) <= (0.03 if step < 5 else 0.02) * 1e9
+        assert sum(r.cost.recomputed for r in results) > 2
+
+
+def test_a_flush_costs_the_others_nothing(tiny_detector: Detector) -> None:
+    """A stream that joins is recomputed in full, outside of the budget; the others keep all of theirs."""
+    pool = StreamPool(tiny_detector, budget=0.2, scene_cuts=False)
+    pool.add(clip(4, 6), name="old")
+    for step in range(6):
+        if step == 3:
+            pool.add(clip(2, 6), name="new")
+        recomputed = {r.stream: r.cost.recomputed for r in pool.step()}
+        if step == 3:
+            assert recomputed == {"old": 12, "new": 60}
+
+
+def test_every_stream_is_served_and_no_token_grows_old(tiny_detector: Detector) -> None:
+    noisy = np.random.default_rng(0)
+    loud = [noisy.integers(0, 255, (96, 144, 3), dtype=np.uint8) for _ in range(30)]
+    pool = StreamPool(tiny_detector, budget=12, terms=Terms(min_share=0.5, max_age=15), scene_cuts=False)
+    pool.add(loud, name="loud")
+    pool.add(clip(4, 30), name="moving")
+    pool.add([clip(1, 1)[0]] * 30, name="still")
+    ages = {name: torch.zeros(6, 10) for name in pool.names}
+    for step, results in enumerate(pool):
+        for result in results:
+            ages[result.stream] = torch.where(result.work > 0, 0, ages[result.stream] + 1)
+            assert ages[result.stream].max() <= 15
+            if 0 < step < 10 and result.stream == "moving":
+                assert result.cost.recomputed >= 12 * 0.5 / 3 - 1
+
+
+def test_a_stalled_stream_holds_nobody_up(tiny_detector: Detector) -> None:
+    released = threading.Event()
+
+    def stalled() -> Iterator[Image]:
+        yield clip(1, 1)[0]
+        released.wait(10)
+
+    with StreamPool(tiny_detector, budget=TopK(3)) as pool:
+        pool.add(stalled(), name="stalled", live=True)
+        pool.add(clip(2, 4), name="file")
+        seen = [result.stream for _ in range(4) for result in pool.step()]
+        assert seen.count("file") == 4
+        released.set()
+
+
+def test_budget_and_members_from_another_thread(tiny_detector: Detector) -> None:
+    pool = StreamPool(tiny_detector, budget=0.5)
+    pool.add(clip(1, 40), name="first")
+    stop = threading.Event()
+
+    def meddle() -> None:
+        for i in range(1000):
+            if stop.is_set():
+                return
+            name = pool.add(clip(2, 2), name="guest")
+            pool.budget = (0.1, 5, Gmacs(0.02), Latency(0.1))[i % 4]
+            pool.metrics()
+            if name in pool.names:
+                with contextlib.suppress(UserError):
+                    pool.remove(name)
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=meddle)
+    thread.start()
+    frames = []
+    for _ in range(45):
+        frames += [r.frame_index for r in pool.step() if r.stream == "first"]
+    stop.set()
+    thread.join()
+    assert frames == list(range(40))
+
+
+def test_metrics(tiny_detector: Detector) -> None:
+    pool = StreamPool(tiny_detector, budget=0.25)
+    assert pool.metrics().total == StreamMetrics(active=False)
+    pool.add(clip(1, 5), name="a")
+    pool.add(clip(2, 5), name="b")
+    results = [result for _ in range(5) for result in pool.step()]
+    metrics = pool.metrics()
+    mine = [r for r in results if r.stream == "a"]
+    a, total = metrics.streams["a"], metrics.total
+    assert (a.frames, a.flushes, a.dropped, a.active, a.error) == (5, 1, 0, True, None)
+    assert a.macs == sum(r.cost.total for r in mine) and a.dense_macs == sum(r.cost.dense_total for r in mine)
+    assert a.gmacs == pytest.approx(a.macs / 5e9) and a.dense_gmacs == pytest.approx(a.dense_macs / 5e9)
+    assert a.milliseconds == pytest.approx(200 * sum(r.cost.latency for r in mine))
+    assert total.frames == 10 and total.macs == sum(r.cost.total for r in results)
+    assert total.frames_per_second == pytest.approx(sum(m.frames_per_second for m in metrics.streams.values()))
+    assert 0 < total.gmacs < total.dense_gmacs and total.state_bytes > 1e5
+    pool.close()
+    gone = pool.metrics()
+    assert gone.total.frames == 10 and gone.total.frames_per_second == 0 and not gone.streams["a"].active
+
+
+def test_live_streams_show_the_newest(tiny_detector: Detector) -> None:
+    images, ready = clip(1, 8), threading.Event()
+
+    def camera() -> Iterator[Image]:
+        yield from images[:5]
+        ready.set()
+        time.sleep(0.2)
+        yield images[5]
+
+    pool = StreamPool(tiny_detector, budget=0.5)
+    pool.add(camera(), name="camera", live=True)
+    ready.wait()
+    time.sleep(0.02)
+    (first,) = pool.step()
+    assert first.image is images[4] and first.dropped == 4 and 0 <= (first.frame_age or -1) < 1
+    assert pool.step() == []
+    (second,) = next(pool)
+    assert second.image is images[5] and second.frame_index == 1
+    assert next(pool, None) is None
+    assert pool.metrics().streams["camera"].dropped == 4
