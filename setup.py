@@ -37,7 +37,7 @@ setup(
             "fastapi>=0.115",  # as in serve
             "uvicorn>=0.30",
             "websockets>=13",
-            "httpx>=0.27",  # requests of FastAPI's TestClient
+            "httpx2>=2",  # requests of FastAPI's TestClient
             "selenium>=4.20",  # the page in a real browser
             "supervision>=0.26",  # to_supervision
             "nbclient>=0.10",  # runs the notebook
