@@ -27,6 +27,9 @@ _PUBLIC = {
     "RandomK": "eventful_det.gating.policy",
     "Detector": "eventful_det.models.detector",
     "load_detector": "eventful_det.models.checkpoints",
+    "Gmacs": "eventful_det.runtime.budget",
+    "Latency": "eventful_det.runtime.budget",
+    "StreamPool": "eventful_det.runtime.pool",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -23,11 +23,13 @@ class GateInput(NamedTuple):
         error: `(N,)` 2-norm of each token minus its reference (paper section 4.1).
         age: `(N,)` frames since each token was last let through; 1 = on the last frame.
         frame: frames since the stream's last flush.
+        stream: place of the stream among those of the step.
     """
 
     error: Tensor
     age: Tensor
     frame: int
+    stream: int = 0
 
 
 class Policy(Protocol):

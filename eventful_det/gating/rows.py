@@ -126,8 +126,8 @@ class Rows:
     ) -> list[Tensor]:
         """The only decision of the frame: for each stream the indices `(r,)` of its tokens, in any order."""
         gates = [
-            GateInput(torch.linalg.vector_norm(now - state.reference, dim=1), state.age, state.frame)
-            for now, state in zip(compared, states, strict=True)
+            GateInput(torch.linalg.vector_norm(now - state.reference, dim=1), state.age, state.frame, stream)
+            for stream, (now, state) in enumerate(zip(compared, states, strict=True))
         ]
         asked = [i for i, state in enumerate(states) if not self._renews(state)]
         indices = [select_all(gate) for gate in gates]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,11 +18,14 @@ from eventful_det.data.transforms import fit_size, resize, to_tensor
 from eventful_det.data.video import open_source
 from eventful_det.errors import UserError
 from eventful_det.gating.policy import Policy
+from eventful_det.models.config import ModelConfig
 from eventful_det.models.cost import FrameCost
-from eventful_det.models.detector import Detector
+from eventful_det.models.detector import Detector, StepResult
 from eventful_det.models.regions import Detections
-from eventful_det.runtime.budget import policy_for
+from eventful_det.runtime.budget import Budget
 from eventful_det.runtime.refresh import SceneCuts
+from eventful_det.runtime.sharing import Terms
+from eventful_det.runtime.spender import Account, Spender
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,46 @@ class StreamResult:
     held: bool = False
 
 
+@dataclass(frozen=True)
+class Viewer:
+    """Turns frames of a source into inputs of a detector, and its outputs back into pixels of the source.
+
+    Attributes:
+        config: of the detector.
+        short_side, long_side: of the input in pixels.
+    """
+
+    config: ModelConfig
+    short_side: int
+    long_side: int
+
+    @staticmethod
+    def of(config: ModelConfig, short_side: int | None = None, long_side: int | None = None) -> Viewer:
+        """With the model's own sides where none are given."""
+        return Viewer(config, short_side or config.short_side, long_side or config.long_side)
+
+    def look(self, image: NDArray[np.uint8], device: torch.device) -> Tensor:
+        """A frame `(h, w, 3)` as input `(3, h', w')` of the detector."""
+        inner = fit_size(*image.shape[:2], self.short_side, self.long_side)
+        return to_tensor(resize(image, *inner)).to(device)
+
+    def tell(self, step: StepResult, image: NDArray[np.uint8], index: int, timestamp: float | None) -> StreamResult:
+        """What a step found in a frame."""
+        height, width = image.shape[:2]
+        inner = fit_size(height, width, self.short_side, self.long_side)
+        scale = height / inner[0], width / inner[1]
+        return StreamResult(
+            detections=step.detections.scaled(scale[1], scale[0]),
+            names=self.config.classes,
+            frame_index=index,
+            timestamp=timestamp,
+            cost=step.cost,
+            work=step.work,
+            token_size=(self.config.patch * scale[0], self.config.patch * scale[1]),
+            image=image,
+        )
+
+
 class Stream(Iterator[StreamResult]):
     """Iterates over the results of one source. `budget` and `policy` may be set between any two frames."""
 
@@ -58,7 +103,8 @@ class Stream(Iterator[StreamResult]):
         detector: Detector,
         source: Any,
         *,
-        budget: float | int | Policy | None = None,
+        budget: Budget | None = None,
+        terms: Terms | None = None,
         max_frames: int | None = None,
         short_side: int | None = None,
         long_side: int | None = None,
@@ -68,12 +114,10 @@ class Stream(Iterator[StreamResult]):
         """See `stream`."""
         if hold < 1:
             raise UserError(f"hold must be at least 1 (= every frame), got {hold}")
-        rule = dataclasses.replace(detector.rule) if detector.rule is not None else None  # type: ignore[type-var]
-        self.detector = detector.with_rule(rule)
-        if budget is not None:
-            self.budget = budget
-        self.short_side = short_side or detector.config.short_side
-        self.long_side = long_side or detector.config.long_side
+        self.detector = detector.with_rule(copy.copy(detector.rule))
+        self._spender = Spender(self.detector, budget, terms or Terms())
+        self._account = Account()
+        self._viewer = Viewer.of(detector.config, short_side, long_side)
         self.hold, self.max_frames = hold, max_frames
         self._cuts = SceneCuts() if scene_cuts else None
         self._state = detector.init_state()
@@ -83,21 +127,21 @@ class Stream(Iterator[StreamResult]):
 
     @property
     def policy(self) -> Policy | None:
-        """Which tokens are recomputed; None = dense."""
+        """Which tokens are recomputed where no budget decides; None = dense."""
         return self.detector.policy
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
-        self.detector.policy = policy
+        self.budget = policy
 
     @property
-    def budget(self) -> Policy | None:
-        """The policy that spends the budget; set tokens (int), a share of the tokens (float), or a policy."""
-        return self.policy
+    def budget(self) -> Budget | None:
+        """What a frame may cost, as it was set; None = the detector's own policy decides."""
+        return self._spender.budget
 
     @budget.setter
-    def budget(self, budget: float | int | Policy) -> None:
-        self.policy = policy_for(budget)
+    def budget(self, budget: Budget) -> None:
+        self._spender.budget = budget
 
     @property
     def state_bytes(self) -> int:
@@ -133,23 +177,11 @@ class Stream(Iterator[StreamResult]):
 
     def _detect(self, image: NDArray[np.uint8], index: int, timestamp: float | None, cut: bool) -> StreamResult:
         began = time.perf_counter()
-        height, width = image.shape[:2]
-        inner = fit_size(height, width, self.short_side, self.long_side)
-        frame = to_tensor(resize(image, *inner)).to(self.detector.device)
+        frame = self._viewer.look(image, self.detector.device)
         prepared = time.perf_counter() - began
-        (step,) = self.detector.step(frame[None], self._state, flush=cut)
+        (step,) = self._spender.step([frame], self._state, [cut], [self._account])
         step.cost.seconds["other"] = step.cost.seconds.get("other", 0.0) + prepared
-        scale = height / inner[0], width / inner[1]
-        return StreamResult(
-            detections=step.detections.scaled(scale[1], scale[0]),
-            names=self.detector.names,
-            frame_index=index,
-            timestamp=timestamp,
-            cost=step.cost,
-            work=step.work,
-            token_size=(self.detector.config.patch * scale[0], self.detector.config.patch * scale[1]),
-            image=image,
-        )
+        return self._viewer.tell(step, image, index, timestamp)
 
     def close(self) -> None:
         """Release the source; iteration ends."""
@@ -165,7 +197,9 @@ def stream(detector: Detector, source: Any, **options: Any) -> Stream:
         source: a video file, webcam number, RTSP or HTTP URL, image folder or glob, or an iterable of
             `(h, w, 3)` uint8 RGB arrays.
         options:
-            budget: tokens per frame (int), share of the tokens (float), or a policy; the detector's own if None.
+            budget: what a frame may cost: a share of the tokens (float), tokens (int), `Gmacs(40)`, `Latency(0.05)`,
+                or a policy; the detector's own policy if None.
+            terms: what tokens are worth under a budget, and how old they may grow.
             max_frames: stop after this many frames.
             short_side, long_side: of the network's input in pixels; the model's own if None.
             scene_cuts: recompute everything when another scene begins.

@@ -1,0 +1,253 @@
+"""Many live streams on one detector and one budget.
+
+::
+
+    with StreamPool(load_detector(), budget=0.25) as pool:
+        pool.add("rtsp://gate/stream", name="gate")
+        pool.add("corridor.mp4")
+        for results in pool:
+            for result in results:
+                print(result.stream, result.frame_index, len(result.detections))
+
+Every round takes one frame of each stream that has one. The budget is that of a round, and goes where the changes are.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from eventful_det.errors import UserError
+from eventful_det.gating.state import State
+from eventful_det.models.detector import Detector, DetectorStream
+from eventful_det.runtime.budget import Budget
+from eventful_det.runtime.feed import Arrival, Feed, open_feed
+from eventful_det.runtime.metrics import PoolMetrics, Tally
+from eventful_det.runtime.refresh import SceneCuts
+from eventful_det.runtime.sharing import Terms
+from eventful_det.runtime.spender import Account, Spender
+from eventful_det.runtime.stream import StreamResult, Viewer
+
+_DEPARTED = 64  # streams that left, of which the metrics are kept
+_PATIENCE = 0.5  # seconds to wait for a frame before looking again whether a stream is left
+
+
+@dataclass(frozen=True)
+class PoolResult(StreamResult):
+    """One frame of one stream of a pool; more than a `StreamResult` has:
+
+    Attributes:
+        stream: name of the stream.
+        frame_age: seconds since the frame was captured; None for files.
+        dropped: frames of the stream that were skipped so far because newer ones had come.
+    """
+
+    stream: str = ""
+    frame_age: float | None = None
+    dropped: int = 0
+
+
+@dataclass
+class _Member:
+    """A stream of the pool."""
+
+    name: str
+    feed: Feed
+    cuts: SceneCuts | None
+    tally: Tally
+    account: Account = field(default_factory=Account)
+    memory: DetectorStream | None = None
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A stream with its next frame, as it came and as the detector sees it."""
+
+    member: _Member
+    arrival: Arrival
+    frame: Tensor
+    cut: bool
+    seconds: float
+
+
+class StreamPool(Iterator[list[PoolResult]]):
+    """Detects in many streams at once. Streams may join and leave, and the budget may change, between any two rounds.
+
+    `add`, `remove`, `metrics` and `budget` may be used from other threads than the one that runs the rounds.
+
+    Args:
+        detector: in evaluation mode; its own rule and policy stay as they are.
+        budget: what a round may cost: a share of the tokens (float), tokens (int), `Gmacs(40)`, `Latency(0.05)`, or a
+            policy, which is asked about each stream alone; the detector's own policy if None.
+        terms: what tokens are worth, what every stream may count on, and how old tokens may grow.
+        short_side, long_side: of the network's input in pixels; the model's own if None.
+        scene_cuts: recompute all of a stream when another scene begins in it.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        *,
+        budget: Budget | None = None,
+        terms: Terms | None = None,
+        short_side: int | None = None,
+        long_side: int | None = None,
+        scene_cuts: bool = True,
+    ) -> None:
+        self.detector = detector.with_rule(copy.copy(detector.rule))
+        self._spender = Spender(self.detector, budget, terms or Terms())
+        self._viewer = Viewer.of(detector.config, short_side, long_side)
+        self._scene_cuts = scene_cuts
+        self._members: dict[str, _Member] = {}
+        self._departed: dict[str, Tally] = {}
+        self._lock = threading.Lock()
+        self._arrived = threading.Event()
+
+    @property
+    def budget(self) -> Budget | None:
+        """What a round may cost, as it was set; None = the detector's own policy decides."""
+        return self._spender.budget
+
+    @budget.setter
+    def budget(self, budget: Budget) -> None:
+        self._spender.budget = budget
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The streams of the pool."""
+        with self._lock:
+            return tuple(self._members)
+
+    def add(self, source: Any, *, name: str | None = None, live: bool | None = None) -> str:
+        """Let a stream join; its first frame is recomputed in full.
+
+        Args:
+            source: see `eventful_det.data.video.open_source`.
+            name: by default that of the source; "-2" and so on is appended to one that is taken.
+            live: whether only its newest frame counts, or all do; None = guess from the source.
+
+        Returns:
+            The stream's name.
+
+        Raises:
+            UserError: the source cannot be opened.
+        """
+        feed, title = open_feed(source, live, self._arrived.set)
+        with self._lock:
+            unique = _unique(name or title, self._members)
+            self._departed.pop(unique, None)
+            self._members[unique] = _Member(unique, feed, SceneCuts() if self._scene_cuts else None, Tally())
+        self._arrived.set()
+        return unique
+
+    def remove(self, name: str) -> None:
+        """Let a stream leave.
+
+        Raises:
+            UserError: there is none of this name.
+        """
+        if not self._leave(name):
+            raise UserError(f"no stream {name!r} in the pool; there are: {', '.join(self.names) or 'none'}")
+
+    def step(self) -> list[PoolResult]:
+        """One round: the next frame of every stream that has one, in one step of the detector.
+
+        A stream that ended or failed leaves; `metrics` tells why.
+
+        Returns:
+            A result for each of these streams; empty if none has a frame yet.
+        """
+        with self._lock:
+            members = list(self._members.values())
+        ready = [one for member in members if (one := self._poll(member)) is not None]
+        if not ready:
+            return []
+        state = State([one.member.memory for one in ready])
+        steps = self._spender.step(
+            [one.frame for one in ready], state, [one.cut for one in ready], [one.member.account for one in ready]
+        )
+        results = []
+        for one, step, memory in zip(ready, steps, state.streams, strict=True):
+            one.member.memory = memory
+            step.cost.seconds["other"] = step.cost.seconds.get("other", 0.0) + one.seconds
+            frame, captured = one.arrival.frame, one.arrival.captured
+            seen = self._viewer.tell(step, frame.image, one.member.tally.frames, frame.timestamp)
+            one.member.tally.count(step.cost, one.member.feed.dropped, memory.nbytes)
+            values = {f.name: getattr(seen, f.name) for f in dataclasses.fields(seen)}
+            age = None if captured is None else time.monotonic() - captured
+            results.append(PoolResult(**values, stream=one.member.name, frame_age=age, dropped=one.member.feed.dropped))
+        return results
+
+    def __next__(self) -> list[PoolResult]:
+        """The next round in which a stream has a frame; ends when no stream is left."""
+        while self.names:
+            self._arrived.clear()
+            results = self.step()
+            if results:
+                return results
+            self._arrived.wait(_PATIENCE)
+        raise StopIteration
+
+    def metrics(self) -> PoolMetrics:
+        """What the streams did so far, those that left last included."""
+        with self._lock:
+            tallies = {name: (member.tally, True) for name, member in self._members.items()}
+            tallies |= {name: (tally, False) for name, tally in self._departed.items()}
+        return PoolMetrics({name: tally.metrics(active) for name, (tally, active) in tallies.items()})
+
+    def close(self) -> None:
+        """Let all streams leave."""
+        for name in self.names:
+            self._leave(name)
+
+    def __enter__(self) -> StreamPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _poll(self, member: _Member) -> _Ready | None:
+        """The next frame of a stream; None if it has none, which may be because it just left."""
+        try:
+            arrival = member.feed.poll()
+            if arrival is None:
+                return None
+            began = time.perf_counter()
+            cut = member.cuts is not None and member.cuts(arrival.frame.image)
+            frame = self._viewer.look(arrival.frame.image, self.detector.device)
+            return _Ready(member, arrival, frame, cut, time.perf_counter() - began)
+        except StopIteration:
+            self._leave(member.name)
+        except Exception as error:  # whatever is wrong with one source must not stop the others
+            message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self._leave(member.name, message)
+        return None
+
+    def _leave(self, name: str, error: str | None = None) -> bool:
+        """Whether there was such a stream; the reasons are kept."""
+        with self._lock:
+            member = self._members.pop(name, None)
+            if member is None:
+                return False
+            member.tally.error = error
+            self._departed[name] = member.tally
+            while len(self._departed) > _DEPARTED:
+                self._departed.pop(next(iter(self._departed)))
+        member.feed.close()
+        self._arrived.set()
+        return True
+
+
+def _unique(name: str, taken: dict[str, _Member]) -> str:
+    number, unique = 1, name
+    while unique in taken:
+        number += 1
+        unique = f"{name}-{number}"
+    return unique
