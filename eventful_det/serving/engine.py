@@ -4,40 +4,41 @@ from __future__ import annotations
 
 import itertools
 import logging
-import queue
 import threading
-from collections.abc import Callable, Collection
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from collections.abc import Callable
 
-from eventful_det.data.video import VideoSource
+from eventful_det.errors import UserError
+from eventful_det.gating.policy import Policy
+from eventful_det.runtime.budget import parse_budget
+from eventful_det.runtime.pool import PoolResult, StreamPool
 from eventful_det.runtime.tracking import Tracker
 from eventful_det.serving.channel import Channel, Mark, Shot
-from eventful_det.serving.pool import StreamPool
+from eventful_det.serving.intake import Opened
 
-T = TypeVar("T")
-_IDLE = 0.01  # seconds to wait when no stream has a frame
+AUTO = "auto"  # the budget with which the detector's own policy decides
 _LOG = logging.getLogger(__name__)
 
 
 class Engine:
-    """The one thread that uses the detector. Everyone else asks it to do something between two rounds.
+    """Runs the rounds of a pool. All methods may be called from any thread.
 
     Args:
         pool: of streams; the engine closes it.
+        max_streams: at the same time.
         track: give objects ids.
 
     Attributes:
-        channels: by name, in the order of joining; read them under `lock`.
-        on_news: called in the engine's thread after every round and every change.
+        channels: by name, in the order of joining; hold `lock` to read them.
+        on_news: called in the engine's thread after every round.
     """
 
-    def __init__(self, pool: StreamPool, track: bool = False) -> None:
-        self.pool, self.track = pool, track
+    def __init__(self, pool: StreamPool, *, max_streams: int = 16, track: bool = False) -> None:
+        self.pool, self.max_streams, self.track = pool, max_streams, track
         self.lock = threading.Lock()
         self.channels: dict[str, Channel] = {}
         self.on_news: Callable[[], None] = lambda: None
-        self._wishes: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._own_policy: Policy | None = pool.detector.policy
+        self._wake, self._stopped = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="detector", daemon=True)
 
     def start(self) -> None:
@@ -46,55 +47,58 @@ class Engine:
 
     def close(self) -> None:
         """Stop after the present round; close and release all streams."""
-        self._wishes.put(None)
-        self._thread.join()
+        self._stopped.set()
         self.pool.close()
+        self._wake.set()
+        self._thread.join()
         for channel in self.channels.values():
             channel.release()
 
-    def ask(self, wish: Callable[[], T]) -> Future[T]:
-        """Have something done between two rounds."""
-        answer: Future[T] = Future()
+    def set_budget(self, text: str) -> None:
+        """Have rounds from now on cost no more than this: "25%", "40 GMACs", "50ms", "96 tokens", or "auto".
 
-        def grant() -> None:
-            try:
-                answer.set_result(wish())
-            except BaseException as error:
-                answer.set_exception(error)
+        Raises:
+            UserError: the budget cannot be understood, or the detector's rule cannot hold it.
+        """
+        budget = self._own_policy if text.strip().lower() == AUTO else parse_budget(text)
+        if budget is None:
+            raise UserError("the detector is dense (gate=dense); it has no budget to set")
+        self.pool.budget = budget
 
-        self._wishes.put(grant)
-        return answer
+    def add(self, opened: Opened) -> str:
+        """Have a stream join.
 
-    def set_budget(self, budget: Any) -> Future[None]:
-        """Have every frame from now on cost no more than `budget`."""
-        return self.ask(lambda: setattr(self.pool, "budget", budget))
+        Returns:
+            Its unique name.
 
-    def add(self, source: VideoSource, title: str, name: str, release: Callable[[], None]) -> Future[str]:
-        """Have a stream join; its name is `name`, with a number when that is taken."""
+        Raises:
+            UserError: there are too many streams already.
+        """
+        tracker = Tracker(opened.source.fps) if self.track else None
+        with self.lock:
+            self.check_room()
+            numbered = (f"{opened.name}-{i}" for i in itertools.count(2))
+            free = next(n for n in itertools.chain([opened.name], numbered) if n not in self.channels)
+            name = self.pool.add(opened.source, name=free, live=True)
+            self.channels[name] = Channel(opened.title, opened.release, tracker)
+        self._wake.set()
+        return name
 
-        def join() -> str:
-            tracker = Tracker(source.fps) if self.track else None
-            numbered = (f"{name}-{i}" for i in itertools.count(2))
-            free = next(n for n in itertools.chain([name], numbered) if n not in self.channels)
-            own = self.pool.add(source, name=free, live=True)
-            with self.lock:
-                self.channels[own] = Channel(own, title, release, tracker)
-            return own
+    def check_room(self) -> None:
+        """Raises UserError if there are too many streams for another one."""
+        if len(self.channels) >= self.max_streams:
+            raise UserError(f"there are {self.max_streams} streams already; remove one first")
 
-        return self.ask(join)
-
-    def remove(self, name: str) -> Future[None]:
-        """Have a stream leave."""
-
-        def leave() -> None:
-            if name in self.pool.names:
-                self.pool.remove(name)
-            with self.lock:
-                channel = self.channels.pop(name, None)
-            if channel is not None:
-                channel.release()
-
-        return self.ask(leave)
+    def remove(self, name: str) -> bool:
+        """Have a stream leave; whether there was one."""
+        with self.lock:
+            channel = self.channels.pop(name, None)
+        if channel is None:
+            return False
+        if name in self.pool.names:
+            self.pool.remove(name)
+        channel.release()
+        return True
 
     def newest(self, name: str, seen: int = 0) -> tuple[Shot, list[Mark]] | None:
         """The newest frame of a stream, and the marks of all frames after the one numbered `seen`.
@@ -103,49 +107,36 @@ class Engine:
         """
         with self.lock:
             channel = self.channels.get(name)
-            if channel is None or channel.newest is None or channel.newest.sequence == seen:
+            if channel is None or channel.newest is None or channel.newest.number == seen:
                 return None
-            return channel.newest, [mark for mark in channel.history if mark.sequence > seen]
+            fresh = channel.newest.number < seen  # another stream of the same name
+            return channel.newest, [mark for mark in channel.history if fresh or mark.number > seen]
 
     def _run(self) -> None:
-        quiet = False
-        while True:
-            patience = None if not self.pool.names else _IDLE if quiet else 0.0
+        while not self._stopped.is_set():
             try:
-                wish = self._wishes.get(timeout=patience)
-            except queue.Empty:
-                quiet = not self._round()
+                results = next(self.pool, None)
+            except Exception as error:
+                _LOG.exception("a round failed")
+                self._give_up(f"the detector failed: {type(error).__name__}: {error}")
                 continue
-            if wish is None:
-                return
-            wish()
+            if results is None:  # there is no stream
+                self._wake.wait()
+                self._wake.clear()
+            else:
+                self._show(results)
             self.on_news()
 
-    def _round(self) -> bool:
-        """One frame of every stream that has one; whether there was any."""
-        try:
-            results = self.pool.step()
-        except Exception as error:
-            _LOG.exception("a round failed")
-            self._end(self.pool.names, f"{type(error).__name__}: {error}")
-            return False
+    def _show(self, results: list[PoolResult]) -> None:
         with self.lock:
             for result in results:
-                self.channels[result.stream].show(result)
-        gone = self.channels.keys() - set(self.pool.names)
-        self._end([name for name in gone if self.channels[name].status in ("starting", "running")])
-        if results:
-            self.on_news()
-        return bool(results)
+                channel = self.channels.get(result.stream)
+                if channel is not None:  # it may have left during the round
+                    channel.show(result)
 
-    def _end(self, names: Collection[str], error: str | None = None) -> None:
-        """Note that streams have left the pool, or take them out because of an error."""
-        if not names:
-            return
-        streams = self.pool.metrics().streams
-        for name in names:
-            if name in self.pool.names:
-                self.pool.remove(name)
-            with self.lock:
-                self.channels[name].end(error or streams[name].error)
-        self.on_news()
+    def _give_up(self, error: str) -> None:
+        """Stop all streams; viewers see why."""
+        with self.lock:
+            for channel in self.channels.values():
+                channel.error = channel.error or error
+        self.pool.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import secrets
 import tempfile
@@ -10,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
 from av.error import FFmpegError
@@ -49,6 +51,19 @@ class Opened:
         return re.sub(r"[^A-Za-z0-9._-]+", "-", self.title).strip("-.")[:48] or "stream"
 
 
+def play(place: str | Path, title: str, release: Callable[[], None] = lambda: None) -> Opened:
+    """A source at its own pace: cameras and live streams as they are, all others by the clock, over and over.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    source = open_source(place)
+    if source.frames is None and not os.path.exists(place):
+        return Opened(source, title, release)
+    source.close()
+    return Opened(Playback(partial(open_source, place), title), title, release)
+
+
 class Intake:
     """Opens sources for people who are not trusted with the server's files.
 
@@ -77,6 +92,10 @@ class Intake:
         """Remove all uploads."""
         self._directory.cleanup()
 
+    def offers(self) -> dict[str, Any]:
+        """What may be opened, as JSON values."""
+        return {"files": self.files(), "cameras": self.cameras, "urls": self.urls, "max_bytes": self.max_bytes}
+
     def files(self) -> list[str]:
         """Files that `open` takes, relative to the media folder; hidden ones are left out."""
         if self.media is None:
@@ -92,19 +111,28 @@ class Intake:
         """
         text = text.strip()
         if re.fullmatch(r"synthetic(:\d{1,9})?", text):
-            return Opened(Playback(partial(open_source, text), text), text)
+            return play(text, text)
         if re.fullmatch(r"\d{1,3}", text):
             if not self.cameras:
                 raise UserError("the cameras of this server may not be watched; start it with cameras=true")
-            return Opened(open_source(int(text)), f"camera {text}")
+            return play(text, f"camera {text}")
         scheme, found, rest = text.partition("://")
         if found:
             if not self.urls:
                 raise UserError("this server does not connect to addresses; start it with urls=true")
             if scheme.lower() not in _SCHEMES:
                 raise UserError(f"an address has to begin with one of {', '.join(s + '://' for s in _SCHEMES)}")
-            return Opened(open_source(f"{scheme.lower()}://{rest}"), _without_password(text))
+            return play(f"{scheme.lower()}://{rest}", _without_password(text))
         return self._open_media(text)
+
+    def check_size(self, length: str | None) -> None:
+        """Refuse an upload that announces (`Content-Length`) more than `max_bytes`, before any of it comes.
+
+        Raises:
+            TooLarge: it does.
+        """
+        if length is not None and length.isdigit() and int(length) > self.max_bytes:
+            raise TooLarge(self._too_large("the file"))
 
     async def receive(self, title: str, chunks: AsyncIterator[bytes]) -> Opened:
         """Store an upload under a name of our own and open it.
@@ -120,13 +148,16 @@ class Intake:
             with path.open("xb") as file:
                 async for chunk in chunks:
                     if file.tell() + len(chunk) > self.max_bytes:
-                        raise TooLarge(f"{title} is larger than {self.max_bytes / 2**20:.0f} MiB")
+                        raise TooLarge(self._too_large(title))
                     file.write(chunk)
             check_video(path, title)
-            return Opened(Playback(partial(open_source, path), title), title, release)
+            return play(path, title, release)
         except BaseException:
             release()
             raise
+
+    def _too_large(self, title: str) -> str:
+        return f"{title} is too large; this server takes up to {self.max_bytes / 2**20:.0f} MiB"
 
     def _open_media(self, text: str) -> Opened:
         known = "" if self.media is None else "a file of the server's media folder, "
@@ -137,7 +168,7 @@ class Intake:
         with contextlib.suppress(OSError):
             if self._inside(path) and path.is_file():
                 check_video(path, text)
-                return Opened(Playback(partial(open_source, path), text), path.name)
+                return play(path, path.name)
         raise problem
 
     def _inside(self, path: Path) -> bool:
