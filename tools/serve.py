@@ -15,14 +15,15 @@ import socket
 from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 import hydra
 from common import build_rule, choose_device, console, tool
 from omegaconf import DictConfig, ListConfig
 
+from eventful_det.data.classes import SYNTHETIC_SHAPES
 from eventful_det.errors import UserError
 from eventful_det.models.checkpoints import SYNTHETIC, load_detector
+from eventful_det.models.detector import Detector
 from eventful_det.runtime.pool import StreamPool
 
 try:
@@ -81,39 +82,53 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host}:{port}: {error}; try another port, or port=0") from error
 
 
-def build_engine(config: DictConfig, sources: Sequence[str]) -> Engine:
-    """The detector with its pool, and the streams to watch from the start."""
+def build_detector(config: DictConfig, sources: Sequence[str]) -> Detector:
+    """The detector of a config; without a name, the shipped weights that know the sources."""
     synthetic = bool(sources) and all(source.startswith("synthetic") for source in sources)
     weights = config.weights or (SYNTHETIC if synthetic else None)
     detector = load_detector(weights, config.labels).to(choose_device(config.device))
-    pool = StreamPool(
-        detector.with_rule(build_rule(config.gate)), short_side=config.short_side, long_side=config.long_side
+    return detector.with_rule(build_rule(config.gate))
+
+
+def build_intake(config: DictConfig, detector: Detector) -> Intake:
+    """What people may open."""
+    synthetic = {shape.name for shape in SYNTHETIC_SHAPES} <= set(detector.names)
+    local = not config.expose
+    return Intake(
+        media=None if config.media is None else Path(config.media),
+        cameras=local if config.cameras is None else config.cameras,
+        urls=local if config.urls is None else config.urls,
+        synthetic=synthetic,
+        max_bytes=int(config.upload_mb * 2**20),
     )
+
+
+def build_engine(config: DictConfig, detector: Detector, sources: Sequence[str]) -> Engine:
+    """A pool of the sources to watch from the start, and what drives it."""
+    pool = StreamPool(detector, short_side=config.short_side, long_side=config.long_side)
     engine = Engine(pool, max_streams=config.max_streams, track=config.track)
     if detector.rule is not None:
         engine.set_budget(str(config.budget))
     for source in sources:
-        engine.add(play(source, Path(source).name if "://" not in source else source))
+        engine.add(play(source, source if "://" in source else Path(source).name))
     return engine
 
 
 def serve(config: DictConfig) -> None:
     """Run until Ctrl-C."""
-    token, port = token_of(config), listen(config.host, config.port)
-    allowed: dict[str, Any] = {
-        name: not config.expose if config[name] is None else config[name] for name in ("cameras", "urls")
-    }
-    media = None if config.media is None else Path(config.media)
-    intake = Intake(media=media, max_bytes=int(config.upload_mb * 2**20), **allowed)
-    engine = build_engine(config, sources_of(config))
+    token, sources = token_of(config), sources_of(config)
+    detector = build_detector(config, sources)
+    intake = build_intake(config, detector)
+    port = listen(config.host, config.port)
+    engine = build_engine(config, detector, sources)
     app = create_app(engine, intake, token=token, hosts=config.hosts)
-    shown = f"[{config.host}]" if ":" in config.host else config.host
-    address = f"http://{shown}:{port.getsockname()[1]}/" + (f"?token={token}" if token else "")
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    address = f"http://{host}:{port.getsockname()[1]}/" + (f"?token={token}" if token else "")
     console.print(f"watch at {address} (Ctrl-C ends)", soft_wrap=True, highlight=False)
-    server = uvicorn.Config(
+    options = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=3, ws_max_size=4096
     )
-    uvicorn.Server(server).run(sockets=[port])
+    uvicorn.Server(options).run(sockets=[port])
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="serve")

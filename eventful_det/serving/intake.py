@@ -71,16 +71,23 @@ class Intake:
         media: folder whose videos may be watched; None = none.
         cameras: whether webcams of the server may be watched.
         urls: whether the server may connect to addresses.
+        synthetic: whether the detector can see something in synthetic clips.
         max_bytes: of an upload.
     """
 
     def __init__(
-        self, *, media: Path | None = None, cameras: bool = True, urls: bool = True, max_bytes: int = 512 * 2**20
+        self,
+        *,
+        media: Path | None = None,
+        cameras: bool = True,
+        urls: bool = True,
+        synthetic: bool = True,
+        max_bytes: int = 512 * 2**20,
     ) -> None:
         if media is not None and not media.is_dir():
             raise UserError(f"media={media} is no folder")
         self.media = None if media is None else media.resolve()
-        self.cameras, self.urls, self.max_bytes = cameras, urls, max_bytes
+        self.cameras, self.urls, self.synthetic, self.max_bytes = cameras, urls, synthetic, max_bytes
         self._directory = tempfile.TemporaryDirectory(prefix="eventful_det-")  # readable by its owner only
 
     @property
@@ -94,7 +101,8 @@ class Intake:
 
     def offers(self) -> dict[str, Any]:
         """What may be opened, as JSON values."""
-        return {"files": self.files(), "cameras": self.cameras, "urls": self.urls, "max_bytes": self.max_bytes}
+        names = ("cameras", "urls", "synthetic", "max_bytes")
+        return {"files": self.files(), **{name: getattr(self, name) for name in names}}
 
     def files(self) -> list[str]:
         """Files that `open` takes, relative to the media folder; hidden ones are left out."""
