@@ -31,7 +31,7 @@ try:
 
     from eventful_det.serving.app import create_app
     from eventful_det.serving.engine import Engine
-    from eventful_det.serving.intake import Intake, play
+    from eventful_det.serving.intake import Intake, play, public_name
 except ImportError as error:
     raise SystemExit(f"error: the web page needs more libraries ({error}); pip install 'eventful_det[serve]'") from None
 
@@ -109,8 +109,8 @@ def build_engine(config: DictConfig, detector: Detector, sources: Sequence[str])
     engine = Engine(pool, max_streams=config.max_streams, track=config.track)
     if detector.rule is not None:
         engine.set_budget(str(config.budget))
-    for source in sources:
-        engine.add(play(source, source if "://" in source else Path(source).name))
+    for opened in [play(source, public_name(source)) for source in sources]:
+        engine.add(opened)
     return engine
 
 

@@ -1,1 +1,1 @@
-"""A web application to watch detectors at work: ``python tools/serve.py``. Needs ``pip install 'eventful_det[serve]'``."""
+"""A web application to watch detectors at work; see ``tools/serve.py``. It needs the extra `serve`."""

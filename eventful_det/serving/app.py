@@ -68,7 +68,11 @@ def create_app(engine: Engine, intake: Intake, *, token: str | None = None, host
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
-        engine.on_news = lambda: loop.call_soon_threadsafe(bell.ring)
+
+        def on_news() -> None:
+            loop.call_soon_threadsafe(bell.ring)
+
+        engine.on_news = on_news
         engine.start()
         yield
         await asyncio.to_thread(engine.close)

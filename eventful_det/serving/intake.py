@@ -23,6 +23,23 @@ from eventful_det.serving.playback import Playback
 # Containers that hold their own video. Playlists, scripts and session descriptions, which would make FFmpeg read
 # other files or addresses, are not among them.
 _CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,asf,h264,hevc,gif"
+_SUFFIXES = [
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".ts",
+    ".mts",
+    ".mpg",
+    ".mpeg",
+    ".flv",
+    ".ogv",
+    ".wmv",
+    ".3gp",
+    ".gif",
+]  # that are listed
 _SCHEMES = ("http", "https", "rtsp", "rtsps", "rtmp", "srt")
 _MAX_PIXELS = 8192 * 8192  # of a frame; larger ones are attacks rather than videos
 
@@ -105,10 +122,11 @@ class Intake:
         return {"files": self.files(), **{name: getattr(self, name) for name in names}}
 
     def files(self) -> list[str]:
-        """Files that `open` takes, relative to the media folder; hidden ones are left out."""
+        """Videos of the media folder, relative to it; hidden ones are left out."""
         if self.media is None:
             return []
-        paths = (p.relative_to(self.media) for p in self.media.rglob("*") if p.is_file() and self._inside(p))
+        videos = (p for p in self.media.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file() and self._inside(p))
+        paths = (p.relative_to(self.media) for p in videos)
         return sorted(str(p) for p in paths if not any(part.startswith(".") for part in p.parts))
 
     def open(self, text: str) -> Opened:
@@ -130,7 +148,7 @@ class Intake:
                 raise UserError("this server does not connect to addresses; start it with urls=true")
             if scheme.lower() not in _SCHEMES:
                 raise UserError(f"an address has to begin with one of {', '.join(s + '://' for s in _SCHEMES)}")
-            return play(f"{scheme.lower()}://{rest}", _without_password(text))
+            return play(f"{scheme.lower()}://{rest}", public_name(text))
         return self._open_media(text)
 
     def check_size(self, length: str | None) -> None:
@@ -204,5 +222,6 @@ def check_video(path: Path, title: str) -> None:
         raise UserError(f"{title} is not a video that can be played here (MP4, MOV, WebM, MKV, AVI, ...)") from error
 
 
-def _without_password(address: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", address)
+def public_name(source: str) -> str:
+    """What a source is called: the name of a file, an address without its password."""
+    return re.sub(r"//[^/@]*@", "//", source) if "://" in source else Path(source).name

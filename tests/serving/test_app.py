@@ -23,7 +23,6 @@ from eventful_det.serving.channel import HISTORY
 from eventful_det.serving.intake import Opened
 
 
-
 def parse(data: bytes) -> tuple[dict[str, Any], np.ndarray]:
     """A frame as the page reads it."""
     (length,) = struct.unpack(">I", data[:4])

@@ -86,5 +86,5 @@ def test_the_page_may_run_its_own_script_only(server: Server) -> None:
     assert "unsafe" not in policy and policy == content_policy(answer.text)
     for name, value in (("x-frame-options", "DENY"), ("x-content-type-options", "nosniff")):
         assert answer.headers[name] == value
-    for outside in ("src=", "href=\"http", "@import", "url("):
+    for outside in ("src=", 'href="http', "@import", "url("):
         assert outside not in answer.text

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
+import av
 import pytest
 from served import Server, serving
 
@@ -56,18 +56,21 @@ def test_bad_uploads_get_a_clear_message(server: Server, clip: Path, name: str, 
 def test_large_uploads_are_refused(server: Server) -> None:
     announced = server.client.post("/api/uploads?name=big.mp4", content=b"x" * 200_001)
     assert announced.status_code == 413
-    read = 0
-
-    def chunks() -> AsyncIterator[bytes]:
-        nonlocal read
-        for _ in range(50):
-            read += 1
-            yield b"x" * 10_000
-
-    streamed = server.client.post("/api/uploads?name=big.mp4", content=chunks())
+    chunks = (b"x" * 10_000 for _ in range(50))  # does not say how much there is to come
+    streamed = server.client.post("/api/uploads?name=big.mp4", content=chunks)
     assert streamed.status_code == 413
     assert "big.mp4 is too large" in streamed.json()["error"]
     assert leftovers(server) == []
+
+
+def remux(source: Path, target: Path) -> None:
+    """Copy a video into another container."""
+    with av.open(str(source)) as reader, av.open(str(target), "w") as writer:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        for packet in reader.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                writer.mux(packet)
 
 
 @pytest.fixture
@@ -77,7 +80,10 @@ def tree(tmp_path: Path, clip: Path) -> Path:
     (media / "sub").mkdir(parents=True)
     (media / "sub" / "inside.mp4").write_bytes(clip.read_bytes())
     (media / ".hidden.mp4").write_bytes(clip.read_bytes())
-    (media / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:1,\nfile://{clip}\n#EXT-X-ENDLIST\n")
+    (media / "notes.txt").write_text(SECRET)
+    playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:1,\n../outside.ts\n#EXT-X-ENDLIST\n"
+    (media / "list.m3u8").write_text(playlist)  # FFmpeg would follow it
+    remux(clip, tmp_path / "outside.ts")
     (tmp_path / "outside.mp4").write_bytes(clip.read_bytes())
     (media / "link.mp4").symlink_to(tmp_path / "outside.mp4")
     (media / "up").symlink_to(tmp_path)
@@ -86,8 +92,10 @@ def tree(tmp_path: Path, clip: Path) -> Path:
 
 def test_only_files_of_the_media_folder_are_opened(tiny_detector: Detector, tree: Path) -> None:
     with serving(tiny_detector, media=tree, cameras=False) as server:
+        with av.open(str(tree / "list.m3u8")) as playlist:
+            assert playlist.format.name == "hls" and next(playlist.decode(video=0)).width == 144
         offers = server.client.get("/api/sources").json()
-        assert offers["files"] == ["list.m3u8", "sub/inside.mp4"]
+        assert offers["files"] == ["sub/inside.mp4"]
         assert (offers["cameras"], offers["urls"]) == (False, True)
         server.watch("sub/inside.mp4")
         outside = tree.parent / "outside.mp4"
@@ -110,6 +118,7 @@ def test_only_files_of_the_media_folder_are_opened(tiny_detector: Detector, tree
             f"subfile,,start,0,end,0,,:{outside}",
             f"concat://{outside}",
             "list.m3u8",
+            "notes.txt",
             "0",
         ):
             answer = server.client.post("/api/streams", json={"source": source})
