@@ -1,8 +1,8 @@
 """Newest frames to a page, over one WebSocket.
 
-The server sends the state as JSON text and after it, for every stream that has a frame newer than the page's last one, a
-binary message (`reports.message`); how many, the state says in "frames". The page answers with any text once it has drawn
-them. Nothing else is sent until then: a slow page gets fewer frames, never old ones, and holds up nobody.
+The server sends the state as JSON text and after it a binary message (`reports.message`) for every stream that has a
+frame newer than the page's last one; how many, the state says in "frames". The page answers with any text once it has
+drawn them. Nothing else is sent until then: a slow page gets fewer frames, never old ones, and holds up nobody.
 """
 
 from __future__ import annotations
