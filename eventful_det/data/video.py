@@ -45,10 +45,20 @@ class VideoFrame:
     Attributes:
         image: `(h, w, 3)` uint8 RGB.
         timestamp: seconds since the source's first frame, or None where it has no clock.
+        captured: of a live source, when the frame was captured on the clock of `time.monotonic`, as far as can be told
+            at this end; None otherwise.
+        resumed: it is the first frame behind a gap, in which the source was lost.
     """
 
     image: NDArray[np.uint8]
     timestamp: float | None = None
+    captured: float | None = None
+    resumed: bool = False
+
+    @property
+    def age(self) -> float | None:
+        """Seconds since the frame was captured; None unless the source is live."""
+        return None if self.captured is None else max(0.0, time.monotonic() - self.captured)
 
 
 class VideoSource(Iterable[VideoFrame]):
@@ -58,12 +68,16 @@ class VideoSource(Iterable[VideoFrame]):
         name: for people.
         fps: frames per second, or None where there is no clock.
         frames: estimate of the number of frames, or None if unknown.
+        live: frames come when they come, and a slow reader gets the newest; other sources are read without loss.
         skipped: pieces of the source that could not be read or decoded so far.
+        dropped: frames of a live source that were overtaken by newer ones so far.
     """
+
+    live = False
 
     def __init__(self, name: str, fps: float | None = None, frames: int | None = None) -> None:
         self.name, self.fps, self.frames = name, fps, frames
-        self.skipped = 0
+        self.skipped = self.dropped = 0
 
     def __iter__(self) -> Iterator[VideoFrame]:
         empty = True
@@ -159,7 +173,8 @@ class _Decoder(VideoSource):
         fps = float(rate) if rate else None
         frames = self._stream.frames or (round(seconds * fps) if seconds and fps else None)
         super().__init__(url, fps, frames)
-        self._newest = Newest(self._decode()) if self._remote and seconds is None else None
+        self.live = self._remote and seconds is None
+        self._newest = Newest(self._decode()) if self.live else None
 
     def _read(self) -> Iterator[VideoFrame]:
         return self._decode() if self._newest is None else iter(self._newest)
@@ -203,6 +218,8 @@ class _Decoder(VideoSource):
 
 
 class _Webcam(VideoSource):
+    live = True
+
     def __init__(self, index: int) -> None:
         log = cv2.utils.logging
         level = log.getLogLevel()

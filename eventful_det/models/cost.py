@@ -70,7 +70,7 @@ def window_padding_macs(shape: ViTShape, grid: Grid) -> int:
 def pyramid_macs(backbone: ViTDetBackbone, grid: Grid) -> int:
     """MACs of the simple feature pyramid over a token grid."""
     stages = (backbone.simfp_2, backbone.simfp_3, backbone.simfp_4, backbone.simfp_5)
-    return sum(_stage_macs(stage, grid) for stage in stages)
+    return sum(stage_macs(stage, grid) for stage in stages)
 
 
 def rpn_macs(head: ProposalHead, grid: Grid) -> int:
@@ -87,8 +87,8 @@ def roi_macs(heads: RegionHeads, proposals: int) -> int:
     return proposals * (convolutions * cells + linears)
 
 
-def _stage_macs(stage: nn.Module, grid: Grid) -> int:
-    """MACs of a chain of convolutions; each changes the grid as its stride says."""
+def stage_macs(stage: nn.Module, grid: Grid) -> int:
+    """MACs of a chain of convolutions over a grid (rows, columns); each changes it as its stride says."""
     (rows, cols), macs = grid, 0
     for layer in stage.children():
         if isinstance(layer, nn.ConvTranspose2d):

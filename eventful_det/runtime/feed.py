@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from eventful_det.data.video import VideoFrame, VideoSource, open_source
 
-
-@dataclass(frozen=True)
-class Arrival:
-    """A frame, and when it was captured on the monotonic clock in seconds; None where frames wait to be read."""
-
-    frame: VideoFrame
-    captured: float | None = None
+_GRACE = 1.0  # seconds to wait for a thread that may be waiting for its source
 
 
 class Feed(Protocol):
-    """Where a stream's frames come from.
+    """Where a stream's frames come from."""
 
-    Attributes:
-        dropped: frames that were overtaken by newer ones so far.
-    """
+    @property
+    def dropped(self) -> int:
+        """Frames that were overtaken by newer ones so far."""
 
-    dropped: int
-
-    def poll(self) -> Arrival | None:
+    def poll(self) -> VideoFrame | None:
         """The next frame, or None if there is none yet. Raises StopIteration at the end, and errors of the source."""
 
     def close(self) -> None:
@@ -38,13 +30,14 @@ class Feed(Protocol):
 class FileFeed:
     """Every frame, in order; always ready."""
 
+    dropped = 0
+
     def __init__(self, source: VideoSource) -> None:
-        self.dropped = 0
         self._source, self._frames = source, iter(source)
 
-    def poll(self) -> Arrival | None:
+    def poll(self) -> VideoFrame | None:
         """The next frame."""
-        return Arrival(next(self._frames))
+        return next(self._frames)
 
     def close(self) -> None:
         """Release the source."""
@@ -56,16 +49,21 @@ class LiveFeed:
 
     def __init__(self, source: VideoSource, arrived: Callable[[], None]) -> None:
         """`arrived` is called, in the thread, whenever there is something to poll."""
-        self.dropped = 0
         self._source, self._arrived = source, arrived
+        self._overtaken = 0
         self._lock = threading.Lock()
-        self._newest: Arrival | None = None
+        self._newest: VideoFrame | None = None
         self._end: BaseException | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._read, name=f"feed {source.name}", daemon=True)
         self._thread.start()
 
-    def poll(self) -> Arrival | None:
+    @property
+    def dropped(self) -> int:
+        """Frames that were overtaken by newer ones so far, here or in the source."""
+        return self._overtaken + self._source.dropped
+
+    def poll(self) -> VideoFrame | None:
         """The newest frame that was not polled before; errors come after the last frame."""
         with self._lock:
             newest, self._newest = self._newest, None
@@ -74,10 +72,10 @@ class LiveFeed:
             return newest
 
     def close(self) -> None:
-        """Release the source; a thread that waits for its next frame ends with it."""
+        """Release the source; a thread that waits for its next frame ends when that comes."""
         self._closed = True
-        self._thread.join(timeout=1.0)
         self._source.close()
+        self._thread.join(_GRACE)
 
     def _read(self) -> None:
         end: BaseException = StopIteration()
@@ -85,9 +83,11 @@ class LiveFeed:
             for frame in self._source:
                 if self._closed:
                     break
+                if frame.captured is None:
+                    frame = dataclasses.replace(frame, captured=time.monotonic())
                 with self._lock:
-                    self.dropped += self._newest is not None
-                    self._newest = Arrival(frame, time.monotonic())
+                    self._overtaken += self._newest is not None
+                    self._newest = frame
                 self._arrived()
         except Exception as error:
             end = error
@@ -101,14 +101,11 @@ def open_feed(source: Any, live: bool | None, arrived: Callable[[], None]) -> tu
 
     Args:
         source: as for `open_source`.
-        live: whether only its newest frame counts; None = guess: webcams, and URLs of unknown length.
+        live: whether only its newest frame counts; None = as the source says: cameras and streams from the network.
         arrived: called whenever a live source has something to poll.
 
     Raises:
         UserError: the source cannot be opened.
     """
     opened = open_source(source)
-    if live is None:
-        camera = isinstance(source, int) or isinstance(source, str) and source.isdigit()
-        live = camera or "://" in opened.name and opened.frames is None
-    return LiveFeed(opened, arrived) if live else FileFeed(opened), opened.name
+    return LiveFeed(opened, arrived) if (opened.live if live is None else live) else FileFeed(opened), opened.name

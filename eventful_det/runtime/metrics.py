@@ -55,21 +55,20 @@ class PoolMetrics:
         every = list(self.streams.values())
         here = [one for one in every if one.active]
         rate = sum(one.frames_per_second for one in here)
-
-        def mean(name: str) -> float:
-            weights = [one.frames_per_second / rate if rate else 1 / len(here) for one in here]
-            return sum(weight * getattr(one, name) for weight, one in zip(weights, here, strict=True))
-
+        weights = [one.frames_per_second / rate if rate else 1 / len(here) for one in here]
         return StreamMetrics(
-            **{name: sum(getattr(one, name) for one in every) for name in _COUNTS},
-            **{name: mean(name) for name in ("gmacs", "dense_gmacs", "milliseconds")},
+            frames=sum(one.frames for one in every),
+            dropped=sum(one.dropped for one in every),
+            flushes=sum(one.flushes for one in every),
+            macs=sum(one.macs for one in every),
+            dense_macs=sum(one.dense_macs for one in every),
             frames_per_second=rate,
+            gmacs=_mean(weights, [one.gmacs for one in here]),
+            dense_gmacs=_mean(weights, [one.dense_gmacs for one in here]),
+            milliseconds=_mean(weights, [one.milliseconds for one in here]),
             state_bytes=sum(one.state_bytes for one in here),
             active=bool(here),
         )
-
-
-_COUNTS = ("frames", "dropped", "flushes", "macs", "dense_macs")
 
 
 @dataclass
@@ -101,10 +100,20 @@ class Tally:
         count = len(recent)
         elapsed = time.monotonic() - recent[0][0] if recent else 0.0
         return StreamMetrics(
-            **{name: getattr(self, name) for name in (*_COUNTS, "state_bytes", "error")},
+            frames=self.frames,
+            dropped=self.dropped,
+            flushes=self.flushes,
+            macs=self.macs,
+            dense_macs=self.dense_macs,
+            state_bytes=self.state_bytes,
+            error=self.error,
             frames_per_second=count / elapsed if active and count > 1 and elapsed else 0.0,
             gmacs=sum(cost.total for _, cost in recent) / count / 1e9 if count else 0.0,
             dense_gmacs=sum(cost.dense_total for _, cost in recent) / count / 1e9 if count else 0.0,
             milliseconds=1e3 * sum(cost.latency for _, cost in recent) / count if count else 0.0,
             active=active,
         )
+
+
+def _mean(weights: list[float], values: list[float]) -> float:
+    return sum(weight * value for weight, value in zip(weights, values, strict=True))

@@ -24,11 +24,12 @@ from typing import Any
 
 from torch import Tensor
 
+from eventful_det.data.video import VideoFrame
 from eventful_det.errors import UserError
 from eventful_det.gating.state import State
-from eventful_det.models.detector import Detector, DetectorStream
+from eventful_det.models.detector import Detector, DetectorStream, StepResult
 from eventful_det.runtime.budget import Budget
-from eventful_det.runtime.feed import Arrival, Feed, open_feed
+from eventful_det.runtime.feed import Feed, open_feed
 from eventful_det.runtime.metrics import PoolMetrics, Tally
 from eventful_det.runtime.refresh import SceneCuts
 from eventful_det.runtime.sharing import Terms
@@ -39,19 +40,7 @@ _DEPARTED = 64  # streams that left, of which the metrics are kept
 _PATIENCE = 0.5  # seconds to wait for a frame before looking again whether a stream is left
 
 
-@dataclass(frozen=True)
-class PoolResult(StreamResult):
-    """One frame of one stream of a pool; more than a `StreamResult` has:
-
-    Attributes:
-        stream: name of the stream.
-        frame_age: seconds since the frame was captured; None for files.
-        dropped: frames of the stream that were skipped so far because newer ones had come.
-    """
-
-    stream: str = ""
-    frame_age: float | None = None
-    dropped: int = 0
+PoolResult = StreamResult
 
 
 @dataclass
@@ -71,8 +60,8 @@ class _Ready:
     """A stream with its next frame, as it came and as the detector sees it."""
 
     member: _Member
-    arrival: Arrival
-    frame: Tensor
+    frame: VideoFrame
+    image: Tensor
     cut: bool
     seconds: float
 
@@ -86,7 +75,8 @@ class StreamPool(Iterator[list[PoolResult]]):
         detector: in evaluation mode; its own rule and policy stay as they are.
         budget: what a round may cost: a share of the tokens (float), tokens (int), `Gmacs(40)`, `Latency(0.05)`, or a
             policy, which is asked about each stream alone; the detector's own policy if None.
-        terms: what tokens are worth, what every stream may count on, and how old tokens may grow.
+        terms: what tokens are worth under a budget, what every stream may count on, what is kept of it, and how old
+            tokens may grow. Under a policy only the last counts, and only if terms are given.
         short_side, long_side: of the network's input in pixels; the model's own if None.
         scene_cuts: recompute all of a stream when another scene begins in it.
     """
@@ -102,7 +92,7 @@ class StreamPool(Iterator[list[PoolResult]]):
         scene_cuts: bool = True,
     ) -> None:
         self.detector = detector.with_rule(copy.copy(detector.rule))
-        self._spender = Spender(self.detector, budget, terms or Terms())
+        self._spender = Spender(self.detector, budget, terms)
         self._viewer = Viewer.of(detector.config, short_side, long_side)
         self._scene_cuts = scene_cuts
         self._members: dict[str, _Member] = {}
@@ -171,19 +161,13 @@ class StreamPool(Iterator[list[PoolResult]]):
             return []
         state = State([one.member.memory for one in ready])
         steps = self._spender.step(
-            [one.frame for one in ready], state, [one.cut for one in ready], [one.member.account for one in ready]
+            [one.image for one in ready],
+            state,
+            flush=[one.cut for one in ready],
+            accounts=[one.member.account for one in ready],
+            prepared=[one.seconds for one in ready],
         )
-        results = []
-        for one, step, memory in zip(ready, steps, state.streams, strict=True):
-            one.member.memory = memory
-            step.cost.seconds["other"] = step.cost.seconds.get("other", 0.0) + one.seconds
-            frame, captured = one.arrival.frame, one.arrival.captured
-            seen = self._viewer.tell(step, frame.image, one.member.tally.frames, frame.timestamp)
-            one.member.tally.count(step.cost, one.member.feed.dropped, memory.nbytes)
-            values = {f.name: getattr(seen, f.name) for f in dataclasses.fields(seen)}
-            age = None if captured is None else time.monotonic() - captured
-            results.append(PoolResult(**values, stream=one.member.name, frame_age=age, dropped=one.member.feed.dropped))
-        return results
+        return [self._tell(*one) for one in zip(ready, steps, state.streams, strict=True)]
 
     def __next__(self) -> list[PoolResult]:
         """The next round in which a stream has a frame; ends when no stream is left."""
@@ -216,19 +200,28 @@ class StreamPool(Iterator[list[PoolResult]]):
     def _poll(self, member: _Member) -> _Ready | None:
         """The next frame of a stream; None if it has none, which may be because it just left."""
         try:
-            arrival = member.feed.poll()
-            if arrival is None:
+            frame = member.feed.poll()
+            if frame is None:
                 return None
             began = time.perf_counter()
-            cut = member.cuts is not None and member.cuts(arrival.frame.image)
-            frame = self._viewer.look(arrival.frame.image, self.detector.device)
-            return _Ready(member, arrival, frame, cut, time.perf_counter() - began)
+            cut = member.cuts is not None and member.cuts(frame.image) or frame.resumed
+            image = self._viewer.look(frame.image, self.detector.device)
+            return _Ready(member, frame, image, cut, time.perf_counter() - began)
         except StopIteration:
             self._leave(member.name)
         except Exception as error:  # whatever is wrong with one source must not stop the others
             message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             self._leave(member.name, message)
         return None
+
+    def _tell(self, one: _Ready, step: StepResult, memory: DetectorStream) -> PoolResult:
+        """Remember what happened to a stream, and tell it."""
+        member, frame = one.member, one.frame
+        member.memory = memory
+        result = self._viewer.tell(step, frame.image, member.tally.frames, frame.timestamp)
+        dropped = member.feed.dropped
+        member.tally.count(step.cost, dropped, memory.nbytes)
+        return dataclasses.replace(result, stream=member.name, frame_age=frame.age, dropped=dropped)
 
     def _leave(self, name: str, error: str | None = None) -> bool:
         """Whether there was such a stream; the reasons are kept."""

@@ -7,7 +7,7 @@ those that did not, stalest first: their context changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,19 +28,24 @@ class Terms:
         age_power: changed tokens are ranked by error x age^`age_power`.
         min_share: of the changed tokens that are recomputed, every stream gets at least this share of its proportional
             part (by tokens), if so many of its tokens changed; in [0, 1). 0 = the largest changes win, wherever.
-        max_age: no token grows older than so many frames; 0 = no bound.
+        max_age: no token grows older than so many frames; 0 = no bound. It wins over the budget.
+        bank: budget that is left over is kept for busy moments, up to that of so many steps; what is more is spent on
+            the stalest tokens at once. 0 = no step may cost more than the budget. Seconds cannot be kept.
     """
 
     noise: float = 2.0
     age_power: float = 0.5
     min_share: float = 0.5
     max_age: int = 100
+    bank: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_share < 1:
             raise UserError(f"min_share must lie in [0, 1), got {self.min_share}")
         if self.max_age < 0:
             raise UserError(f"max_age must be a number of frames, or 0 for no bound, got {self.max_age}")
+        if not self.bank >= 0:
+            raise UserError(f"bank must be a number of steps, 0 or more, got {self.bank}")
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def order_tokens(gates: Sequence[GateInput], terms: Terms, calm: Sequence[int]) 
             are left out: nothing is to be gained.
     """
     changed = [gate.error > terms.noise for gate in gates]
-    due = [_due(gate.age, terms.max_age) for gate in gates]
+    due = [due_tokens(gate.age, terms.max_age) for gate in gates]
     scores = [gate.error * gate.age.to(gate.error.dtype) ** terms.age_power for gate in gates]
     ages = torch.cat([gate.age for gate in gates]).double()
     kind = torch.full_like(ages, _UNCHANGED)
@@ -93,15 +98,22 @@ def order_tokens(gates: Sequence[GateInput], terms: Terms, calm: Sequence[int]) 
     return Order(stream[order], index[order], int((kind == _DUE).sum()), int((kind == _CHANGED).sum()))
 
 
-def longest(price: Callable[[int], float], low: int, high: int, purse: float) -> int:
-    """The largest count in [low, high] whose price is within the purse; `low` if none is. Prices must not fall."""
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if price(middle) <= purse else (low, middle - 1)
-    return low
+def affordable(order: Order, totals: Tensor, purse: float, surplus: float) -> int:
+    """How many tokens of an order to recompute.
+
+    Args:
+        order: of M tokens.
+        totals: `(M + 1,)` what the first 0, 1, ... M tokens cost together.
+        purse: what may be spent on changed tokens. Those that are due are recomputed in any case.
+        surplus: what may be spent if unchanged tokens are among them.
+    """
+    needed = order.due + order.changed
+    changed = int((totals[: needed + 1] <= purse).sum()) - 1
+    everything = int((totals <= surplus).sum()) - 1
+    return max(order.due, changed, everything)
 
 
-def _due(age: Tensor, max_age: int) -> Tensor:
+def due_tokens(age: Tensor, max_age: int) -> Tensor:
     """Tokens that have to be recomputed now so that none grows older than `max_age` frames, `(N,)`.
 
     In the last S = `max_age` / 4 frames before their time tokens are renewed oldest first, N / S at once, so that even

@@ -42,6 +42,9 @@ class StreamResult:
         token_size: height and width of a token in pixels of the source frame; the map may reach beyond the frame.
         image: the source frame, `(h, w, 3)` uint8 RGB.
         held: the detector did not run; the detections are those of an earlier frame.
+        stream: name of the source.
+        frame_age: seconds from the capture of the frame to its detections; None unless the source is live.
+        dropped: frames of a live source that were overtaken by newer ones so far.
     """
 
     detections: Detections
@@ -53,6 +56,9 @@ class StreamResult:
     token_size: tuple[float, float]
     image: NDArray[np.uint8]
     held: bool = False
+    stream: str = ""
+    frame_age: float | None = None
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ class Viewer:
 
     def look(self, image: NDArray[np.uint8], device: torch.device) -> Tensor:
         """A frame `(h, w, 3)` as input `(3, h', w')` of the detector."""
-        inner = fit_size(*image.shape[:2], self.short_side, self.long_side)
+        height, width = image.shape[:2]
+        inner = fit_size(height, width, self.short_side, self.long_side)
         return to_tensor(resize(image, *inner)).to(device)
 
     def tell(self, step: StepResult, image: NDArray[np.uint8], index: int, timestamp: float | None) -> StreamResult:
@@ -115,7 +122,7 @@ class Stream(Iterator[StreamResult]):
         if hold < 1:
             raise UserError(f"hold must be at least 1 (= every frame), got {hold}")
         self.detector = detector.with_rule(copy.copy(detector.rule))
-        self._spender = Spender(self.detector, budget, terms or Terms())
+        self._spender = Spender(self.detector, budget, terms)
         self._account = Account()
         self._viewer = Viewer.of(detector.config, short_side, long_side)
         self.hold, self.max_frames = hold, max_frames
@@ -155,7 +162,7 @@ class Stream(Iterator[StreamResult]):
         if frame is None:
             self.close()
             raise StopIteration
-        cut = self._cuts is not None and self._cuts(frame.image)
+        cut = self._cuts is not None and self._cuts(frame.image) or frame.resumed
         same_size = self._last is not None and self._last.image.shape == frame.image.shape
         if self._last is not None and same_size and index % self.hold and not cut:
             idle = FrameCost(
@@ -172,15 +179,15 @@ class Stream(Iterator[StreamResult]):
             )
         else:
             result = self._detect(frame.image, index, frame.timestamp, cut)
-        self._last = result
-        return result
+        source = self._source
+        self._last = dataclasses.replace(result, stream=source.name, frame_age=frame.age, dropped=source.dropped)
+        return self._last
 
     def _detect(self, image: NDArray[np.uint8], index: int, timestamp: float | None, cut: bool) -> StreamResult:
         began = time.perf_counter()
         frame = self._viewer.look(image, self.detector.device)
         prepared = time.perf_counter() - began
-        (step,) = self._spender.step([frame], self._state, [cut], [self._account])
-        step.cost.seconds["other"] = step.cost.seconds.get("other", 0.0) + prepared
+        (step,) = self._spender.step([frame], self._state, [cut], [self._account], [prepared])
         return self._viewer.tell(step, image, index, timestamp)
 
     def close(self) -> None:
@@ -199,7 +206,8 @@ def stream(detector: Detector, source: Any, **options: Any) -> Stream:
         options:
             budget: what a frame may cost: a share of the tokens (float), tokens (int), `Gmacs(40)`, `Latency(0.05)`,
                 or a policy; the detector's own policy if None.
-            terms: what tokens are worth under a budget, and how old they may grow.
+            terms: what tokens are worth under a budget, what is kept of it, how old tokens may grow. Under a policy
+                only the last counts, and only if terms are given.
             max_frames: stop after this many frames.
             short_side, long_side: of the network's input in pixels; the model's own if None.
             scene_cuts: recompute everything when another scene begins.

@@ -1,0 +1,170 @@
+"""Budgets are held on streams, whatever their kind, and old tokens are renewed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from eventful_det.data.synthetic import SceneOptions, render_video
+from eventful_det.errors import UserError
+from eventful_det.gating.paper import Paper
+from eventful_det.gating.policy import Threshold
+from eventful_det.models.detector import Detector, StepResult
+from eventful_det.runtime.budget import Budget, Gmacs, Latency
+from eventful_det.runtime.sharing import Terms
+from eventful_det.runtime.stream import StreamResult
+
+Image = NDArray[np.uint8]
+
+
+def clip(index: int, frames: int) -> list[Image]:
+    options = SceneOptions(width=144, height=96, frames=frames, cut_fraction=0)
+    return [frame.image for frame in render_video(options, index=index)]
+
+
+@pytest.fixture(scope="module")
+def moving() -> list[Image]:
+    """A moving camera: much changes on every frame."""
+    return clip(4, 40)
+
+
+def steady(results: Sequence[StreamResult]) -> list[StreamResult]:
+    return [result for result in results if not result.cost.flush]
+
+
+def worst_age(results: Sequence[StreamResult]) -> int:
+    """How many frames old a token ever was, told by the maps of recomputed tokens."""
+    age, worst = torch.zeros_like(results[0].work), 0
+    for result in results:
+        age = torch.where(result.work > 0, 0, age + 1)
+        worst = max(worst, int(age.max()))
+    return worst
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_gmacs_are_never_exceeded(tiny_detector: Detector, moving: list[Image], share: float) -> None:
+    dense = next(tiny_detector.stream(moving)).cost.dense_total
+    results = steady(list(tiny_detector.stream(moving, budget=Gmacs(share * dense / 1e9))))
+    spent = [result.cost.total / dense for result in results]
+    assert max(spent) <= share
+    assert np.mean(spent) > 0.4 * share, "and it is used: what lacks is the bound of the region heads"
+
+
+def test_dense_is_the_ceiling(tiny_detector: Detector, moving: list[Image]) -> None:
+    gated = tiny_detector.stream(moving[:6], budget=Gmacs(1000))
+    for result, dense in zip(gated, tiny_detector.with_rule(None).stream(moving[:6]), strict=True):
+        torch.testing.assert_close(result.detections.boxes, dense.detections.boxes, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("budget", [Gmacs(0.01), 0.1, 9])
+def test_a_bank_never_lends_more_than_it_holds(tiny_detector: Detector, budget: Budget) -> None:
+    images = [clip(1, 1)[0]] * 12 + clip(4, 25)
+    results = steady(list(tiny_detector.stream(images, budget=budget, scene_cuts=False, terms=Terms(bank=3))))
+    gmacs = isinstance(budget, Gmacs)
+    spent = [result.cost.total / 1e9 if gmacs else result.cost.recomputed for result in results]
+    allowance = budget.value if isinstance(budget, Gmacs) else 6 if budget == 0.1 else 9
+    total = np.concatenate([[0], np.cumsum(spent)])
+    for length in (1, 2, 5, 20):
+        assert (total[length:] - total[:-length]).max() <= (length + 3) * allowance + 1e-9
+    assert max(spent) > 1.5 * allowance, "a busy moment draws on it"
+
+
+def test_budget_of_any_kind_between_frames(tiny_detector: Detector, moving: list[Image]) -> None:
+    stream = tiny_detector.stream(moving, budget=0.5)
+    next(stream)
+    dense = 0.0
+    for budget in (Gmacs(0.012), 7, Latency(10.0), Threshold(1e9), 0.0, Gmacs(0.02), 1.0):
+        stream.budget = budget
+        assert stream.budget == budget
+        cost = next(stream).cost
+        dense = cost.dense_total
+        if isinstance(budget, Gmacs):
+            assert cost.recomputed > 0 and cost.total <= 1e9 * budget.value
+        expected = {7: 7, Latency(10.0): 60, Threshold(1e9): 0, 0.0: 0, 1.0: 60}
+        assert cost.recomputed == expected.get(budget, cost.recomputed)  # type: ignore[call-overload]
+    assert dense > 0
+
+
+@pytest.mark.parametrize("budget", [0.02, 1, Gmacs(0.008), Latency(1e-6), Threshold(1e9)])
+def test_staleness_is_bounded(tiny_detector: Detector, budget: Budget) -> None:
+    images = [clip(1, 1)[0]] * 45
+    results = list(tiny_detector.stream(images, budget=budget, terms=Terms(max_age=12)))
+    assert worst_age(results) <= 12
+    unbounded = list(tiny_detector.stream(images, budget=Threshold(1e9)))
+    assert worst_age(unbounded) == 44
+
+
+def test_a_still_scene_is_renewed_once_and_then_costs_nothing(tiny_detector: Detector, moving: list[Image]) -> None:
+    images = moving[:6] + [moving[5]] * 20
+    results = list(tiny_detector.stream(images, budget=0.25, terms=Terms(max_age=0)))
+    recomputed = [result.cost.recomputed for result in results[1:]]
+    assert recomputed[:8] == [15] * 8, "changed tokens first, then those whose context changed"
+    assert recomputed[-10:] == [0] * 10 and sum(recomputed[5:]) >= 45
+
+
+class Simulated(Detector):
+    """A detector on a machine that takes `seconds` for a step, which is told of each frame's cost."""
+
+    seconds: Callable[[Any], float]
+
+    def step(self, *args: Any, **kwargs: Any) -> list[StepResult]:
+        results = super().step(*args, **kwargs)
+        for result in results:
+            result.cost.seconds.clear()
+            result.cost.seconds["backbone"] = self.seconds(result.cost)
+        return results
+
+
+def simulated(detector: Detector, seconds: Callable[[Any], float]) -> Detector:
+    view = detector.with_rule(detector.rule)
+    view.__class__ = Simulated
+    view.seconds = seconds  # type: ignore[attr-defined]
+    return view
+
+
+def test_latency_is_held_by_feedback(tiny_detector: Detector, moving: list[Image]) -> None:
+    """A tenth of the time whatever is recomputed; twice as slow from frame 40 to 80; then a tenth of the target."""
+    load = 1.0
+    detector = simulated(tiny_detector, lambda cost: load * (0.01 + 0.09 * cost.total / cost.dense_total))
+    stream = detector.stream(moving * 3 + moving[::-1], budget=Latency(0.05), scene_cuts=False)
+    next(stream)
+    taken = []
+    for frame in range(119):
+        load = 2.0 if 39 <= frame < 79 else 1.0
+        taken.append(next(stream).cost.seconds["backbone"])
+    settled = np.array(taken[15:39] + taken[50:79] + taken[95:])
+    assert settled.mean() == pytest.approx(0.05, rel=0.1) and settled.max() < 1.4 * 0.05
+    stream.budget = Latency(0.005)
+    floors = [next(stream).cost.recomputed for _ in range(20)]
+    assert min(floors[5:]) >= 1, "out of reach, but alive"
+
+
+def test_dense_where_gating_takes_longer(tiny_detector: Detector, moving: list[Image]) -> None:
+    def seconds(cost: Any) -> float:
+        dense = cost.recomputed == cost.tokens
+        return 0.1 if dense else 0.01 + 0.3 * cost.total / cost.dense_total
+
+    results = steady(list(simulated(tiny_detector, seconds).stream(moving, budget=Latency(0.2))))
+    assert all(result.cost.recomputed == 60 for result in results[5:])
+    few = steady(list(simulated(tiny_detector, seconds).stream([moving[0]] * 8, budget=Latency(0.2))))
+    assert all(result.cost.recomputed == 0 for result in few)
+
+
+def test_the_paper_rule_knows_tokens_and_shares_only(tiny_detector: Detector, moving: list[Image]) -> None:
+    detector = tiny_detector.with_rule(Paper())
+    (_, second) = list(detector.stream(moving[:2], budget=0.25))
+    assert second.cost.recomputed == 15
+    for budget in (Gmacs(1), Latency(1)):
+        with pytest.raises(UserError, match="rows rule"):
+            detector.stream(moving, budget=budget)
+
+
+def test_results_do_not_depend_on_the_past_of_a_budget(tiny_detector: Detector, moving: list[Image]) -> None:
+    costs = [[r.cost.macs for r in tiny_detector.stream(moving[:8], budget=Gmacs(0.01))] for _ in range(2)]
+    assert costs[0] == costs[1] and any(a != b for a, b in pairwise(costs[0]))
