@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from eventful_det.data.transforms import resize
 from eventful_det.models.cost import FrameCost
-from eventful_det.runtime.pool import PoolResult
+from eventful_det.runtime.stream import StreamResult
 from eventful_det.runtime.tracking import Tracker
 
 HISTORY = 240  # frames in a strip chart
@@ -33,7 +33,7 @@ class Shot:
     """
 
     number: int
-    result: PoolResult
+    result: StreamResult
 
     @cached_property
     def jpeg(self) -> bytes:
@@ -69,7 +69,7 @@ class Channel:
     newest: Shot | None = None
     history: deque[Mark] = field(default_factory=lambda: deque(maxlen=HISTORY))
 
-    def show(self, result: PoolResult) -> None:
+    def show(self, result: StreamResult) -> None:
         """Take in the next frame."""
         if self.tracker is not None:
             result = replace(result, detections=self.tracker(result).detections)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from eventful_det.errors import UserError
 from eventful_det.gating.policy import Policy
 from eventful_det.runtime.budget import parse_budget
-from eventful_det.runtime.pool import PoolResult, StreamPool
+from eventful_det.runtime.pool import StreamPool
+from eventful_det.runtime.stream import StreamResult
 from eventful_det.runtime.tracking import Tracker
 from eventful_det.serving.channel import Channel, Mark, Shot
 from eventful_det.serving.intake import Opened
@@ -79,7 +80,7 @@ class Engine:
             self.check_room()
             numbered = (f"{opened.name}-{i}" for i in itertools.count(2))
             free = next(n for n in itertools.chain([opened.name], numbered) if n not in self.channels)
-            name = self.pool.add(opened.source, name=free, live=True)
+            name = self.pool.add(opened.source, name=free)
             self.channels[name] = Channel(opened.title, opened.release, tracker)
         self._wake.set()
         return name
@@ -127,7 +128,7 @@ class Engine:
                 self._show(results)
             self.on_news()
 
-    def _show(self, results: list[PoolResult]) -> None:
+    def _show(self, results: list[StreamResult]) -> None:
         with self.lock:
             for result in results:
                 channel = self.channels.get(result.stream)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import secrets
 import tempfile
@@ -75,7 +74,7 @@ def play(place: str | Path, title: str, release: Callable[[], None] = lambda: No
         UserError: it cannot be opened.
     """
     source = open_source(place)
-    if source.frames is None and not os.path.exists(place):
+    if source.live:
         return Opened(source, title, release)
     source.close()
     return Opened(Playback(partial(open_source, place), title), title, release)

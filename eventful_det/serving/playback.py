@@ -20,6 +20,8 @@ class Playback(VideoSource):
         loop: begin again at the end.
     """
 
+    live = True
+
     def __init__(self, reopen: Callable[[], VideoSource], name: str, loop: bool = True) -> None:
         with reopen() as source:
             super().__init__(name, source.fps or _FPS)
