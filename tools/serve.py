@@ -100,6 +100,7 @@ def build_intake(config: DictConfig, detector: Detector) -> Intake:
         urls=local if config.urls is None else config.urls,
         synthetic=synthetic,
         max_bytes=int(config.upload_mb * 2**20),
+        max_uploads=config.max_streams,
     )
 
 

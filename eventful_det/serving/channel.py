@@ -18,7 +18,7 @@ from eventful_det.models.cost import FrameCost
 from eventful_det.runtime.stream import StreamResult
 from eventful_det.runtime.tracking import Tracker
 
-HISTORY = 240  # frames in a strip chart
+HISTORY = 160  # frames in a strip chart
 _LONGEST = 960  # side of the pictures that are sent, in pixels
 _QUALITY = 82  # of their JPEG
 

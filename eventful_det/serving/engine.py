@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -28,6 +29,9 @@ class Engine:
         max_streams: at the same time.
         track: give objects ids.
 
+    Raises:
+        UserError: there is no library for ids.
+
     Attributes:
         channels: by name, in the order of joining; hold `lock` to read them.
         on_news: called in the engine's thread after every round.
@@ -35,6 +39,8 @@ class Engine:
 
     def __init__(self, pool: StreamPool, *, max_streams: int = 16, track: bool = False) -> None:
         self.pool, self.max_streams, self.track = pool, max_streams, track
+        if track:
+            Tracker()  # tells now what is missing
         self.lock = threading.Lock()
         self.channels: dict[str, Channel] = {}
         self.on_news: Callable[[], None] = lambda: None
@@ -96,7 +102,7 @@ class Engine:
             channel = self.channels.pop(name, None)
         if channel is None:
             return False
-        if name in self.pool.names:
+        with contextlib.suppress(UserError):  # it may have left by itself
             self.pool.remove(name)
         channel.release()
         return True

@@ -89,6 +89,7 @@ class Intake:
         urls: whether the server may connect to addresses.
         synthetic: whether the detector can see something in synthetic clips.
         max_bytes: of an upload.
+        max_uploads: that are coming in or are watched.
     """
 
     def __init__(
@@ -99,11 +100,13 @@ class Intake:
         urls: bool = True,
         synthetic: bool = True,
         max_bytes: int = 512 * 2**20,
+        max_uploads: int = 16,
     ) -> None:
         if media is not None and not media.is_dir():
             raise UserError(f"media={media} is no folder")
         self.media = None if media is None else media.resolve()
-        self.cameras, self.urls, self.synthetic, self.max_bytes = cameras, urls, synthetic, max_bytes
+        self.cameras, self.urls, self.synthetic = cameras, urls, synthetic
+        self.max_bytes, self.max_uploads = max_bytes, max_uploads
         self._directory = tempfile.TemporaryDirectory(prefix="eventful_det-")  # readable by its owner only
 
     @property
@@ -164,8 +167,10 @@ class Intake:
 
         Raises:
             TooLarge: it has more than `max_bytes`; nothing of it is kept.
-            UserError: it is no video; nothing of it is kept.
+            UserError: it is no video, and nothing of it is kept; or there are too many uploads.
         """
+        if len(list(self.directory.iterdir())) >= self.max_uploads:
+            raise UserError(f"there are {self.max_uploads} uploads already; remove one first")
         path = self.directory / f"{secrets.token_hex(16)}.upload"
         release = partial(path.unlink, missing_ok=True)
         title = "".join(c for c in Path(title.replace("\\", "/")).name if c.isprintable())[:80] or "upload"

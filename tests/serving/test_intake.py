@@ -73,6 +73,13 @@ def remux(source: Path, target: Path) -> None:
                 writer.mux(packet)
 
 
+def test_there_is_an_upper_limit_of_uploads(tiny_detector: Detector, clip: Path) -> None:
+    with serving(tiny_detector, max_uploads=1) as server:
+        first, second = (server.client.post("/api/uploads?name=a.mp4", content=clip.read_bytes()) for _ in range(2))
+        assert first.status_code == 201 and second.status_code == 400
+        assert "1 uploads already" in second.json()["error"] and len(leftovers(server)) == 1
+
+
 @pytest.fixture
 def tree(tmp_path: Path, clip: Path) -> Path:
     """A media folder beside things that are nobody's business."""

@@ -132,13 +132,13 @@ def test_the_page_at_work(page: Page, clip: Path, tmp_path: Path) -> None:
     # The slider, by keyboard, changes the cost.
     slider = page.find("#slider")
     slider.send_keys(Keys.HOME)
-    page.until(lambda: page.text("#value") == "1 %" and 0 <= page.tokens() <= 1)
+    page.until(lambda: page.text("#value") == "1 % of tokens" and 0 <= page.tokens() <= 1)
     page.until(lambda: "of dense" in page.text("#spent"))
     slider.send_keys(Keys.END)
-    page.until(lambda: page.text("#value") == "100 %" and page.tokens() > 30)
+    page.until(lambda: page.text("#value") == "100 % of tokens" and page.tokens() > 30)
     for _ in range(50):
         slider.send_keys(Keys.ARROW_LEFT)
-    page.until(lambda: page.text("#value") == "50 %" and 1 < page.tokens() <= 30)
+    page.until(lambda: page.text("#value") == "50 % of tokens" and 1 < page.tokens() <= 30)
 
     # A second stream by name, an unknown one, and both gone again.
     page.find("#open").click()
