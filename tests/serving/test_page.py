@@ -6,6 +6,7 @@ import shutil
 import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -139,6 +140,16 @@ def test_the_page_at_work(page: Page, clip: Path, tmp_path: Path) -> None:
     for _ in range(50):
         slider.send_keys(Keys.ARROW_LEFT)
     page.until(lambda: page.text("#value") == "50 % of tokens" and 1 < page.tokens() <= 30)
+
+    # What somebody else chooses is shown, too.
+    budget = urllib.request.Request(
+        page.driver.current_url + "api/budget",
+        b'{"budget": "0.4 GMACs"}',
+        {"Content-Type": "application/json"},
+        method="PUT",
+    )
+    urllib.request.urlopen(budget).close()
+    page.until(lambda: page.text("#value") == "0.40 GMACs" and page.find("[value=gmacs]").is_selected())
 
     # A second stream by name, an unknown one, and both gone again.
     page.find("#open").click()
