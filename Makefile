@@ -7,7 +7,7 @@ FRAMES ?=
 OUTPUT ?= outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format sweep data train clean
+.PHONY: help install demo serve test lint format sweep data train clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -22,6 +22,9 @@ $(VENV)/installed: setup.py pyproject.toml
 
 demo: install  ## detect in a video: make demo [VIDEO=my.mp4] [FRAMES=100] [OUTPUT=outputs/demo]
 	$(RUN) tools/demo.py $(if $(VIDEO),source='$(VIDEO)') $(if $(FRAMES),max_frames=$(FRAMES)) output=$(OUTPUT)
+
+serve: install  ## watch in a browser, with a slider for the budget: make serve [VIDEO=my.mp4]
+	$(RUN) tools/serve.py source='$(or $(VIDEO),synthetic:1)'
 
 test: install  ## run all tests
 	$(RUN) -m pytest

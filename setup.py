@@ -24,6 +24,14 @@ setup(
             "hydra-joblib-launcher>=1.2",  # jobs side by side on one machine
         ],
         # detectron2 is not on PyPI: pip install git+https://github.com/facebookresearch/detectron2
+        "serve": [
+            "fastapi>=0.115",  # routes, validation and their tests
+            "uvicorn>=0.30",  # the HTTP server
+            "websockets>=13",  # pictures to the browser, over one connection for all streams
+        ],
+        "supervision": ["supervision>=0.26"],  # to_supervision
+        # trackers brings opencv-python, which needs libGL; where that is missing: pip install --no-deps trackers
+        "tracks": ["trackers>=2.6", "supervision>=0.26"],  # ByteTrack
         "dev": [
             "pytest>=8",  # tests
             "pytest-xdist>=3",  # tests on all cores
@@ -32,6 +40,14 @@ setup(
             "faster-coco-eval>=1.6",  # a third one
             "ruff>=0.8",  # lint and format
             "mypy>=1.13",  # types
+            "fastapi>=0.115",  # as in serve
+            "uvicorn>=0.30",
+            "websockets>=13",
+            "httpx2>=2",  # requests of FastAPI's TestClient
+            "selenium>=4.20",  # the page in a real browser
+            "supervision>=0.26",  # to_supervision
+            "nbclient>=0.10",  # runs the notebook
+            "ipykernel>=6.29",  # the notebook's Python
         ],
     },
 )

@@ -45,12 +45,15 @@ def draw_detections(image: Image, detections: Detections, names: Sequence[str], 
     """A copy of an image with the detections whose score is at least `show`; line and text suit its size."""
     canvas = image.copy()
     unit = max(1.0, min(image.shape[:2]) / 360)
-    boxes = zip(detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
-    for box, score, label in reversed([b for b in boxes if b[1] >= show]):  # the best on top
+    tracks = [-1] * len(detections) if detections.tracks is None else detections.tracks.tolist()
+    found = (detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), tracks)
+    boxes = [b for b in zip(*found, strict=True) if b[1] >= show]
+    for box, score, label, track in reversed(boxes):  # the best on top
         colour = class_colour(label)
         x1, y1, x2, y2 = (round(v) for v in box)
         cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, round(2 * unit), cv2.LINE_AA)
-        _draw_label(canvas, f"{names[label]} {score:.2f}", x1, y1, round(14 * unit), colour)
+        name = names[label] if track < 0 else f"{names[label]} #{track}"
+        _draw_label(canvas, f"{name} {score:.2f}", x1, y1, round(14 * unit), colour)
     return canvas
 
 

@@ -31,6 +31,7 @@ from common import build_rule, choose_device, console, tool, write_results
 from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from eventful_det.adapters import to_record
 from eventful_det.data.video import VideoSource, open_source
 from eventful_det.data.video_writer import VideoWriter
 from eventful_det.errors import UserError
@@ -42,6 +43,7 @@ from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.drift import matches
 from eventful_det.runtime.sharing import Terms
 from eventful_det.runtime.stream import Stream, StreamResult
+from eventful_det.runtime.tracking import Tracker
 from eventful_det.viz import annotate, cost_row, plot_cost
 
 HISTORY = 100  # frames in the strip chart
@@ -76,7 +78,7 @@ class Outputs:
         self.video.write(annotate(result, self.history, self.show))
         row = {"frame": result.frame_index, **cost_row(result.cost), "held": int(result.held)}
         try:
-            self.lines.write(json.dumps(record(result)) + "\n")
+            self.lines.write(json.dumps(to_record(result)) + "\n")
             if self.rows is None:
                 self.rows = csv.DictWriter(self.table, list(row))
                 self.rows.writeheader()
@@ -149,30 +151,6 @@ def select(detections: Detections, chosen: Any) -> Detections:
     return detections.map(lambda values: values[chosen])
 
 
-def record(result: StreamResult) -> dict[str, Any]:
-    """A frame as a line of detections.jsonl; boxes are xyxy in pixels of the source."""
-    found, cost = result.detections, result.cost
-    objects = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
-    return {
-        "frame_index": result.frame_index,
-        "timestamp": result.timestamp,
-        "size": {"height": result.image.shape[0], "width": result.image.shape[1]},
-        "detections": [
-            {"box": [round(v, 2) for v in box], "score": round(score, 4), "label": label, "name": result.names[label]}
-            for box, score, label in objects
-        ],
-        "cost": {
-            "macs": {**cost.macs, "total": cost.total},
-            "dense": {**cost.dense, "total": cost.dense_total},
-            "ms": {**{k: round(v * 1e3, 3) for k, v in cost.seconds.items()}, "total": round(cost.latency * 1e3, 3)},
-            "recomputed": cost.recomputed,
-            "tokens": cost.tokens,
-            "flush": cost.flush,
-        },
-        "held": result.held,
-    }
-
-
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C waits until the block is done, so that every file holds the same frames."""
@@ -227,13 +205,14 @@ def demo(config: DictConfig) -> None:
     directory, stopped = Path(config.output), None
     with open_source(config.source) as source:
         stream, comparison = open_stream(config, source)
-        first = next(stream)  # the outputs of an earlier run stay until the source has proved to work
+        tracked = map(Tracker(source.fps), stream) if config.track else stream
+        first = next(tracked)  # the outputs of an earlier run stay until the source has proved to work
         fps = source.fps if source.fps and 1 <= source.fps <= 240 else 25.0
         total = min((n for n in (source.frames, config.max_frames) if n), default=None)
         outputs = Outputs(directory, fps, config.show)
         began = time.perf_counter()
         try:
-            run(itertools.chain([first], stream), outputs, comparison, total)
+            run(itertools.chain([first], tracked), outputs, comparison, total)
         except BaseException as error:
             if outputs.rows is None:
                 raise

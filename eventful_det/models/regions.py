@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -28,18 +29,20 @@ class Detections(TensorTree):
         boxes: `(n, 4)` xyxy in pixels.
         scores: `(n,)` in [0, 1].
         labels: `(n,)` indices into the class names, from 0.
+        tracks: `(n,)` ids of objects followed from frame to frame, -1 = not followed (yet); None without a tracker.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    tracks: Tensor | None = None
 
     def __len__(self) -> int:
         return self.boxes.shape[0]
 
     def scaled(self, x: float, y: float) -> Detections:
         """The same objects with coordinates multiplied by `x` and `y`."""
-        return Detections(self.boxes * self.boxes.new_tensor([x, y, x, y]), self.scores, self.labels)
+        return dataclasses.replace(self, boxes=self.boxes * self.boxes.new_tensor([x, y, x, y]))
 
 
 def level_of(boxes: Tensor, canonical_box: float) -> Tensor:

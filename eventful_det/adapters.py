@@ -1,0 +1,100 @@
+"""Detections in the forms that other programs read: JSON records, COCO results, `supervision`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eventful_det.errors import UserError
+from eventful_det.evaluation.detection import coco_results
+from eventful_det.models.regions import Detections
+from eventful_det.runtime.stream import StreamResult
+
+if TYPE_CHECKING:
+    import supervision
+
+
+def to_supervision(detections: Detections, names: Sequence[str]) -> supervision.Detections:
+    """Detections for the `supervision` library, to be drawn, counted, filtered, sliced or tracked there.
+
+    Args:
+        detections: of one frame.
+        names: class names that the labels index, as in `StreamResult.names`.
+
+    Returns:
+        `supervision.Detections` with `xyxy` in the pixels of the detections, `confidence`, `class_id`, track ids if
+        there are any, and `data["class_name"]`, which its annotators show.
+
+    Raises:
+        UserError: `supervision` is not installed.
+    """
+    try:
+        import supervision
+    except ImportError as error:
+        raise UserError(f"to_supervision needs supervision ({error}); pip install supervision") from error
+    labels = detections.labels.cpu().numpy()
+    return supervision.Detections(
+        xyxy=detections.boxes.cpu().numpy(),
+        confidence=detections.scores.cpu().numpy(),
+        class_id=labels,
+        tracker_id=None if detections.tracks is None else detections.tracks.cpu().numpy(),
+        data={"class_name": np.array([names[label] for label in labels], dtype=str)},
+    )
+
+
+def to_coco(result: StreamResult, image_id: int | None = None, categories: Sequence[int] | None = None) -> list[Any]:
+    """A frame as entries of a COCO results list, ready for JSON and `pycocotools`.
+
+    Args:
+        result: the frame.
+        image_id: of the frame; by default its index, from 1 as COCO counts.
+        categories: category id of each label; by default label + 1.
+
+    Returns:
+        Entries of image_id, category_id, bbox (x, y, width, height in pixels), score, and track_id if it has one.
+    """
+    image = result.frame_index + 1 if image_id is None else image_id
+    ids = range(1, len(result.names) + 1) if categories is None else categories
+    entries: list[Any] = coco_results({image: result.detections}, ids)
+    for entry, track in zip(entries, _tracks(result.detections), strict=True):
+        entry.update(track)
+    return entries
+
+
+def to_record(result: StreamResult) -> dict[str, Any]:
+    """A frame as one JSON object: what was found, and what it cost. Boxes are xyxy in pixels of the source."""
+    found, cost = result.detections, result.cost
+    objects = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), _tracks(found), strict=True)
+    return {
+        "frame_index": result.frame_index,
+        "timestamp": result.timestamp,
+        "size": {"height": result.image.shape[0], "width": result.image.shape[1]},
+        "detections": [
+            {
+                "box": [round(v, 2) for v in box],
+                "score": round(score, 4),
+                "label": label,
+                "name": result.names[label],
+                **track,
+            }
+            for box, score, label, track in objects
+        ],
+        "cost": {
+            "macs": {**cost.macs, "total": cost.total},
+            "dense": {**cost.dense, "total": cost.dense_total},
+            "ms": {**{k: round(v * 1e3, 3) for k, v in cost.seconds.items()}, "total": round(cost.latency * 1e3, 3)},
+            "recomputed": cost.recomputed,
+            "tokens": cost.tokens,
+            "flush": cost.flush,
+        },
+        "held": result.held,
+    }
+
+
+def _tracks(detections: Detections) -> list[dict[str, int]]:
+    """The track id of each detection as an entry to add, empty where it has none."""
+    if detections.tracks is None:
+        return [{} for _ in range(len(detections))]
+    return [{} if track < 0 else {"track_id": track} for track in detections.tracks.tolist()]

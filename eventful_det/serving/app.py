@@ -1,0 +1,181 @@
+"""The web application: a page, and the JSON that it and other programs use.
+
+======================================  ==========================================================
+GET    /                                the page
+GET    /api/state                       budget, streams, what they did
+PUT    /api/budget                      {"budget": "25%"}, "40 GMACs", "50ms", "96 tokens", "auto"
+GET    /api/sources                     what may be opened, files of the media folder
+POST   /api/streams                     {"source": "synthetic:1"}: joins
+POST   /api/uploads?name=clip.mp4       the file as the body: joins
+GET    /api/streams/NAME/detections     of the newest frame
+GET    /api/streams/NAME/frame.jpg      the newest frame with its boxes
+DELETE /api/streams/NAME                leaves; an upload is removed
+WS     /api/live                        newest frames of all streams, see `live`
+GET    /metrics                         for Prometheus
+======================================  ==========================================================
+
+Errors are JSON: {"error": "what was wrong"}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, Request, WebSocket
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from eventful_det.adapters import to_record
+from eventful_det.errors import UserError
+from eventful_det.serving.channel import Shot, encode_jpeg
+from eventful_det.serving.engine import Engine
+from eventful_det.serving.guard import Guard, content_policy
+from eventful_det.serving.intake import Intake, Opened, TooLarge
+from eventful_det.serving.live import Bell, show
+from eventful_det.serving.reports import prometheus, state
+from eventful_det.viz import draw_detections
+
+
+class SourceRequest(BaseModel):
+    """What to watch."""
+
+    source: str = Field(max_length=2000)
+
+
+class BudgetRequest(BaseModel):
+    """What a round may cost."""
+
+    budget: str = Field(max_length=40)
+
+
+def create_app(engine: Engine, intake: Intake, *, token: str | None = None, hosts: Collection[str] = ()) -> FastAPI:
+    """The application. It starts the engine when it starts, and closes engine and intake when it ends.
+
+    Args:
+        engine: not started yet.
+        intake: opens what people ask for.
+        token: that everybody needs; None = none.
+        hosts: names, besides localhost and bare addresses, under which the server may be reached.
+    """
+    bell = Bell()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+
+        def on_news() -> None:
+            loop.call_soon_threadsafe(bell.ring)
+
+        engine.on_news = on_news
+        engine.start()
+        yield
+        await asyncio.to_thread(engine.close)
+        intake.close()
+
+    app = FastAPI(title="eventful_det", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Guard, token=token, hosts=hosts)
+    _answer_errors(app)
+    _add_page(app)
+    _add_streams(app, engine, intake)
+    _add_reports(app, engine)
+
+    @app.websocket("/api/live")
+    async def live(socket: WebSocket) -> None:
+        await show(socket, engine, bell)
+
+    return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Every error is {"error": text}."""
+
+    @app.exception_handler(UserError)
+    async def user_error(_: Request, error: UserError) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, 413 if isinstance(error, TooLarge) else 400)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        return JSONResponse({"error": f"{where or 'request'}: {first['msg']}"}, 422)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse({"error": error.detail}, error.status_code)
+
+
+def _add_page(app: FastAPI) -> None:
+    page = (resources.files("eventful_det.serving") / "page.html").read_text(encoding="utf-8")
+    headers = {"Content-Security-Policy": content_policy(page)}
+
+    @app.get("/")
+    def index() -> HTMLResponse:
+        return HTMLResponse(page, headers=headers)
+
+
+def _add_streams(app: FastAPI, engine: Engine, intake: Intake) -> None:
+    def join(opened: Opened) -> dict[str, str]:
+        try:
+            return {"name": engine.add(opened)}
+        except BaseException:
+            opened.source.close()
+            opened.release()
+            raise
+
+    @app.get("/api/sources")
+    def sources() -> dict[str, Any]:
+        return intake.offers()
+
+    @app.post("/api/streams", status_code=201)
+    def add_stream(request: SourceRequest) -> dict[str, str]:
+        engine.check_room()
+        return join(intake.open(request.source))
+
+    @app.post("/api/uploads", status_code=201)
+    async def upload(request: Request, name: str = "") -> dict[str, str]:
+        engine.check_room()
+        intake.check_size(request.headers.get("content-length"))
+        opened = await intake.receive(name, request.stream())
+        return await asyncio.to_thread(join, opened)
+
+    @app.delete("/api/streams/{name}", status_code=204)
+    def remove_stream(name: str) -> None:
+        if not engine.remove(name):
+            raise HTTPException(404, f"no stream {name!r}")
+
+    @app.put("/api/budget")
+    def set_budget(request: BudgetRequest) -> dict[str, Any]:
+        engine.set_budget(request.budget)
+        return state(engine)
+
+
+def _add_reports(app: FastAPI, engine: Engine) -> None:
+    def newest(name: str) -> Shot:
+        found = engine.newest(name)
+        if found is None:
+            raise HTTPException(404, f"no stream {name!r}, or it has no frame yet")
+        return found[0]
+
+    @app.get("/api/state")
+    def report() -> dict[str, Any]:
+        return state(engine)
+
+    @app.get("/api/streams/{name}/detections")
+    def detections(name: str) -> dict[str, Any]:
+        return to_record(newest(name).result)
+
+    @app.get("/api/streams/{name}/frame.jpg")
+    def frame(name: str, show: float = 0.5) -> Response:
+        result = newest(name).result
+        picture = draw_detections(result.image, result.detections, result.names, show)
+        return Response(encode_jpeg(picture), media_type="image/jpeg")
+
+    @app.get("/metrics")
+    def metrics() -> PlainTextResponse:
+        return PlainTextResponse(prometheus(engine), media_type="text/plain; version=0.0.4")

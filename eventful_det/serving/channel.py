@@ -1,0 +1,85 @@
+"""What viewers want to see of one stream: its newest frame and what the last ones cost."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from eventful_det.data.transforms import resize
+from eventful_det.models.cost import FrameCost
+from eventful_det.runtime.stream import StreamResult
+from eventful_det.runtime.tracking import Tracker
+
+HISTORY = 160  # frames in a strip chart
+_LONGEST = 960  # side of the pictures that are sent, in pixels
+_QUALITY = 82  # of their JPEG
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One frame as viewers get it.
+
+    Attributes:
+        number: of the frame in its stream, from 1.
+        result: of the detector.
+    """
+
+    number: int
+    result: StreamResult
+
+    @cached_property
+    def jpeg(self) -> bytes:
+        """The frame without boxes; encoded when first asked for, so that frames nobody sees cost nothing."""
+        return encode_jpeg(self.result.image)
+
+
+class Mark(NamedTuple):
+    """One frame in a strip chart: its number, when it was done (`time.monotonic`), what it cost."""
+
+    number: int
+    at: float
+    cost: FrameCost
+
+
+@dataclass
+class Channel:
+    """One stream.
+
+    Attributes:
+        title: for people, for example the name of the file.
+        release: called when the stream is gone; may be called again.
+        tracker: gives objects ids.
+        error: why the server gave the stream up.
+        newest: the newest frame.
+        history: of the strip chart, oldest first.
+    """
+
+    title: str
+    release: Callable[[], None]
+    tracker: Tracker | None = None
+    error: str | None = None
+    newest: Shot | None = None
+    history: deque[Mark] = field(default_factory=lambda: deque(maxlen=HISTORY))
+
+    def show(self, result: StreamResult) -> None:
+        """Take in the next frame."""
+        if self.tracker is not None:
+            result = replace(result, detections=self.tracker(result).detections)
+        self.newest = Shot(result.frame_index + 1, result)
+        self.history.append(Mark(self.newest.number, time.monotonic(), result.cost))
+
+
+def encode_jpeg(image: NDArray[np.uint8]) -> bytes:
+    """An RGB image as JPEG, at most 960 pixels long."""
+    scale = min(1.0, _LONGEST / max(image.shape[:2]))
+    small = resize(image, *(max(1, round(side * scale)) for side in image.shape[:2]))
+    options = [cv2.IMWRITE_JPEG_QUALITY, _QUALITY]
+    return bytes(cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), options)[1])

@@ -1,0 +1,149 @@
+"""Drives a pool of streams in a thread of its own; whoever watches, however slowly, does not hold it up."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import threading
+from collections.abc import Callable
+
+from eventful_det.errors import UserError
+from eventful_det.gating.policy import Policy
+from eventful_det.runtime.budget import parse_budget
+from eventful_det.runtime.pool import StreamPool
+from eventful_det.runtime.stream import StreamResult
+from eventful_det.runtime.tracking import Tracker
+from eventful_det.serving.channel import Channel, Mark, Shot
+from eventful_det.serving.intake import Opened
+
+AUTO = "auto"  # the budget with which the detector's own policy decides
+_LOG = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs the rounds of a pool. All methods may be called from any thread.
+
+    Args:
+        pool: of streams; the engine closes it.
+        max_streams: at the same time.
+        track: give objects ids.
+
+    Raises:
+        UserError: there is no library for ids.
+
+    Attributes:
+        channels: by name, in the order of joining; hold `lock` to read them.
+        on_news: called in the engine's thread after every round.
+    """
+
+    def __init__(self, pool: StreamPool, *, max_streams: int = 16, track: bool = False) -> None:
+        self.pool, self.max_streams, self.track = pool, max_streams, track
+        if track:
+            Tracker()  # tells now what is missing
+        self.lock = threading.Lock()
+        self.channels: dict[str, Channel] = {}
+        self.on_news: Callable[[], None] = lambda: None
+        self._own_policy: Policy | None = pool.detector.policy
+        self._wake, self._stopped = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="detector", daemon=True)
+
+    def start(self) -> None:
+        """Begin to run."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop after the present round; close and release all streams."""
+        self._stopped.set()
+        self.pool.close()
+        self._wake.set()
+        self._thread.join()
+        for channel in self.channels.values():
+            channel.release()
+
+    def set_budget(self, text: str) -> None:
+        """Have rounds from now on cost no more than this: "25%", "40 GMACs", "50ms", "96 tokens", or "auto".
+
+        Raises:
+            UserError: the budget cannot be understood, or the detector's rule cannot hold it.
+        """
+        budget = self._own_policy if text.strip().lower() == AUTO else parse_budget(text)
+        if budget is None:
+            raise UserError("the detector is dense (gate=dense); it has no budget to set")
+        self.pool.budget = budget
+
+    def add(self, opened: Opened) -> str:
+        """Have a stream join.
+
+        Returns:
+            Its unique name.
+
+        Raises:
+            UserError: there are too many streams already.
+        """
+        tracker = Tracker(opened.source.fps) if self.track else None
+        with self.lock:
+            self.check_room()
+            numbered = (f"{opened.name}-{i}" for i in itertools.count(2))
+            free = next(n for n in itertools.chain([opened.name], numbered) if n not in self.channels)
+            name = self.pool.add(opened.source, name=free)
+            self.channels[name] = Channel(opened.title, opened.release, tracker)
+        self._wake.set()
+        return name
+
+    def check_room(self) -> None:
+        """Raises UserError if there are too many streams for another one."""
+        if len(self.channels) >= self.max_streams:
+            raise UserError(f"there are {self.max_streams} streams already; remove one first")
+
+    def remove(self, name: str) -> bool:
+        """Have a stream leave; whether there was one."""
+        with self.lock:
+            channel = self.channels.pop(name, None)
+        if channel is None:
+            return False
+        with contextlib.suppress(UserError):  # it may have left by itself
+            self.pool.remove(name)
+        channel.release()
+        return True
+
+    def newest(self, name: str, seen: int = 0) -> tuple[Shot, list[Mark]] | None:
+        """The newest frame of a stream, and the marks of all frames after the one numbered `seen`.
+
+        None if there is no newer frame, or no such stream.
+        """
+        with self.lock:
+            channel = self.channels.get(name)
+            if channel is None or channel.newest is None or channel.newest.number == seen:
+                return None
+            fresh = channel.newest.number < seen  # another stream of the same name
+            return channel.newest, [mark for mark in channel.history if fresh or mark.number > seen]
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                results = next(self.pool, None)
+            except Exception as error:
+                _LOG.exception("a round failed")
+                self._give_up(f"the detector failed: {type(error).__name__}: {error}")
+                continue
+            if results is None:  # there is no stream
+                self._wake.wait()
+                self._wake.clear()
+            else:
+                self._show(results)
+            self.on_news()
+
+    def _show(self, results: list[StreamResult]) -> None:
+        with self.lock:
+            for result in results:
+                channel = self.channels.get(result.stream)
+                if channel is not None:  # it may have left during the round
+                    channel.show(result)
+
+    def _give_up(self, error: str) -> None:
+        """Stop all streams; viewers see why."""
+        with self.lock:
+            for channel in self.channels.values():
+                channel.error = channel.error or error
+        self.pool.close()

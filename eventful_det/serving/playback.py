@@ -1,0 +1,50 @@
+"""Files played as if they were cameras: by the clock, over and over."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from eventful_det.data.video import VideoFrame, VideoSource
+
+_FPS = 25.0  # of sources without a clock
+
+
+class Playback(VideoSource):
+    """A source at the pace of its clock. A detector that is slower than the clock misses frames, as with a camera.
+
+    Args:
+        reopen: opens the source, for every turn anew.
+        name: for people.
+        loop: begin again at the end.
+    """
+
+    live = True
+
+    def __init__(self, reopen: Callable[[], VideoSource], name: str, loop: bool = True) -> None:
+        with reopen() as source:
+            super().__init__(name, source.fps or _FPS)
+        self._reopen, self._loop = reopen, loop
+        self._closed = threading.Event()
+
+    def _read(self) -> Iterator[VideoFrame]:
+        began, turn = time.monotonic(), 0.0  # when the first frame was due; timestamp at which this turn began
+        while not self._closed.is_set():
+            timestamp = turn
+            with self._reopen() as source:
+                for index, frame in enumerate(source):
+                    own = index / _FPS if frame.timestamp is None else frame.timestamp
+                    timestamp = max(timestamp, turn + own)
+                    late = time.monotonic() - began - timestamp
+                    if self._closed.wait(max(0.0, -late)):
+                        return
+                    began += max(0.0, late)  # decoding is slower than the clock: do not hurry afterwards
+                    yield VideoFrame(frame.image, timestamp)
+                self.skipped += source.skipped
+            if not self._loop:
+                return
+            turn = timestamp + 1 / (self.fps or _FPS)
+
+    def close(self) -> None:
+        self._closed.set()

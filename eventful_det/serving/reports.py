@@ -1,0 +1,96 @@
+"""What the engine does, in the forms that pages, programs and Prometheus read."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from eventful_det.adapters import to_record
+from eventful_det.models.cost import PARTS
+from eventful_det.runtime.budget import Budget, Gmacs, Latency
+from eventful_det.runtime.metrics import StreamMetrics
+from eventful_det.serving.channel import Mark, Shot
+from eventful_det.serving.engine import AUTO, Engine
+
+
+def state(engine: Engine) -> dict[str, Any]:
+    """The budget, the streams and what they did so far, as JSON values."""
+    metrics = engine.pool.metrics()
+    with engine.lock:
+        channels = [(name, channel.title, channel.error, channel.newest) for name, channel in engine.channels.items()]
+    streams = []
+    for name, title, error, newest in channels:
+        counts = metrics.streams.get(name, StreamMetrics(active=False))
+        error = error or counts.error
+        status = "failed" if error else "ended" if not counts.active else "running" if newest else "starting"
+        age = newest.result.frame_age if newest else None
+        numbers = {**dataclasses.asdict(counts), "frame_age": age}
+        streams.append({**numbers, "name": name, "title": title, "status": status, "error": error})
+    return {"budget": budget_text(engine.pool.budget), "max_streams": engine.max_streams, "streams": streams}
+
+
+def budget_text(budget: Budget | None) -> str:
+    """A budget as `Engine.set_budget` reads it."""
+    if isinstance(budget, float):
+        return f"{100 * budget:g}%"
+    if isinstance(budget, int):
+        return f"{budget} tokens"
+    return str(budget) if isinstance(budget, (Gmacs, Latency)) else AUTO
+
+
+def message(name: str, shot: Shot, marks: Sequence[Mark]) -> bytes:
+    """A frame for the page: length of a JSON object (4 bytes, big endian), the object, a JPEG."""
+    result = shot.result
+    rows, cols = result.work.shape
+    share = (result.work.cpu().numpy() * 255).round().astype(np.uint8)
+    about = {
+        "stream": name,
+        "number": shot.number,
+        "dropped": result.dropped,
+        "frame_age": result.frame_age,
+        **to_record(result),
+        "work": {"rows": rows, "cols": cols, "share": base64.b64encode(share.tobytes()).decode()},
+        "token_size": result.token_size,
+        "marks": [_mark(mark) for mark in marks],
+    }
+    header = json.dumps(about, separators=(",", ":")).encode()
+    return struct.pack(">I", len(header)) + header + shot.jpeg
+
+
+def _mark(mark: Mark) -> list[Any]:
+    """Number, seconds on a clock of its own, GMACs by part, dense GMACs, milliseconds, flush."""
+    cost = mark.cost
+    gmacs = [round(cost.macs[part] / 1e9, 4) for part in PARTS]
+    dense, latency = round(cost.dense_total / 1e9, 4), round(cost.latency * 1e3, 2)
+    return [mark.number, round(mark.at, 3), gmacs, dense, latency, int(cost.flush)]
+
+
+def prometheus(engine: Engine) -> str:
+    """Metrics of every stream in Prometheus' text format (version 0.0.4)."""
+    streams = state(engine)["streams"]
+    lines = ["# HELP eventful_streams Streams on the server.", "# TYPE eventful_streams gauge"]
+    lines.append(f"eventful_streams {len(streams)}")
+    for name, kind, about, value in _METRICS:
+        lines += [f"# HELP eventful_{name} {about}", f"# TYPE eventful_{name} {kind}"]
+        lines += [f'eventful_{name}{{stream="{one["name"]}"}} {value(one):.12g}' for one in streams]
+    return "\n".join(lines) + "\n"
+
+
+_METRICS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], float]], ...] = (
+    ("up", "gauge", "1 while the stream delivers frames.", lambda s: s["status"] == "running"),
+    ("frames_total", "counter", "Frames detected in.", lambda s: s["frames"]),
+    ("dropped_frames_total", "counter", "Frames skipped because newer ones had come.", lambda s: s["dropped"]),
+    ("flushes_total", "counter", "Frames on which everything was recomputed.", lambda s: s["flushes"]),
+    ("macs_total", "counter", "Multiply-adds of the whole detector.", lambda s: s["macs"]),
+    ("dense_macs_total", "counter", "What the dense detector would have spent.", lambda s: s["dense_macs"]),
+    ("frames_per_second", "gauge", "Of the last 100 frames.", lambda s: s["frames_per_second"]),
+    ("frame_seconds", "gauge", "Seconds per frame, mean of the last 100.", lambda s: s["milliseconds"] / 1e3),
+    ("frame_age_seconds", "gauge", "Age of the newest frame when it was done.", lambda s: s["frame_age"] or 0.0),
+    ("state_bytes", "gauge", "Remembered between frames.", lambda s: s["state_bytes"]),
+)

@@ -1,0 +1,189 @@
+"""The web application as programs see it: streams, budget, pictures, metrics, errors."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from served import Server, serving
+
+from eventful_det.data.video import VideoFrame, VideoSource
+from eventful_det.errors import UserError
+from eventful_det.models.detector import Detector
+from eventful_det.serving.channel import HISTORY
+from eventful_det.serving.intake import Opened
+
+
+def parse(data: bytes) -> tuple[dict[str, Any], np.ndarray]:
+    """A frame as the page reads it."""
+    (length,) = struct.unpack(">I", data[:4])
+    return json.loads(data[4 : 4 + length]), cv2.imdecode(np.frombuffer(data[4 + length :], np.uint8), cv2.IMREAD_COLOR)
+
+
+def test_a_stream_from_joining_to_leaving(server: Server) -> None:
+    assert server.state()["streams"] == []
+    name = server.watch("clip.mp4")
+    (stream,) = server.wait(lambda s: s["streams"][0]["frames"] > 14)["streams"]  # more than the clip has: it loops
+    assert (name, stream["title"], stream["status"], stream["error"]) == ("clip.mp4", "clip.mp4", "running", None)
+    record = server.client.get(f"/api/streams/{name}/detections").json()
+    assert record["size"] == {"height": 96, "width": 144} and record["cost"]["tokens"] == 60
+    answer = server.client.get(f"/api/streams/{name}/frame.jpg?show=0")
+    assert answer.headers["content-type"] == "image/jpeg"
+    assert cv2.imdecode(np.frombuffer(answer.content, np.uint8), cv2.IMREAD_COLOR).shape == (96, 144, 3)
+    again = server.watch("clip.mp4")
+    assert again == "clip.mp4-2"
+    assert server.client.delete(f"/api/streams/{name}").status_code == 204
+    assert [one["name"] for one in server.state()["streams"]] == [again]
+    for method, path in (("DELETE", name), ("GET", f"{name}/frame.jpg"), ("GET", "never/detections")):
+        answer = server.client.request(method, f"/api/streams/{path}")
+        assert answer.status_code == 404 and "no stream" in answer.json()["error"]
+
+
+def test_the_budget_acts_on_the_next_frames(server: Server) -> None:
+    name = server.watch("clip.mp4")
+
+    def recomputed(budget: str) -> list[int]:
+        answer = server.client.put("/api/budget", json={"budget": budget})
+        assert answer.status_code == 200 and answer.json()["budget"] == budget
+        since = server.state()["streams"][0]["frames"] + 1
+        server.wait(lambda s: s["streams"][0]["frames"] > since + 14)
+        with server.engine.lock:
+            marks = list(server.engine.channels[name].history)
+        return [mark.cost.recomputed for mark in marks if mark.number > since and not mark.cost.flush]
+
+    assert max(recomputed("10%")) <= 6
+    assert min(recomputed("100%")) > 6
+    assert max(recomputed("3 tokens")) <= 3
+    assert max(recomputed("auto")) > 3
+    for wrong in ("much", "250%", "-1"):
+        answer = server.client.put("/api/budget", json={"budget": wrong})
+        assert answer.status_code == 400 and "budget" in answer.json()["error"]
+    assert server.state()["budget"] == "auto"
+
+
+def test_metrics_count_what_was_done(server: Server) -> None:
+    name = server.watch("clip.mp4")
+    server.wait(lambda s: s["streams"][0]["frames"] >= 5)
+    answer = server.client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines = [line for line in answer.text.splitlines() if not line.startswith("#")]
+    values = {}
+    for line in lines:
+        key, value = line.rsplit(" ", 1)
+        assert re.fullmatch(r'[a-z_]+(\{stream="[A-Za-z0-9._-]+"\})?', key)
+        values[key] = float(value)
+    assert values["eventful_streams"] == 1 and values[f'eventful_up{{stream="{name}"}}'] == 1
+    assert values[f'eventful_frames_total{{stream="{name}"}}'] >= 5
+    assert values[f'eventful_flushes_total{{stream="{name}"}}'] >= 1
+    dense = values[f'eventful_dense_macs_total{{stream="{name}"}}']
+    assert 0 < values[f'eventful_macs_total{{stream="{name}"}}'] <= 1.1 * dense
+
+
+def test_pages_get_the_newest_frame_when_they_are_ready(server: Server) -> None:
+    name = server.watch("clip.mp4")
+    with server.page() as page:
+        state = json.loads(page.receive_text())
+        assert state["frames"] == 1 and [one["name"] for one in state["streams"]] == [name]
+        first, picture = parse(page.receive_bytes())
+        assert first["stream"] == name and picture.shape == (96, 144, 3)
+        assert (first["work"]["rows"], first["work"]["cols"]) == (6, 10)
+        assert [mark[0] for mark in first["marks"]] == list(range(1, first["number"] + 1))
+        # The page is slow: detection goes on, nothing is sent, and then it gets the present.
+        later = server.wait(lambda s: s["streams"][0]["frames"] >= first["number"] + 6)["streams"][0]["frames"]
+        page.send_text("drawn")
+        while not json.loads(page.receive_text())["frames"]:
+            page.send_text("drawn")
+        second, _ = parse(page.receive_bytes())
+        assert second["number"] >= later
+        marks = [mark[0] for mark in second["marks"]]
+        assert marks == list(range(first["number"] + 1, second["number"] + 1)) and len(marks) <= HISTORY
+
+
+def test_a_page_sees_streams_come_and_go(server: Server) -> None:
+    with server.page() as page:
+        assert json.loads(page.receive_text())["streams"] == []
+        name = server.watch("clip.mp4")
+        page.send_text("drawn")
+        state = json.loads(page.receive_text())
+        assert [one["name"] for one in state["streams"]] == [name]
+        for _ in range(state["frames"]):
+            page.receive_bytes()
+        server.client.delete(f"/api/streams/{name}")
+        page.send_text("drawn")
+        assert json.loads(page.receive_text())["streams"] == []
+
+
+class Breaking(VideoSource):
+    """Delivers a few frames and then ends or fails."""
+
+    def __init__(self, error: Exception | None) -> None:
+        super().__init__("breaking", 25.0)
+        self.error = error
+
+    def _read(self) -> Iterator[VideoFrame]:
+        yield VideoFrame(np.zeros((96, 144, 3), np.uint8))
+        if self.error is not None:
+            raise self.error
+
+
+def test_a_stream_that_fails_says_why_and_disturbs_nobody(server: Server) -> None:
+    good = server.watch("clip.mp4")
+    server.engine.add(Opened(Breaking(UserError("the camera fell off")), "a"))
+    server.engine.add(Opened(Breaking(None), "b"))
+    state = server.wait(lambda s: [one["status"] for one in s["streams"]] == ["running", "failed", "ended"])
+    assert state["streams"][1]["error"] == "the camera fell off"
+    frames = state["streams"][0]["frames"]
+    server.wait(lambda s: s["streams"][0]["frames"] > frames)
+    assert server.client.delete("/api/streams/a").status_code == 204
+    assert [one["name"] for one in server.state()["streams"]] == [good, "b"]
+
+
+def test_a_detector_that_fails_is_reported(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.watch("clip.mp4")
+    with monkeypatch.context() as patched:
+        patched.setattr(server.engine.pool, "step", lambda: 1 / 0)
+        state = server.wait(lambda s: s["streams"][0]["status"] == "failed")
+    assert "ZeroDivisionError" in state["streams"][0]["error"]
+    assert server.watch("clip.mp4") == "clip.mp4-2"  # the server goes on
+
+
+def test_errors_are_json(server: Server) -> None:
+    for body in (b"{", b"{}", b'{"source": 7}', b'{"source": "' + b"x" * 3000 + b'"}'):
+        answer = server.client.post("/api/streams", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 422 and answer.json()["error"]
+    assert server.client.get("/nothing").json() == {"error": "Not Found"}
+    assert server.client.get("/docs").status_code == 404  # its scripts would come from elsewhere
+
+
+def test_there_is_an_upper_limit_of_streams(tiny_detector: Detector, clip: Path) -> None:
+    with serving(tiny_detector, max_streams=1, media=clip.parent) as server:
+        server.watch("clip.mp4")
+        for answer in (
+            server.client.post("/api/streams", json={"source": "clip.mp4"}),
+            server.client.post("/api/uploads?name=clip.mp4", content=clip.read_bytes()),
+        ):
+            assert answer.status_code == 400 and "1 streams already" in answer.json()["error"]
+        assert not list(server.intake.directory.iterdir())
+
+
+def test_nothing_is_left_behind(tiny_detector: Detector, clip: Path) -> None:
+    with serving(tiny_detector) as server:
+        answer = server.client.post("/api/uploads?name=clip.mp4", content=clip.read_bytes())
+        assert answer.status_code == 201
+        server.wait(lambda s: s["streams"][0]["frames"] > 0)
+        directory = server.intake.directory
+        assert directory.is_dir()
+    assert not directory.exists()
+    deadline = time.monotonic() + 10
+    while any(thread.name == "detector" or thread.name.startswith("feed") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, threading.enumerate()
+        time.sleep(0.02)

@@ -1,0 +1,121 @@
+"""tools/serve.py: where it listens, to whom, and how it ends."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from running import ENVIRONMENT, ROOT
+
+from eventful_det.errors import UserError
+from eventful_det.models.checkpoints import save_detector
+from eventful_det.models.detector import Detector
+
+pytest.importorskip("fastapi", reason="fastapi is not installed (pip install 'eventful_det[serve]')")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module("serve")
+
+
+def config(*options: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose("serve", ["device=cpu", *options])
+
+
+def test_from_start_to_ctrl_c(tiny_detector: Detector, tmp_path: Path) -> None:
+    save_detector(tiny_detector, tmp_path / "tiny.safetensors", torch.float32)
+    options = [f"weights={tmp_path / 'tiny.safetensors'}", "source=synthetic:1", "port=0", "budget=10%", "token=auto"]
+    process = subprocess.Popen(
+        [sys.executable, "tools/serve.py", "device=cpu", *options],
+        cwd=ROOT,
+        env={**ENVIRONMENT, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.fullmatch(r"watch at (http://127\.0\.0\.1:\d+/)\?token=([\w-]{32}) \(Ctrl-C ends\)\n", line)
+        assert found, line + process.communicate(timeout=60)[1]
+        asked = urllib.request.Request(found[1] + "api/state", headers={"Authorization": f"Bearer {found[2]}"})
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            state = json.load(answer)
+        assert state["budget"] == "10%" and [one["title"] for one in state["streams"]] == ["synthetic:1"]
+        assert list(tmp_path.glob("eventful_det-*"))
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and stderr == "stopped\n"
+    assert not list(tmp_path.glob("eventful_det-*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["host=0.0.0.0"], "expose=true"),
+        (["host=0.0.0.0", "expose=true"], "a token"),
+        (["host=192.168.1.5", "token=auto"], "expose=true"),
+        (["host=gate.example", "expose=true"], "a token"),
+        (["host='::'"], "expose=true"),
+        (["token=short"], "at least 16"),
+    ],
+)
+def test_nobody_else_by_accident(module: ModuleType, options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        module.serve(config(*options))
+
+
+def test_tokens(module: ModuleType) -> None:
+    for host in ("127.0.0.1", "localhost", "'::1'", "127.8.0.1"):
+        assert module.token_of(config(f"host={host}")) is None
+    first, second = (module.token_of(config("host=0.0.0.0", "expose=true", "token=auto")) for _ in range(2))
+    assert first != second and len(first) >= 32
+
+
+def test_other_people_get_neither_cameras_nor_addresses(module: ModuleType, tiny_detector: Detector) -> None:
+    for options, allowed in (
+        ([], True),
+        (["expose=true"], False),
+        (["expose=true", "cameras=true", "urls=true"], True),
+    ):
+        offers = module.build_intake(config(*options), tiny_detector).offers()
+        assert (offers["cameras"], offers["urls"]) == (allowed, allowed)
+        assert offers["synthetic"] is False and offers["max_bytes"] == 512 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["weights={tmp}/none.safetensors"], "no weights"),
+        (["source=missing.mp4"], "no such file"),
+        (["source=[synthetic:1,missing.mp4]"], "no such file"),
+        (["budget=much"], "budget='much'"),
+        (["media={tmp}/none"], "is no folder"),
+        (["port={taken}"], "cannot listen on 127.0.0.1:"),
+        (["port=99999"], "cannot listen on 127.0.0.1:99999"),
+    ],
+)
+def test_error_lines(module: ModuleType, tmp_path: Path, options: list[str], message: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        filled = [option.format(tmp=tmp_path, taken=other.getsockname()[1]) for option in options]
+        free = [] if any(option.startswith("port") for option in filled) else ["port=0"]
+        with pytest.raises(UserError, match=message):
+            module.serve(config(*filled, *free))
