@@ -172,7 +172,7 @@ def _load(shape: ViTShape, grid: Grid, k: int, padding: float | None) -> tuple[W
     if not shape.windowed:
         return None, None
     bound = window_load_bound(grid, shape.window, k)
-    most = bound.touched * bound.widest
+    most = bound.tiles * bound.tile
     if padding is None:
         return bound, "selected tokens fall into windows the costliest way"
     assumed = f"windowed attention pads its queries to {padding} per selected token (assume.padding)"

@@ -150,20 +150,33 @@ def resize_positions(positions: Tensor, grid: Grid, antialias: bool) -> Tensor:
     return positions.reshape(grid[0] * grid[1], -1)
 
 
-def relative_table(table: Tensor, size: int) -> Tensor:
-    """Relative position embeddings of all pairs along one axis.
+def resize_table(table: Tensor, size: int) -> Tensor:
+    """Relative position embeddings along one axis, for `size` tokens.
 
     Args:
         table: `(2 * n - 1, d)`; resized linearly when n is not `size`, as detectron2 does.
         size: tokens along the axis.
 
     Returns:
+        `(2 * size - 1, d)`, indexed by query minus key position plus `size` - 1.
+    """
+    if table.shape[0] == 2 * size - 1:
+        return table
+    return F.interpolate(table.float().T[None], 2 * size - 1, mode="linear")[0].T.to(table.dtype)
+
+
+def relative_table(table: Tensor, size: int) -> Tensor:
+    """Relative position embeddings of all pairs along one axis.
+
+    Args:
+        table: see `resize_table`.
+        size: tokens along the axis.
+
+    Returns:
         `(size, size, d)`, indexed by query then key position.
     """
-    if table.shape[0] != 2 * size - 1:
-        table = F.interpolate(table.float().T[None], 2 * size - 1, mode="linear")[0].T.to(table.dtype)
     axis = torch.arange(size, device=table.device)
-    return table[axis[:, None] - axis[None, :] + size - 1]
+    return resize_table(table, size)[axis[:, None] - axis[None, :] + size - 1]
 
 
 def _require(condition: bool, what: str) -> None:

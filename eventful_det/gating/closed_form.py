@@ -17,6 +17,7 @@ from eventful_det.errors import UserError
 from eventful_det.gating.anatomy import Anatomy, Grid
 from eventful_det.gating.cost import Counts
 from eventful_det.gating.paper import Ablation
+from eventful_det.gating.rows_attention import most_tiles, queries_per_tile
 from eventful_det.gating.windows import windows_of
 
 
@@ -87,10 +88,10 @@ class ViTShape:
 
 
 class WindowLoad(NamedTuple):
-    """How selected tokens fall into windows: windows that hold any, and the most that one holds."""
+    """How selected tokens fall into windows: the tiles of queries that they fill, and the places in each."""
 
-    touched: int
-    widest: int
+    tiles: int
+    tile: int
 
 
 def dense_counts(shape: ViTShape, grid: Grid, pool: int = 1, embedding: bool = True) -> Counts:
@@ -168,7 +169,7 @@ def rows_counts(
         grid: token grid (H, W).
         selected: tokens recomputed, prefix tokens (always recomputed) not included.
         load: how they fall into windows, see `window_load`; None = the costliest way, see `window_load_bound`.
-            Queries of every touched window are padded to the widest.
+            Queries of one window fill tiles of a fixed size, see `rows_attention.Queries`.
         gate: as for `Rows`.
         everything: a flush or a renewal, which selects all tokens and compares nothing.
     """
@@ -189,8 +190,8 @@ def rows_counts(
         side = shape.window
         if everything:
             load = window_load(grid, side, torch.arange(tokens))
-        touched, widest = load or window_load_bound(grid, side, selected)
-        windowed = Counts(matmul=2 * touched * widest * side**2 * dim) + _relative(shape, selected, (side, side))
+        tiles, tile = load or window_load_bound(grid, side, selected)
+        windowed = Counts(matmul=2 * tiles * tile * side**2 * dim) + _relative(shape, selected, (side, side))
     return (
         counts
         + _times(shape.depth, _linear(shape, queries) + Counts(add=2 * queries * dim))
@@ -214,8 +215,9 @@ def expected_cells(grid: Grid, selected: int, pool: int) -> float:
 
 def window_load(grid: Grid, side: int, index: Tensor) -> WindowLoad:
     """The load of the tokens at flat indices `index (r,)` on windows of `side` x `side` tokens."""
-    counts = torch.bincount(windows_of(grid, side, index.device).window[index])
-    return WindowLoad(int((counts > 0).sum()), int(counts.max()) if len(counts) else 0)
+    windows = windows_of(grid, side, index.device)
+    tile, held = queries_per_tile(windows.slots), torch.bincount(windows.window[index])
+    return WindowLoad(int(((held + tile - 1) // tile).sum()), tile)
 
 
 def spared_windows(shape: ViTShape, grid: Grid, touched: int) -> Counts:
@@ -226,11 +228,9 @@ def spared_windows(shape: ViTShape, grid: Grid, touched: int) -> Counts:
 
 
 def window_load_bound(grid: Grid, side: int, selected: int) -> WindowLoad:
-    """The costliest load of `selected` >= 1 tokens: of t touched windows, the widest holds at most r - t + 1."""
+    """The costliest load of `selected` tokens."""
     windows = windows_of(grid, side, torch.device("cpu"))
-    capacity = min(side, grid[0]) * min(side, grid[1])
-    touched = max(range(1, min(windows.count, selected) + 1), key=lambda t: t * min(selected - t + 1, capacity))
-    return WindowLoad(touched, min(selected - touched + 1, capacity))
+    return WindowLoad(most_tiles(selected, windows.count, windows.slots), queries_per_tile(windows.slots))
 
 
 def _tokens(grid: Grid) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, cast
 
@@ -107,7 +108,8 @@ class EventfulViT(nn.Module):
         anatomy = self.anatomy
         for frame in frames:
             _check_frame(frame, anatomy)
-        return step_streams(self.rule, anatomy, frames, state, flushes, joint)
+        updates = step_streams(self.rule, anatomy, frames, state, flushes, joint)
+        return [dataclasses.replace(update, tokens=update.tokens.clone()) for update in updates]
 
     def forward(self, x: Tensor) -> Tensor:
         """The dense network, as it was."""

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import Anatomy, Block, Grid, relative_table
+from eventful_det.gating.anatomy import Anatomy, Block, Grid, resize_table
 from eventful_det.gating.cost import Counts
 from eventful_det.gating.policy import GateInput, JointPolicy, Policy, Threshold, select_all
-from eventful_det.gating.rows_attention import Queries, attend
+from eventful_det.gating.rows_blocks import Selection, joined, run_blocks
 from eventful_det.gating.state import TensorTree
 from eventful_det.gating.update import Update
 from eventful_det.gating.windows import windows_of
@@ -33,11 +33,11 @@ class RowsState(TensorTree):
         frame: frames since the last flush; 0 = the next frame is a flush.
         reference: `(N, P)` patches or `(N, D)` embeddings last let through.
         age: `(N,)` frames since each token was let through.
-        keys, values: per block `(windows, slots, heads, d)`; slots of padded tokens hold the bias. The one
-            window of a global block starts with the slots of the prefix tokens.
+        caches: per block the keys and values `(windows, slots, 2, heads, d)`; slots of padded tokens hold the bias.
+            The one window of a global block starts with the slots of the prefix tokens.
         output: `(N, C)` the last computed output of every token.
         positions: `(N, D)` position encoding at this grid, or None. Like the tables, it is worked out at a flush.
-        tables: per block its relative positions at this grid, along y and x; empty without.
+        tables: per block its relative positions at this grid, see `relative_terms`; or None.
     """
 
     layout: tuple[str, ...]
@@ -45,11 +45,10 @@ class RowsState(TensorTree):
     frame: int
     reference: Tensor
     age: Tensor
-    keys: list[Tensor]
-    values: list[Tensor]
+    caches: list[Tensor]
     output: Tensor
     positions: Tensor | None = None
-    tables: list[list[Tensor]] = field(default_factory=list)
+    tables: list[Tensor | None] = field(default_factory=list)
 
 
 @dataclass
@@ -61,11 +60,14 @@ class Rows:
         gate: what is compared with the reference: pixel "patches", which saves the embedding of tokens that are
             not selected, or the patch "embedding".
         renew_every: recompute everything on every n-th frame; 0 = never.
+        static: shapes depend on the number of selected tokens alone, and the host never waits for the device unless
+            the policy does; it costs some empty attention tiles. None = on all devices but CPUs.
     """
 
     policy: Policy = Threshold(2.0, cap=0.5, age_power=0.5)
     gate: Literal["patches", "embedding"] = "patches"
     renew_every: int = 0
+    static: bool | None = None
 
     def __post_init__(self) -> None:
         if self.gate not in ("patches", "embedding"):
@@ -82,15 +84,13 @@ class Rows:
         """Allocate the state of a stream whose frames have `grid` tokens."""
         tokens = grid[0] * grid[1]
         width = anatomy.projection.weight[0].numel() if self.gate == "patches" else anatomy.dim
-        caches = [_empty_cache(block, grid, anatomy.prefix_count) for block in anatomy.blocks]
         return RowsState(
             layout=self.layout,
             grid=grid,
             frame=0,
             reference=anatomy.projection.weight.new_zeros(tokens, width),
             age=torch.ones(tokens, dtype=torch.int32, device=anatomy.device),
-            keys=[keys for keys, _ in caches],
-            values=[values for _, values in caches],
+            caches=[_empty_cache(block, grid, anatomy.prefix_count) for block in anatomy.blocks],
             output=anatomy.projection.weight.new_zeros(tokens, anatomy.blocks[-1].dim),
         )
 
@@ -111,10 +111,21 @@ class Rows:
             if flush:
                 _prepare(anatomy, state)
         compared = [frame if self.gate == "patches" else anatomy.embed(frame) for frame in patches]
-        indices = self._select(compared, states, joint)
+        gated = [not self._renews(state) for state in states]
+        chosen = self._select(compared, states, joint)
+        indices = [_by_window(anatomy, index, state.grid) for index, state in zip(chosen, states, strict=True)]
+        counts = self._recompute(anatomy, compared, indices, states)
         return [
-            self._update(anatomy, frame, index, state, flush)
-            for frame, index, state, flush in zip(compared, indices, states, flushes, strict=True)
+            Update(
+                tokens=state.output.unflatten(0, state.grid),
+                changed=index,
+                work=torch.zeros(len(now), device=now.device).index_fill_(0, index, 1.0),
+                flush=flush,
+                counts=count + Counts(gate=gate * now.numel()),
+            )
+            for now, index, state, flush, gate, count in zip(
+                compared, indices, states, flushes, gated, counts, strict=True
+            )
         ]
 
     def _renews(self, state: RowsState) -> bool:
@@ -136,46 +147,58 @@ class Rows:
             indices[i] = index
         return indices
 
-    def _update(self, anatomy: Anatomy, compared: Tensor, index: Tensor, state: RowsState, flush: bool) -> Update:
-        """Recompute the tokens `(r,)` of one stream."""
-        counts = Counts() if self._renews(state) else Counts(gate=compared.numel())
-        side = max(block.window for block in anatomy.blocks)
-        index = index[windows_of(state.grid, side, index.device).window[index].argsort(stable=True)]
-        state.reference.index_copy_(0, index, compared[index])
-        z, more = self._embed(anatomy, compared, index, state)
-        counts += more
-        state.age += 1
-        state.age[index] = 1
-        state.frame += 1
-        if index.numel():
-            rows, more = _run_blocks(anatomy, z, index, state)
-            state.output.index_copy_(0, index, rows)
-            counts += more
-        return Update(
-            tokens=state.output.unflatten(0, state.grid).clone(),
-            changed=index,
-            work=torch.zeros(compared.shape[0], device=index.device).index_fill_(0, index, 1.0),
-            flush=flush,
-            counts=counts,
-        )
-
-    def _embed(self, anatomy: Anatomy, compared: Tensor, index: Tensor, state: RowsState) -> tuple[Tensor, Counts]:
-        """Embedded rows `(r, D)` with their positions, and what they took."""
-        weight = anatomy.projection.weight
-        z = anatomy.embed(compared[index]) if self.gate == "patches" else compared[index]
-        embedded = index.numel() if self.gate == "patches" else compared.shape[0]
-        counts = Counts(linear=embedded * weight.numel(), bias=embedded * anatomy.dim)
-        if state.positions is not None:
-            z = z + state.positions[index]
-            counts += Counts(add=z.numel())
-        return z, counts
+    def _recompute(
+        self, anatomy: Anatomy, compared: Sequence[Tensor], indices: Sequence[Tensor], states: Sequence[RowsState]
+    ) -> list[Counts]:
+        """Recompute the tokens `(r,)` of each stream, updating its state; returns what each stream took."""
+        rows = [now.index_select(0, index) for now, index in zip(compared, indices, strict=True)]
+        for state, index, new in zip(states, indices, rows, strict=True):
+            state.reference.index_copy_(0, index, new)
+            state.age.add_(1).index_fill_(0, index, 1)
+            state.frame += 1
+        embedded = [len(some if self.gate == "patches" else all_) for some, all_ in zip(rows, compared, strict=True)]
+        counts = [_embedding_counts(anatomy, *sizes) for sizes in zip(embedded, map(len, rows), strict=True)]
+        busy = [i for i, index in enumerate(indices) if len(index)]
+        if not busy:
+            return counts
+        z = joined([rows[i] for i in busy])
+        z = anatomy.embed(z) if self.gate == "patches" else z
+        if anatomy.positions is not None:
+            z = z + joined([_positions(states[i], indices[i]) for i in busy])
+        selections = [Selection(indices[i], states[i].grid, states[i].caches, states[i].tables) for i in busy]
+        static = anatomy.device.type != "cpu" if self.static is None else self.static
+        outputs, more = run_blocks(anatomy, z, selections, static)
+        for i, output, count in zip(busy, outputs, more, strict=True):
+            states[i].output.index_copy_(0, indices[i], output)
+            counts[i] += count
+        return counts
 
 
-def _empty_cache(block: Block, grid: Grid, prefix: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of a block, `(windows, slots, heads, d)`."""
+def _by_window(anatomy: Anatomy, index: Tensor, grid: Grid) -> Tensor:
+    """Tokens `(r,)` in the order of the windows, and row-major in each."""
+    windows = windows_of(grid, max(block.window for block in anatomy.blocks), index.device)
+    return windows.token.index_select(0, windows.place.index_select(0, index).sort().values)
+
+
+def _positions(state: RowsState, index: Tensor) -> Tensor:
+    """Position encoding of some tokens, `(r, D)`."""
+    assert state.positions is not None
+    return state.positions.index_select(0, index)
+
+
+def _embedding_counts(anatomy: Anatomy, embedded: int, selected: int) -> Counts:
+    """Operations of patch embedding and position encoding on so many tokens."""
+    return Counts(
+        linear=embedded * anatomy.projection.weight.numel(),
+        bias=embedded * anatomy.dim,
+        add=0 if anatomy.positions is None else selected * anatomy.dim,
+    )
+
+
+def _empty_cache(block: Block, grid: Grid, prefix: int) -> Tensor:
+    """Keys and values of a block, `(windows, slots, 2, heads, d)`."""
     windows = windows_of(grid, block.window, block.qkv.weight.device)
-    shape = (windows.count, windows.slots + prefix, block.heads, block.dim // block.heads)
-    return block.qkv.weight.new_zeros(shape), block.qkv.weight.new_zeros(shape)
+    return block.qkv.weight.new_zeros(windows.count, windows.slots + prefix, 2, block.heads, block.dim // block.heads)
 
 
 def _prepare(anatomy: Anatomy, state: RowsState) -> None:
@@ -185,36 +208,9 @@ def _prepare(anatomy: Anatomy, state: RowsState) -> None:
     """
     state.positions = None if anatomy.positions is None else anatomy.positions(state.grid).detach().clone()
     state.tables = []
-    for block, keys, values in zip(anatomy.blocks, state.keys, state.values, strict=True):
-        _, k, v = block.padding_qkv.view(3, block.heads, -1)
-        keys.copy_(k)
-        values.copy_(v)
-        shape = windows_of(state.grid, block.window, keys.device).shape
+    for block, cache in zip(anatomy.blocks, state.caches, strict=True):
+        cache.copy_(block.padding_qkv.view(3, block.heads, -1)[1:])
+        shape = windows_of(state.grid, block.window, cache.device).shape
         both = zip(block.rel_pos or (), shape, strict=False)
-        state.tables.append([relative_table(table.detach(), size) for table, size in both])
-
-
-def _run_blocks(anatomy: Anatomy, z: Tensor, index: Tensor, state: RowsState) -> tuple[Tensor, Counts]:
-    """Carry the selected rows `(r, D)` through all blocks; returns their outputs `(r, C)`."""
-    prefix = anatomy.prefix_count
-    if anatomy.prefix is not None:
-        z = torch.cat([anatomy.prefix(), z])
-    sides = {block.window for block in anatomy.blocks}
-    queries = {side: Queries.of(index, state.grid, side, prefix) for side in sides}
-    counts = Counts()
-    for block, keys, values, tables in zip(anatomy.blocks, state.keys, state.values, state.tables, strict=True):
-        relative = (tables[0], tables[1]) if tables else None
-        x, attention = attend(block, block.qkv(block.norm1(z)), keys, values, queries[block.window], relative)
-        z = z + block.project(x)
-        z = z + block.mlp(block.norm2(z))
-        counts += attention + _linear_counts(block, z.shape[0])
-    return anatomy.norm(z[prefix:]), counts
-
-
-def _linear_counts(block: Block, rows: int) -> Counts:
-    layers = (block.qkv, block.proj, block.fc1, block.fc2)
-    return Counts(
-        linear=rows * sum(layer.weight.numel() for layer in layers),
-        bias=rows * sum(layer.out_features for layer in layers if layer.bias is not None),
-        add=2 * rows * block.dim,
-    )
+        tables = [resize_table(table.detach(), size) for table, size in both]
+        state.tables.append(torch.cat(tables) if tables else None)

@@ -1,4 +1,4 @@
-"""Attention of the selected rows against cached keys and values.
+"""Attention of the selected rows of a stream against its cached keys and values.
 
 What depends on the selection alone (which windows, which cache rows) is worked out once per frame, in `Queries`.
 """
@@ -13,138 +13,156 @@ from torch import Tensor
 
 from eventful_det.gating.anatomy import Block, Grid
 from eventful_det.gating.cost import Counts
-from eventful_det.gating.windows import relative_bias, relative_terms, windows_of
+from eventful_det.gating.windows import Windows, relative_bias, relative_places, relative_terms, windows_of
 
-_BIAS_ELEMENTS = 1 << 25  # largest attention bias held at once; longer query lists are cut into pieces
+_BIAS_ELEMENTS = 1 << 23  # largest attention bias held at once; longer query lists are cut into pieces
+_LEAST_TILE = 16  # fewer queries at once do not pay
 
-Tables = tuple[Tensor, Tensor]  # relative positions along y and x, each (size, size, d)
+
+def queries_per_tile(slots: int) -> int:
+    """How many queries are attended to together in windows of `slots` places."""
+    return min(slots, max(_LEAST_TILE, -(-slots // 4)))
+
+
+def most_tiles(queries: int, windows: int, slots: int) -> int:
+    """The most tiles that some queries fill, wherever in the windows they lie."""
+    tile, touched = queries_per_tile(slots), min(windows, queries)
+    return min((queries + touched * (tile - 1)) // tile, windows * -(-slots // tile))
 
 
 @dataclass(frozen=True)
 class Queries:
-    """Where the rows of a frame stand in the attention of blocks of one window size.
+    """Where the rows of a stream stand in the attention of blocks of one window size.
 
-    Queries are laid out as `(groups, widest)`: one group per touched window, padded to the fullest.
+    In windows, queries are laid out in tiles of a fixed size, each of queries of one window: windows hold anything from
+    one query to all, and padding all of them to the fullest would multiply the work. Globally there is one tile.
 
     Attributes:
         shape: tokens of a window.
-        cached: `(r,)` row of each query in the caches, flattened to `(windows * slots, heads, d)`.
-        position: `(r,)` row and column of each query in its window, prefix tokens excepted.
-        touched: `(groups,)` the windows that hold a query; None = all of them.
-        groups, widest: of the layout.
-        place: `(r,)` place of each query in the flattened layout; None = they are in order.
+        cached: `(r,)` row of each query in the caches, flattened to `(windows * slots, 2, heads, d)`.
+        relative: `(r, rows + columns)`, see `relative_places`; None without relative positions.
+        windows: `(tiles,)` the window of each tile; None = the tiles are the windows.
+        place: `(r,)` place of each query in the tiles; None = they are in order.
+        tiles: how many there are.
+        tile: queries in each.
     """
 
     shape: Grid
     cached: Tensor
-    position: tuple[Tensor, Tensor]
-    touched: Tensor | None
-    groups: int
-    widest: int
+    relative: Tensor | None
+    windows: Tensor | None
     place: Tensor | None
+    tiles: int
+    tile: int
 
     @classmethod
-    def of(cls, index: Tensor, grid: Grid, side: int, prefix: int) -> Queries:
-        """The layout of the tokens `(r,)`, sorted by window, after `prefix` tokens that are always there.
+    def of(
+        cls, index: Tensor, grid: Grid, side: int, prefix: int = 0, relative: bool = True, static: bool = False
+    ) -> Queries:
+        """The layout of some tokens.
 
         Args:
-            index: flat indices of the selected tokens.
+            index: `(r,)` flat indices of the tokens, window by window.
             grid: tokens of the frame.
             side: of the windows in tokens; 0 = global attention.
-            prefix: number of class and register tokens.
+            prefix: number of class and register tokens, which are always there, before all others.
+            relative: whether there are relative positions.
+            static: let the number of tiles depend on r alone: no device is waited for.
         """
         windows = windows_of(grid, side, index.device)
+        slot = windows.slot.index_select(0, index) if side else index
+        places = relative_places(slot // windows.shape[1], slot % windows.shape[1], windows.shape) if relative else None
         if not side:
             cached = torch.cat([torch.arange(prefix, device=index.device), index + prefix]) if prefix else index
-            return cls(windows.shape, cached, (index // grid[1], index % grid[1]), None, 1, cached.numel(), None)
-        window, slot = windows.window[index], windows.slot[index]
-        touched, group, rank, widest = _group(window)
-        return cls(
-            shape=windows.shape,
-            cached=window * windows.slots + slot,
-            position=(slot // windows.shape[1], slot % windows.shape[1]),
-            touched=None if len(touched) == windows.count else touched,
-            groups=len(touched),
-            widest=widest,
-            place=group * widest + rank,
-        )
+            return cls(windows.shape, cached, places, None, None, 1, len(cached))
+        window = windows.window.index_select(0, index)
+        return cls(windows.shape, window * windows.slots + slot, places, *_tile(window, windows, static))
 
     def spread(self, rows: Tensor) -> Tensor:
-        """Rows `(r, ...)` in the layout, `(groups, widest, ...)`; zeros where there is no query."""
+        """Rows `(r, ...)` in tiles, `(tiles, tile, ...)`; zeros where there is no query."""
         if self.place is None:
             return rows[None]
-        spread = rows.new_zeros(self.groups * self.widest, *rows.shape[1:]).index_copy_(0, self.place, rows)
-        return spread.unflatten(0, (self.groups, self.widest))
+        spread = rows.new_zeros(self.tiles * self.tile, *rows.shape[1:]).index_copy_(0, self.place, rows)
+        return spread.unflatten(0, (self.tiles, self.tile))
 
     def gather(self, spread: Tensor) -> Tensor:
-        """The rows `(r, ...)` of a layout `(groups, widest, ...)`."""
+        """The rows `(r, ...)` of tiles `(tiles, tile, ...)`."""
         flat = spread.flatten(0, 1)
         return flat if self.place is None else flat.index_select(0, self.place)
 
+    def counts(self, block: Block, slots: int) -> Counts:
+        """Operations of `attend` in a block whose windows have `slots` places, prefix tokens included."""
+        counts = Counts(matmul=2 * self.tiles * self.tile * slots * block.dim)
+        if self.relative is None:
+            return counts
+        queries, keys = len(self.cached), self.shape[0] * self.shape[1]
+        return counts + Counts(einsum=queries * block.dim * sum(self.shape), add=2 * queries * block.heads * keys)
 
-def attend(
-    block: Block, qkv: Tensor, keys: Tensor, values: Tensor, queries: Queries, tables: Tables | None
-) -> tuple[Tensor, Counts]:
-    """Refresh the caches and attend to the cached keys of the frame, or of each query's window.
+
+def attend(block: Block, qkv: Tensor, cache: Tensor, queries: Queries, table: Tensor | None) -> Tensor:
+    """Refresh the cache and attend to the cached keys of the frame, or of each query's window.
 
     Args:
         block: the block.
         qkv: `(r, 3 D)` of the selected rows, prefix tokens first.
-        keys, values: `(windows, slots, heads, d)`, updated in place.
+        cache: `(windows, slots, 2, heads, d)` keys and values, updated in place.
         queries: where the rows stand.
-        tables: relative positions of the block, or None.
+        table: relative positions of the block, see `relative_terms`; or None.
 
     Returns:
-        `(r, D)`, and what it took.
+        `(r, D)`.
     """
-    q, k, v = qkv.view(qkv.shape[0], 3, block.heads, -1).unbind(1)
-    keys.flatten(0, 1).index_copy_(0, queries.cached, k)
-    values.flatten(0, 1).index_copy_(0, queries.cached, v)
-    if queries.touched is not None:
-        keys, values = keys.index_select(0, queries.touched), values.index_select(0, queries.touched)
-    terms = None if tables is None else relative_terms(q, queries.position, tables)
-    step = q.shape[0]
-    if queries.groups == 1 and terms is not None:
-        step = max(1, _BIAS_ELEMENTS // (block.heads * keys.shape[1]))
-    if step >= q.shape[0]:
-        spread = None if terms is None else queries.spread(terms)
-        x = queries.gather(_attention(queries.spread(q), keys, values, spread, queries.shape))
-    else:
-        rows, pieces = queries.gather(queries.spread(q)), []
-        assert terms is not None
-        for some, term in zip(rows.split(step), terms.split(step), strict=True):
-            pieces.append(_attention(some[None], keys, values, term[None], queries.shape)[0])
-        x = torch.cat(pieces)
-    laid_out = queries.groups * queries.widest
-    counts = Counts(matmul=2 * laid_out * keys.shape[1] * block.dim)
-    if terms is not None:
-        sides, slots = sum(queries.shape), queries.shape[0] * queries.shape[1]
-        counts += Counts(einsum=q.shape[0] * block.dim * sides, add=2 * q.shape[0] * block.heads * slots)
-    return x.flatten(1), counts
+    qkv = qkv.view(len(qkv), 3, block.heads, -1)
+    q = qkv[:, 0]
+    cache.flatten(0, 1).index_copy_(0, queries.cached, qkv[:, 1:].to(cache.dtype))
+    if queries.windows is not None:
+        cache = cache.index_select(0, queries.windows)
+    keys, values = cache.to(q.dtype).unbind(2)
+    if table is None or queries.relative is None:
+        return queries.gather(_attention(queries.spread(q), keys, values)).flatten(1)
+    terms = relative_terms(q, queries.relative, table)
+    step = max(1, _BIAS_ELEMENTS // (block.heads * keys.shape[1]))
+    if queries.place is not None or step >= len(q):
+        bias = relative_bias(queries.spread(terms).transpose(1, 2), queries.shape)
+        return queries.gather(_attention(queries.spread(q), keys, values, bias)).flatten(1)
+    pieces = [
+        _attention(some[None], keys, values, relative_bias(term[None].transpose(1, 2), queries.shape))[0]
+        for some, term in zip(q.split(step), terms.split(step), strict=True)
+    ]
+    return torch.cat(pieces).flatten(1)
 
 
-def _attention(q: Tensor, keys: Tensor, values: Tensor, terms: Tensor | None, shape: Grid) -> Tensor:
-    """Queries `(g, n, heads, d)` against `(g, slots, heads, d)`, with relative terms `(g, n, heads, rows + columns)`.
+def _attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Queries `(g, n, heads, d)` against `(g, slots, heads, d)`, with a bias `(g, heads, n, slots)`.
 
     Returns:
         `(g, n, heads, d)`.
     """
-    bias = None if terms is None else relative_bias(terms, shape).transpose(1, 2)
     q, keys, values = q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias).transpose(1, 2)
 
 
-def _group(window: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Group rows that are sorted by window.
+def _tile(window: Tensor, windows: Windows, static: bool) -> tuple[Tensor | None, Tensor, int, int]:
+    """Lay queries out in tiles.
 
     Args:
-        window: `(r,)` ascending window of each row.
+        window: `(r,)` ascending window of each.
+        windows: where they lie.
+        static: as for `Queries.of`.
 
     Returns:
-        The touched windows `(t,)`; for each row its place among them and its rank within its window; the
-        largest number of rows in a window.
+        `windows`, `place`, `tiles` and `tile` of `Queries`.
     """
-    touched, group, sizes = torch.unique_consecutive(window, return_inverse=True, return_counts=True)
-    starts = sizes.cumsum(0) - sizes
-    rank = torch.arange(len(window), device=window.device) - starts[group]
-    return touched, group, rank, int(sizes.max())
+    tile = queries_per_tile(windows.slots)
+    every = torch.arange(windows.count, device=window.device)
+    start = torch.searchsorted(window, every)
+    held = torch.searchsorted(window, every, right=True) - start
+    used = (held + tile - 1) // tile
+    end = used.cumsum(0)
+    rank = torch.arange(len(window), device=window.device) - start.index_select(0, window)
+    place = (end - used).index_select(0, window) * tile + rank
+    tiles = most_tiles(len(window), windows.count, windows.slots) if static else int(end[-1])
+    if not static and tiles == windows.count and tile == windows.slots:
+        return None, place, tiles, tile
+    of_tile = torch.searchsorted(end, torch.arange(tiles, device=window.device), right=True)
+    return of_tile.clamp_(max=windows.count - 1), place, tiles, tile

@@ -14,7 +14,8 @@ class Update:
     """The token map of a frame and what changed in it.
 
     Attributes:
-        tokens: `(H, W, C)` the full map; independent of the state's buffers.
+        tokens: `(H, W, C)` the full map. `EventfulViT.step` gives a copy; a rule, its own buffer, valid until the
+            stream's next step and not to be written.
         changed: `(r,)` flat indices of the tokens whose value may differ from the last frame's.
         work: `(N,)` share of its token-wise work that each token had done, 0 to 1.
         flush: whether everything was recomputed because the stream began anew.

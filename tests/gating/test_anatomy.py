@@ -18,7 +18,7 @@ from torch import nn
 
 from eventful_det.errors import UserError
 from eventful_det.gating.anatomy import anatomy_of, relative_table, resize_positions
-from eventful_det.gating.windows import relative_bias, relative_terms, windows_of
+from eventful_det.gating.windows import relative_bias, relative_places, relative_terms, windows_of
 
 CPU = torch.device("cpu")
 QUICK = settings(max_examples=60, deadline=None)
@@ -48,8 +48,9 @@ def test_windows_give_every_token_its_own_place(rows: int, cols: int, side: int)
     windows = windows_of((rows, cols), side, CPU)
     assert windows.shape == ((side, side) if side else (rows, cols))
     assert windows.count == (-(-rows // side) * -(-cols // side) if side else 1)
-    places = windows.window * windows.slots + windows.slot
-    assert len(places.unique()) == rows * cols
+    assert torch.equal(windows.place, windows.window * windows.slots + windows.slot)
+    assert torch.equal(windows.token[windows.place], torch.arange(rows * cols))
+    assert len(windows.token) == windows.count * windows.slots
     assert int(windows.window.min()) >= 0 and int(windows.window.max()) == windows.count - 1
     assert int(windows.slot.min()) >= 0 and int(windows.slot.max()) < windows.slots
     y, x = torch.arange(rows * cols) // cols, torch.arange(rows * cols) % cols
@@ -81,9 +82,8 @@ def test_relative_bias_of_a_few_queries(rows: int, cols: int, data: st.DataObjec
     generator = torch.Generator().manual_seed(rows)
     q = torch.randn(len(slots), 2, 3, generator=generator)
     y, x = torch.randn(2 * rows - 1, 3, generator=generator), torch.randn(2 * cols - 1, 3, generator=generator)
-    tables = relative_table(y, rows), relative_table(x, cols)
     slot = torch.tensor(slots, dtype=torch.long)
-    terms = relative_terms(q, (slot // cols, slot % cols), tables)
+    terms = relative_terms(q, relative_places(slot // cols, slot % cols, (rows, cols)), torch.cat([y, x]))
     bias = relative_bias(terms, (rows, cols))
     assert bias.shape == (len(slots), 2, rows * cols)
     for i, slot in enumerate(slots):

@@ -19,7 +19,8 @@ from eventful_det.gating.anatomy import anatomy_of
 from eventful_det.gating.convert import eventify
 from eventful_det.gating.policy import GateInput, Policy, RandomK, Threshold, TopFraction, TopK, select_all
 from eventful_det.gating.rows import Rows
-from eventful_det.gating.rows_attention import _group
+from eventful_det.gating.rows_attention import Queries, most_tiles
+from eventful_det.gating.windows import windows_of
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "windows that need padding": (sam, 40, 40),
@@ -179,16 +180,39 @@ def test_renewal() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_streams_are_isolated_bit_for_bit(policy: Policy) -> None:
+@pytest.mark.parametrize("gate", ["patches", "embedding"])
+def test_streams_do_not_influence_each_other(policy: Policy, gate: str) -> None:
+    """What is selected and what it costs not at all; values as far as larger products round differently."""
     vit, frames = sam(), clip(4, streams=3)
-    together, state = run(vit, Rows(policy), frames)
+    together, state = run(vit, Rows(policy, gate), frames)
     for i in range(3):
-        alone, own = run(vit, Rows(policy), frames[:, i : i + 1])
+        alone, own = run(vit, Rows(policy, gate), frames[:, i : i + 1])
         for t in range(4):
-            assert torch.equal(together[t][i].tokens, alone[t][0].tokens)
+            torch.testing.assert_close(together[t][i].tokens, alone[t][0].tokens, rtol=1e-5, atol=1e-5)
             assert torch.equal(together[t][i].changed, alone[t][0].changed)
             assert together[t][i].counts == alone[t][0].counts
-        assert all(torch.equal(a, b) for a, b in zip(state.select([i]).tensors(), own.tensors(), strict=True))
+        for a, b in zip(state.select([i]).tensors(), own.tensors(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_streams_of_several_sizes_step_together() -> None:
+    vit = sam()
+    clips = [clip(4, *size, seed=i) for i, size in enumerate([(40, 40), (20, 28), (8, 12)])]
+    eventful = eventify(vit, Rows(Threshold(0.5, cap=0.4)))
+    state = eventful.init_state(3)
+    alone = [run(vit, eventful.rule, frames)[0] for frames in clips]
+    for t in range(4):
+        for i, update in enumerate(eventful.step([frames[t, 0] for frames in clips], state)):
+            torch.testing.assert_close(update.tokens, alone[i][t][0].tokens, rtol=1e-5, atol=1e-5)
+            assert torch.equal(update.changed, alone[i][t][0].changed)
+
+
+def test_a_still_stream_beside_a_moving_one() -> None:
+    vit, frames = sam(), clip(3, streams=2)
+    frames[:, 1] = frames[0, 1]
+    updates, _ = run(vit, Rows(Threshold(0.0)), frames)
+    assert [len(update.changed) == 0 for update in updates[1]] == [False, True]
+    assert updates[2][1].counts.linear == 0 and torch.equal(updates[2][1].tokens, updates[0][1].tokens)
 
 
 def test_a_new_size_flushes_that_stream_alone() -> None:
@@ -282,14 +306,23 @@ def test_any_set_of_selected_tokens_equals_a_mix_of_two_dense_passes(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=30).map(sorted))
-def test_group(windows: list[int]) -> None:
-    touched, group, rank, widest = _group(torch.tensor(windows))
-    assert touched.tolist() == sorted(set(windows))
-    assert touched[group].tolist() == windows
-    assert widest == max(windows.count(w) for w in windows)
-    assert len({*zip(group.tolist(), rank.tolist(), strict=True)}) == len(windows)
-    assert int(rank.max()) == widest - 1
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.booleans(), st.data())
+def test_queries_fill_tiles_of_their_windows(rows: int, cols: int, side: int, static: bool, data: st.DataObject) -> None:
+    windows = windows_of((rows, cols), side, torch.device("cpu"))
+    chosen = data.draw(st.sets(st.integers(0, rows * cols - 1), min_size=1))
+    index = windows.token[torch.tensor(sorted(windows.place[i] for i in chosen))]
+    queries = Queries.of(index, (rows, cols), side, static=static)
+    of_tile = torch.arange(windows.count) if queries.windows is None else queries.windows
+    assert len(of_tile) == queries.tiles and queries.place is not None
+    assert torch.equal(of_tile[queries.place // queries.tile], windows.window[index])
+    assert len(queries.place.unique()) == len(index)
+    assert torch.equal(queries.cached, windows.place[index])
+    held = torch.bincount(windows.window[index])
+    needed = int((-(-held // queries.tile)).sum())
+    most = most_tiles(len(index), windows.count, windows.slots)
+    assert queries.tiles == (most if static else needed) and needed <= most
+    values = torch.rand(len(index), 2)
+    assert torch.equal(queries.gather(queries.spread(values)), values)
 
 
 @pytest.mark.parametrize(("make", "size"), [(sam, 40), (plain, 24)])
