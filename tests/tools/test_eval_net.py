@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import subprocess
 import sys
@@ -222,6 +223,13 @@ def test_what_was_skipped_stands_beside_the_result(
     printed = " ".join(capsys.readouterr().out.split())
     assert "2 frames could not be read; they are in no number. The first: cannot read the image" in printed
     assert "2 frames could not be read" in (tmp_path / "run/sweep.md").read_text()
+
+
+def test_launchers_can_pickle_the_entry_point(evaluate_with: Callable[..., None]) -> None:
+    """They do so by value, with all that it refers to: that must be nothing."""
+    import eval_net
+
+    assert not inspect.getclosurevars(inspect.unwrap(eval_net.main)).globals
 
 
 def test_warnings(
