@@ -24,9 +24,8 @@ from eventful_det.gating.update import Update
 from eventful_det.models.config import ModelConfig
 from eventful_det.models.cost import FrameCost, pyramid_macs, roi_macs, rpn_macs, window_padding_macs
 from eventful_det.models.incremental import (
-    DENSE_ABOVE,
     HeadsState,
-    fill_heads,
+    init_heads,
     refresh_proposals,
     refresh_pyramid,
     refresh_regions,
@@ -245,7 +244,7 @@ class Detector(nn.Module):
         else:
             macs = {**dict.fromkeys(dense, 0), "backbone": update.counts.macs}
             if update.changed.numel() or stream.detections is None:
-                stream.detections = self._refresh_heads(update, stream, stopwatch, macs, dense)
+                stream.detections = self._refresh_heads(update, stream, stopwatch, macs)
         recomputed = round(float(update.work.sum()))
         cost = FrameCost(macs, dense, recomputed, rows * cols, update.flush, stopwatch.seconds)
         return StepResult(stream.detections.clone(), cost, update.work.view(grid))
@@ -264,31 +263,20 @@ class Detector(nn.Module):
         return detections
 
     def _refresh_heads(
-        self,
-        update: Update,
-        stream: DetectorStream,
-        stopwatch: _Stopwatch,
-        macs: dict[str, int],
-        dense: dict[str, int],
+        self, update: Update, stream: DetectorStream, stopwatch: _Stopwatch, macs: dict[str, int]
     ) -> Detections:
-        """The heads where changed tokens reach, or in full when that is cheaper."""
-        tokens, generator = update.tokens, self.proposal_generator
-        masks = None
-        if stream.heads is None or update.flush or update.changed.numel() > DENSE_ABOVE * update.work.numel():
-            stream.heads = fill_heads(self.backbone, generator, tokens)
-            macs |= {"pyramid": dense["pyramid"], "rpn": dense["rpn"]}
-            stopwatch.lap("pyramid")
-        else:
-            levels = stream.heads.levels
-            masks, macs["pyramid"] = refresh_pyramid(self.backbone, tokens, update.changed, levels)
-            stopwatch.lap("pyramid")
-            macs["rpn"] = refresh_proposals(generator, levels, masks)
-        levels = stream.heads.levels
-        anchors = generator.anchors([level.image for level in levels])
-        logits, deltas = [level.logits for level in levels], [level.deltas for level in levels]
-        proposals = generator.select(anchors, logits, deltas, stream.size)
+        """The heads where changed tokens reach."""
+        tokens, changed, generator = update.tokens, update.changed, self.proposal_generator
+        if stream.heads is None:
+            stream.heads = init_heads(self.backbone, generator, tokens)
+            changed = torch.arange(len(update.work), device=tokens.device)
+        heads = stream.heads
+        cells, macs["pyramid"] = refresh_pyramid(self.backbone, tokens, changed, heads)
+        stopwatch.lap("pyramid")
+        macs["rpn"] = refresh_proposals(generator, heads, cells)
+        proposals = generator.select(heads.layout.sizes, heads.logits, heads.deltas, stream.size)
         stopwatch.lap("rpn")
-        scores, boxes, computed = refresh_regions(self.roi_heads, proposals, masks, stream.heads)
+        scores, boxes, computed = refresh_regions(self.roi_heads, proposals, changed, heads)
         macs["roi"] = roi_macs(self.roi_heads, computed)
         detections = self.roi_heads.select(proposals, scores, boxes, stream.size)
         stopwatch.lap("roi")

@@ -1,14 +1,13 @@
-"""Pyramid, proposals and regions that recompute only what a changed token can reach, exact given the token map.
+"""Pyramid and proposals that recompute only what a changed token can reach, exact given the token map.
 
-Everything before a 3x3 convolution is computed token by token. The 3x3 convolutions run on a list of cells: those
-within one cell of a change. Maps are stored with a border of zeros, which is the zero padding of the convolutions.
-A proposal that is bit-identical to one of the last frame, and whose region saw no changed cell, keeps its result.
+Everything before a 3x3 convolution is computed token by token. The 3x3 convolutions run at a list of cells of all
+levels together: those within one cell of a change. Where that is most of a level, the level is computed as a whole; a
+frame on which everything changed is no special case.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import cast
 
 import torch
@@ -16,37 +15,17 @@ import torch.nn.functional as F
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
+from eventful_det.gating.anatomy import Grid
 from eventful_det.gating.state import TensorTree
+from eventful_det.models.cost import level_sizes
+from eventful_det.models.maps import Layout, convolve, layout_of
 from eventful_det.models.proposals import ProposalGenerator
 from eventful_det.models.regions import RegionHeads, level_of
-from eventful_det.models.vitdet import STRIDES, ConvNorm, ViTDetBackbone
+from eventful_det.models.vitdet import ConvNorm, ViTDetBackbone
 
-DENSE_ABOVE = 0.6  # share of changed tokens above which whole maps are cheaper than lists of cells
-_ROWS = 8192  # cells whose neighbourhoods are gathered at once
-
-
-@dataclass
-class LevelState(TensorTree):
-    """Maps of one pyramid level of h x w cells; `(h + 2, w + 2, C)` ones have a border of zeros.
-
-    Attributes:
-        inner: `(h + 2, w + 2, C)` before the 3x3 convolution of the pyramid; None for p6.
-        feature: `(h + 2, w + 2, C)` the level itself.
-        hidden: the same after each convolution of the proposal head but the last.
-        logits: `(h * w * A,)` objectness.
-        deltas: `(h * w * A, 4)`.
-    """
-
-    inner: Tensor | None
-    feature: Tensor
-    hidden: list[Tensor]
-    logits: Tensor
-    deltas: Tensor
-
-    @property
-    def image(self) -> Tensor:
-        """The level as the region heads read it, `(1, C, h, w)`."""
-        return self.feature[1:-1, 1:-1].permute(2, 0, 1)[None]
+_STAGES = 4  # p2 to p5 are computed from the token map; p6 is every other cell of p5
+TOKEN = 16  # pixels along a side of a token
+_SCALES = (4, 2, 1, 1)  # cells of these levels along a side of a token, or of 2x2 tokens for p5
 
 
 @dataclass
@@ -60,71 +39,117 @@ class RegionState(TensorTree):
 
 @dataclass
 class HeadsState(TensorTree):
-    """What the heads remember of a stream."""
+    """What the heads remember of a stream: maps of the levels p2 to p6, and the last proposals.
 
-    levels: list[LevelState]
+    Maps are `(cells, C)`, see `maps.Layout`; of the predictions there are none on borders.
+
+    Attributes:
+        grid: token grid (H, W).
+        inner: before the 3x3 convolutions of the pyramid; p2 to p5 alone.
+        feature: the levels.
+        hidden: the same after each convolution of the proposal head but the last.
+        images: p2 to p5 as the region heads read them, each `(1, C, h, w)`.
+        logits: `(cells * A,)` objectness.
+        deltas: `(cells * A, 4)`.
+        regions: None before the first frame.
+    """
+
+    grid: Grid
+    inner: Tensor
+    feature: Tensor
+    hidden: list[Tensor]
+    images: list[Tensor]
+    logits: Tensor
+    deltas: Tensor
     regions: RegionState | None = None
 
+    @property
+    def layout(self) -> Layout:
+        """Where the cells lie."""
+        return layout_of(tuple(level_sizes(self.grid)), self.feature.device)
 
-def refresh_pyramid(
-    backbone: ViTDetBackbone, tokens: Tensor, changed: Tensor, levels: list[LevelState]
-) -> tuple[list[Tensor], int]:
+    @property
+    def levels(self) -> list[Tensor]:
+        """The levels p2 to p6, each `(1, C, h, w)`."""
+        return [*self.images, self.layout.view(_STAGES, self.feature)[..., 1:-1, 1:-1]]
+
+
+def init_heads(backbone: ViTDetBackbone, generator: ProposalGenerator, tokens: Tensor) -> HeadsState:
+    """The state of a stream with token maps like `(H, W, D)`; its first frame has to change every token."""
+    grid, head = (tokens.shape[0], tokens.shape[1]), generator.rpn_head
+    layout = layout_of(tuple(level_sizes(grid)), tokens.device)
+    cells, channels = layout.starts[-1], cast(nn.Conv2d, backbone.simfp_5[-1]).out_channels
+    anchors = sum(layout.lengths) * head.objectness_logits.out_channels
+    return HeadsState(
+        grid=grid,
+        inner=tokens.new_zeros(layout.starts[_STAGES], channels),
+        feature=tokens.new_zeros(cells, channels),
+        hidden=[tokens.new_zeros(cells, channels) for _ in head.convs[:-1]],
+        images=[tokens.new_zeros(1, channels, *size) for size in layout.sizes[:_STAGES]],
+        logits=tokens.new_zeros(anchors),
+        deltas=tokens.new_zeros(anchors, 4),
+    )
+
+
+def refresh_pyramid(backbone: ViTDetBackbone, tokens: Tensor, changed: Tensor, state: HeadsState) -> tuple[Tensor, int]:
     """Recompute the cells of p2 to p6 that changed tokens reach.
 
     Args:
         backbone: holds the pyramid.
         tokens: `(H, W, D)` the full token map.
         changed: `(r,)` flat indices of the changed tokens.
-        levels: updated in place.
+        state: updated in place.
 
     Returns:
-        Per level the changed cells as a mask `(h, w)`; and the MACs that ran.
+        The cells that were recomputed, in order; and the MACs that ran.
     """
-    mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    mask.view(-1)[changed] = True
-    pooled = F.max_pool2d(mask[None].float(), 2)[0] > 0
-    halved = pooled.flatten().nonzero().squeeze(1)
-    pixels = tokens.flatten(0, 1).index_select(0, changed)
-    fine, coarse = (changed, mask, pixels), (halved, pooled, _max_of_four(tokens, halved))
-    masks, macs = [], 0
-    stages = (backbone.simfp_2, backbone.simfp_3, backbone.simfp_4, backbone.simfp_5)
-    for stage, level, sources in zip(stages, levels, (fine, fine, fine, coarse), strict=False):
-        more, dirty = _refresh_level(stage, level, *sources)
+    layout, stages = state.layout, (backbone.simfp_2, backbone.simfp_3, backbone.simfp_4, backbone.simfp_5)
+    y, x = changed // state.grid[1], changed % state.grid[1]
+    fine, coarse = (y, x, tokens.flatten(0, 1).index_select(0, changed)), _halve(tokens, y, x)
+    written, macs = [], 0
+    for level, stage in enumerate(stages):
+        cells, more = _refresh_inner(stage, level, coarse if level == _STAGES - 1 else fine, state)
+        written.append(cells)
         macs += more
-        masks.append(dirty)
-    levels[4].feature[1:-1, 1:-1] = levels[3].feature[1:-1:2, 1:-1:2]
-    return [*masks, masks[3][::2, ::2]], macs
+    reached = layout.union(layout.neighbours(torch.cat(written)))
+    counts = layout.per_level(reached)
+    for level, (stage, cells) in enumerate(zip(stages, reached.split(counts), strict=False)):
+        macs += _refresh_level(cast(ConvNorm, stage[-1]), level, cells, state)
+    top = _refresh_top(reached.split(counts)[_STAGES - 1], state)
+    return torch.cat([reached, top]), macs
 
 
-def refresh_proposals(generator: ProposalGenerator, levels: list[LevelState], masks: list[Tensor]) -> int:
-    """Recompute objectness and deltas where changed cells reach; updates the levels in place, returns MACs."""
-    head, macs = generator.rpn_head, 0
-    for level, mask in zip(levels, masks, strict=True):
-        inputs = [level.feature, *level.hidden]
-        for conv, source, target in zip(head.convs, inputs, [*level.hidden, None], strict=True):
-            mask = _dilate(mask)
-            cells = _cells(mask)
-            rows = F.relu(_convolve(cast(nn.Conv2d, conv), source, cells))
-            macs += cells.numel() * cast(nn.Conv2d, conv).weight.numel()
-            if target is not None:
-                _write(target, cells, rows)
-        inside = mask.flatten().nonzero().squeeze(1)
-        for layer, values in ((head.objectness_logits, level.logits), (head.anchor_deltas, level.deltas)):
-            update = F.linear(rows, layer.weight.flatten(1), layer.bias)
-            values.view(mask.numel(), -1).index_copy_(0, inside, update)
-            macs += cells.numel() * layer.weight.numel()
+def refresh_proposals(generator: ProposalGenerator, state: HeadsState, cells: Tensor) -> int:
+    """Recompute objectness and deltas where changed cells `(n,)` reach, updating the state; returns MACs that ran."""
+    layout, head, macs = state.layout, generator.rpn_head, 0
+    neighbours = layout.neighbours(cells)
+    for conv, source, target in zip(head.convs, [state.feature, *state.hidden], [*state.hidden, None], strict=True):
+        cells = layout.union(neighbours)
+        neighbours = layout.neighbours(cells)
+        rows, more = convolve(cast(nn.Conv2d, conv), source, layout, cells, neighbours, layout.per_level(cells))
+        rows.relu_()
+        macs += more
+        if target is not None:
+            target.index_copy_(0, cells, rows)
+    places = layout.place.index_select(0, cells)
+    for layer, values in ((head.objectness_logits, state.logits), (head.anchor_deltas, state.deltas)):
+        update = F.linear(rows, layer.weight.flatten(1), layer.bias)
+        values.view(-1, update.shape[1]).index_copy_(0, places, update)
+        macs += update.shape[0] * layer.weight.numel()
     return macs
 
 
 def refresh_regions(
-    heads: RegionHeads, proposals: Tensor, masks: list[Tensor] | None, state: HeadsState
+    heads: RegionHeads, proposals: Tensor, changed: Tensor, state: HeadsState
 ) -> tuple[Tensor, Tensor, int]:
     """Class logits and box deltas of the proposals `(n, 4)`; only new or touched ones are computed.
+
+    A proposal that is bit-identical to one of the last frame, and whose region saw no changed cell, keeps its result.
 
     Args:
         heads: the region heads.
         proposals: of this frame.
-        masks: changed cells of each level; None = everything changed.
+        changed: `(r,)` flat indices of the changed tokens.
         state: levels are read, regions are replaced.
 
     Returns:
@@ -132,13 +157,12 @@ def refresh_regions(
     """
     before = state.regions
     known = torch.full((len(proposals),), -1, dtype=torch.long, device=proposals.device)
-    if masks is not None and before is not None and len(before.proposals) and len(proposals):
+    if before is not None and len(before.proposals) and len(proposals):
         same = (proposals[:, None] == before.proposals[None]).all(dim=-1)
         found, place = same.max(dim=1)
-        clean = found & ~_touched(heads, proposals, masks)
-        known[clean] = place[clean]
+        known = torch.where(found & ~touched(proposals, heads.config.canonical_box, changed, state.grid), place, -1)
     fresh = (known < 0).nonzero().squeeze(1)
-    logits, deltas = heads.score([level.image for level in state.levels], [proposals[fresh]])
+    logits, deltas = heads.score(state.images, [proposals[fresh]])
     if before is not None and len(fresh) < len(proposals):
         logits = before.logits[known.clamp(min=0)].index_copy(0, fresh, logits)
         deltas = before.deltas[known.clamp(min=0)].index_copy(0, fresh, deltas)
@@ -146,57 +170,89 @@ def refresh_regions(
     return logits, deltas, len(fresh)
 
 
-def fill_heads(backbone: ViTDetBackbone, generator: ProposalGenerator, tokens: Tensor) -> HeadsState:
-    """Compute all maps of a frame densely, from its token map `(H, W, D)`."""
-    image = tokens.permute(2, 0, 1)[None]
-    inners: list[Tensor | None] = []
-    features: list[Tensor] = []
-    for stage in (backbone.simfp_2, backbone.simfp_3, backbone.simfp_4, backbone.simfp_5):
-        inner = stage[:-1](image)
-        inners.append(_bordered(inner))
-        features.append(stage[-1](inner))
-    inners.append(None)
-    features.append(F.max_pool2d(features[-1], kernel_size=1, stride=2))
-    levels = []
-    for inner, feature in zip(inners, features, strict=True):
-        hidden, x = [], feature
-        for conv in generator.rpn_head.convs:
-            x = F.relu(conv(x))
-            hidden.append(x)
-        logits, deltas = generator.rpn_head.predict(x)
-        levels.append(LevelState(inner, _bordered(feature), [_bordered(h) for h in hidden[:-1]], logits[0], deltas[0]))
-    return HeadsState(levels)
+def touched(proposals: Tensor, canonical_box: float, changed: Tensor, grid: Grid) -> Tensor:
+    """Whether the regions that proposals are read from may hold a cell that changed tokens reach.
+
+    Args:
+        proposals: `(n, 4)` xyxy in pixels.
+        canonical_box: side in pixels of a box that is read from p4.
+        changed: `(r,)` flat indices of the changed tokens.
+        grid: token grid (H, W).
+
+    Returns:
+        `(n,)` booleans.
+    """
+    tokens = torch.zeros(grid, dtype=torch.long, device=changed.device)
+    tokens.view(-1).index_fill_(0, changed, 1)
+    sums = F.pad(tokens.cumsum(0).cumsum(1), (1, 0, 1, 0)).flatten()
+    stride = 4 << level_of(proposals, canonical_box)[:, None]
+    corners = proposals / stride - 0.5
+    low, high = corners[:, :2].floor().long(), corners[:, 2:].ceil().long() + 1  # first and last cell that is read
+    limit = torch.tensor([grid[1], grid[0]], device=changed.device)
+    first = ((low - 1) * stride).div(TOKEN, rounding_mode="floor").clamp(min=0).minimum(limit)
+    end = (((high + 2) * stride - 1).div(TOKEN, rounding_mode="floor") + 1).clamp(min=0).minimum(limit)
+    (x1, y1), (x2, y2) = first.unbind(1), end.unbind(1)
+    y1, y2 = y1 * (grid[1] + 1), y2 * (grid[1] + 1)
+    return sums[y2 + x2] - sums[y1 + x2] - sums[y2 + x1] + sums[y1 + x1] > 0
 
 
-def _refresh_level(
-    stage: nn.Sequential, level: LevelState, sources: Tensor, mask: Tensor, pixels: Tensor
-) -> tuple[int, Tensor]:
-    """Recompute the cells of a level that changed source cells reach.
+def _refresh_inner(
+    stage: nn.Sequential, level: int, sources: tuple[Tensor, Tensor, Tensor], state: HeadsState
+) -> tuple[Tensor, int]:
+    """Recompute what the last convolution of a pyramid stage reads of changed source cells.
 
     Args:
         stage: of the pyramid.
-        level: updated in place.
-        sources: `(n,)` flat indices of the changed cells on the map that the stage starts from.
-        mask: `(h, w)` the same as a mask.
-        pixels: `(n, D)` their values.
+        level: that it makes.
+        sources: `(n,)` rows and columns of the changed cells of the map that the stage starts from, and their `(n, D)`
+            values.
+        state: updated in place.
 
     Returns:
-        The MACs that ran, and the changed cells of the level as a mask.
+        The cells of the level that were written, and the MACs that ran.
     """
-    x, macs = pixels[:, None, None], 0
+    y, x, values = sources
+    values, macs = values[:, None, None], 0
     for layer in stage[:-1]:
-        x, more = _pointwise(layer, x)
+        values, more = _pointwise(layer, values)
         macs += more
-    assert level.inner is not None
-    scale, width = x.shape[1], level.inner.shape[1]
-    first = (sources // mask.shape[1] * scale + 1) * width + sources % mask.shape[1] * scale + 1
-    _write(level.inner, (first[:, None] + _square(scale, width, x.device)).flatten(), x.flatten(0, 2))
-    rows, cols = mask.shape
-    dirty = _dilate(mask[:, None, :, None].expand(rows, scale, cols, scale).reshape(rows * scale, cols * scale))
-    reached = _cells(dirty)
-    last = cast(ConvNorm, stage[-1])
-    _write(level.feature, reached, _normalise(last.norm, _convolve(last, level.inner, reached)))
-    return macs + reached.numel() * last.weight.numel(), dirty
+    within = torch.arange(_SCALES[level], device=y.device)
+    rows, cols = (place[:, None] * _SCALES[level] + within for place in (y, x))
+    cells = state.layout.numbers(level, rows[:, :, None], cols[:, None]).flatten()
+    state.inner.index_copy_(0, cells, values.flatten(0, 2))
+    return cells, macs
+
+
+def _refresh_level(last: ConvNorm, level: int, cells: Tensor, state: HeadsState) -> int:
+    """Recompute a level at some cells `(n,)` of it; updates the state, returns the MACs that ran."""
+    layout = state.layout
+    counts = [len(cells) if i == level else 0 for i in range(len(layout.sizes))]
+    rows, macs = convolve(last, state.inner, layout, cells, layout.neighbours(cells), counts)
+    rows = _normalise(last.norm, rows)
+    state.feature.index_copy_(0, cells, rows)
+    places = layout.place.index_select(0, cells) - sum(layout.lengths[:level])
+    state.images[level].view(rows.shape[1], -1).index_copy_(1, places, rows.T)
+    return macs
+
+
+def _refresh_top(cells: Tensor, state: HeadsState) -> Tensor:
+    """Take p6 from recomputed cells `(n,)` of p5; returns its cells that changed."""
+    y, x = state.layout.positions(_STAGES - 1, cells)
+    even = (y % 2 + x % 2 == 0).nonzero().squeeze(1)
+    top = state.layout.numbers(_STAGES, y[even] // 2, x[even] // 2)
+    state.feature.index_copy_(0, top, state.feature.index_select(0, cells[even]))
+    return top
+
+
+def _halve(tokens: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the map `(H, W, D)` of 2x2 maxima changes with tokens at rows `y` and columns `x`: `sources` of p5."""
+    height, width = tokens.shape[0] // 2, tokens.shape[1] // 2
+    changed = torch.zeros(height + 1, width + 1, dtype=torch.bool, device=tokens.device)  # the last may be half a cell
+    changed.view(-1).index_fill_(0, y // 2 * (width + 1) + x // 2, True)
+    y, x = changed[:height, :width].nonzero().unbind(1)
+    first = 2 * (y * tokens.shape[1] + x)
+    four = [tokens.flatten(0, 1).index_select(0, first + more) for more in (0, 1, tokens.shape[1], tokens.shape[1] + 1)]
+    return y, x, torch.stack(four).amax(dim=0)
 
 
 def _pointwise(layer: nn.Module, x: Tensor) -> tuple[Tensor, int]:
@@ -210,80 +266,16 @@ def _pointwise(layer: nn.Module, x: Tensor) -> tuple[Tensor, int]:
         x = x.view(n, side, side, layer.out_channels, 2, 2).permute(0, 1, 4, 2, 5, 3)
         x = x.reshape(n, 2 * side, 2 * side, layer.out_channels) + cast(Tensor, layer.bias)
         return x, n * side * side * layer.weight.numel()
-    if isinstance(layer, ConvNorm):
+    if isinstance(layer, nn.Conv2d):  # with its norm
         cells = x.shape[:3].numel()
-        return _normalise(layer.norm, F.linear(x, layer.weight.flatten(1))), cells * layer.weight.numel()
-    if isinstance(layer, LayerNorm2d):
-        return _normalise(layer, x), 0
+        return _normalise(
+            cast(ConvNorm, layer).norm, F.linear(x, layer.weight.flatten(1))
+        ), cells * layer.weight.numel()
+    if hasattr(layer, "normalized_shape"):
+        return _normalise(cast(LayerNorm2d, layer), x), 0
     return (x, 0) if isinstance(layer, nn.MaxPool2d) else (layer(x), 0)  # the maximum was taken before
 
 
 def _normalise(norm: LayerNorm2d, x: Tensor) -> Tensor:
     """Layer norm over channels that come last."""
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
-def _convolve(conv: nn.Conv2d, bordered: Tensor, cells: Tensor) -> Tensor:
-    """A 3x3 convolution at a list of cells: `(h + 2, w + 2, C)` read around `(n,)` bordered indices gives `(n, C')`."""
-    width = bordered.shape[1]
-    around = _square(3, width, cells.device) - width - 1
-    weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
-    source = bordered.flatten(0, 1)
-    parts = []
-    for some in cells.split(_ROWS):
-        patches = source.index_select(0, (some[:, None] + around).flatten()).view(some.numel(), weight.shape[0])
-        parts.append(patches @ weight if conv.bias is None else torch.addmm(conv.bias, patches, weight))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-@lru_cache(maxsize=64)
-def _square(side: int, width: int, device: torch.device) -> Tensor:
-    """Flat offsets of a square of cells from its first, on a map of so many columns."""
-    within = torch.arange(side, device=device)
-    return (within[:, None] * width + within).flatten()
-
-
-def _cells(mask: Tensor) -> Tensor:
-    """Flat indices, in the bordered map, of the cells of a mask `(h, w)`."""
-    return F.pad(mask, (1, 1, 1, 1)).flatten().nonzero().squeeze(1)
-
-
-def _write(bordered: Tensor, cells: Tensor, rows: Tensor) -> None:
-    """Put `(n, C)` rows at bordered indices of a map, in place."""
-    bordered.view(-1, bordered.shape[2]).index_copy_(0, cells, rows)
-
-
-def _bordered(image: Tensor) -> Tensor:
-    """`(1, C, h, w)` to `(h + 2, w + 2, C)` with a border of zeros."""
-    return F.pad(image[0], (1, 1, 1, 1)).permute(1, 2, 0).contiguous()
-
-
-def _dilate(mask: Tensor) -> Tensor:
-    """Cells `(h, w)` within one cell of the mask."""
-    return F.max_pool2d(mask[None].float(), 3, stride=1, padding=1)[0] > 0
-
-
-def _max_of_four(tokens: Tensor, cells: Tensor) -> Tensor:
-    """2x2 maxima of the token map `(H, W, D)` at flat cells of the halved grid, `(n, D)`."""
-    height, width = tokens.shape[0] // 2, tokens.shape[1] // 2
-    y, x = cells // width * 2, cells % width * 2
-    assert height * width > 0
-    return torch.stack([tokens[y + i, x + j] for i in (0, 1) for j in (0, 1)]).amax(dim=0)
-
-
-def _touched(heads: RegionHeads, proposals: Tensor, masks: list[Tensor]) -> Tensor:
-    """Whether the region that a proposal is read from holds a changed cell, `(n,)`."""
-    level = level_of(proposals, heads.config.canonical_box)
-    touched = torch.zeros(len(proposals), dtype=torch.bool, device=proposals.device)
-    for i, mask in enumerate(masks[:4]):
-        here = (level == i).nonzero().squeeze(1)
-        if not here.numel():
-            continue
-        sums = F.pad(mask.long().cumsum(0).cumsum(1), (1, 0, 1, 0))
-        corners = proposals[here] / STRIDES[i] - 0.5
-        limit = torch.tensor([mask.shape[1], mask.shape[0]], device=mask.device)
-        low = corners[:, :2].floor().long().clamp(min=0).minimum(limit - 1)
-        high = (corners[:, 2:].ceil().long() + 2).clamp(min=1).minimum(limit)
-        (x1, y1), (x2, y2) = low.unbind(1), high.unbind(1)
-        touched[here] = sums[y2, x2] - sums[y1, x2] - sums[y2, x1] + sums[y1, x1] > 0
-    return touched

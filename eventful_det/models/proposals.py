@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
+from eventful_det.gating.anatomy import Grid
 from eventful_det.models.boxes import area_of, cell_anchors, decode, encode, grid_anchors, match, sample
 from eventful_det.models.config import ModelConfig
 from eventful_det.models.vitdet import STRIDES
@@ -21,10 +24,13 @@ _SAMPLES, _FOREGROUND = 256, 0.5
 
 @lru_cache(maxsize=64)
 def _anchors(
-    size: float, ratios: tuple[float, ...], height: int, width: int, stride: int, device: torch.device
+    sides: tuple[int, ...], ratios: tuple[float, ...], sizes: tuple[Grid, ...], device: torch.device
 ) -> Tensor:
-    """Anchors of a level; they depend on shapes alone, and are the same on every frame of a stream."""
-    return grid_anchors(cell_anchors(size, ratios).to(device), height, width, stride)
+    """Anchors of all levels; they depend on shapes alone, and are the same on every frame of a stream."""
+    levels = zip(sides, sizes, STRIDES, strict=True)
+    return torch.cat(
+        [grid_anchors(cell_anchors(side, ratios).to(device), *size, stride) for side, size, stride in levels]
+    )
 
 
 class ProposalHead(nn.Module):
@@ -71,13 +77,9 @@ class ProposalGenerator(nn.Module):
         self.config = config
         self.rpn_head = ProposalHead(config.channels, config.rpn_convs, len(config.anchor_ratios))
 
-    def anchors(self, levels: list[Tensor]) -> list[Tensor]:
-        """Anchors of every level, each `(h * w * A, 4)` xyxy in pixels."""
-        ratios = self.config.anchor_ratios
-        return [
-            _anchors(size, ratios, level.shape[-2], level.shape[-1], stride, level.device)
-            for level, size, stride in zip(levels, self.config.anchor_sizes, STRIDES, strict=True)
-        ]
+    def anchors(self, sizes: Sequence[Grid], device: torch.device) -> Tensor:
+        """Anchors of levels p2 to p6 of these cells (rows, columns), `(n, 4)` xyxy in pixels, level after level."""
+        return _anchors(self.config.anchor_sizes, self.config.anchor_ratios, tuple(sizes), device)
 
     def forward(
         self, levels: list[Tensor], sizes: list[tuple[int, int]], targets: list[dict[str, Tensor]] | None = None
@@ -92,41 +94,47 @@ class ProposalGenerator(nn.Module):
         Returns:
             Per image its proposals `(n, 4)` xyxy, best first; and the losses (empty without targets).
         """
-        anchors = self.anchors(levels)
-        logits, deltas = zip(*(self.rpn_head(level) for level in levels), strict=True)
-        losses = {} if targets is None else self._losses(torch.cat(anchors), logits, deltas, targets)
+        cells = [(level.shape[2], level.shape[3]) for level in levels]
+        predictions = zip(*(self.rpn_head(level) for level in levels), strict=True)
+        logits, deltas = (torch.cat(list(values), dim=1) for values in predictions)
+        losses = {} if targets is None else self._losses(self.anchors(cells, logits.device), logits, deltas, targets)
         with torch.no_grad():
             proposals = [
-                self.select(anchors, [x[i].detach() for x in logits], [x[i].detach() for x in deltas], size)
-                for i, size in enumerate(sizes)
+                self.select(cells, logits[i].detach(), deltas[i].detach(), size) for i, size in enumerate(sizes)
             ]
         return proposals, losses
 
-    def select(
-        self, anchors: list[Tensor], logits: list[Tensor], deltas: list[Tensor], size: tuple[int, int]
-    ) -> Tensor:
-        """The proposals of one image: the best of each level, then non-maximum suppression within levels."""
+    def select(self, cells: Sequence[Grid], logits: Tensor, deltas: Tensor, size: tuple[int, int]) -> Tensor:
+        """The proposals of one image: the best of each level, then non-maximum suppression within levels.
+
+        Args:
+            cells: (rows, columns) of the levels p2 to p6.
+            logits: `(n,)` of the anchors, level after level.
+            deltas: `(n, 4)` of the same.
+            size: (height, width) in pixels without padding.
+        """
         config = self.config
         candidates = config.nms_candidates_train if self.training else config.nms_candidates
         keep = config.proposals_train if self.training else config.proposals
-        tops = [logit.topk(min(candidates, logit.numel())) for logit in logits]
-        delta = torch.cat([values[top] for values, (_, top) in zip(deltas, tops, strict=True)])
-        anchor = torch.cat([values[top] for values, (_, top) in zip(anchors, tops, strict=True)])
+        ratios = len(config.anchor_ratios)
+        levels = logits.split([rows * cols * ratios for rows, cols in cells])
+        tops = [logit.topk(min(candidates, len(logit))) for logit in levels]
+        starts = accumulate((len(logit) for logit in levels), initial=0)
+        index = torch.cat([top + start for (_, top), start in zip(tops, starts, strict=False)])
         score = torch.cat([score for score, _ in tops])
         level = torch.cat([torch.full_like(top, i) for i, (_, top) in enumerate(tops)])
-        box = clip_boxes_to_image(decode(delta, anchor, _WEIGHTS), size)
+        box = decode(deltas[index], self.anchors(cells, logits.device)[index], _WEIGHTS)
+        box = clip_boxes_to_image(box, size)
         solid = remove_small_boxes(box, 1e-5)
-        box, score, level = box[solid], score[solid], level[solid]
-        return box[batched_nms(box, score, level, _NMS)[:keep]]
+        return _suppress(box[solid], score[solid], level[solid], keep)
 
     def _losses(
         self,
         anchors: Tensor,
-        logits: tuple[Tensor, ...],
-        deltas: tuple[Tensor, ...],
+        logit: Tensor,
+        delta: Tensor,
         targets: list[dict[str, Tensor]],
     ) -> dict[str, Tensor]:
-        logit, delta = torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
         objectness, location = logit.sum() * 0, delta.sum() * 0  # parameters have a gradient even without objects
         for i, target in enumerate(targets):
             matched, label = match(target["boxes"], anchors, 0.3, 0.7, keep_best=True)
@@ -140,6 +148,21 @@ class ProposalGenerator(nn.Module):
                 location = location + F.l1_loss(delta[i, positive], goal, reduction="sum")
         scale = 1.0 / (_SAMPLES * len(targets))
         return {"loss_rpn_cls": objectness * scale, "loss_rpn_loc": location * scale}
+
+
+def _suppress(boxes: Tensor, scores: Tensor, levels: Tensor, keep: int) -> Tensor:
+    """The `keep` best boxes `(n, 4)` that non-maximum suppression within levels leaves, best first.
+
+    Whether a box is suppressed depends on better ones alone, so only as many as are needed are looked at.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    count = 2 * keep
+    while True:
+        best = order[:count]
+        kept = batched_nms(boxes[best], scores[best], levels[best], _NMS)
+        if len(kept) >= keep or count >= len(order):
+            return boxes[best[kept[:keep]]]
+        count *= 2
 
 
 def _trust(anchors: Tensor, target: dict[str, Tensor], logit: Tensor, wanted: Tensor) -> Tensor:

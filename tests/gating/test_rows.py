@@ -307,7 +307,9 @@ def test_any_set_of_selected_tokens_equals_a_mix_of_two_dense_passes(
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.booleans(), st.data())
-def test_queries_fill_tiles_of_their_windows(rows: int, cols: int, side: int, static: bool, data: st.DataObject) -> None:
+def test_queries_fill_tiles_of_their_windows(
+    rows: int, cols: int, side: int, static: bool, data: st.DataObject
+) -> None:
     windows = windows_of((rows, cols), side, torch.device("cpu"))
     chosen = data.draw(st.sets(st.integers(0, rows * cols - 1), min_size=1))
     index = windows.token[torch.tensor(sorted(windows.place[i] for i in chosen))]

@@ -12,21 +12,43 @@ from eventful_det.gating.policy import TopFraction
 from eventful_det.gating.rows import Rows
 from eventful_det.models.config import ModelConfig
 from eventful_det.models.detector import Detector
-from eventful_det.models.incremental import HeadsState, fill_heads, refresh_proposals, refresh_pyramid, refresh_regions
+from eventful_det.models.incremental import (
+    HeadsState,
+    init_heads,
+    refresh_proposals,
+    refresh_pyramid,
+    refresh_regions,
+)
 
 shared = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def dense_levels(detector: Detector, tokens: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+def dense_levels(detector: Detector, tokens: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
     levels = detector.backbone.pyramid(tokens.permute(2, 0, 1)[None])
-    return levels, [detector.proposal_generator.rpn_head(level) for level in levels]
+    logits, deltas = zip(*(detector.proposal_generator.rpn_head(level) for level in levels), strict=True)
+    return levels, torch.cat(logits, dim=1)[0], torch.cat(deltas, dim=1)[0]
 
 
 def assert_equals_dense(detector: Detector, tokens: Tensor, state: HeadsState) -> None:
-    for own, level, (logits, deltas) in zip(state.levels, *dense_levels(detector, tokens), strict=True):
-        torch.testing.assert_close(own.image, level, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(own.logits, logits[0], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(own.deltas, deltas[0], atol=1e-5, rtol=1e-5)
+    levels, logits, deltas = dense_levels(detector, tokens)
+    for own, level in zip(state.levels, levels, strict=True):
+        torch.testing.assert_close(own, level, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(state.logits, logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(state.deltas, deltas, atol=1e-5, rtol=1e-5)
+    layout = state.layout
+    for maps in (state.inner, state.feature, *state.hidden):
+        assert not maps[~layout.inside[: len(maps)]].any(), "borders are zero padding"
+
+
+def refresh(detector: Detector, tokens: Tensor, changed: Tensor, state: HeadsState) -> int:
+    cells, macs = refresh_pyramid(detector.backbone, tokens, changed, state)
+    return macs + refresh_proposals(detector.proposal_generator, state, cells)
+
+
+def filled(detector: Detector, tokens: Tensor) -> HeadsState:
+    state = init_heads(detector.backbone, detector.proposal_generator, tokens)
+    refresh(detector, tokens, torch.arange(tokens.shape[0] * tokens.shape[1]), state)
+    return state
 
 
 def awake(detector: Detector) -> Detector:
@@ -44,12 +66,11 @@ def test_random_updates(tiny_detector: Detector, rows: int, cols: int, places: l
     detector = awake(tiny_detector)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(rows, cols, detector.config.dim, generator=generator)
-    state = fill_heads(detector.backbone, detector.proposal_generator, tokens)
+    state = filled(detector, tokens)
     assert_equals_dense(detector, tokens, state)
     changed = torch.tensor(sorted({int(place * rows * cols) for place in places}), dtype=torch.long)
     tokens.view(rows * cols, -1)[changed] = torch.randn(len(changed), detector.config.dim, generator=generator)
-    masks, macs = refresh_pyramid(detector.backbone, tokens, changed, state.levels)
-    macs += refresh_proposals(detector.proposal_generator, state.levels, masks)
+    macs = refresh(detector, tokens, changed, state)
     assert_equals_dense(detector, tokens, state)
     assert (macs == 0) == (len(changed) == 0)
 
@@ -60,10 +81,9 @@ def test_two_proposal_convolutions() -> None:
     config = ModelConfig(("a",), dim=32, depth=1, heads=1, global_blocks=(), channels=8, rpn_convs=2, box_fc=(8,))
     detector = awake(Detector(config).eval())
     tokens = torch.randn(6, 7, 32)
-    state = fill_heads(detector.backbone, detector.proposal_generator, tokens)
+    state = filled(detector, tokens)
     tokens[2, 3] += 1
-    masks, _ = refresh_pyramid(detector.backbone, tokens, torch.tensor([2 * 7 + 3]), state.levels)
-    refresh_proposals(detector.proposal_generator, state.levels, masks)
+    refresh(detector, tokens, torch.tensor([2 * 7 + 3]), state)
     assert_equals_dense(detector, tokens, state)
 
 
@@ -71,16 +91,16 @@ def test_two_proposal_convolutions() -> None:
 def test_regions_are_reused_only_when_nothing_they_see_changed(tiny_detector: Detector) -> None:
     heads = tiny_detector.roi_heads
     tokens = torch.randn(8, 8, tiny_detector.config.dim)
-    state = fill_heads(tiny_detector.backbone, tiny_detector.proposal_generator, tokens)
+    state = filled(tiny_detector, tokens)
     near, far = [4.0, 4.0, 30.0, 30.0], [80.0, 80.0, 120.0, 125.0]
-    assert refresh_regions(heads, torch.tensor([near, far]), None, state)[2] == 2
+    assert refresh_regions(heads, torch.tensor([near, far]), torch.arange(64), state)[2] == 2
     tokens[0, 0] += 1
-    masks, _ = refresh_pyramid(tiny_detector.backbone, tokens, torch.tensor([0]), state.levels)
+    refresh_pyramid(tiny_detector.backbone, tokens, torch.tensor([0]), state)
     moved = [81.0, 80.0, 120.0, 125.0]
     proposals = torch.tensor([far, near, moved])
-    logits, deltas, computed = refresh_regions(heads, proposals, masks, state)
+    logits, deltas, computed = refresh_regions(heads, proposals, torch.tensor([0]), state)
     assert computed == 2  # the touched one and the new one
-    expected = heads.score([level.image for level in state.levels], [proposals])
+    expected = heads.score(state.images, [proposals])
     torch.testing.assert_close(logits, expected[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(deltas, expected[1], atol=1e-5, rtol=1e-5)
 
@@ -97,14 +117,12 @@ def test_a_gated_stream_equals_dense_heads_on_its_token_map(tiny_detector: Detec
         (stream,) = state.streams
         tokens = stream.backbone.streams[0].output.unflatten(0, stream.backbone.streams[0].grid)
         with torch.no_grad():
-            levels, _ = dense_levels(detector, tokens)
+            levels, _, _ = dense_levels(detector, tokens)
             proposals, _ = detector.proposal_generator(levels, [size])
             (dense,) = detector.roi_heads.detect(levels, proposals, [size])
         torch.testing.assert_close(result.detections.boxes, dense.boxes, atol=1e-2, rtol=1e-4)
         torch.testing.assert_close(result.detections.scores, dense.scores, atol=1e-4, rtol=1e-4)
-        nbytes.add(
-            stream.backbone.nbytes + sum(tensor.nbytes for level in stream.heads.levels for tensor in level.tensors())
-        )
+        nbytes.add(stream.backbone.nbytes + stream.heads.nbytes - stream.heads.regions.nbytes)
         assert result.cost.flush == (t == 0)
         assert t == 0 or result.cost.macs["pyramid"] < result.cost.dense["pyramid"]
     assert len(nbytes) == 1
