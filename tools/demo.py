@@ -2,6 +2,7 @@
 
     python tools/demo.py                                          # a synthetic clip
     python tools/demo.py source=clip.mp4 budget=0.25 max_frames=300
+    python tools/demo.py source=clip.mp4 budget=50ms shadow_every=30   # or budget=40GMACs; how far it drifts from dense
     python tools/demo.py source=0 output=outputs/webcam           # until Ctrl-C
     python tools/demo.py source=pictures/ gate/policy=threshold gate.policy.threshold=2
 
@@ -29,7 +30,6 @@ import torch
 from common import build_rule, choose_device, console, tool, write_results
 from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torchvision.ops import box_iou
 
 from eventful_det.adapters import to_record
 from eventful_det.data.video import VideoSource, open_source
@@ -39,6 +39,9 @@ from eventful_det.evaluation.efficiency import peak_memory
 from eventful_det.models.checkpoints import SYNTHETIC, load_detector
 from eventful_det.models.detector import Detector
 from eventful_det.models.regions import Detections
+from eventful_det.runtime.budget import parse_budget
+from eventful_det.runtime.drift import matches
+from eventful_det.runtime.sharing import Terms
 from eventful_det.runtime.stream import Stream, StreamResult
 from eventful_det.runtime.tracking import Tracker
 from eventful_det.viz import annotate, cost_row, plot_cost
@@ -127,7 +130,7 @@ class Comparison:
         self.images.append(result.image)
         dense = next(self.dense)
         ours, theirs = [d.scores >= self.show for d in (result.detections, dense.detections)]
-        self.both += count_matches(select(result.detections, ours), select(dense.detections, theirs))
+        self.both += len(list(matches(select(result.detections, ours), select(dense.detections, theirs))))
         self.ours, self.theirs = self.ours + int(ours.sum()), self.theirs + int(theirs.sum())
         if result.cost.latency and not result.cost.flush:
             self.ratios.append(dense.cost.latency / result.cost.latency)
@@ -148,17 +151,6 @@ def select(detections: Detections, chosen: Any) -> Detections:
     return detections.map(lambda values: values[chosen])
 
 
-def count_matches(ours: Detections, theirs: Detections) -> int:
-    """Detections that both have: same class, boxes that overlap by half; each counts once, best first."""
-    overlap = box_iou(ours.boxes, theirs.boxes) * (ours.labels[:, None] == theirs.labels[None])
-    matches = 0
-    for row in overlap:
-        if row.numel() and row.max() >= 0.5:
-            overlap[:, row.argmax()] = 0
-            matches += 1
-    return matches
-
-
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C waits until the block is done, so that every file holds the same frames."""
@@ -172,6 +164,12 @@ def uninterrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def build_terms(config: DictConfig) -> Terms | None:
+    """The terms of a budget; None where none are given."""
+    given = {name: config[name] for name in ("max_age", "bank") if config[name] is not None}
+    return Terms(**given) if given else None
+
+
 def open_stream(config: DictConfig, source: VideoSource) -> tuple[Stream, Comparison | None]:
     """The stream of a config, and the dense one beside it when asked for."""
     weights = config.weights or (SYNTHETIC if str(config.source).startswith("synthetic") else None)
@@ -180,7 +178,8 @@ def open_stream(config: DictConfig, source: VideoSource) -> tuple[Stream, Compar
     if detector.rule is None and config.budget is not None:
         raise UserError("gate=dense recomputes everything; leave budget out, or choose gate=rows or gate=paper")
     sizes = {"short_side": config.short_side, "long_side": config.long_side}
-    options = {"budget": config.budget, "scene_cuts": config.scene_cuts, "hold": config.hold}
+    options = {"budget": parse_budget(config.budget), "scene_cuts": config.scene_cuts, "hold": config.hold}
+    options |= {"shadow_every": config.shadow_every, "terms": build_terms(config)}
     stream = detector.stream(source, max_frames=config.max_frames, **options, **sizes)
     return stream, Comparison(detector, config.show, scene_cuts=False, **sizes) if config.compare else None
 
@@ -231,6 +230,7 @@ def demo(config: DictConfig) -> None:
                 "skipped": source.skipped,
                 "stopped": None if stopped is None else (str(stopped) or "interrupted"),
                 **({"compare": comparison.summary()} if comparison else {}),
+                **({"drift": stream.drift.summary()} if stream.drift else {}),
             }
             print_summary(results)
             write_results(directory, results)
@@ -246,6 +246,10 @@ def print_summary(results: dict[str, Any]) -> None:
         f"median {results['latency_ms']['median']:.0f} ms; "
         f"{results['frames_per_second']:.1f} frames/s with decoding, drawing and encoding"
     )
+    if results.get("drift", {}).get("frames"):
+        drift = results["drift"]
+        agreement = "none has a detection" if drift["agreement_f1"] is None else f"F1 {drift['agreement_f1']:.2f}"
+        console.print(f"agreement with dense on {drift['frames']} frames: {agreement}")
     if results["skipped"]:
         console.print(f"{results['skipped']} pieces of the source could not be decoded")
     for path in results["files"]:

@@ -48,8 +48,15 @@ class _Asked(NamedTuple):
 
 @dataclass
 class _Plan:
-    """What was decided about a step: which streams were asked about, and what they may spend without the bank."""
+    """A step under way; whatever budget is set meanwhile counts from the next one on.
 
+    Attributes:
+        budget: of the step.
+        streams: places of those that share it, which flushes do not.
+        allowance: what they may spend without the bank, in tokens or MACs.
+    """
+
+    budget: Budget | None
     streams: tuple[int, ...] = ()
     allowance: float = 0.0
 
@@ -119,13 +126,13 @@ class Spender:
             accounts: of the streams, updated in place.
             prepared: seconds that each frame took before the step; they count as "other".
         """
-        plan = _Plan()
+        plan = _Plan(self._budget)
         results = self.detector.step(frames, state, flush, self._joint(frames, accounts, plan))
         for result, seconds in zip(results, prepared, strict=True):
             result.cost.seconds["other"] = result.cost.seconds.get("other", 0.0) + seconds
-        if plan.streams and not isinstance(self._budget, Latency):
+        if plan.streams and plan.budget is self._budget and not isinstance(plan.budget, Latency):
             costs = [results[i].cost for i in plan.streams]
-            spent = sum(cost.total if isinstance(self._budget, Gmacs) else cost.recomputed for cost in costs)
+            spent = sum(cost.total if isinstance(plan.budget, Gmacs) else cost.recomputed for cost in costs)
             self._bank = self._bank.settle(plan.allowance, spent)
         self._learn(results, accounts)
         return results
@@ -134,7 +141,7 @@ class Spender:
         """What chooses the tokens of a step; None = the detector's policy, stream by stream."""
         if not isinstance(self.detector.rule, Rows):
             return None
-        if self._budget is None or callable(self._budget) or self._budget == 1.0:
+        if plan.budget is None or callable(plan.budget) or plan.budget == 1.0:
             return self._policy_and_due if self._bounds_policies else None
         grids = [_grid(frame, self.detector.config.patch) for frame in frames]
 
@@ -160,7 +167,7 @@ class Spender:
             changed = bool((one.gate.error > self.terms.noise).any())
             one.account.calm = 0 if changed else one.account.calm + 1
         order = order_tokens([one.gate for one in asked], self.terms, [one.account.calm for one in asked])
-        budget = self._budget
+        budget = plan.budget
         if isinstance(budget, Latency):
             return self._choose_in_time(order, self._totals(order, asked, expected=True), asked, budget.seconds)
         if isinstance(budget, Gmacs):

@@ -23,6 +23,7 @@ from eventful_det.models.cost import FrameCost
 from eventful_det.models.detector import Detector, StepResult
 from eventful_det.models.regions import Detections
 from eventful_det.runtime.budget import Budget
+from eventful_det.runtime.drift import Drift, Shadow
 from eventful_det.runtime.refresh import SceneCuts
 from eventful_det.runtime.sharing import Terms
 from eventful_det.runtime.spender import Account, Spender
@@ -45,6 +46,7 @@ class StreamResult:
         stream: name of the source.
         frame_age: seconds from the capture of the frame to its detections; None unless the source is live.
         dropped: frames of a live source that were overtaken by newer ones so far.
+        drift: how the detections compare with dense ones, on frames on which these were made as well.
     """
 
     detections: Detections
@@ -59,6 +61,7 @@ class StreamResult:
     stream: str = ""
     frame_age: float | None = None
     dropped: int = 0
+    drift: Drift | None = None
 
 
 @dataclass(frozen=True)
@@ -117,16 +120,20 @@ class Stream(Iterator[StreamResult]):
         long_side: int | None = None,
         scene_cuts: bool = True,
         hold: int = 1,
+        shadow_every: int = 0,
     ) -> None:
         """See `stream`."""
         if hold < 1:
             raise UserError(f"hold must be at least 1 (= every frame), got {hold}")
+        if shadow_every < 0:
+            raise UserError(f"shadow_every must be a number of frames, or 0 for never, got {shadow_every}")
         self.detector = detector.with_rule(copy.copy(detector.rule))
         self._spender = Spender(self.detector, budget, terms)
         self._account = Account()
         self._viewer = Viewer.of(detector.config, short_side, long_side)
         self.hold, self.max_frames = hold, max_frames
         self._cuts = SceneCuts() if scene_cuts else None
+        self._shadow = Shadow(detector, self._viewer, shadow_every) if shadow_every else None
         self._state = detector.init_state()
         self._source = open_source(source)
         self._frames = iter(self._source)
@@ -149,6 +156,11 @@ class Stream(Iterator[StreamResult]):
     @budget.setter
     def budget(self, budget: Budget) -> None:
         self._spender.budget = budget
+
+    @property
+    def drift(self) -> Drift | None:
+        """How the detections compare with dense ones, over all frames with a shadow; None without `shadow_every`."""
+        return None if self._shadow is None else self._shadow.total
 
     @property
     def state_bytes(self) -> int:
@@ -181,7 +193,9 @@ class Stream(Iterator[StreamResult]):
             result = self._detect(frame.image, index, frame.timestamp, cut)
         source = self._source
         self._last = dataclasses.replace(result, stream=source.name, frame_age=frame.age, dropped=source.dropped)
-        return self._last
+        if self._shadow is None:
+            return self._last
+        return dataclasses.replace(self._last, drift=self._shadow.compare(index, frame.image, result.detections))
 
     def _detect(self, image: NDArray[np.uint8], index: int, timestamp: float | None, cut: bool) -> StreamResult:
         began = time.perf_counter()
@@ -212,6 +226,8 @@ def stream(detector: Detector, source: Any, **options: Any) -> Stream:
             short_side, long_side: of the network's input in pixels; the model's own if None.
             scene_cuts: recompute everything when another scene begins.
             hold: run the detector on every n-th frame only and hold its boxes in between (a baseline).
+            shadow_every: also run the dense detector on every n-th frame and report how far the detections drift from
+                its; costs nothing of the budget and is counted nowhere else. 0 = never.
 
     Returns:
         An iterator over `StreamResult`; lazy, and constant in memory.

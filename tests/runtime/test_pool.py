@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,10 @@ from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.errors import UserError
 from eventful_det.gating.policy import TopK
 from eventful_det.models.detector import Detector
+from eventful_det.runtime.budget import Gmacs, Latency
+from eventful_det.runtime.metrics import StreamMetrics
 from eventful_det.runtime.pool import PoolResult, StreamPool
+from eventful_det.runtime.sharing import Terms
 from eventful_det.runtime.stream import StreamResult
 
 Image = NDArray[np.uint8]
@@ -94,6 +98,144 @@ def test_a_stream_that_dies_leaves_the_others_alone(tiny_detector: Detector) -> 
     assert metrics.streams["dying"].error == "OSError: the cable is gone"
     assert metrics.streams["healthy"].error is None and not metrics.streams["healthy"].active
     assert metrics.total.frames == 7 and metrics.total.flushes == 2
+
+
+def test_who_comes_and_goes_does_not_disturb_a_bit(tiny_detector: Detector) -> None:
+    """Others join, leave, die, change their size and come back; two streams take no notice."""
+    watched = {"a": clip(1, 12), "b": clip(4, 12, 96, 144)}
+    mixed = clip(2, 3) + clip(2, 3, 96, 144) + clip(2, 3)
+
+    def dying() -> Iterator[Image]:
+        yield from clip(3, 2)
+        raise RuntimeError("gone")
+
+    pool = StreamPool(tiny_detector, budget=TopK(11), scene_cuts=False)
+    for name, images in watched.items():
+        pool.add(images, name=name)
+    results: dict[str, list[PoolResult]] = {}
+    for step in range(12):
+        if step == 1:
+            pool.add(mixed, name="mixed")
+            pool.add(dying(), name="weak")
+        if step == 5:
+            pool.remove("mixed")
+        if step == 6:
+            assert pool.metrics().streams["weak"].error == "RuntimeError: gone"
+            assert pool.add(clip(3, 4), name="weak") == "weak", "a stream may come back under its name"
+            assert pool.metrics().streams["weak"].error is None
+        for result in pool.step():
+            results.setdefault(result.stream, []).append(result)
+    for name, images in watched.items():
+        alone = tiny_detector.stream(images, budget=TopK(11), scene_cuts=False)
+        for mine, solo in zip(results[name], alone, strict=True):
+            assert_equal(mine, solo)
+    assert [r.cost.flush for r in results["mixed"]] == [True, False, False, True]
+    assert [r.cost.flush for r in results["weak"]] == [True, False] + [True, False, False, False]
+    assert [r.frame_index for r in results["weak"]] == [0, 1, 0, 1, 2, 3]
+
+
+def test_gmacs_are_those_of_a_round(tiny_detector: Detector) -> None:
+    pool = StreamPool(tiny_detector, budget=Gmacs(0.03), scene_cuts=False)
+    for index in (1, 2, 4):
+        pool.add(clip(index, 10), name=str(index))
+    pool.step()
+    for step in range(9):
+        if step == 5:
+            pool.budget = Gmacs(0.02)
+        results = pool.step()
+        assert sum(r.cost.total for r in results) <= (0.03 if step < 5 else 0.02) * 1e9
+        assert sum(r.cost.recomputed for r in results) > 2
+
+
+def test_a_flush_costs_the_others_nothing(tiny_detector: Detector) -> None:
+    """A stream that joins is recomputed in full, outside of the budget; the others keep all of theirs."""
+    pool = StreamPool(tiny_detector, budget=0.2, scene_cuts=False)
+    pool.add(clip(4, 6), name="old")
+    for step in range(6):
+        if step == 3:
+            pool.add(clip(2, 6), name="new")
+        recomputed = {r.stream: r.cost.recomputed for r in pool.step()}
+        if step == 3:
+            assert recomputed == {"old": 12, "new": 60}
+
+
+def test_every_stream_is_served_and_no_token_grows_old(tiny_detector: Detector) -> None:
+    noisy = np.random.default_rng(0)
+    loud = [noisy.integers(0, 255, (96, 144, 3), dtype=np.uint8) for _ in range(30)]
+    pool = StreamPool(tiny_detector, budget=12, terms=Terms(min_share=0.5, max_age=15), scene_cuts=False)
+    pool.add(loud, name="loud")
+    pool.add(clip(4, 30), name="moving")
+    pool.add([clip(1, 1)[0]] * 30, name="still")
+    ages = {name: torch.zeros(6, 10) for name in pool.names}
+    for step, results in enumerate(pool):
+        for result in results:
+            ages[result.stream] = torch.where(result.work > 0, 0, ages[result.stream] + 1)
+            assert ages[result.stream].max() <= 15
+            if 0 < step < 10 and result.stream == "moving":
+                assert result.cost.recomputed >= 12 * 0.5 / 3 - 1
+
+
+def test_a_stalled_stream_holds_nobody_up(tiny_detector: Detector) -> None:
+    released = threading.Event()
+
+    def stalled() -> Iterator[Image]:
+        yield clip(1, 1)[0]
+        released.wait(10)
+
+    with StreamPool(tiny_detector, budget=TopK(3)) as pool:
+        pool.add(stalled(), name="stalled", live=True)
+        pool.add(clip(2, 4), name="file")
+        seen = [result.stream for _ in range(4) for result in pool.step()]
+        assert seen.count("file") == 4
+        released.set()
+
+
+def test_budget_and_members_from_another_thread(tiny_detector: Detector) -> None:
+    pool = StreamPool(tiny_detector, budget=0.5)
+    pool.add(clip(1, 40), name="first")
+    stop = threading.Event()
+
+    def meddle() -> None:
+        for i in range(1000):
+            if stop.is_set():
+                return
+            name = pool.add(clip(2, 2), name="guest")
+            pool.budget = (0.1, 5, Gmacs(0.02), Latency(0.1))[i % 4]
+            pool.metrics()
+            if name in pool.names:
+                with contextlib.suppress(UserError):
+                    pool.remove(name)
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=meddle)
+    thread.start()
+    frames = []
+    for _ in range(45):
+        frames += [r.frame_index for r in pool.step() if r.stream == "first"]
+    stop.set()
+    thread.join()
+    assert frames == list(range(40))
+
+
+def test_metrics(tiny_detector: Detector) -> None:
+    pool = StreamPool(tiny_detector, budget=0.25)
+    assert pool.metrics().total == StreamMetrics(active=False)
+    pool.add(clip(1, 5), name="a")
+    pool.add(clip(2, 5), name="b")
+    results = [result for _ in range(5) for result in pool.step()]
+    metrics = pool.metrics()
+    mine = [r for r in results if r.stream == "a"]
+    a, total = metrics.streams["a"], metrics.total
+    assert (a.frames, a.flushes, a.dropped, a.active, a.error) == (5, 1, 0, True, None)
+    assert a.macs == sum(r.cost.total for r in mine) and a.dense_macs == sum(r.cost.dense_total for r in mine)
+    assert a.gmacs == pytest.approx(a.macs / 5e9) and a.dense_gmacs == pytest.approx(a.dense_macs / 5e9)
+    assert a.milliseconds == pytest.approx(200 * sum(r.cost.latency for r in mine))
+    assert total.frames == 10 and total.macs == sum(r.cost.total for r in results)
+    assert total.frames_per_second == pytest.approx(sum(m.frames_per_second for m in metrics.streams.values()))
+    assert 0 < total.gmacs < total.dense_gmacs and total.state_bytes > 1e5
+    pool.close()
+    gone = pool.metrics()
+    assert gone.total.frames == 10 and gone.total.frames_per_second == 0 and not gone.streams["a"].active
 
 
 def test_live_streams_show_the_newest(tiny_detector: Detector) -> None:

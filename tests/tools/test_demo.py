@@ -72,7 +72,8 @@ def check_run(directory: Path) -> dict[str, Any]:
 
 def test_complete_run_and_failed_start(weights: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    process = start(weights, "source=synthetic:1", "max_frames=4", f"output={output}", "compare=true", "show=0.2")
+    options = ("compare=true", "show=0.2", "shadow_every=2", "budget=50%", "max_age=20", "bank=2")
+    process = start(weights, "source=synthetic:1", "max_frames=4", f"output={output}", *options)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert str(output / "results.json") in stdout and "4 frames" in stdout
@@ -81,6 +82,8 @@ def test_complete_run_and_failed_start(weights: str, tmp_path: Path) -> None:
     assert 0 < results["share_of_dense"]["backbone"] < results["share_of_dense"]["total"] < 1
     assert results["gmacs_per_frame"]["total"] < results["dense_gmacs_per_frame"]["total"]
     assert results["state_bytes"] > 0 and results["peak_memory_mb"] > 10
+    assert results["drift"]["frames"] == 2 and results["drift"]["dense_ms"] > 0
+    assert "agreement with dense on 2 frames" in stdout
     assert 0 <= results["compare"]["agreement_f1"] <= 1 and results["compare"]["times_faster_median"] > 0
     line = json.loads((output / "detections.jsonl").read_text().splitlines()[1])
     assert line["size"] == {"height": 256, "width": 384} and line["timestamp"] == 0.04
@@ -134,6 +137,10 @@ def test_error_midway_keeps_what_was_written(
         (["max_frames=0"], "max_frames"),
         (["gate=dense", "budget=0.5"], "leave budget out"),
         (["budget=2.5"], "budget of 2.5"),
+        (["budget=40GFLOPs"], "budget='40GFLOPs' cannot be understood"),
+        (["budget=50ms", "gate=paper"], "rows rule"),
+        (["max_age=-1"], "max_age must be"),
+        (["shadow_every=-1"], "shadow_every must be"),
         (["source=synthetic", "output={tmp}/file/out"], "cannot write to output="),
         (["weights={tmp}/none.safetensors"], "no weights"),
         (["device=abacus"], "device=abacus"),
