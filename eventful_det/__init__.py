@@ -29,6 +29,7 @@ _PUBLIC = {
     "load_detector": "eventful_det.models.checkpoints",
     "Gmacs": "eventful_det.runtime.budget",
     "Latency": "eventful_det.runtime.budget",
+    "Terms": "eventful_det.runtime.sharing",
     "StreamPool": "eventful_det.runtime.pool",
 }
 

@@ -3,6 +3,7 @@
     python tools/benchmark.py                                    # the cases of configs/benchmark.yaml
     python tools/benchmark.py threads=2 repetitions=31 clip=my.mp4 peer=path/to/eventful-transformer
     python tools/benchmark.py only=672x672 profile=true          # the cases whose name holds "672x672"
+    python tools/benchmark.py streams=[1,2,4,8,16] budget=0.25   # many streams: see tools/benchmark_streams.py
     python tools/benchmark.py cases='[{model: vitdet_tiny, size: [384,640], what: detector, fraction: 0.125}]'
 
 The methods of a case live in one process, see the same frames and take turns frame by frame, in an order drawn anew
@@ -28,6 +29,7 @@ from typing import Any
 import hydra
 import torch
 from benchmark_methods import DENSE, PARTS, PEERS, Case, Method, Step, cases_of, prepare
+from benchmark_streams import bench_streams
 from common import choose_device, console, tool, write_results
 from omegaconf import DictConfig
 from rich.box import SIMPLE_HEAD
@@ -241,9 +243,6 @@ def show_profile(title: str, operations: Sequence[Operation], directory: Path) -
 @tool
 def main(config: DictConfig) -> None:
     """Run the cases one after another, then write the results."""
-    cases, skipped = cases_of(config)
-    for name in skipped:
-        console.print(f"left out, because it needs clip=... or peer=...: {name}", soft_wrap=True)
     for option in ("repetitions", "warm_up", "threads"):
         value = config[option]
         if not (isinstance(value, int) and value > 0 or option == "threads" and value is None):
@@ -261,6 +260,12 @@ def main(config: DictConfig) -> None:
         "seed": config.seed,
         "note": NOTE,
     }
+    if config.streams is not None:
+        bench_streams(config, {key: value for key, value in about.items() if key != "note"})
+        return
+    cases, skipped = cases_of(config)
+    for name in skipped:
+        console.print(f"left out, because it needs clip=... or peer=...: {name}", soft_wrap=True)
     directory = Path(config.output)
     results: list[dict[str, Any]] = []
     for case in cases:

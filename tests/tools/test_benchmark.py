@@ -17,9 +17,11 @@ from running import ROOT, run
 
 from eventful_det.errors import UserError
 from eventful_det.evaluation.timing import Call, Timed
+from eventful_det.models.detector import Detector
 
 sys.path.insert(0, str(ROOT / "tools"))
 
+import benchmark_streams  # noqa: E402
 from benchmark import compare, markdown, table  # noqa: E402
 from benchmark_methods import Step, cases_of, prepare  # noqa: E402
 
@@ -167,6 +169,25 @@ def test_an_error_takes_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "holds no eventful_transformer/backbones.py" in done.stderr
     assert not (tmp_path / "results.json").exists()
+
+
+def test_streams(tiny_detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_streams, "load_detector", lambda _: tiny_detector)
+    options = ("streams=[1,3]", "budget=24", "repetitions=3", "warm_up=1", "device=cpu", f"output={tmp_path}")
+    benchmark_streams.bench_streams(settings(*options), {"command": "a command"})
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = {(row["streams"], row["method"]): row for row in results["streams"]}
+    assert set(rows) == {(n, method) for n in (1, 3) for method in ("dense", "one by one", "pool")}
+    assert results["command"] == "a command" and results["budget"] == "24"
+    for (count, method), row in rows.items():
+        assert row["frames_per_second"] > 0
+        assert (row["share_of_dense"] >= 1) == (method == "dense")
+        assert row["faster_than_dense"]["median"] > 0 and row["faster_than_one_by_one"]["median"] > 0
+        if method == "pool":
+            assert row["state_bytes"] == pytest.approx(count * rows[1, "pool"]["state_bytes"], rel=0.02)
+    for bad, message in (("streams=[0]", "whole numbers"), ("budget=fast", "cannot be understood")):
+        with pytest.raises(UserError, match=message):
+            benchmark_streams.bench_streams(settings("streams=[1]", bad), {})
 
 
 @pytest.mark.skipif(PEER is None, reason="EVENTFUL_PEER names no checkout of the official code")

@@ -1,0 +1,173 @@
+"""How many streams a machine can serve: a pool beside the same streams one by one and beside the dense detector.
+
+    python tools/benchmark.py streams=[1,2,4,8,16]                       # a synthetic clip, shipped weights
+    python tools/benchmark.py streams=[4] clip=my.mp4 budget=20GMACs threads=1
+
+Every stream plays the same clip from another moment on. The methods take turns round by round, in an order drawn anew
+each time; a round is one frame of every stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from common import choose_device, console, write_results
+from omegaconf import DictConfig
+from rich.box import SIMPLE_HEAD
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from eventful_det.data.transforms import Image
+from eventful_det.data.video import open_source
+from eventful_det.errors import UserError
+from eventful_det.evaluation.summary import jsonable
+from eventful_det.evaluation.timing import Spread, Timed, paired_ratios, time_together
+from eventful_det.models.checkpoints import SYNTHETIC, load_detector
+from eventful_det.models.detector import Detector
+from eventful_det.runtime.budget import Budget, parse_budget
+from eventful_det.runtime.pool import PoolResult, StreamPool
+
+_LONGEST = 200  # frames of the clip that are kept in memory
+NOTE = (
+    "pool: all streams in one step under one budget. one by one: each alone, in turn, under the same budget (of GMACs "
+    "and seconds its part). dense: the dense detector. GMACs are per frame, in 1e9 multiply-adds; x: how many times "
+    "faster, the median of the ratios round by round. Resizing is included, decoding is not."
+)
+DENSE, ALONE, POOL = "dense", "one by one", "pool"
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round cost.
+
+    Attributes:
+        gmacs: per frame.
+        dense_gmacs: what the dense detector spends.
+        state_bytes: remembered of all streams.
+    """
+
+    gmacs: float
+    dense_gmacs: float
+    state_bytes: int
+
+
+def bench_streams(config: DictConfig, about: dict[str, Any]) -> None:
+    """Run all numbers of streams, print a table and write the results."""
+    counts = list(config.streams)
+    if not counts or not all(isinstance(count, int) and count > 0 for count in counts):
+        raise UserError(f"streams must be a list of whole numbers of at least 1, got {config.streams}")
+    budget = parse_budget(config.budget)
+    if budget is None:
+        raise UserError("streams need a budget, such as budget=0.25")
+    detector = load_detector(None if config.clip else SYNTHETIC).to(choose_device(config.device))
+    clip = _clip(config.clip or "synthetic:1")
+    rows: list[dict[str, Any]] = []
+    for count in counts:
+        rows += _bench(detector, budget, clip, count, config)
+        results = about | {"budget": str(budget), "clip_frames": len(clip), "streams": rows, "note": NOTE}
+        write_results(Path(config.output), jsonable(results))  # a run may be cut short
+    console.print(_table(rows), NOTE, sep="\n", highlight=False)
+
+
+def _clip(source: str) -> list[Image]:
+    with open_source(source) as opened:
+        return [frame.image for frame in islice(opened, _LONGEST)]
+
+
+def _play(clip: Sequence[Image], start: int) -> Iterator[Image]:
+    """The clip from some frame on, again and again."""
+    while True:
+        yield clip[start % len(clip)]
+        start += 1
+
+
+def _bench(
+    detector: Detector, budget: Budget, clip: Sequence[Image], count: int, config: DictConfig
+) -> list[dict[str, Any]]:
+    """The rows of a number of streams."""
+    methods = {
+        DENSE: _pools(detector.with_rule(None), None, clip, [count]),
+        ALONE: _pools(detector, _part(budget, count), clip, [1] * count),
+        POOL: _pools(detector, budget, clip, [count]),
+    }
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=console, auto_refresh=False) as progress:
+        task = progress.add_task(f"{count} streams", total=config.warm_up + config.repetitions)
+        timed = time_together(
+            methods,
+            config.repetitions,
+            config.warm_up,
+            detector.device,
+            config.seed,
+            on_repetition=lambda: progress.update(task, advance=1, refresh=True),
+        )
+    return [_row(name, count, timed) for name in methods]
+
+
+def _part(budget: Budget, count: int) -> Budget:
+    """Of a budget for a round of so many streams, what each has when it is alone."""
+    if isinstance(budget, float) or callable(budget):
+        return budget
+    if isinstance(budget, int):
+        return budget // count
+    return type(budget)(next(iter(vars(budget).values())) / count)
+
+
+def _pools(
+    detector: Detector, budget: Budget | None, clip: Sequence[Image], sizes: Sequence[int]
+) -> Callable[[int], Round]:
+    """A callable that runs a round of all streams, in pools of these sizes."""
+    pools = [StreamPool(detector, budget=budget, scene_cuts=False) for _ in sizes]
+    homes = [pool for pool, size in zip(pools, sizes, strict=True) for _ in range(size)]
+    for i, pool in enumerate(homes):
+        pool.add(_play(clip, i * len(clip) // len(homes)), name=str(i))
+
+    def run(_: int) -> Round:
+        results: list[PoolResult] = [result for pool in pools for result in pool.step()]
+        return Round(
+            gmacs=sum(result.cost.total for result in results) / len(results) / 1e9,
+            dense_gmacs=sum(result.cost.dense_total for result in results) / len(results) / 1e9,
+            state_bytes=sum(pool.metrics().total.state_bytes for pool in pools),
+        )
+
+    return run
+
+
+def _row(name: str, count: int, timed: dict[str, Timed[Round]]) -> dict[str, Any]:
+    """What a method did, beside the others."""
+    calls = timed[name].calls
+    seconds = {method: [call.seconds for call in one.calls] for method, one in timed.items()}
+    gmacs, dense = (sum(getattr(c.result, k) for c in calls) / len(calls) for k in ("gmacs", "dense_gmacs"))
+    return {
+        "streams": count,
+        "method": name,
+        "frames_per_second": count / Spread.of(seconds[name]).median,
+        "gmacs": gmacs,
+        "share_of_dense": gmacs / dense,
+        "faster_than_dense": paired_ratios(seconds[DENSE], seconds[name]),
+        "faster_than_one_by_one": paired_ratios(seconds[ALONE], seconds[name]),
+        "state_bytes": calls[-1].result.state_bytes,
+    }
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    titles = ("streams", "method", "frames/s", "GMACs", "of dense", "x dense", "x one by one", "state MB")
+    for title in titles:
+        table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            str(row["streams"]),
+            row["method"],
+            f"{row['frames_per_second']:.1f}",
+            f"{row['gmacs']:.2f}",
+            f"{row['share_of_dense']:.0%}",
+            f"{row['faster_than_dense'].median:.2f}",
+            f"{row['faster_than_one_by_one'].median:.2f}",
+            f"{row['state_bytes'] / 1e6:.1f}",
+        )
+    return table
