@@ -59,9 +59,11 @@ class Server:
 
 
 @contextmanager
-def serving(detector: Detector, *, token: str | None = None, max_streams: int = 4, **options: Any) -> Iterator[Server]:
+def serving(
+    detector: Detector, *, token: str | None = None, max_streams: int = 4, track: bool = False, **options: Any
+) -> Iterator[Server]:
     """The application while it runs."""
-    engine, intake = Engine(StreamPool(detector), max_streams=max_streams), Intake(**options)
+    engine, intake = Engine(StreamPool(detector), max_streams=max_streams, track=track), Intake(**options)
     app = create_app(engine, intake, token=token, hosts=("watch.example",))
     with TestClient(app, base_url="http://localhost") as client:
         yield Server(engine, intake, client)

@@ -18,6 +18,7 @@ from served import Server, serving
 
 from eventful_det.data.video import VideoFrame, VideoSource
 from eventful_det.errors import UserError
+from eventful_det.models.checkpoints import load_detector
 from eventful_det.models.detector import Detector
 from eventful_det.serving.channel import HISTORY
 from eventful_det.serving.intake import Opened
@@ -187,3 +188,12 @@ def test_nothing_is_left_behind(tiny_detector: Detector, clip: Path) -> None:
     while any(thread.name == "detector" or thread.name.startswith("feed") for thread in threading.enumerate()):
         assert time.monotonic() < deadline, threading.enumerate()
         time.sleep(0.02)
+
+
+def test_objects_have_ids_if_asked_for() -> None:
+    pytest.importorskip("trackers", reason="trackers is not installed")
+    with serving(load_detector("vitdet_tiny_synthetic"), track=True) as server:
+        name = server.watch("synthetic:1")
+        server.wait(lambda s: s["streams"][0]["frames"] >= 3)
+        record = server.client.get(f"/api/streams/{name}/detections").json()
+        assert any("track_id" in found for found in record["detections"])
