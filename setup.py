@@ -23,6 +23,7 @@ setup(
             "pytest>=8",  # tests
             "pytest-xdist>=3",  # tests on all cores
             "hypothesis>=6",  # property tests of index arithmetic
+            "rtsp>=2.0.3",  # an RTSP server to test against
             "torchmetrics>=1.4",  # a second opinion on average precision
             "ruff>=0.8",  # lint and format
             "mypy>=1.13",  # types

@@ -37,6 +37,9 @@ class StreamResult:
         token_size: height and width of a token in pixels of the source frame; the map may reach beyond the frame.
         image: the source frame, `(h, w, 3)` uint8 RGB.
         held: the detector did not run; the detections are those of an earlier frame.
+        stream: name of the source.
+        frame_age: seconds from the capture of the frame to its detections; None unless the source is live.
+        dropped: frames of a live source that were overtaken by newer ones so far.
     """
 
     detections: Detections
@@ -48,6 +51,9 @@ class StreamResult:
     token_size: tuple[float, float]
     image: NDArray[np.uint8]
     held: bool = False
+    stream: str = ""
+    frame_age: float | None = None
+    dropped: int = 0
 
 
 class Stream(Iterator[StreamResult]):
@@ -111,7 +117,7 @@ class Stream(Iterator[StreamResult]):
         if frame is None:
             self.close()
             raise StopIteration
-        cut = self._cuts is not None and self._cuts(frame.image)
+        cut = self._cuts is not None and self._cuts(frame.image) or frame.resumed
         same_size = self._last is not None and self._last.image.shape == frame.image.shape
         if self._last is not None and same_size and index % self.hold and not cut:
             idle = FrameCost(
@@ -128,8 +134,9 @@ class Stream(Iterator[StreamResult]):
             )
         else:
             result = self._detect(frame.image, index, frame.timestamp, cut)
-        self._last = result
-        return result
+        source = self._source
+        self._last = dataclasses.replace(result, stream=source.name, frame_age=frame.age, dropped=source.dropped)
+        return self._last
 
     def _detect(self, image: NDArray[np.uint8], index: int, timestamp: float | None, cut: bool) -> StreamResult:
         began = time.perf_counter()

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import http.server
 import itertools
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
 import weakref
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +19,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eventful_det.data.live import Newest
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoSource, open_source
 from eventful_det.data.video_writer import VideoWriter
@@ -208,58 +202,6 @@ def test_close_midway(tmp_path: Path, images: list[Image]) -> None:
     source.close()
     source.close()
     del frames
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None: ...
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
-
-
-def test_http(tmp_path: Path, images: list[Image], server: str) -> None:
-    encode(tmp_path / "a.mp4", images, movflags="faststart")
-    assert len(list(open_source(f"{server}/a.mp4"))) == FRAMES
-    assert "Not Found" in rejection(f"{server}/b.mp4")
-
-
-def test_live_stream_hands_out_the_newest_frame(tmp_path: Path, images: list[Image]) -> None:
-    data = encode(tmp_path / "a.ts", images, "mpeg2video").read_bytes()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.sendall(data)
-
-        threading.Thread(target=serve, daemon=True).start()
-        with open_source(f"tcp://127.0.0.1:{listener.getsockname()[1]}") as source:
-            assert source.frames is None
-            seen = []
-            for frame in source:
-                seen.append(frame)
-                time.sleep(0.3)
-    assert len(seen) < FRAMES / 2
-    assert difference(seen[-1].image, images[-1]) < 8
-
-
-def test_newest_drops_what_was_overtaken_and_passes_errors_on() -> None:
-    go = threading.Event()
-
-    def count() -> Iterator[int]:
-        yield from range(100)
-        go.set()
-        raise UserError("broke off")
-
-    newest = Newest(count())
-    go.wait(5)
-    assert next(newest) == 99
-    with pytest.raises(UserError, match="broke off"):
-        next(newest)
 
 
 def test_written_file_is_an_ordinary_mp4(tmp_path: Path, images: list[Image]) -> None:
