@@ -30,9 +30,10 @@ from eventful_det.data.source import VideoFrame, VideoSource
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.errors import UserError
 
-__all__ = ["IMAGE_SUFFIXES", "VideoFrame", "VideoSource", "open_source"]
+__all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "VideoFrame", "VideoSource", "open_source"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".ts", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
 
 
 def open_source(source: Any, *, ahead: int = 0, reconnect: float = RECONNECT, silence: float = SILENCE) -> VideoSource:

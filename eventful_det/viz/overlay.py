@@ -99,7 +99,7 @@ def annotate(
     Returns:
         `(h, w, 3)` uint8 RGB. Its size depends on `width` and on the aspect ratio of the frame alone.
     """
-    layout = _Layout.of(*result.image.shape[:2], max(width, 320))
+    layout = _Layout.of(result.image.shape[0], result.image.shape[1], max(width, 320))
     height, width = layout.size
     canvas = np.empty((height, width, 3), np.uint8)
     canvas[:] = np.tile(np.array(PAPER, np.uint8), (width, 1))  # row by row: thrice as fast as pixel by pixel

@@ -6,6 +6,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from eventful_det.gating.policy import RandomK, Threshold, TopFraction, TopK, select_all
+
 Image = NDArray[np.uint8]
 Colour = tuple[int, int, int]
 
@@ -47,3 +49,18 @@ def pill(canvas: Image, text: str, right: int, y: int, size: int, colour: Colour
 def ink_on(ground: Colour) -> Colour:
     """Ink that can be read on a ground."""
     return INK if np.dot(ground, (0.299, 0.587, 0.114)) < 120 else PAPER
+
+
+def budget_text(budget: object) -> str:
+    """A budget or policy in a few words."""
+    match budget:
+        case None:
+            return "dense"
+        case TopK(k=tokens) | RandomK(k=int(tokens)) | int(tokens):
+            return f"{tokens} tokens"
+        case TopFraction(fraction=share) | RandomK(fraction=float(share)) | float(share):
+            return f"{share:.0%} of tokens"
+        case Threshold(threshold=threshold, cap=cap):
+            return f"threshold {threshold:g}, at most {cap:.0%}"
+        case _:
+            return "all tokens" if budget is select_all else str(budget)

@@ -17,7 +17,7 @@ import av
 import cv2
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from videos import Image, damage, encode, encode_change, rotate
 
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoSource, open_source
@@ -26,28 +26,12 @@ from eventful_det.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
 FRAMES = 40
-Image = NDArray[np.uint8]
 
 
 @pytest.fixture(scope="module")
 def images() -> list[Image]:
     options = SceneOptions(width=160, height=96, frames=FRAMES, cut_fraction=0)
     return [frame.image for frame in render_video(options, seed=1)]
-
-
-def encode(path: Path, images: list[Image], codec: str = "libx264", pix_fmt: str = "yuv420p", **options: str) -> Path:
-    """A video of some codec and container, with B-frames where the codec has them."""
-    with av.open(str(path), "w", options=options) as container:
-        stream: Any = container.add_stream(codec, rate=25)
-        stream.height, stream.width = images[0].shape[:2]
-        stream.pix_fmt, stream.bit_rate = pix_fmt, 4_000_000
-        stream.codec_context.gop_size = 10
-        for i, image in enumerate(images):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts = i
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
 
 
 def difference(a: Image, b: Image) -> float:
@@ -92,24 +76,13 @@ def test_every_frame_of_every_codec(tmp_path: Path, images: list[Image], name: s
 
 @pytest.mark.parametrize("angle", [90, 180, 270])
 def test_rotation_of_the_container(tmp_path: Path, images: list[Image], angle: int) -> None:
-    path = encode(tmp_path / "a.mp4", images[:3])
-    data = bytearray(path.read_bytes())
-    matrix = data.index(b"tkhd") + 44  # of a version 0 header: a, b, u, c, d, v, ...
-    cos, sin = round(np.cos(np.deg2rad(angle))), round(np.sin(np.deg2rad(angle)))  # clockwise, as phones write it
-    for place, value in ((0, cos), (4, sin), (12, -sin), (16, cos)):
-        data[matrix + place : matrix + place + 4] = (value << 16).to_bytes(4, "big", signed=True)
-    path.write_bytes(data)
+    path = rotate(encode(tmp_path / "a.mp4", images[:3]), angle)
     for frame, image in zip(open_source(path), images, strict=False):
         assert difference(frame.image, np.rot90(image, -angle // 90)) < 8
 
 
 def test_damage_in_the_middle_is_skipped(tmp_path: Path, images: list[Image], caplog: pytest.LogCaptureFixture) -> None:
-    path = encode(tmp_path / "a.mp4", images, movflags="faststart")
-    data = bytearray(path.read_bytes())
-    begin, end = data.index(b"mdat") + len(data) // 3, data.index(b"mdat") + len(data) // 2
-    data[begin:end] = random.Random(0).randbytes(end - begin)
-    path.write_bytes(data)
-    source = open_source(path)
+    source = open_source(damage(encode(tmp_path / "a.mp4", images, movflags="faststart")))
     frames = list(source)
     assert FRAMES // 2 <= len(frames) < FRAMES
     assert source.skipped >= 1 and len(frames) + source.skipped >= FRAMES - 2
@@ -126,10 +99,7 @@ def test_truncated_file(tmp_path: Path, images: list[Image], name: str) -> None:
 
 
 def test_size_change_within_a_file(tmp_path: Path, images: list[Image]) -> None:
-    small = [np.ascontiguousarray(i[:64, :96]) for i in images[:5]]
-    first, second = encode(tmp_path / "a.ts", images[:5], "mpeg2video"), encode(tmp_path / "b.ts", small, "mpeg2video")
-    both = tmp_path / "both.ts"
-    both.write_bytes(first.read_bytes() + second.read_bytes())
+    both = encode_change(tmp_path / "both.ts", images[:10])
     shapes = [frame.image.shape for frame in open_source(both)]
     assert len(shapes) >= 9  # the decoder may drop the frame that it holds back at the change
     assert [shape for shape, _ in itertools.groupby(shapes)] == [(96, 160, 3), (64, 96, 3)]
@@ -238,6 +208,15 @@ def test_odd_and_changing_sizes(tmp_path: Path) -> None:
     assert [f.shape for f in frames] == 3 * [(52, 34, 3)]
     assert frames[0].min() > 240 and frames[1][:, 1:-1].min() > 230
     assert frames[2][:15].max() < 40 and frames[2][26].min() > 200 and frames[2][-15:].max() < 40
+
+
+def test_frames_are_shown_at_their_times(tmp_path: Path, images: list[Image]) -> None:
+    given = [0.0, 0.04, 0.5, 0.52, 30.0, 30.04, 2.0, 2.04, None, 2.12]  # a gap, and a clock that is set back
+    with VideoWriter(tmp_path / "a.mp4", fps=25) as writer:
+        for image, timestamp in zip(images, given, strict=False):
+            writer.write(image, timestamp)
+    shown = [frame.timestamp for frame in open_source(tmp_path / "a.mp4")]
+    assert shown == pytest.approx([0, 0.04, 0.5, 0.52, 0.56, 0.60, 0.64, 0.68, 0.72, 0.76], abs=1e-4)
 
 
 def test_file_of_a_killed_writer_plays(tmp_path: Path) -> None:
