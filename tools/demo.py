@@ -153,6 +153,8 @@ class Run:
                 progress.update(task, completed=count, rate=f"{rate:.1f} frames/s")
 
     def _finish(self, outputs: Outputs, began: float, stopped: BaseException | None) -> dict[str, Any]:
+        outputs.drain()
+        seconds = time.perf_counter() - began
         summary = outputs.finish()
         results = {
             "command": " ".join(sys.argv),
@@ -160,7 +162,7 @@ class Run:
             "rule": str(self.stream.detector.rule or "dense"),
             **summary,
             "dense_latency_ms": 1e3 * self._dense_seconds,
-            "frames_per_second": summary["frames"] / (time.perf_counter() - began),
+            "frames_per_second": summary["frames"] / seconds,
             "state_bytes": self.stream.state_bytes,
             "peak_memory_mb": round(peak_memory(torch.device("cpu")) / 1e6),
             "skipped": self.source.skipped,

@@ -67,13 +67,17 @@ class Outputs:
         while len(self._waiting) > _WAITING:
             self._waiting.popleft().result()
 
+    def drain(self) -> None:
+        """Wait until all frames are written, or could not be."""
+        self._thread.shutdown()
+
     def finish(self) -> dict[str, Any]:
         """Write what waits, close the files and sum them up.
 
         Raises:
             UserError: they cannot be written. What is there remains under its temporary name.
         """
-        self._thread.shutdown()
+        self.drain()
         try:
             with self._reporting():
                 if self._error is not None:
