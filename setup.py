@@ -36,6 +36,7 @@ setup(
             "pytest>=8",  # tests
             "pytest-xdist>=3",  # tests on all cores
             "hypothesis>=6",  # property tests of index arithmetic
+            "rtsp>=2.0.3",  # an RTSP server to test against
             "torchmetrics>=1.4",  # a second opinion on average precision
             "faster-coco-eval>=1.6",  # a third one
             "ruff>=0.8",  # lint and format

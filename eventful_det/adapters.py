@@ -90,6 +90,8 @@ def to_record(result: StreamResult) -> dict[str, Any]:
             "flush": cost.flush,
         },
         "held": result.held,
+        "frame_age": result.frame_age,
+        "dropped": result.dropped,
     }
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,20 +31,43 @@ POLICIES: dict[str, Callable[..., Policy]] = {
 
 
 def tool(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """Print a user's error in one line and exit with 2, without a traceback; 130 on Ctrl-C."""
+    """Print a user's error in one line and exit with 2, without a traceback.
+
+    Ctrl-C and a request to terminate end the tool in the same orderly way, with 128 + the signal's number.
+    """
 
     @functools.wraps(main)
     def wrapped(config: DictConfig) -> None:
+        signal.signal(signal.SIGTERM, _stop)
         try:
             main(config)
         except UserError as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             print("stopped", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
 
     return wrapped
+
+
+def _stop(number: int, _: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and requests to terminate wait until the block is done."""
+    asked: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: asked.append(number)) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+    if asked:
+        raise KeyboardInterrupt(asked[0])
 
 
 def plain(config: Any) -> dict[str, Any]:

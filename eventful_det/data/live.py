@@ -1,55 +1,177 @@
-"""Sources that do not wait: whoever reads too slowly should see the present, not an ever older past."""
+"""Cameras and streams from the network: they do not wait, and they come and go.
+
+Whoever reads too slowly should see the present, not an ever older past; and a camera that restarts should not end the
+program that watches it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import math
 import threading
-from collections.abc import Iterator
-from typing import Generic, TypeVar
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
-T = TypeVar("T")
+import numpy as np
+from numpy.typing import NDArray
+
+from eventful_det.data.relay import Relay
+from eventful_det.data.source import VideoFrame, VideoSource
+from eventful_det.errors import UserError
+
+RECONNECT = 30.0  # seconds for which a stream that was lost is called again
+_PAUSES = (0.25, 4.0)  # seconds between the calls: at first, and at most
+_LATE = 1.0  # seconds; frames that are older are not worth decoding
+_CATCH_UP = 2.0  # seconds in which what piled up has been skipped, unless the frames' clock has changed
+_DRIFT = 1e-3  # seconds per second by which the frames' clock may be slower than ours
+_LOG = logging.getLogger(__name__)
 
 
-class Newest(Iterator[T], Generic[T]):
-    """Runs an iterator in a thread and hands out its newest item only; those overtaken are dropped.
+@dataclass(frozen=True)
+class Shot:
+    """A frame that came, and was not yet turned into a picture.
 
-    Errors of the iterator are raised at the reader, after the last item.
+    Attributes:
+        captured: when, on the clock of `time.monotonic`.
+        picture: makes the `(h, w, 3)` uint8 RGB picture.
     """
 
-    def __init__(self, items: Iterator[T]) -> None:
-        self._items = items
-        self._changed = threading.Condition()
-        self._waiting: list[T] = []  # at most one
-        self._error: BaseException | None = None
-        self._stopped = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+    captured: float
+    picture: Callable[[], NDArray[np.uint8]]
 
-    def _run(self) -> None:
-        error: BaseException | None = None
-        try:
-            for item in self._items:
-                with self._changed:
-                    self._waiting = [item]
-                    self._changed.notify()
-                    if self._stopped:
-                        break
-        except BaseException as caught:
-            error = caught
-        with self._changed:
-            self._stopped, self._error = True, error
-            self._changed.notify()
 
-    def __next__(self) -> T:
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._stopped)
-            if self._waiting:
-                return self._waiting.pop()
-            if self._error is not None:
-                raise self._error
-            raise StopIteration
+class Connection(Protocol):
+    """To a camera or server; used by one thread at a time."""
+
+    fps: float | None
+
+    def shots(self, skip: Callable[[str, object], None]) -> Iterator[Shot | None]:
+        """What comes; None stands for a frame that was passed over. Ends, or raises UserError, when it is lost."""
 
     def close(self) -> None:
-        """Stop the thread; waits until its iterator has delivered its next item."""
-        with self._changed:
-            self._stopped = True
-        self._thread.join()
+        """Hang up."""
+
+
+class LiveClock:
+    """Tells when the frames of a stream were captured, and which are worth decoding.
+
+    Time stamps and arrivals differ by a constant and by delays on the way; the least difference seen is taken for the
+    constant. So the age of a frame is what it waited in buffers longer than others did, above all because its reader
+    was slow. When frames get older than a second, all are passed over until a key frame comes in time.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._offset, self._stamp, self._last = math.inf, -math.inf, now()
+        self._late_since: float | None = None
+
+    def admit(self, stamp: float | None, key: bool) -> float | None:
+        """When a frame was captured; None if it is not worth decoding.
+
+        Args:
+            stamp: its time stamp in seconds; these grow within a stream.
+            key: it can be decoded without those before it.
+        """
+        now = self._now()
+        if stamp is None:
+            return now
+        if stamp < self._stamp or (self._late_since is not None and now - self._late_since > _CATCH_UP):
+            self._offset = math.inf  # the stream began anew, or paused: not late at all
+        self._offset = min(now - stamp, self._offset + _DRIFT * (now - self._last))
+        self._stamp, self._last = stamp, now
+        captured = stamp + self._offset
+        if now - captured > _LATE:
+            self._late_since = self._late_since or now
+        elif self._late_since is not None and key:
+            self._late_since = None
+        return captured if self._late_since is None else None
+
+
+class LiveSource(VideoSource):
+    """The newest frame of a camera or stream; those that were overtaken are dropped and counted.
+
+    A stream that is lost is called again, at growing intervals. One that broke off and does not come back is an error;
+    one that ended and does not is over.
+
+    Args:
+        name: for people.
+        connection: the first one, open.
+        connect: opens another; raises UserError if there is none.
+        reconnect: seconds for which a lost stream is called again.
+    """
+
+    live = True
+
+    def __init__(
+        self, name: str, connection: Connection, connect: Callable[[], Connection], reconnect: float = RECONNECT
+    ) -> None:
+        super().__init__(name, connection.fps)
+        self._connection, self._connect, self._reconnect = connection, connect, reconnect
+        self._passed_over = 0
+        self._lost: float | None = None  # when
+        self._pause = _PAUSES[0]
+        self._closed = threading.Event()
+
+    def _frames(self) -> Iterator[VideoFrame]:
+        return self._read()
+
+    def _read(self) -> Iterator[VideoFrame]:
+        self._relay = shots = Relay(self._follow(), overtake=True, finish=self._release)
+        began, connections = None, 0
+        for connection, shot in shots:
+            self.dropped = shots.dropped + self._passed_over
+            began = shot.captured if began is None else began
+            yield VideoFrame(shot.picture(), shot.captured - began, shot.captured, connection != connections)
+            connections = connection
+
+    def _follow(self) -> Iterator[tuple[int, Shot]]:
+        """What comes over one connection after the other, with the number of the connection."""
+        while True:
+            error: UserError | None = None
+            try:
+                for shot in self._connection.shots(self._skip):
+                    if shot is None:
+                        self._passed_over += 1
+                        continue
+                    self._found()
+                    yield self.reconnects, shot
+            except UserError as caught:
+                error = caught
+            self._connection.close()
+            connection = self._call_again(error)
+            if connection is None:
+                return
+            self._connection = connection
+
+    def _found(self) -> None:
+        """A frame came."""
+        if self._lost is not None:
+            self.reconnects += 1
+            _LOG.warning("%s: is back after %.1f s", self.name, time.monotonic() - self._lost)
+        self._lost, self._pause = None, _PAUSES[0]
+
+    def _call_again(self, error: UserError | None) -> Connection | None:
+        """Another connection; None if the stream is over."""
+        if self._lost is None:
+            self._lost = time.monotonic()
+            _LOG.warning("%s; calling again for %g s", error or f"{self.name} ended", self._reconnect)
+        while (left := self._lost + self._reconnect - time.monotonic()) > 0:
+            if self._closed.wait(min(self._pause, left)):
+                return None
+            self._pause = min(2 * self._pause, _PAUSES[1])
+            with contextlib.suppress(UserError):
+                return self._connect()
+        if error is not None:
+            raise UserError(f"{error}; it did not come back within {self._reconnect:g} s")
+        return None
+
+    def _release(self) -> None:
+        self._connection.close()
+
+    def close(self) -> None:
+        """Hang up. A thread that waits for the network does so when it is done."""
+        self._closed.set()
+        super().close()

@@ -12,118 +12,64 @@ Sources are lazy and hold a few frames at most, however long the video.
 from __future__ import annotations
 
 import glob
-import logging
 import os
 import re
 import time
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sized
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
 import cv2
 import numpy as np
-from av.error import ExitError, FFmpegError
-from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from eventful_det.data.live import Newest
+from eventful_det.data.decoder import SILENCE, Decoder, Skip, VideoFile
+from eventful_det.data.live import RECONNECT, LiveSource, Shot
+from eventful_det.data.source import VideoFrame, VideoSource
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.errors import UserError
 
+__all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "VideoFrame", "VideoSource", "open_source"]
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-_TIMEOUT = (15.0, 10.0)  # seconds to wait for a network stream to open, and for more of its data
-_LOG = logging.getLogger(__name__)
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".ts", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
 
 
-@dataclass(frozen=True)
-class VideoFrame:
-    """One frame.
-
-    Attributes:
-        image: `(h, w, 3)` uint8 RGB.
-        timestamp: seconds since the source's first frame, or None where it has no clock.
-        captured: of a live source, when the frame was captured on the clock of `time.monotonic`, as far as can be told
-            at this end; None otherwise.
-        resumed: it is the first frame behind a gap, in which the source was lost.
-    """
-
-    image: NDArray[np.uint8]
-    timestamp: float | None = None
-    captured: float | None = None
-    resumed: bool = False
-
-    @property
-    def age(self) -> float | None:
-        """Seconds since the frame was captured; None unless the source is live."""
-        return None if self.captured is None else max(0.0, time.monotonic() - self.captured)
-
-
-class VideoSource(Iterable[VideoFrame]):
-    """Frames in order, once.
-
-    Attributes:
-        name: for people.
-        fps: frames per second, or None where there is no clock.
-        frames: estimate of the number of frames, or None if unknown.
-        live: frames come when they come, and a slow reader gets the newest; other sources are read without loss.
-        skipped: pieces of the source that could not be read or decoded so far.
-        dropped: frames of a live source that were overtaken by newer ones so far.
-    """
-
-    live = False
-
-    def __init__(self, name: str, fps: float | None = None, frames: int | None = None) -> None:
-        self.name, self.fps, self.frames = name, fps, frames
-        self.skipped = self.dropped = 0
-
-    def __iter__(self) -> Iterator[VideoFrame]:
-        empty = True
-        for frame in self._read():
-            empty = False
-            yield frame
-        if empty:
-            raise UserError(f"{self.name}: holds no frame that can be decoded")
-
-    @abstractmethod
-    def _read(self) -> Iterator[VideoFrame]:
-        """The frames, in order."""
-
-    def close(self) -> None:
-        """Release files, devices and connections."""
-
-    def __enter__(self) -> VideoSource:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _skip(self, what: str, error: object) -> None:
-        """Count a piece that cannot be read; warn of the first."""
-        if not self.skipped:
-            _LOG.warning("%s: skipping %s that cannot be decoded (%s), and others like it", self.name, what, error)
-        self.skipped += 1
-
-
-def open_source(source: Any) -> VideoSource:
+def open_source(source: Any, *, ahead: int = 0, reconnect: float = RECONNECT, silence: float = SILENCE) -> VideoSource:
     """Open a source of frames.
+
+    Webcams and addresses without an end are live: a slow reader gets their newest frame, and a lost one is called
+    again. Of everything else every frame is read.
 
     Args:
         source: a video or picture file, a folder or glob of pictures (in natural order), the number of a webcam, an
             RTSP, HTTP or other URL that FFmpeg knows, "synthetic" or "synthetic:SEED" for a clip rendered on the
-            spot, an iterable of `(h, w, 3)` uint8 RGB arrays, or a `VideoSource`.
+            spot, an iterable of `(h, w, 3)` uint8 RGB arrays, or a `VideoSource`, which is returned as it is.
+        ahead: frames that a thread reads ahead of the reader, where the source is not live.
+        reconnect: seconds for which a live source that was lost is called again.
+        silence: seconds to wait for an address to open, and for more of its data before it counts as lost.
 
     Raises:
         UserError: there is no such source, or it is none of these.
     """
     if isinstance(source, VideoSource):
         return source
-    if isinstance(source, (int, np.integer)):
-        return _Webcam(int(source))
+    opened = _open(source, reconnect, silence)
+    opened.ahead = ahead
+    return opened
+
+
+def _open(source: Any, reconnect: float, silence: float) -> VideoSource:
+    if isinstance(source, (int, np.integer)) or (isinstance(source, str) and source.isdigit()):
+        connect = partial(_Webcam, int(source))
+        return LiveSource(f"webcam {source}", connect(), connect, reconnect)
+    if isinstance(source, str) and "://" in source:
+        decoder = Decoder(source, silence)
+        again = partial(Decoder, source, silence)
+        return LiveSource(decoder.name, decoder, again, reconnect) if decoder.live else VideoFile(decoder)
     if isinstance(source, (str, os.PathLike)):
-        return _open_named(os.fspath(source))
+        return _open_path(os.fspath(source))
     if isinstance(source, Iterable):
         return _Arrays(source)
     raise UserError(
@@ -132,18 +78,14 @@ def open_source(source: Any) -> VideoSource:
     )
 
 
-def _open_named(text: str) -> VideoSource:
-    if text.isdigit():
-        return _Webcam(int(text))
+def _open_path(text: str) -> VideoSource:
     if re.fullmatch(r"synthetic(:\d+)?", text):
         return _Synthetic(int(text.partition(":")[2] or 0))
-    if "://" in text:
-        return _Decoder(text)
     path = Path(text).expanduser()
     if path.is_dir():
         return _Pictures(text, [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES])
     if path.is_file():
-        return _Pictures(text, [path]) if path.suffix.lower() in IMAGE_SUFFIXES else _Decoder(str(path))
+        return _Pictures(text, [path]) if path.suffix.lower() in IMAGE_SUFFIXES else VideoFile(Decoder(str(path)))
     if glob.has_magic(text):
         found = map(Path, glob.glob(str(path), recursive=True))
         return _Pictures(text, [p for p in found if p.suffix.lower() in IMAGE_SUFFIXES])
@@ -153,72 +95,8 @@ def _open_named(text: str) -> VideoSource:
     )
 
 
-class _Decoder(VideoSource):
-    """A video file or URL, decoded by FFmpeg. Of a live stream a slow reader gets the newest frames."""
-
-    def __init__(self, url: str) -> None:
-        self._remote = "://" in url
-        options = {"rtsp_transport": "tcp"} if url.startswith("rtsp") else {}
-        try:
-            self._container = av.open(url, timeout=_TIMEOUT if self._remote else None, options=options)
-        except (FFmpegError, OSError, ValueError) as error:
-            raise UserError(f"cannot open {url} as a video: {_reason(error)}") from error
-        videos = self._container.streams.video
-        if not videos or self._container.format.name == "tty":  # FFmpeg renders text files as pictures
-            self._container.close()
-            raise UserError(f"{url} holds no video")
-        self._stream = videos[0]
-        rate = self._stream.average_rate or self._stream.guessed_rate
-        seconds = None if self._container.duration is None else self._container.duration / av.time_base
-        fps = float(rate) if rate else None
-        frames = self._stream.frames or (round(seconds * fps) if seconds and fps else None)
-        super().__init__(url, fps, frames)
-        self.live = self._remote and seconds is None
-        self._newest = Newest(self._decode()) if self.live else None
-
-    def _read(self) -> Iterator[VideoFrame]:
-        return self._decode() if self._newest is None else iter(self._newest)
-
-    def _decode(self) -> Iterator[VideoFrame]:
-        reformatter, clock = VideoReformatter(), float(self._stream.time_base or 0)
-        first: int | None = None
-        for packet in self._packets():
-            try:
-                decoded = self._stream.codec_context.decode(packet)
-            except FFmpegError as error:
-                self._skip("a packet", _reason(error))
-                continue
-            for frame in decoded:
-                first = frame.pts if first is None else first
-                image = np.asarray(reformatter.reformat(frame, format="rgb24").to_ndarray(), np.uint8)
-                if frame.rotation % 360:
-                    image = np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
-                yield VideoFrame(image, None if first is None or frame.pts is None else (frame.pts - first) * clock)
-
-    def _packets(self) -> Iterator[Any]:
-        """Packets, then None, which flushes the decoder."""
-        while True:
-            try:
-                # An empty packet would put the decoder into its final state; some AVI files hold them midway.
-                yield from (packet for packet in self._container.demux(self._stream) if packet.size)
-                break
-            except IndexError:  # PyAV stumbles over packets of streams that turn up midway; it can go on behind them
-                continue
-            except FFmpegError as error:
-                if self._remote:
-                    raise UserError(f"{self.name} broke off: {_reason(error)}") from error
-                self._skip("the rest", _reason(error))
-                break
-        yield None
-
-    def close(self) -> None:
-        if self._newest is not None:
-            self._newest.close()
-        self._container.close()
-
-
-class _Webcam(VideoSource):
-    live = True
+class _Webcam:
+    """A connection to a webcam."""
 
     def __init__(self, index: int) -> None:
         log = cv2.utils.logging
@@ -229,19 +107,18 @@ class _Webcam(VideoSource):
         if not self._capture.isOpened():
             raise UserError(f"webcam {index} cannot be opened; is it connected and not in use?")
         self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # a slow reader should see the present
-        super().__init__(f"webcam {index}", self._capture.get(cv2.CAP_PROP_FPS) or None)
+        self.fps = self._capture.get(cv2.CAP_PROP_FPS) or None
 
-    def _read(self) -> Iterator[VideoFrame]:
-        began = None
+    def shots(self, _: Skip) -> Iterator[Shot]:
+        """What it sees, until it is unplugged."""
         while True:
             there, image = self._capture.read()
             if not there:
                 return
-            now = time.monotonic()
-            began = now if began is None else began
-            yield VideoFrame(_rgb(image), now - began)
+            yield Shot(time.monotonic(), partial(_rgb, image))
 
     def close(self) -> None:
+        """Let go of it."""
         self._capture.release()
 
 
@@ -300,10 +177,3 @@ def _rgb(image: Any) -> NDArray[np.uint8]:
 def _natural(path: Path) -> list[tuple[int, str]]:
     """A key that puts frame_2 before frame_10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
-
-
-def _reason(error: BaseException) -> str:
-    """What FFmpeg says, without its codes and our path."""
-    if isinstance(error, ExitError):  # raised by PyAV's timeouts
-        return "timed out"
-    return str(getattr(error, "strerror", None) or error)

@@ -25,6 +25,8 @@ from eventful_det.errors import UserError
 
 # Fragments, so that the file plays however its writing ends; `close` turns them into an ordinary seekable mp4.
 _OPTIONS = {"movflags": "hybrid_fragmented+frag_keyframe", "flush_packets": "1"}
+_TICKS = 90_000  # per second, in which the times of frames are written
+_GAP = 10.0  # seconds that a frame is shown at most
 
 
 class VideoWriter:
@@ -35,7 +37,7 @@ class VideoWriter:
 
     Args:
         path: of the mp4 file; replaced if it exists.
-        fps: frames per second.
+        fps: frames per second, of frames that come without a time.
         quality: x264's constant rate factor; 18 looks flawless, 28 is small.
     """
 
@@ -50,9 +52,15 @@ class VideoWriter:
         except (FFmpegError, OSError) as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         self._stream: Any = None
+        self._ticks, self._shift = -1, 0  # of the last frame; by which times given are late
 
-    def write(self, image: NDArray[np.uint8]) -> None:
-        """Append a frame, `(h, w, 3)` uint8 RGB.
+    def write(self, image: NDArray[np.uint8], timestamp: float | None = None) -> None:
+        """Append a frame.
+
+        Args:
+            image: `(h, w, 3)` uint8 RGB.
+            timestamp: seconds since the first frame at which it is shown; None = a frame after the last one. Where
+                times run backwards or stand still for long, so does the video not.
 
         Raises:
             UserError: the file cannot be written, for example because the disk is full.
@@ -66,7 +74,7 @@ class VideoWriter:
             src_color_range=ColorRange.JPEG,
             dst_color_range=ColorRange.MPEG,
         )
-        frame.pts = self.frames
+        frame.pts = self._time(timestamp)
         try:
             self._container.mux(self._stream.encode(frame))
         except FFmpegError as error:
@@ -96,6 +104,17 @@ class VideoWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _time(self, timestamp: float | None) -> int:
+        """When to show the next frame, in ticks."""
+        step = round(_TICKS / self.fps)
+        following = self._ticks + step if self._ticks >= 0 else 0
+        given = following if timestamp is None else round(timestamp * _TICKS) + self._shift
+        if not self._ticks < given <= self._ticks + _GAP * _TICKS:
+            self._shift += following - given
+            given = following
+        self._ticks = given
+        return given
+
     def _start(self, height: int, width: int) -> None:
         second = str(max(1, round(self.fps)))
         options = {"preset": "veryfast", "crf": str(self.quality), "g": second}
@@ -103,7 +122,7 @@ class VideoWriter:
         stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
-        context.time_base = 1 / self.fps
+        context.time_base = Fraction(1, _TICKS)
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
         context.color_primaries = context.color_trc = 1  # BT.709
         self._stream = stream

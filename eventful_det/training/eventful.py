@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import Anatomy, Block, Grid, relative_table
+from eventful_det.gating.anatomy import Anatomy, Block, Grid, resize_table
 from eventful_det.gating.policy import GateInput, select_all
 from eventful_det.gating.rows import Rows
-from eventful_det.gating.windows import relative_bias, relative_terms, windows_of
+from eventful_det.gating.windows import relative_bias, relative_places, relative_terms, windows_of
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,13 @@ def _run_block(block: Block, z: Tensor, layout: _Layout) -> Tensor:
     """Carry the rows `(R, D)` of a clip through a block."""
     padded = F.pad(block.norm1(z), (0, 0, 0, 1))  # a padded token is zero after the norm, so its qkv is the bias
     q, k, v = block.qkv(padded).unflatten(1, (3, block.heads, -1)).unbind(1)
-    tables = [relative_table(table, size) for table, size in zip(block.rel_pos or (), layout.shape, strict=False)]
+    tables = [resize_table(table, size) for table, size in zip(block.rel_pos or (), layout.shape, strict=False)]
     pieces = []
     for group in layout.groups:
         bias = None
         if tables:
-            terms = relative_terms(q[group.queries.flatten()], group.position, (tables[0], tables[1]))
+            places = relative_places(*group.position, layout.shape)
+            terms = relative_terms(q[group.queries.flatten()], places, torch.cat(tables))
             bias = relative_bias(terms, layout.shape).unflatten(0, group.queries.shape).transpose(1, 2)
         queries, keys, values = (x.transpose(1, 2) for x in (q[group.queries], k[group.keys], v[group.keys]))
         x = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)

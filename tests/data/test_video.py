@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import http.server
 import itertools
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
 import weakref
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +17,8 @@ import av
 import cv2
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from videos import Image, damage, encode, encode_change, rotate
 
-from eventful_det.data.live import Newest
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoSource, open_source
 from eventful_det.data.video_writer import VideoWriter
@@ -32,28 +26,12 @@ from eventful_det.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
 FRAMES = 40
-Image = NDArray[np.uint8]
 
 
 @pytest.fixture(scope="module")
 def images() -> list[Image]:
     options = SceneOptions(width=160, height=96, frames=FRAMES, cut_fraction=0)
     return [frame.image for frame in render_video(options, seed=1)]
-
-
-def encode(path: Path, images: list[Image], codec: str = "libx264", pix_fmt: str = "yuv420p", **options: str) -> Path:
-    """A video of some codec and container, with B-frames where the codec has them."""
-    with av.open(str(path), "w", options=options) as container:
-        stream: Any = container.add_stream(codec, rate=25)
-        stream.height, stream.width = images[0].shape[:2]
-        stream.pix_fmt, stream.bit_rate = pix_fmt, 4_000_000
-        stream.codec_context.gop_size = 10
-        for i, image in enumerate(images):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts = i
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
 
 
 def difference(a: Image, b: Image) -> float:
@@ -98,24 +76,13 @@ def test_every_frame_of_every_codec(tmp_path: Path, images: list[Image], name: s
 
 @pytest.mark.parametrize("angle", [90, 180, 270])
 def test_rotation_of_the_container(tmp_path: Path, images: list[Image], angle: int) -> None:
-    path = encode(tmp_path / "a.mp4", images[:3])
-    data = bytearray(path.read_bytes())
-    matrix = data.index(b"tkhd") + 44  # of a version 0 header: a, b, u, c, d, v, ...
-    cos, sin = round(np.cos(np.deg2rad(angle))), round(np.sin(np.deg2rad(angle)))  # clockwise, as phones write it
-    for place, value in ((0, cos), (4, sin), (12, -sin), (16, cos)):
-        data[matrix + place : matrix + place + 4] = (value << 16).to_bytes(4, "big", signed=True)
-    path.write_bytes(data)
+    path = rotate(encode(tmp_path / "a.mp4", images[:3]), angle)
     for frame, image in zip(open_source(path), images, strict=False):
         assert difference(frame.image, np.rot90(image, -angle // 90)) < 8
 
 
 def test_damage_in_the_middle_is_skipped(tmp_path: Path, images: list[Image], caplog: pytest.LogCaptureFixture) -> None:
-    path = encode(tmp_path / "a.mp4", images, movflags="faststart")
-    data = bytearray(path.read_bytes())
-    begin, end = data.index(b"mdat") + len(data) // 3, data.index(b"mdat") + len(data) // 2
-    data[begin:end] = random.Random(0).randbytes(end - begin)
-    path.write_bytes(data)
-    source = open_source(path)
+    source = open_source(damage(encode(tmp_path / "a.mp4", images, movflags="faststart")))
     frames = list(source)
     assert FRAMES // 2 <= len(frames) < FRAMES
     assert source.skipped >= 1 and len(frames) + source.skipped >= FRAMES - 2
@@ -132,10 +99,7 @@ def test_truncated_file(tmp_path: Path, images: list[Image], name: str) -> None:
 
 
 def test_size_change_within_a_file(tmp_path: Path, images: list[Image]) -> None:
-    small = [np.ascontiguousarray(i[:64, :96]) for i in images[:5]]
-    first, second = encode(tmp_path / "a.ts", images[:5], "mpeg2video"), encode(tmp_path / "b.ts", small, "mpeg2video")
-    both = tmp_path / "both.ts"
-    both.write_bytes(first.read_bytes() + second.read_bytes())
+    both = encode_change(tmp_path / "both.ts", images[:10])
     shapes = [frame.image.shape for frame in open_source(both)]
     assert len(shapes) >= 9  # the decoder may drop the frame that it holds back at the change
     assert [shape for shape, _ in itertools.groupby(shapes)] == [(96, 160, 3), (64, 96, 3)]
@@ -210,58 +174,6 @@ def test_close_midway(tmp_path: Path, images: list[Image]) -> None:
     del frames
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None: ...
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
-
-
-def test_http(tmp_path: Path, images: list[Image], server: str) -> None:
-    encode(tmp_path / "a.mp4", images, movflags="faststart")
-    assert len(list(open_source(f"{server}/a.mp4"))) == FRAMES
-    assert "Not Found" in rejection(f"{server}/b.mp4")
-
-
-def test_live_stream_hands_out_the_newest_frame(tmp_path: Path, images: list[Image]) -> None:
-    data = encode(tmp_path / "a.ts", images, "mpeg2video").read_bytes()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.sendall(data)
-
-        threading.Thread(target=serve, daemon=True).start()
-        with open_source(f"tcp://127.0.0.1:{listener.getsockname()[1]}") as source:
-            assert source.frames is None
-            seen = []
-            for frame in source:
-                seen.append(frame)
-                time.sleep(0.3)
-    assert len(seen) < FRAMES / 2
-    assert difference(seen[-1].image, images[-1]) < 8
-
-
-def test_newest_drops_what_was_overtaken_and_passes_errors_on() -> None:
-    go = threading.Event()
-
-    def count() -> Iterator[int]:
-        yield from range(100)
-        go.set()
-        raise UserError("broke off")
-
-    newest = Newest(count())
-    go.wait(5)
-    assert next(newest) == 99
-    with pytest.raises(UserError, match="broke off"):
-        next(newest)
-
-
 def test_written_file_is_an_ordinary_mp4(tmp_path: Path, images: list[Image]) -> None:
     path = tmp_path / "a.mp4"
     with VideoWriter(path, fps=30000 / 1001) as writer:
@@ -296,6 +208,15 @@ def test_odd_and_changing_sizes(tmp_path: Path) -> None:
     assert [f.shape for f in frames] == 3 * [(52, 34, 3)]
     assert frames[0].min() > 240 and frames[1][:, 1:-1].min() > 230
     assert frames[2][:15].max() < 40 and frames[2][26].min() > 200 and frames[2][-15:].max() < 40
+
+
+def test_frames_are_shown_at_their_times(tmp_path: Path, images: list[Image]) -> None:
+    given = [0.0, 0.04, 0.5, 0.52, 30.0, 30.04, 2.0, 2.04, None, 2.12]  # a gap, and a clock that is set back
+    with VideoWriter(tmp_path / "a.mp4", fps=25) as writer:
+        for image, timestamp in zip(images, given, strict=False):
+            writer.write(image, timestamp)
+    shown = [frame.timestamp for frame in open_source(tmp_path / "a.mp4")]
+    assert shown == pytest.approx([0, 0.04, 0.5, 0.52, 0.56, 0.60, 0.64, 0.68, 0.72, 0.76], abs=1e-4)
 
 
 def test_file_of_a_killed_writer_plays(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import weakref
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from eventful_det.data.synthetic import SceneOptions, render_video, video_facts
+from eventful_det.data.video import VideoFrame, VideoSource
 from eventful_det.errors import UserError
 from eventful_det.gating.policy import TopK
 from eventful_det.models.detector import Detector
@@ -155,6 +157,30 @@ def test_results_do_not_change_later(tiny_detector: Detector, frames: list[Image
     before = first.detections.clone(), first.work.clone()
     list(stream)
     assert torch.equal(before[0].boxes, first.detections.boxes) and torch.equal(before[1], first.work)
+
+
+class Camera(VideoSource):
+    """Loses its connection, and 5 of 13 frames."""
+
+    live = True
+
+    def __init__(self, frames: list[Image]) -> None:
+        super().__init__("camera")
+        self.images = frames
+
+    def _read(self) -> Iterator[VideoFrame]:
+        for i, image in enumerate(self.images):
+            self.dropped = 5 if i >= 4 else 0
+            yield VideoFrame(image, i / 25, time.monotonic() - 0.5, resumed=i == 4)
+
+
+def test_live_source(tiny_detector: Detector, frames: list[Image]) -> None:
+    results = list(tiny_detector.stream(Camera(frames), scene_cuts=False, hold=3))
+    assert [r.cost.flush for r in results] == [True, False, False, False, True, False, False, False]
+    assert [r.held for r in results] == [False, True, True, False, False, True, False, True]
+    assert [r.dropped for r in results] == [0] * 4 + [5] * 4
+    assert all(r.stream == "camera" and r.frame_age is not None and 0.5 <= r.frame_age < 5 for r in results)
+    assert all(r.frame_age is None and r.dropped == 0 for r in tiny_detector.stream(frames[:2]))
 
 
 def test_close_ends_the_iteration(tiny_detector: Detector, frames: list[Image]) -> None:

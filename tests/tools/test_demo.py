@@ -5,20 +5,28 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from running import ENVIRONMENT, ROOT
+from servers import Server, why_not
+from videos import Image, damage, encode, encode_change, encode_sound, rotate, truncate
 
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoFrame, VideoSource, open_source
@@ -79,6 +87,8 @@ def test_complete_run_and_failed_start(weights: str, tmp_path: Path) -> None:
     assert str(output / "results.json") in stdout and "4 frames" in stdout
     results = check_run(output)
     assert results["stopped"] is None and results["skipped"] == 0 and results["flushes"] == 1
+    assert results["dropped"] == results["reconnects"] == 0 and results["dense_latency_ms"] > 0
+    assert 0 < results["frames_per_second"] < results["detector_frames_per_second"] * 1.1
     assert 0 < results["share_of_dense"]["backbone"] < results["share_of_dense"]["total"] < 1
     assert results["gmacs_per_frame"]["total"] < results["dense_gmacs_per_frame"]["total"]
     assert results["state_bytes"] > 0 and results["peak_memory_mb"] > 10
@@ -100,35 +110,224 @@ def test_complete_run_and_failed_start(weights: str, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
-def test_interrupted_run(weights: str, tmp_path: Path) -> None:
+def test_terminated_run(weights: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = start(weights, "source=synthetic", f"output={output}")
-    lines = output / "detections.jsonl"
+    lines = output / "detections.part.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and (not lines.exists() or lines.read_text().count("\n") < 3):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in stderr
+    assert process.returncode == 143 and "Traceback" not in stderr
     results = check_run(output)
-    assert results["stopped"] == "interrupted" and 3 <= results["frames"] < 150
+    assert results["stopped"] is not None and 3 <= results["frames"] < 150
 
 
-class Breaking(VideoSource):
+class Clip(VideoSource):
+    """A few frames, and then something happens."""
+
+    def __init__(self, frames: int, then: Callable[[], None]) -> None:
+        super().__init__("clip")
+        self.length, self.then = frames, then
+
     def _read(self) -> Iterator[VideoFrame]:
-        for frame in render_video(SceneOptions(width=64, height=48, frames=5)):
+        for frame in render_video(SceneOptions(width=64, height=48, frames=self.length)):
             yield VideoFrame(frame.image)
-        raise UserError("the camera fell off")
+        self.then()
+        for frame in render_video(SceneOptions(width=64, height=48, frames=100)):
+            yield VideoFrame(frame.image)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 7])
+def test_ctrl_c(module: ModuleType, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int) -> None:
+    clip = Clip(frames, partial(os.kill, os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(module, "open_source", lambda *_, **__: clip)
+    with pytest.raises(KeyboardInterrupt):
+        module.demo(config(weights, f"output={tmp_path / 'out'}"))
+    results = check_run(tmp_path / "out")
+    assert (results["frames"], results["stopped"]) == (frames, "interrupted")
+
+
+def test_ctrl_c_while_files_are_finished(
+    module: ModuleType, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = importlib.import_module("demo_files")
+    plot = files.plot_cost
+
+    def plot_slowly(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        plot(*given)
+
+    monkeypatch.setattr(files, "plot_cost", plot_slowly)
+    with pytest.raises(KeyboardInterrupt):
+        module.demo(config(weights, "source=synthetic", "max_frames=3", f"output={tmp_path / 'out'}"))
+    assert check_run(tmp_path / "out")["frames"] == 3
 
 
 def test_error_midway_keeps_what_was_written(
     module: ModuleType, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "open_source", lambda _: Breaking("camera"))
+    def fall() -> None:
+        raise UserError("the camera fell off")
+
+    monkeypatch.setattr(module, "open_source", lambda *_, **__: Clip(5, fall))
     with pytest.raises(UserError, match="fell off"):
         module.demo(config(weights, f"output={tmp_path / 'out'}", "hold=2", "show=0.2"))
     results = check_run(tmp_path / "out")
     assert (results["frames"], results["stopped"]) == (5, "the camera fell off")
+
+
+@contextmanager
+def small_disk(free: int) -> Iterator[None]:
+    """No file may get longer than so many bytes."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits for files")
+@pytest.mark.parametrize("free", [0, 1_000, 30_000])
+def test_full_disk_leaves_an_earlier_run_alone(module: ModuleType, weights: str, tmp_path: Path, free: int) -> None:
+    options = (weights, f"output={tmp_path / 'out'}", "width=320")
+    module.demo(config(*options, "source=synthetic", "max_frames=2"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with small_disk(free), pytest.raises(UserError, match="cannot write .*File too large") as caught:
+        module.demo(config(*options, "source=synthetic:1", "max_frames=60"))
+    assert "\n" not in str(caught.value) and ("frames are in its *.part.* files" in str(caught.value)) == (free > 1_000)
+    after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if ".part" not in path.name}
+    assert after == before
+    left = tmp_path / "out" / "detections.part.jsonl"
+    assert left.exists() == (free > 1_000)
+    module.demo(config(*options, "source=synthetic:1", "max_frames=3"))
+    assert check_run(tmp_path / "out")["frames"] == 3
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image]:
+    options = SceneOptions(width=160, height=96, frames=12, cut_fraction=0)
+    return [frame.image for frame in render_video(options, seed=1)]
+
+
+def grey(images: list[Image]) -> list[Image]:
+    return [np.ascontiguousarray(image[:75, :51]) for image in images]
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "frames", "skipped"),
+    [
+        ("truncated.mp4", lambda p, i: truncate(encode(p, i, movflags="faststart"), 0.75), range(6, 12), True),
+        ("truncated.ts", lambda p, i: truncate(encode(p, i, "mpeg2video"), 0.75), range(6, 12), False),
+        ("damaged.mp4", lambda p, i: damage(encode(p, i, movflags="faststart")), range(6, 12), True),
+        ("resized.ts", encode_change, range(11, 13), False),
+        ("variable.mp4", lambda p, i: encode(p, i, times=[0, 1, 2, 9, 10, 30, 31, 32, 33, 40, 41, 42]), [12], False),
+        ("upright.mp4", lambda p, i: rotate(encode(p, i), 90), [12], False),
+        ("deep.mkv", lambda p, i: encode(p, i, "ffv1", "yuv444p10le"), [12], False),
+        ("grey_odd.mkv", lambda p, i: encode(p, grey(i), "ffv1", "gray"), [12], False),
+        ("alpha.mov", lambda p, i: encode(p, i, "png", "rgba"), [12], False),
+        ("one.mp4", lambda p, i: encode(p, i[:1]), [1], False),
+    ],
+)
+def test_difficult_videos(
+    module: ModuleType,
+    weights: str,
+    tmp_path: Path,
+    images: list[Image],
+    name: str,
+    make: Callable[[Path, list[Image]], Path],
+    frames: Sequence[int],
+    skipped: bool,
+) -> None:
+    path = make(tmp_path / name, images)
+    module.demo(config(weights, f"source={path}", f"output={tmp_path / 'out'}", "width=320"))
+    results = check_run(tmp_path / "out")
+    assert results["frames"] in frames and results["stopped"] is None and (results["skipped"] > 0) == skipped
+    if name == "variable.mp4":
+        shown = [frame.timestamp for frame in open_source(tmp_path / "out" / "annotated.mp4")]
+        assert shown[5:] == pytest.approx([1.2, 1.24, 1.28, 1.32, 1.6, 1.64, 1.68], abs=1e-3)
+    sizes = [json.loads(line)["size"] for line in (tmp_path / "out" / "detections.jsonl").read_text().splitlines()]
+    first = {"upright.mp4": (160, 96), "grey_odd.mkv": (75, 51)}.get(name, (96, 160))
+    assert tuple(sizes[0].values()) == first
+    assert tuple(sizes[-1].values()) == ((64, 96) if name == "resized.ts" else first)
+
+
+def test_videos_without_a_picture(module: ModuleType, weights: str, tmp_path: Path, images: list[Image]) -> None:
+    empty = truncate(encode(tmp_path / "empty.mp4", images, movflags="faststart"), 0.1)
+    sound = encode_sound(tmp_path / "sound.mp4")
+    for path, message in ((empty, "holds no frame|cannot open"), (sound, "holds no video")):
+        with pytest.raises(UserError, match=message):
+            module.demo(config(weights, f"source={path}", f"output={tmp_path / 'out'}"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_sources(module: ModuleType, weights: str, tmp_path: Path, images: list[Image]) -> None:
+    (tmp_path / "clips").mkdir()
+    for name in ("a.mp4", "b b.mp4", "a.mkv"):
+        encode(tmp_path / "clips" / name, images[:3])
+    (tmp_path / "clips" / "broken.mp4").write_bytes(b"nothing")
+    for source in (f"{tmp_path}/clips", f"{tmp_path}/clips/*.m*"):
+        with pytest.raises(UserError, match="1 of 4 sources failed: .*broken.mp4"):
+            module.demo(config(weights, f"source={source}", f"output={tmp_path / 'out'}", "width=320"))
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "a-2", "b_b", "results.json"}
+        runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+        for name in ("a", "a-2", "b_b"):
+            assert check_run(tmp_path / "out" / name) == runs[name] and runs[name]["frames"] == 3
+        shutil.rmtree(tmp_path / "out")
+    two = f"source=[{tmp_path}/clips/a.mp4,synthetic:2]"
+    module.demo(config(weights, two, f"output={tmp_path / 'out'}", "max_frames=2", "width=320"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "synthetic_2", "results.json"}
+
+
+def test_classes(module: ModuleType, weights: str, tmp_path: Path) -> None:
+    options = (weights, "source=synthetic", "max_frames=2", f"output={tmp_path / 'out'}", "width=320")
+    module.demo(config(*options, "classes=[star,circle]"))
+    lines = [json.loads(line) for line in (tmp_path / "out" / "detections.jsonl").read_text().splitlines()]
+    assert {found["name"] for line in lines for found in line["detections"]} <= {"star", "circle"}
+    module.demo(config(*options, "classes=square"))
+    with pytest.raises(UserError, match="classes: no class hare; the weights know circle, square, star"):
+        module.demo(config(*options, "classes=[hare,star]"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(why_not("http") is not None, reason=str(why_not("http")))
+def test_camera_that_restarts(module: ModuleType, weights: str, tmp_path: Path) -> None:
+    server, output = Server("http"), tmp_path / "out"
+
+    def frames() -> int:
+        lines = output / "detections.part.jsonl"
+        return lines.read_text().count("\n") if lines.exists() else 0
+
+    def direct() -> None:
+        while frames() < 5:
+            time.sleep(0.02)
+        server.kill()
+        server.start()
+        seen = frames()
+        while frames() < seen + 5:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    director = threading.Thread(target=direct)
+    director.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            module.demo(config(weights, f"source={server.url}", f"output={output}"))
+    finally:
+        director.join()
+        server.kill()
+    results = check_run(output)
+    assert results["reconnects"] == 1 and results["flushes"] >= 2 and results["dropped"] > 0
+    lines = [json.loads(line) for line in (output / "detections.jsonl").read_text().splitlines()]
+    assert all(0 <= line["frame_age"] < 2 for line in lines) and lines[-1]["dropped"] == results["dropped"]
+    with open_source(output / "annotated.mp4") as video:
+        shown = [frame.timestamp for frame in video]
+    assert shown == pytest.approx([line["timestamp"] for line in lines], abs=0.05)
+    assert not [thread for thread in threading.enumerate() if thread.name == "relay" and thread.is_alive()]
 
 
 @pytest.mark.parametrize(

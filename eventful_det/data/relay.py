@@ -1,0 +1,90 @@
+"""Hands items from one thread to another: all of them, or the newest."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+_GRACE = 1.0  # seconds that `close` waits for the thread
+
+
+class Relay(Iterator[T], Generic[T]):
+    """Runs an iterator in a thread and hands out its items.
+
+    Errors of the iterator are raised at the reader, after the last item.
+
+    Args:
+        items: the iterator; only the thread touches it.
+        ahead: items that may wait for the reader.
+        overtake: where a further item pushes the oldest waiting one out; otherwise it waits itself.
+        finish: called in the thread when it is done with the iterator.
+
+    Attributes:
+        dropped: items that were pushed out so far.
+    """
+
+    def __init__(
+        self, items: Iterator[T], ahead: int = 1, *, overtake: bool = False, finish: Callable[[], None] | None = None
+    ) -> None:
+        self.dropped = 0
+        self._items, self._overtake, self._finish = items, overtake, finish
+        self._changed = threading.Condition()
+        self._waiting: deque[T] = deque(maxlen=ahead)
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            for item in self._items:
+                if not self._put(item):
+                    break
+        except BaseException as caught:
+            error = caught
+        try:
+            if self._finish is not None:
+                self._finish()
+        except BaseException as caught:
+            error = error or caught
+        with self._changed:
+            self._stopped, self._error = True, error
+            self._changed.notify_all()
+
+    def _put(self, item: T) -> bool:
+        """Let an item wait for the reader; False when there is none any more."""
+        with self._changed:
+            full = len(self._waiting) == self._waiting.maxlen
+            if full and self._overtake:
+                self.dropped += 1
+            elif full:
+                self._changed.wait_for(lambda: self._stopped or len(self._waiting) != self._waiting.maxlen)
+            if self._stopped:
+                return False
+            self._waiting.append(item)
+            self._changed.notify_all()
+            return True
+
+    def __next__(self) -> T:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._stopped)
+            if self._waiting:
+                self._changed.notify_all()
+                return self._waiting.popleft()
+            if self._error is not None:
+                raise self._error
+            raise StopIteration
+
+    def close(self) -> None:
+        """Stop the thread. One that waits inside its iterator ends by itself when that delivers, ends or fails."""
+        with self._changed:
+            self._stopped = True
+            self._waiting.clear()
+            self._changed.notify_all()
+        if self._thread is not threading.current_thread():
+            self._thread.join(_GRACE)

@@ -1,0 +1,111 @@
+"""What every source of frames is: an iterable of `VideoFrame`, lazy, in constant memory."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eventful_det.data.relay import Relay
+from eventful_det.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class VideoFrame:
+    """One frame.
+
+    Attributes:
+        image: `(h, w, 3)` uint8 RGB.
+        timestamp: seconds since the source's first frame, or None where it has no clock.
+        captured: of a live source, when the frame was captured on the clock of `time.monotonic`, as far as can be told
+            at this end; None otherwise.
+        resumed: it is the first frame behind a gap, in which the source was lost.
+    """
+
+    image: NDArray[np.uint8]
+    timestamp: float | None = None
+    captured: float | None = None
+    resumed: bool = False
+
+    @property
+    def age(self) -> float | None:
+        """Seconds since the frame was captured; None unless the source is live."""
+        return None if self.captured is None else max(0.0, time.monotonic() - self.captured)
+
+
+class VideoSource(Iterable[VideoFrame]):
+    """Frames in order, once.
+
+    Attributes:
+        name: for people; passwords in addresses are hidden.
+        fps: frames per second, or None where there is no clock.
+        frames: estimate of the number of frames, or None if unknown.
+        live: frames come when they come, and a slow reader gets the newest; other sources are read without loss.
+        ahead: frames that a thread reads ahead of the reader; 0 = each is read when it is asked for.
+        skipped: pieces of the source that could not be read or decoded so far.
+        dropped: frames of a live source that were overtaken by newer ones so far.
+        reconnects: how often a live source was lost and came back.
+    """
+
+    live = False
+
+    def __init__(self, name: str, fps: float | None = None, frames: int | None = None) -> None:
+        self.name, self.fps, self.frames = name, fps, frames
+        self.ahead = 0
+        self.skipped = self.dropped = self.reconnects = 0
+        self._relay: Relay[Any] | None = None
+
+    def __iter__(self) -> Iterator[VideoFrame]:
+        empty = True
+        for frame in self._frames():
+            empty = False
+            yield frame
+        if empty:
+            raise UserError(f"{self.name}: holds no frame that can be decoded")
+
+    def _frames(self) -> Iterator[VideoFrame]:
+        if not self.ahead:
+            return self._read()
+        self._relay = frames = Relay(self._read(), self.ahead, finish=self._release)
+        return frames
+
+    @abstractmethod
+    def _read(self) -> Iterator[VideoFrame]:
+        """The frames, in order."""
+
+    def _release(self) -> None:
+        """Let go of files, devices and connections; may be called again."""
+
+    def close(self) -> None:
+        """Release files, devices and connections. A thread that waits for the network releases them when it is done."""
+        if self._relay is None:
+            self._release()
+        else:
+            self._relay.close()
+
+    def __enter__(self) -> VideoSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _skip(self, what: str, error: object) -> None:
+        """Count a piece that cannot be read; warn of the first."""
+        if not self.skipped:
+            _LOG.warning("%s: skipping %s that cannot be decoded (%s), and others like it", self.name, what, error)
+        self.skipped += 1
+
+
+def public_name(url: str) -> str:
+    """An address without the password that it may hold."""
+    password = urlsplit(url).password if "://" in url else None
+    return url.replace(f":{password}@", ":***@", 1) if password else url

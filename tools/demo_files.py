@@ -1,0 +1,166 @@
+"""The files of a run of tools/demo.py: all hold the same frames, whatever ends the run."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import write_results
+
+from eventful_det.adapters import to_record
+from eventful_det.data.video_writer import VideoWriter
+from eventful_det.errors import UserError
+from eventful_det.models.cost import FrameCost
+from eventful_det.runtime.stream import StreamResult
+from eventful_det.viz import Caption, annotate, cost_row, plot_cost
+
+HISTORY = 100  # frames in the strip charts
+_NAMES = ("annotated.mp4", "detections.jsonl", "cost.csv", "cost.png")
+_WAITING = 3  # frames that may wait to be written
+
+
+class Outputs:
+    """Writes annotated.mp4, detections.jsonl, cost.csv, cost.png and results.json into a folder.
+
+    Until the run is over they are called annotated.part.mp4 and so on; then they replace those of an earlier run. A
+    thread draws and writes; it goes on where the caller is interrupted.
+
+    Args:
+        directory: made if it does not exist.
+        fps: frames per second of the video, for frames without a time.
+        show, width: of the pictures; see `annotate`.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+
+    def __init__(self, directory: Path, fps: float, *, show: float, width: int) -> None:
+        self.directory, self.show, self.width = directory, show, width
+        self.frames = 0
+        self._history: deque[FrameCost] = deque(maxlen=HISTORY)
+        self._video_path, self._lines_path, self._table_path, self._plot_path = (_part(directory / n) for n in _NAMES)
+        with self._reporting():
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lines = self._lines_path.open("w", buffering=1)  # line by line: complete whatever ends the run
+            self._table = self._table_path.open("w", buffering=1, newline="")
+            self._video = VideoWriter(self._video_path, fps)
+        self._rows: csv.DictWriter[str] | None = None
+        self._error: BaseException | None = None
+        self._thread = ThreadPoolExecutor(1, "demo-writer")
+        self._waiting: deque[Future[None]] = deque()
+
+    def write(self, result: StreamResult, caption: Caption) -> None:
+        """Append a frame to every file, soon.
+
+        Raises:
+            UserError: this frame or one before it could not be written.
+        """
+        self._waiting.append(self._thread.submit(self._write, result, caption))
+        while len(self._waiting) > _WAITING:
+            self._waiting.popleft().result()
+
+    def drain(self) -> None:
+        """Wait until all frames are written, or could not be."""
+        self._thread.shutdown()
+
+    def finish(self) -> dict[str, Any]:
+        """Write what waits, close the files and sum them up.
+
+        Raises:
+            UserError: they cannot be written. What is there remains under its temporary name.
+        """
+        self.drain()
+        try:
+            with self._reporting():
+                if self._error is not None:
+                    raise self._error
+                self._lines.close()
+                self._table.close()
+                self._video.close()
+                columns = np.atleast_1d(np.genfromtxt(self._table_path, delimiter=",", names=True))
+                plot_cost({name: columns[name] for name in columns.dtype.names or ()}, self._plot_path)
+        except BaseException as error:
+            self._abandon()
+            if self.frames and isinstance(error, UserError):
+                raise UserError(f"{error}; the first {self.frames} frames are in its *.part.* files") from error
+            raise
+        return {**sum_up(columns), "files": [str(self.directory / name) for name in _NAMES]}
+
+    def publish(self, results: dict[str, Any]) -> None:
+        """Write results.json, and put all files in the places of those of an earlier run."""
+        with self._reporting():
+            write_results(self.directory, results)
+            for name in _NAMES:
+                os.replace(_part(self.directory / name), self.directory / name)
+
+    def _write(self, result: StreamResult, caption: Caption) -> None:
+        if self._error is not None:
+            return
+        try:
+            self._history.append(result.cost)
+            picture = annotate(result, self._history, self.show, caption=caption, width=self.width)
+            row = {"frame": result.frame_index, **cost_row(result.cost), "held": int(result.held)}
+            with self._reporting():
+                self._video.write(picture, result.timestamp)
+                self._lines.write(json.dumps(to_record(result)) + "\n")
+                if self._rows is None:
+                    self._rows = csv.DictWriter(self._table, list(row))
+                    self._rows.writeheader()
+                self._rows.writerow({key: round(value, 6) for key, value in row.items()})
+            self.frames += 1
+        except BaseException as error:
+            self._error = error
+            raise
+
+    def _abandon(self) -> None:
+        """Close what can be closed; empty files are removed."""
+        for file in (self._lines, self._table, self._video):
+            with contextlib.suppress(OSError, UserError):
+                file.close()
+        for path in (self._video_path, self._lines_path, self._table_path, self._plot_path):
+            if not self.frames:
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Errors of files as one line."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write to output={self.directory}: {error.strerror or error}") from error
+
+
+def _part(path: Path) -> Path:
+    """The name of a file that is being written; its suffix stays, so that it can be played."""
+    return path.with_suffix(f".part{path.suffix}")
+
+
+def sum_up(columns: Any) -> dict[str, Any]:
+    """What cost.csv says of a whole run.
+
+    Args:
+        columns: of cost.csv, a structured array `(frames,)`.
+    """
+    gmacs, dense = columns["gmacs_total"], columns["dense_total"]
+    latency = columns["ms_total"][columns["held"] == 0]
+    return {
+        "frames": len(columns),
+        "flushes": int(columns["flush"].sum()),
+        "gmacs_per_frame": {"total": gmacs.mean(), "backbone": columns["gmacs_backbone"].mean()},
+        "dense_gmacs_per_frame": {"total": dense.mean(), "backbone": columns["dense_backbone"].mean()},
+        "share_of_dense": {
+            "total": gmacs.sum() / dense.sum(),
+            "backbone": columns["gmacs_backbone"].sum() / columns["dense_backbone"].sum(),
+        },
+        "latency_ms": {"median": float(np.median(latency)), "p95": float(np.percentile(latency, 95))},
+        "detector_frames_per_second": len(columns) / max(columns["ms_total"].sum() / 1e3, 1e-9),
+    }
