@@ -38,6 +38,8 @@ class RowsState(TensorTree):
         output: `(N, C)` the last computed output of every token.
         positions: `(N, D)` position encoding at this grid, or None. Like the tables, it is worked out at a flush.
         tables: per block its relative positions at this grid, along y and x; empty without.
+        interest: `(N,)` how much each token matters on the next frame, 0 to 1, or None; for the policy, and set by
+            whoever reads the tokens.
     """
 
     layout: tuple[str, ...]
@@ -50,6 +52,7 @@ class RowsState(TensorTree):
     output: Tensor
     positions: Tensor | None = None
     tables: list[list[Tensor]] = field(default_factory=list)
+    interest: Tensor | None = None
 
 
 @dataclass
@@ -126,7 +129,13 @@ class Rows:
     ) -> list[Tensor]:
         """The only decision of the frame: for each stream the indices `(r,)` of its tokens, in any order."""
         gates = [
-            GateInput(torch.linalg.vector_norm(now - state.reference, dim=1), state.age, state.frame)
+            GateInput(
+                torch.linalg.vector_norm(now - state.reference, dim=1),
+                state.age,
+                state.frame,
+                state.grid,
+                state.interest,
+            )
             for now, state in zip(compared, states, strict=True)
         ]
         asked = [i for i, state in enumerate(states) if not self._renews(state)]
