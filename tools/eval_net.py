@@ -116,7 +116,7 @@ def evaluate_sweep(config: DictConfig, detector: Detector, data: CocoVideo, dire
     title = f"Average precision against cost: {rows[0].videos} videos, {rows[0].frames} frames"
     report.plot(rows, directory / "sweep.png", title)
     _show(
-        [[*line[:2], line[6], *line[9:12]] for line in report.table(rows)]
+        [[*line[:2], line[6], *line[10:12], *line[13:14]] for line in report.table(rows)]
     )  # what fits on a terminal; sweep.md has all
     console.print(f"plot: {directory / 'sweep.png'}", soft_wrap=True)
     return {"rows": rows}
