@@ -149,7 +149,7 @@ class Focus:
     threshold: float
     cap: float = 1.0
     floor: float = 0.0
-    interest: float = 10.0
+    interest: float = 100.0
     block: int = 4
 
     def __post_init__(self) -> None:

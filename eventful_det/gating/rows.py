@@ -16,7 +16,7 @@ from torch import Tensor
 from eventful_det.errors import UserError
 from eventful_det.gating.anatomy import Anatomy, Block, Grid, relative_table
 from eventful_det.gating.cost import Counts
-from eventful_det.gating.policy import GateInput, JointPolicy, Policy, Threshold, select_all
+from eventful_det.gating.policy import Focus, GateInput, JointPolicy, Policy, select_all
 from eventful_det.gating.rows_attention import Queries, attend
 from eventful_det.gating.state import TensorTree
 from eventful_det.gating.update import Update
@@ -66,7 +66,7 @@ class Rows:
         renew_every: recompute everything on every n-th frame; 0 = never.
     """
 
-    policy: Policy = Threshold(2.0, cap=0.5, age_power=0.5)
+    policy: Policy = Focus(2.0, cap=0.4)
     gate: Literal["patches", "embedding"] = "patches"
     renew_every: int = 0
 
