@@ -33,13 +33,13 @@ class RowsState(TensorTree):
         frame: frames since the last flush; 0 = the next frame is a flush.
         reference: `(N, P)` patches or `(N, D)` embeddings last let through.
         age: `(N,)` frames since each token was let through.
+        interest: `(N,)` how much each token matters on the next frame, 0 to 1: for the policy, and filled in by
+            whoever reads the tokens.
         keys, values: per block `(windows, slots, heads, d)`; slots of padded tokens hold the bias. The one
             window of a global block starts with the slots of the prefix tokens.
         output: `(N, C)` the last computed output of every token.
         positions: `(N, D)` position encoding at this grid, or None. Like the tables, it is worked out at a flush.
         tables: per block its relative positions at this grid, along y and x; empty without.
-        interest: `(N,)` how much each token matters on the next frame, 0 to 1, or None; for the policy, and set by
-            whoever reads the tokens.
     """
 
     layout: tuple[str, ...]
@@ -47,12 +47,12 @@ class RowsState(TensorTree):
     frame: int
     reference: Tensor
     age: Tensor
+    interest: Tensor
     keys: list[Tensor]
     values: list[Tensor]
     output: Tensor
     positions: Tensor | None = None
     tables: list[list[Tensor]] = field(default_factory=list)
-    interest: Tensor | None = None
 
 
 @dataclass
@@ -92,6 +92,7 @@ class Rows:
             frame=0,
             reference=anatomy.projection.weight.new_zeros(tokens, width),
             age=torch.ones(tokens, dtype=torch.int32, device=anatomy.device),
+            interest=anatomy.projection.weight.new_zeros(tokens),
             keys=[keys for keys, _ in caches],
             values=[values for _, values in caches],
             output=anatomy.projection.weight.new_zeros(tokens, anatomy.blocks[-1].dim),

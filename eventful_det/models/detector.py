@@ -229,7 +229,7 @@ class Detector(nn.Module):
         """Tell the gate where something was found on the last frame."""
         backbone = stream.backbone.streams[0]
         if isinstance(backbone, RowsState) and stream.detections is not None:
-            backbone.interest = token_interest(stream.detections, grid, self.config.patch)
+            backbone.interest.copy_(token_interest(stream.detections, grid, self.config.patch))
 
     def _dense_update(self, anatomy: Anatomy, image: Tensor, flush: bool) -> Update:
         """Everything, as if all tokens had changed."""

@@ -42,7 +42,8 @@ def test_the_gate_is_told_what_was_found_on_the_last_frame(tiny_detector: Detect
     told: list[GateInput] = []
 
     def policy(gate: GateInput) -> Tensor:
-        told.append(gate)
+        assert gate.interest is not None
+        told.append(gate._replace(interest=gate.interest.clone()))
         return select_all(gate)
 
     detector = tiny_detector.with_rule(Rows(policy))
