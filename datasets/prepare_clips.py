@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -45,7 +47,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--exhaustive", nargs="+", default=[], metavar="NAME:CLASSES", help="classes labelled in full, by video")
     add("--in-place", action="store_true", help="leave video files as they are")
     add("--extract", action="store_true", help="decode the video files of the JSON file")
-    add("--max-frames", type=int, metavar="N", help="only the first N frames of each clip")
+    add("--start", nargs="+", default=[], metavar="NAME:FRAME", help="first frame to take, from 0, by video")
+    add("--max-frames", type=int, metavar="N", help="only N frames of each video")
     return parser.parse_args(argv)
 
 
@@ -53,6 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     args, console = parse(argv), Console(soft_wrap=True)
     try:
         data = labelled(args, console) if args.sources[0].endswith(".json") else decoded(args, console)
+        for video in data.videos:
+            if not video.frames:
+                raise UserError(f"{video.name} has no frame in the chosen range; see --start and --max-frames")
         path = args.output / "annotations" / "val.json"
         data.save(path)
         frames = sum(len(video.frames) for video in data.videos)
@@ -83,9 +89,9 @@ def labelled(args: argparse.Namespace, console: Console) -> CocoVideo:
             raise UserError(f"--exhaustive {name}: no such video is taken; taken are {', '.join(names)}")
         for frame in by_name[name].frames:
             frame.exhaustive = classes
-    videos = [by_name[name] for name in names]
+    videos, starts = [by_name[name] for name in names], first_frames(args.start, names)
     for video in videos:
-        video.frames = video.frames[: args.max_frames]
+        video.frames = video.frames[starts.get(video.name, 0) :][: args.max_frames]
     chosen = CocoVideo(data.categories, videos, data.image_root)
     return extracted(chosen, args.output, console) if args.extract else chosen
 
@@ -105,6 +111,17 @@ def extracted(data: CocoVideo, output: Path, console: Console) -> CocoVideo:
     return CocoVideo(data.categories, data.videos, output)
 
 
+def first_frames(entries: list[str], names: Iterable[str]) -> dict[str, int]:
+    """The first frame to take by video name, from NAME:FRAME."""
+    starts = {}
+    for entry in entries:
+        name, _, frame = entry.rpartition(":")
+        if name not in names or not frame.isdecimal():
+            raise UserError(f"--start {entry}: expected NAME:FRAME, with NAME one of {', '.join(names)}")
+        starts[name] = int(frame)
+    return starts
+
+
 def exhaustive(entries: list[str], data: CocoVideo) -> dict[str, frozenset[int]]:
     """Category ids by video name, from NAME:CLASS,CLASS."""
     ids, chosen = {name: category for category, name in data.categories}, {}
@@ -122,6 +139,7 @@ def decoded(args: argparse.Namespace, console: Console) -> CocoVideo:
     """The frames of video files, written as JPEG or left there; nobody has labelled them."""
     if args.videos or args.exhaustive or args.extract:
         raise UserError("--videos, --exhaustive and --extract are for a JSON file; leave them out for video files")
+    starts = first_frames(args.start, [Path(source).stem for source in args.sources])
     videos: list[Video] = []
     for number, source in enumerate(args.sources, start=1):
         name = Path(source).stem
@@ -129,10 +147,10 @@ def decoded(args: argparse.Namespace, console: Console) -> CocoVideo:
             raise UserError(f"two clips are called {name}; rename one of them")
         video = Video(number, name, [], Path(os.path.relpath(source, args.output)).as_posix() if args.in_place else "")
         with open_source(source) as clip:
-            frames = track(clip, description=name, total=args.max_frames or clip.frames, console=console)
-            for index, frame in enumerate(frames):
-                if index == args.max_frames:
-                    break
+            first, total = starts.get(name, 0), args.max_frames or clip.frames
+            stop = None if args.max_frames is None else first + args.max_frames
+            frames = track(islice(clip, first, stop), description=name, total=total, console=console)
+            for index, frame in enumerate(frames, start=first):
                 file, (height, width) = f"{name}/{index:06d}.jpg", frame.image.shape[:2]
                 if not args.in_place:
                     write_picture(args.output / file, frame.image)

@@ -24,6 +24,7 @@ _PUBLIC = {
     "TopK": "eventful_det.gating.policy",
     "TopFraction": "eventful_det.gating.policy",
     "Threshold": "eventful_det.gating.policy",
+    "Focus": "eventful_det.gating.policy",
     "RandomK": "eventful_det.gating.policy",
     "Detector": "eventful_det.models.detector",
     "load_detector": "eventful_det.models.checkpoints",

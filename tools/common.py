@@ -18,7 +18,7 @@ from rich.console import Console
 
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import RULES, Rule
-from eventful_det.gating.policy import Policy, RandomK, Threshold, TopFraction, TopK
+from eventful_det.gating.policy import Focus, Policy, RandomK, Threshold, TopFraction, TopK
 
 console = Console()
 
@@ -26,6 +26,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "topk": TopK,
     "fraction": TopFraction,
     "threshold": Threshold,
+    "focus": Focus,
     "random": RandomK,
 }
 
@@ -106,7 +107,7 @@ def build_rule(gate: DictConfig) -> Rule | None:
 
     Args:
         gate: "rule" ("rows", "paper" or "dense"), "policy" with its "name" ("topk", "fraction", "threshold",
-            "random") and its options, and the options of the rule. Options are named as in the code.
+            "focus", "random") and its options, and the options of the rule. Options are named as in the code.
 
     Raises:
         UserError: a name is unknown, or an option does not belong to the rule or policy it was given to.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventful_det.data.coco_video import CocoVideo
-from eventful_det.evaluation.consistency import flicker, found_share
+from eventful_det.evaluation.consistency import flicker, found_share, likeness
 from eventful_det.evaluation.detection import DetectionScores, agreement, labelled_frames
 from eventful_det.evaluation.efficiency import TOTAL, Milliseconds
 from eventful_det.evaluation.runs import DENSE, Method, MethodRun
@@ -37,6 +37,7 @@ class Row:
         ap50_vid, ap50_slow, ap50_medium, ap50_fast, ap_ilsvrc: as papers on ImageNet VID count it, see
             docs/metrics.md; groups of motion are `nan` without track ids.
         agreement50: AP50 against the dense detections.
+        likeness: share of sure detections with their like in the dense run or in this one, `consistency.likeness`.
         found: share of the labelled objects that a sure detection covers.
         flicker: blinks per sure detection, see `consistency.flicker`.
         gmacs_*: 1e9 multiply-adds per frame, mean over all frames; "steady" leaves flushes out.
@@ -45,6 +46,8 @@ class Row:
         ms_flush: median latency of the flushes.
         ms_backbone: milliseconds that a frame costs in the backbone, its share of the step.
         fps: frames per second of all streams together, one step after the other.
+        p95_to_median: of the MACs of a frame, flushes included: 1 = every frame costs alike; `nan` where the median
+            frame costs nothing.
         recomputed: share of the tokens that were recomputed.
         state_bytes: remembered per stream; peak_bytes: largest memory while the method ran.
         images: frames that were scored, of `frames` that were run.
@@ -63,6 +66,7 @@ class Row:
     ap50_fast: float
     ap_ilsvrc: float
     agreement50: float
+    likeness: float
     found: float
     flicker: float
     gmacs_backbone: float
@@ -74,6 +78,7 @@ class Row:
     gmacs_total_steady: float
     relative_backbone: float
     relative_total: float
+    p95_to_median: float
     ms_mean: float
     ms_median: float
     ms_p95: float
@@ -146,6 +151,7 @@ def row_of(run: MethodRun, scores: DetectionScores, dense: MethodRun | None = No
         ap50_fast=vid.ap50_fast,
         ap_ilsvrc=vid.ap_ilsvrc,
         agreement50=math.nan if dense is None else agreement(dense.results, run.results),
+        likeness=math.nan if dense is None else likeness(dense.results, run.results),
         found=found_share(run.data, run.results),
         flicker=flicker(run.data, run.results),
         gmacs_backbone=cost.gmacs["backbone"],
@@ -157,6 +163,7 @@ def row_of(run: MethodRun, scores: DetectionScores, dense: MethodRun | None = No
         gmacs_total_steady=cost.gmacs_steady.get(TOTAL, math.nan),
         relative_backbone=cost.gmacs["backbone"] / reference["backbone"],
         relative_total=cost.gmacs[TOTAL] / reference[TOTAL],
+        p95_to_median=_p95_to_median([frame.total for video in run.videos for frame in video.costs]),
         ms_mean=latency.mean,
         ms_median=latency.median,
         ms_p95=latency.p95,
@@ -186,6 +193,11 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, os.PathLike) else value
+
+
+def _p95_to_median(macs: Sequence[int]) -> float:
+    median, p95 = np.percentile(macs, [50, 95])
+    return float(p95 / median) if median else math.nan
 
 
 def _relative_time(run: MethodRun, dense: MethodRun) -> float:

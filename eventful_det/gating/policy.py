@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from eventful_det.errors import UserError
+from eventful_det.gating.anatomy import Grid
+from eventful_det.gating.windows import windows_of
 
 
 class GateInput(NamedTuple):
@@ -24,12 +26,16 @@ class GateInput(NamedTuple):
         age: `(N,)` frames since each token was last let through; 1 = on the last frame.
         frame: frames since the stream's last flush.
         stream: place of the stream among those of the step.
+        grid: tokens of the frame (H, W), N = H * W; None where tokens have no place, as at the gates of `Paper`.
+        interest: `(N,)` how much each token matters, 0 to 1, as whoever reads the tokens told; None = not told.
     """
 
     error: Tensor
     age: Tensor
     frame: int
     stream: int = 0
+    grid: Grid | None = None
+    interest: Tensor | None = None
 
 
 class Policy(Protocol):
@@ -49,9 +55,15 @@ class JointPolicy(Protocol):
         """
 
 
-def _scores(gate: GateInput, age_power: float) -> Tensor:
-    """Error x age^a, `(N,)`: a token that has waited long is chosen for a smaller change."""
-    return gate.error * gate.age.to(gate.error.dtype) ** age_power if age_power else gate.error
+def token_scores(gate: GateInput, age_power: float, interest: float) -> Tensor:
+    """Error x age^a x (1 + w x interest), `(N,)`: who waited long or matters is chosen for a smaller change."""
+    scores = gate.error * gate.age.to(gate.error.dtype) ** age_power if age_power else gate.error
+    return _favour(scores, gate, interest)
+
+
+def _favour(scores: Tensor, gate: GateInput, interest: float) -> Tensor:
+    """Scores x (1 + w x interest), `(N,)`."""
+    return scores if gate.interest is None or not interest else scores * (1 + interest * gate.interest)
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:
@@ -61,46 +73,52 @@ def _largest(scores: Tensor, k: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TopK:
-    """The `k` tokens of largest error x age^`age_power` (paper section 4.1 with `age_power=0`)."""
+    """The `k` tokens of largest error x age^`age_power` x (1 + `interest` x the gate's interest).
+
+    With both at 0 it is the paper's policy (section 4.1).
+    """
 
     k: int
     age_power: float = 0.0
+    interest: float = 0.0
 
     def __post_init__(self) -> None:
         if self.k < 0:
             raise UserError(f"TopK: k must be 0 or more tokens, got {self.k}")
 
     def __call__(self, gate: GateInput) -> Tensor:
-        return _largest(_scores(gate, self.age_power), self.k)
+        return _largest(token_scores(gate, self.age_power, self.interest), self.k)
 
 
 @dataclass(frozen=True)
 class TopFraction:
-    """The share `fraction` of all tokens, of largest error x age^`age_power`."""
+    """The share `fraction` of all tokens, ordered as by `TopK`."""
 
     fraction: float
     age_power: float = 0.0
+    interest: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction <= 1:
             raise UserError(f"TopFraction: fraction must lie in [0, 1], got {self.fraction}")
 
     def __call__(self, gate: GateInput) -> Tensor:
-        return _largest(_scores(gate, self.age_power), int(self.fraction * gate.error.numel()))
+        return _largest(token_scores(gate, self.age_power, self.interest), int(self.fraction * gate.error.numel()))
 
 
 @dataclass(frozen=True)
 class Threshold:
     """Every token whose error exceeds `threshold`, at most the share `cap`, at least the share `floor`.
 
-    The comparison is strict, and the threshold applies to the bare error; `age_power` only orders the tokens
-    where the cap or the floor has to choose. Without a floor nothing at all may be selected.
+    The comparison is strict, and the threshold applies to the bare error; `age_power` and `interest` only order the
+    tokens where the cap or the floor has to choose. Without a floor nothing at all may be selected.
     """
 
     threshold: float
     cap: float = 1.0
     floor: float = 0.0
     age_power: float = 0.0
+    interest: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.floor <= self.cap <= 1:
@@ -113,10 +131,55 @@ class Threshold:
         low, high = int(self.floor * tokens), int(self.cap * tokens)
         if low <= passed.numel() <= high:
             return passed
-        scores = _scores(gate, self.age_power)
+        scores = token_scores(gate, self.age_power, self.interest)
         if passed.numel() > high:
             return _largest(scores.masked_fill(~passes, -torch.inf), high)
         return _largest(scores.masked_fill(passes, torch.inf), low)
+
+
+@dataclass(frozen=True)
+class Focus:
+    """Every token whose error exceeds `threshold`; where that is too much, objects first and the rest in turns.
+
+    At most the share `cap`, at least the share `floor`. Within them tokens go by age x (1 + `interest` x the gate's
+    interest): where something was found on the last frame tokens are refreshed together and often, elsewhere the
+    stalest are next. The size of the error does not count, because when a camera moves everything has changed, most
+    of all background of strong contrast. Blocks of `block` x `block` tokens share their mean order, so that what is
+    chosen is compact: windows are refreshed as wholes, and the heads have fewer borders to recompute.
+    """
+
+    threshold: float
+    cap: float = 1.0
+    floor: float = 0.0
+    interest: float = 100.0
+    block: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor <= self.cap <= 1:
+            raise UserError(f"Focus: need 0 <= floor <= cap <= 1, got floor={self.floor}, cap={self.cap}")
+        if self.block < 1:
+            raise UserError(f"Focus: block must be 1 or more tokens, got {self.block}")
+
+    def __call__(self, gate: GateInput) -> Tensor:
+        tokens = gate.error.numel()
+        low, high = int(self.floor * tokens), int(self.cap * tokens)
+        order = _blockwise(_favour(gate.age.float(), gate, self.interest), gate.grid, self.block)
+        passes = (gate.error > self.threshold)[order]
+        passed = order[passes]
+        if passed.numel() >= low:
+            return passed[:high]
+        return torch.cat([passed, order[~passes]])[:low]
+
+
+def _blockwise(scores: Tensor, grid: Grid | None, side: int) -> Tensor:
+    """Tokens `(N,)` by falling mean score of their block of `side` x `side` tokens, those of a block together."""
+    if grid is None or side == 1:
+        return scores.argsort(descending=True, stable=True)
+    blocks = windows_of(grid, side, scores.device)
+    total = scores.new_zeros(blocks.count).index_add_(0, blocks.window, scores)
+    mean = total / torch.bincount(blocks.window, minlength=blocks.count)
+    rank = mean.argsort(descending=True, stable=True).argsort()
+    return rank[blocks.window].argsort(stable=True)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from eventful_det.errors import UserError
 from eventful_det.gating.anatomy import Anatomy, Block, Grid, resize_table
 from eventful_det.gating.cost import Counts
-from eventful_det.gating.policy import GateInput, JointPolicy, Policy, Threshold, select_all
+from eventful_det.gating.policy import Focus, GateInput, JointPolicy, Policy, select_all
 from eventful_det.gating.rows_blocks import Selection, joined, run_blocks
 from eventful_det.gating.state import TensorTree
 from eventful_det.gating.update import Update
@@ -33,6 +33,8 @@ class RowsState(TensorTree):
         frame: frames since the last flush; 0 = the next frame is a flush.
         reference: `(N, P)` patches or `(N, D)` embeddings last let through.
         age: `(N,)` frames since each token was let through.
+        interest: `(N,)` how much each token matters on the next frame, 0 to 1: for the policy, and filled in by
+            whoever reads the tokens.
         caches: per block the keys and values `(windows, slots, 2, heads, d)`; slots of padded tokens hold the bias.
             The one window of a global block starts with the slots of the prefix tokens.
         output: `(N, C)` the last computed output of every token.
@@ -45,6 +47,7 @@ class RowsState(TensorTree):
     frame: int
     reference: Tensor
     age: Tensor
+    interest: Tensor
     caches: list[Tensor]
     output: Tensor
     positions: Tensor | None = None
@@ -64,7 +67,7 @@ class Rows:
             the policy does; it costs some empty attention tiles. None = on all devices but CPUs.
     """
 
-    policy: Policy = Threshold(2.0, cap=0.5, age_power=0.5)
+    policy: Policy = Focus(2.0, cap=0.4)
     gate: Literal["patches", "embedding"] = "patches"
     renew_every: int = 0
     static: bool | None = None
@@ -91,6 +94,7 @@ class Rows:
             reference=anatomy.projection.weight.new_zeros(tokens, width),
             age=torch.ones(tokens, dtype=torch.int32, device=anatomy.device),
             caches=[_empty_cache(block, grid, anatomy.prefix_count) for block in anatomy.blocks],
+            interest=anatomy.projection.weight.new_zeros(tokens),
             output=anatomy.projection.weight.new_zeros(tokens, anatomy.blocks[-1].dim),
         )
 
@@ -137,7 +141,14 @@ class Rows:
     ) -> list[Tensor]:
         """The only decision of the frame: for each stream the indices `(r,)` of its tokens, in any order."""
         gates = [
-            GateInput(torch.linalg.vector_norm(now - state.reference, dim=1), state.age, state.frame, stream)
+            GateInput(
+                error=torch.linalg.vector_norm(now - state.reference, dim=1),
+                age=state.age,
+                frame=state.frame,
+                stream=stream,
+                grid=state.grid,
+                interest=state.interest,
+            )
             for stream, (now, state) in enumerate(zip(compared, states, strict=True))
         ]
         asked = [i for i, state in enumerate(states) if not self._renews(state)]

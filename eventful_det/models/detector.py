@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import Anatomy, anatomy_of
+from eventful_det.gating.anatomy import Anatomy, Grid, anatomy_of
 from eventful_det.gating.closed_form import ViTShape, dense_counts
 from eventful_det.gating.convert import Rule, flush_flags, step_streams
 from eventful_det.gating.cost import Counts
 from eventful_det.gating.policy import JointPolicy, Policy
-from eventful_det.gating.rows import Rows
+from eventful_det.gating.rows import Rows, RowsState
 from eventful_det.gating.state import State, TensorTree
 from eventful_det.gating.update import Update
 from eventful_det.models.config import ModelConfig
@@ -30,6 +30,7 @@ from eventful_det.models.incremental import (
     refresh_pyramid,
     refresh_regions,
 )
+from eventful_det.models.interest import token_interest
 from eventful_det.models.proposals import ProposalGenerator
 from eventful_det.models.regions import Detections, RegionHeads
 from eventful_det.models.vitdet import ViTDetBackbone
@@ -215,11 +216,19 @@ class Detector(nn.Module):
         anatomy = anatomy_of(self.backbone.net)
         if self.rule is None:
             return [self._dense_update(anatomy, *pair) for pair in zip(images, flushes, strict=True)]
+        for image, stream in zip(images, streams, strict=True):
+            self._point_out(anatomy.grid(*image.shape[-2:]), stream)
         backbones = State([stream.backbone.streams[0] for stream in streams])
         updates = step_streams(self.rule, anatomy, [image[0] for image in images], backbones, flushes, joint)
         for stream, backbone in zip(streams, backbones.streams, strict=True):
             stream.backbone.streams[0] = backbone
         return updates
+
+    def _point_out(self, grid: Grid, stream: DetectorStream) -> None:
+        """Tell the gate where something was found on the last frame."""
+        backbone = stream.backbone.streams[0]
+        if isinstance(backbone, RowsState) and stream.detections is not None:
+            backbone.interest.copy_(token_interest(stream.detections, grid, self.config.patch))
 
     def _dense_update(self, anatomy: Anatomy, image: Tensor, flush: bool) -> Update:
         """Everything, as if all tokens had changed."""

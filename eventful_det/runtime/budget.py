@@ -11,6 +11,7 @@ from eventful_det.gating.policy import Policy, TopFraction, TopK, select_all
 
 AGE_POWER = 0.5  # error x sqrt(age): no token starves
 _FORMS = "a share of dense (0.25 or 25%), tokens (96), GMACs (40GMACs) or a time (50ms, 0.05s)"
+INTEREST = 4.0  # a token in a sure box counts five times (docs/policies.md)
 
 
 @dataclass(frozen=True)
@@ -95,5 +96,5 @@ def policy_for(budget: float | int) -> Policy:
         budget: tokens per frame (an int), or a share of the tokens (a float in [0, 1]).
     """
     if isinstance(budget, int):
-        return TopK(budget, AGE_POWER)
-    return select_all if budget == 1 else TopFraction(budget, AGE_POWER)
+        return TopK(budget, AGE_POWER, INTEREST)
+    return select_all if budget == 1 else TopFraction(budget, AGE_POWER, INTEREST)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.policy import GateInput
+from eventful_det.gating.policy import GateInput, token_scores
 
 _DUE, _CHANGED, _UNCHANGED = range(3)
 
@@ -25,7 +25,8 @@ class Terms:
 
     Attributes:
         noise: a token has changed if its error exceeds this.
-        age_power: changed tokens are ranked by error x age^`age_power`.
+        age_power, interest: changed tokens are ranked by error x age^`age_power` x (1 + `interest` x the gate's
+            interest): with 4, one in a sure box counts five times (docs/policies.md).
         min_share: of the changed tokens that are recomputed, every stream gets at least this share of its proportional
             part (by tokens), if so many of its tokens changed; in [0, 1). 0 = the largest changes win, wherever.
         max_age: no token grows older than so many frames; 0 = no bound. It wins over the budget.
@@ -35,6 +36,7 @@ class Terms:
 
     noise: float = 2.0
     age_power: float = 0.5
+    interest: float = 4.0
     min_share: float = 0.5
     max_age: int = 100
     bank: float = 0.0
@@ -80,7 +82,7 @@ def order_tokens(gates: Sequence[GateInput], terms: Terms, calm: Sequence[int]) 
     """
     changed = [gate.error > terms.noise for gate in gates]
     due = [due_tokens(gate.age, terms.max_age) for gate in gates]
-    scores = [gate.error * gate.age.to(gate.error.dtype) ** terms.age_power for gate in gates]
+    scores = [token_scores(gate, terms.age_power, terms.interest) for gate in gates]
     ages = torch.cat([gate.age for gate in gates]).double()
     kind = torch.full_like(ages, _UNCHANGED)
     kind[torch.cat(changed)] = _CHANGED

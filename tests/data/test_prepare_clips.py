@@ -70,9 +70,18 @@ def test_video_files_in_place_and_extracted(tmp_path: Path) -> None:
         assert np.abs(a[0].image.astype(int) - b[0].image).max() <= 3
 
 
+def test_a_part_of_each_video(source: Path, tmp_path: Path) -> None:
+    assert run(source, "--output", tmp_path / "out", "--start", "dogs:2", "--max-frames", 2).returncode == 0
+    data = load_coco_video(tmp_path / "out/annotations/val.json")
+    assert [[frame.frame_id for frame in video.frames] for video in data.videos] == [[0, 1], [2]]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--start", "cows:1"], "expected NAME:FRAME, with NAME one of cats, dogs"),
+        (["--start", "cats:x"], "expected NAME:FRAME"),
+        (["--start", "cats:3"], "cats has no frame in the chosen range"),
         (["--videos", "cows"], "has no video cows; it has cats, dogs"),
         (["--exhaustive", "cats:cow"], "expected NAME:CLASS"),
         (["--videos", "dogs", "--exhaustive", "cats:cat"], "no such video is taken"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
-from eventful_det.evaluation.consistency import flicker, found_share
+from eventful_det.evaluation.consistency import flicker, found_share, likeness
 
 BOX = [10.0, 10.0, 20.0, 20.0]
 FAR = [70.0, 70.0, 20.0, 20.0]
@@ -53,3 +53,12 @@ def test_found_needs_class_place_and_score() -> None:
     assert found_share(video(4), results(*[[BOX]] * 4, category=2)) == 0
     assert found_share(video(4), results(*[[BOX]] * 4, score=0.4)) == 0
     assert math.isnan(found_share(CocoVideo([(1, "cat")], [], Path()), []))
+
+
+def test_likeness_counts_boxes_of_both_runs() -> None:
+    ours = results([BOX], [BOX, FAR], [FAR])
+    assert likeness(ours, ours) == 1
+    assert likeness(ours, results([BOX], [BOX], [])) == pytest.approx((2 + 2) / (4 + 2))
+    assert likeness(ours, results([BOX], [BOX], [], category=2)) == 0
+    assert likeness(ours, results([BOX], [BOX, FAR], [FAR], score=0.4)) == 0
+    assert math.isnan(likeness([], results([BOX], score=0.4)))

@@ -97,6 +97,7 @@ def test_holding_every_second_frame_halves_the_cost(detector: Detector, data: Co
     runs = run_methods(detector, data, methods, scene_cuts=False)
     dense, held = rows_of(runs)
     assert held.gmacs_total == dense.gmacs_total / 2 and held.relative_total == 0.5
+    assert dense.p95_to_median == 1 and held.p95_to_median == pytest.approx(2)
     boxes = {image: [r["bbox"] for r in runs[1].results if r["image_id"] == image] for image in range(1, 5)}
     assert boxes[1] == boxes[2] and boxes[3] == boxes[4] and boxes[2] != boxes[3]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.policy import GateInput, Policy, RandomK, Threshold, TopFraction, TopK, select_all
+from eventful_det.gating.policy import Focus, GateInput, Policy, RandomK, Threshold, TopFraction, TopK, select_all
 
 QUICK = settings(max_examples=80, deadline=None)
 # Few distinct values, so that ties are common.
@@ -108,6 +108,80 @@ def test_a_token_of_small_change_starves_without_age() -> None:
         assert (2 in chosen) == refreshed
 
 
+def test_interest_favours_tokens_of_the_same_change() -> None:
+    error, age = torch.tensor([3.0, 2.0, 1.0]), torch.ones(3)
+    told = GateInput(error, age, 1, interest=torch.tensor([0.0, 0.6, 0.0]))
+    for policy in (TopK(1, interest=1.0), TopFraction(0.4, interest=1.0), Threshold(0.5, cap=0.4, interest=1.0)):
+        assert policy(told).tolist() == [1]  # 2 x 1.6 > 3
+        assert policy(told._replace(interest=None)).tolist() == [0]
+    assert TopK(1)(told).tolist() == [0]
+
+
+grids = st.tuples(st.integers(1, 9), st.integers(1, 9))
+seeds = st.integers(0, 2**31)
+
+
+def focus_gate(grid: tuple[int, int], seed: int) -> GateInput:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = grid[0] * grid[1]
+    error = torch.randint(0, 4, (tokens,), generator=generator).float()
+    age = torch.randint(1, 6, (tokens,), generator=generator, dtype=torch.int32)
+    return GateInput(error, age, 1, grid, torch.rand(tokens, generator=generator).round())
+
+
+@QUICK
+@given(grids, seeds, st.integers(-1, 4), st.tuples(shares, shares).map(sorted), st.integers(1, 5))
+def test_focus_keeps_to_threshold_floor_and_cap(
+    grid: tuple[int, int], seed: int, threshold: int, limits: list[float], block: int
+) -> None:
+    (floor, cap), gate = limits, focus_gate(grid, seed)
+    tokens = len(gate.error)
+    index = Focus(threshold, cap, floor, block=block)(gate)
+    check_indices(index, tokens)
+    passed = set((gate.error > threshold).nonzero().squeeze(1).tolist())
+    assert len(index) == min(max(len(passed), int(floor * tokens)), int(cap * tokens))
+    assert set(index.tolist()) <= passed if len(index) <= len(passed) else set(index.tolist()) >= passed
+
+
+@QUICK
+@given(grids, seeds, st.integers(1, 4), st.integers(1, 9))
+def test_focus_takes_whole_blocks_best_first(grid: tuple[int, int], seed: int, block: int, tenths: int) -> None:
+    gate = focus_gate(grid, seed)
+    chosen = torch.zeros(len(gate.error), dtype=torch.bool)
+    chosen[Focus(-1.0, tenths / 10, interest=2.0, block=block)(gate)] = True
+    scores = (gate.age * (1 + 2 * gate.interest)).unflatten(0, grid)  # type: ignore[operator]
+    blocks = [  # share of the block that was chosen, its mean score
+        (chosen.unflatten(0, grid)[y : y + block, x : x + block].float().mean(), part.mean())
+        for y in range(0, grid[0], block)
+        for x in range(0, grid[1], block)
+        for part in [scores[y : y + block, x : x + block]]
+    ]
+    assert sum(0 < share < 1 for share, _ in blocks) <= 1  # only the last one is cut
+    left = max((mean for share, mean in blocks if share < 1), default=torch.tensor(0.0))
+    assert all(mean >= left - 1e-5 for share, mean in blocks if share == 1)
+
+
+@QUICK
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_focus_takes_turns_where_nothing_was_found(tokens: int, tenths: int) -> None:
+    """Without a block or an interest, every token is refreshed once in N / k frames, rounded up."""
+    age, cap = torch.ones(tokens, dtype=torch.int32), tenths / 10
+    k = int(cap * tokens)
+    if k:
+        for frame in range(1, 40):
+            index = Focus(0.0, cap)(GateInput(torch.rand(tokens) + 0.1, age, frame))
+            age += 1
+            age[index] = 1
+            assert int(age.max()) <= -(-tokens // k) + 1
+
+
+def test_focus_errors() -> None:
+    with pytest.raises(UserError, match="floor <= cap"):
+        Focus(1.0, cap=0.1, floor=0.2)
+    with pytest.raises(UserError, match="block must be"):
+        Focus(1.0, block=0)
+
+
 @QUICK
 @given(st.integers(1, 50), st.integers(0, 60), st.integers(0, 99), st.integers(0, 10**6))
 def test_random_k(tokens: int, k: int, seed: int, frame: int) -> None:
@@ -133,13 +207,17 @@ def test_select_all() -> None:
     assert torch.equal(select_all(gate(torch.zeros(7))), torch.arange(7))
 
 
-@pytest.mark.parametrize("policy", [TopK(3, 0.5), TopFraction(0.3), Threshold(0.5, 0.4, 0.1), RandomK(k=3), select_all])
+@pytest.mark.parametrize(
+    "policy",
+    [TopK(3, 0.5, 1.0), TopFraction(0.3), Threshold(0.5, 0.4, 0.1), Focus(0.5, 0.4, 0.1), RandomK(k=3), select_all],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_policies_do_not_touch_what_they_are_given(policy: Policy, dtype: torch.dtype) -> None:
     error, age = torch.rand(11).to(dtype), torch.randint(1, 9, (11,), dtype=torch.int32)
-    before = error.clone(), age.clone()
-    check_indices(policy(GateInput(error, age, 3)), 11)
-    assert torch.equal(error, before[0]) and torch.equal(age, before[1])
+    interest = torch.rand(11)
+    before = error.clone(), age.clone(), interest.clone()
+    check_indices(policy(GateInput(error, age, 3, (1, 11), interest)), 11)
+    assert all(map(torch.equal, (error, age, interest), before))
 
 
 @pytest.mark.parametrize(

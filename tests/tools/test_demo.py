@@ -32,7 +32,7 @@ from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoFrame, VideoSource, open_source
 from eventful_det.errors import UserError
 from eventful_det.gating.paper import Paper
-from eventful_det.gating.policy import RandomK, Threshold, TopK
+from eventful_det.gating.policy import Focus, RandomK, Threshold, TopK
 from eventful_det.gating.rows import Rows
 from eventful_det.models.checkpoints import save_detector
 from eventful_det.models.detector import Detector
@@ -356,11 +356,11 @@ def test_error_lines(module: ModuleType, weights: str, tmp_path: Path, options: 
 
 def test_build_rule(module: ModuleType) -> None:
     build = importlib.import_module("common").build_rule
-    assert build(config().gate) == Rows() == Rows(Threshold(2, 0.5, 0.0, 0.5))
+    assert build(config().gate) == Rows() == Rows(Focus(2.0, 0.4, 0.0, 100.0, 4))
     chosen = config("gate/policy=topk", "gate.policy.k=7", "gate.renew_every=8", "gate.gate=embedding").gate
-    assert build(chosen) == Rows(TopK(7, 0.5), "embedding", 8)
+    assert build(chosen) == Rows(TopK(7, 0.5, 4.0), "embedding", 8)
     chosen = config("gate=paper", "gate/policy=threshold", "gate.policy.threshold=2", "gate.pool=2").gate
-    assert build(chosen) == Paper(Threshold(2, 0.5, 0.0, 0.5), pool=2)
+    assert build(chosen) == Paper(Threshold(2, 0.5, 0.0, 0.5, 4.0), pool=2)
     assert build(config("gate/policy=random").gate) == Rows(RandomK(fraction=0.25))
     assert build(config("gate=dense").gate) is None
     with pytest.raises(UserError, match="unknown rule 'cols'; known: rows, paper or dense"):
