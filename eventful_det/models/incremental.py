@@ -210,11 +210,12 @@ def _pointwise(layer: nn.Module, x: Tensor) -> tuple[Tensor, int]:
         x = x.view(n, side, side, layer.out_channels, 2, 2).permute(0, 1, 4, 2, 5, 3)
         x = x.reshape(n, 2 * side, 2 * side, layer.out_channels) + cast(Tensor, layer.bias)
         return x, n * side * side * layer.weight.numel()
-    if isinstance(layer, ConvNorm):
+    if isinstance(layer, nn.Conv2d):  # with its norm: a ConvNorm, or detectron2's Conv2d
         cells = x.shape[:3].numel()
-        return _normalise(layer.norm, F.linear(x, layer.weight.flatten(1))), cells * layer.weight.numel()
-    if isinstance(layer, LayerNorm2d):
-        return _normalise(layer, x), 0
+        norm = cast(ConvNorm, layer).norm
+        return _normalise(norm, F.linear(x, layer.weight.flatten(1))), cells * layer.weight.numel()
+    if hasattr(layer, "normalized_shape"):
+        return _normalise(cast(LayerNorm2d, layer), x), 0
     return (x, 0) if isinstance(layer, nn.MaxPool2d) else (layer(x), 0)  # the maximum was taken before
 
 
