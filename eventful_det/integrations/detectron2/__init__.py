@@ -13,6 +13,18 @@ except ImportError as error:
     ) from error
 
 from eventful_det.integrations.detectron2.config import add_eventful_config
+from eventful_det.integrations.detectron2.datasets import register_coco_video, register_imagenet_vid
+from eventful_det.integrations.detectron2.evaluation import VIDEvaluator
+from eventful_det.integrations.detectron2.loading import VideoSampler, VIDMapper, build_vid_test_loader
 from eventful_det.integrations.detectron2.rcnn import EventfulRCNN
 
-__all__ = ["EventfulRCNN", "add_eventful_config"]
+__all__ = [
+    "EventfulRCNN",
+    "VIDEvaluator",
+    "VIDMapper",
+    "VideoSampler",
+    "add_eventful_config",
+    "build_vid_test_loader",
+    "register_coco_video",
+    "register_imagenet_vid",
+]
