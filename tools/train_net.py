@@ -28,9 +28,9 @@ from eventful_det.data.coco_video import load_coco_video
 from eventful_det.data.training_set import TrainingSet
 from eventful_det.errors import UserError
 from eventful_det.evaluation.summary import evaluate_detector, jsonable
-from eventful_det.models.checkpoints import init_backbone
 from eventful_det.models.config import MODELS, ModelConfig
 from eventful_det.models.detector import Detector
+from eventful_det.models.pretrained import init_backbone
 from eventful_det.training.trainer import Trainer, TrainOptions
 
 

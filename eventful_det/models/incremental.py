@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from eventful_det.gating.state import TensorTree
 from eventful_det.models.proposals import ProposalGenerator
-from eventful_det.models.regions import RegionHeads, level_of
+from eventful_det.models.regions import Regions, level_of
 from eventful_det.models.vitdet import STRIDES, ConvNorm, ViTDetBackbone
 
 DENSE_ABOVE = 0.6  # share of changed tokens above which whole maps are cheaper than lists of cells
@@ -51,11 +51,11 @@ class LevelState(TensorTree):
 
 @dataclass
 class RegionState(TensorTree):
-    """Proposals `(n, 4)` of the last frame with their class logits `(n, K + 1)` and box deltas `(n, 4 K)`."""
+    """Proposals `(n, 4)` of the last frame, and what the region heads said of them: see `Regions.score`."""
 
     proposals: Tensor
-    logits: Tensor
-    deltas: Tensor
+    scores: Tensor
+    boxes: Tensor
 
 
 @dataclass
@@ -117,33 +117,36 @@ def refresh_proposals(generator: ProposalGenerator, levels: list[LevelState], ma
 
 
 def refresh_regions(
-    heads: RegionHeads, proposals: Tensor, masks: list[Tensor] | None, state: HeadsState
+    heads: Regions, proposals: Tensor, masks: list[Tensor] | None, state: HeadsState, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, int]:
-    """Class logits and box deltas of the proposals `(n, 4)`; only new or touched ones are computed.
+    """What the region heads say of the proposals `(n, 4)`; only new or touched ones are computed.
 
     Args:
         heads: the region heads.
         proposals: of this frame.
         masks: changed cells of each level; None = everything changed.
         state: levels are read, regions are replaced.
+        size: (height, width) of the frame in pixels.
 
     Returns:
-        Logits `(n, K + 1)`, deltas `(n, 4 K)` and the number of proposals that were computed.
+        The results of `Regions.score`, and the number of proposals that were computed.
     """
     before = state.regions
     known = torch.full((len(proposals),), -1, dtype=torch.long, device=proposals.device)
     if masks is not None and before is not None and len(before.proposals) and len(proposals):
         same = (proposals[:, None] == before.proposals[None]).all(dim=-1)
         found, place = same.max(dim=1)
-        clean = found & ~_touched(heads, proposals, masks)
+        read = heads.regions(before.proposals, before.boxes)
+        touched = torch.stack([_touched(heads, boxes, masks) for boxes in read]).any(dim=0)
+        clean = found & ~touched[place]
         known[clean] = place[clean]
     fresh = (known < 0).nonzero().squeeze(1)
-    logits, deltas = heads.score([level.image for level in state.levels], [proposals[fresh]])
+    scores, boxes = heads.score([level.image for level in state.levels], [proposals[fresh]], [size])
     if before is not None and len(fresh) < len(proposals):
-        logits = before.logits[known.clamp(min=0)].index_copy(0, fresh, logits)
-        deltas = before.deltas[known.clamp(min=0)].index_copy(0, fresh, deltas)
-    state.regions = RegionState(proposals, logits, deltas)
-    return logits, deltas, len(fresh)
+        scores = before.scores[known.clamp(min=0)].index_copy(0, fresh, scores)
+        boxes = before.boxes[known.clamp(min=0)].index_copy(0, fresh, boxes)
+    state.regions = RegionState(proposals, scores, boxes)
+    return scores, boxes, len(fresh)
 
 
 def fill_heads(backbone: ViTDetBackbone, generator: ProposalGenerator, tokens: Tensor) -> HeadsState:
@@ -272,7 +275,7 @@ def _max_of_four(tokens: Tensor, cells: Tensor) -> Tensor:
     return torch.stack([tokens[y + i, x + j] for i in (0, 1) for j in (0, 1)]).amax(dim=0)
 
 
-def _touched(heads: RegionHeads, proposals: Tensor, masks: list[Tensor]) -> Tensor:
+def _touched(heads: Regions, proposals: Tensor, masks: list[Tensor]) -> Tensor:
     """Whether the region that a proposal is read from holds a changed cell, `(n,)`."""
     level = level_of(proposals, heads.config.canonical_box)
     touched = torch.zeros(len(proposals), dtype=torch.bool, device=proposals.device)
