@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from eventful_det.models.config import ModelConfig
 
+_GAINS = {"cls_score": 3.0, "anchor_deltas": 0.15}  # scores that differ, boxes that stay near their anchors
+
 
 def zoo_config(config: ModelConfig, cascade: bool = False, masks: bool = False, square_pad: int = 0) -> Any:
     """The LazyConfig of projects/ViTDet's Mask R-CNN, or Cascade Mask R-CNN, in other sizes."""
@@ -105,7 +107,9 @@ def randomise(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     weights: dict[str, Tensor] = model.state_dict()
     for key, value in weights.items():
-        value.normal_(std=0.5 if "cls_score" in key else 0.1, generator=generator)
+        matrix = value.dim() > 1 and "pos_" not in key
+        gain = next((gain for name, gain in _GAINS.items() if name in key), 0.7)
+        value.normal_(std=gain / (value.numel() / value.shape[0]) ** 0.5 if matrix else 0.1, generator=generator)
         if "norm" in key and key.endswith("weight"):
             value.add_(1)
     return model

@@ -52,7 +52,8 @@ class EventfulRCNN(GeneralizedRCNN):
       - in evaluation mode, an input with "video_id" and "frame_id" goes on from the last frame of its video: the ViT
         recomputes the tokens that its rule selects. Frame 0, a gap and a new size recompute everything. Inputs
         without "video_id" are still pictures, and "is_last_frame" says that nothing of the video will follow;
-      - frames are padded one by one, not to the largest of the batch, so that videos do not influence each other;
+      - frames are padded one by one, not to the largest of the batch, so that videos do not influence each other, and
+        to sides that the pyramid can halve, as still pictures are not unless the backbone pads to squares;
       - outputs of frames have a "cost" beside "instances": the backbone's `FrameCost`;
       - what is remembered is in `states`: no part of a checkpoint, gone when training starts or weights are loaded.
 
@@ -144,7 +145,7 @@ class EventfulRCNN(GeneralizedRCNN):
 
     def _step(self, inputs: Sequence[Input]) -> list[tuple[Instances, FrameCost]]:
         """Process frames of different videos."""
-        images = [self.preprocess_image([x]) for x in inputs]
+        images = [self._image(x) for x in inputs]
         streams = [self._stream(x, image.image_sizes[0]) for x, image in zip(inputs, images, strict=True)]
         state = State([stream.backbone for stream in streams])
         updates = self._net.step([image.tensor[0] for image in images], state)
@@ -155,6 +156,16 @@ class EventfulRCNN(GeneralizedRCNN):
                 stream.instances = self._find(update, stream, image)
             results.append((copy.deepcopy(stream.instances), self._cost(update)))  # postprocessing scales in place
         return results
+
+    def _image(self, frame: Input) -> ImageList:
+        """A normalised frame, padded so that the pyramid can halve its token map.
+
+        `preprocess_image` leaves that out unless the backbone pads to squares: the pyramid misspells its wish.
+        """
+        image = (self._move_to_current_device(frame["image"]) - self.pixel_mean) / self.pixel_std
+        wishes = self.backbone.padding_constraints
+        divisor = wishes.get("size_divisibility", wishes.get("size_divisiblity", 0))
+        return ImageList.from_tensors([image], divisor, padding_constraints=wishes)
 
     def _stream(self, frame: Input, size: tuple[int, int]) -> RCNNStream:
         """What is remembered of the video of a frame."""
