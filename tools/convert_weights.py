@@ -1,11 +1,16 @@
-"""Rewrite weights in another precision, with notes and other defaults.
+"""Rewrite weights in another format or precision, with notes and other defaults.
 
-python tools/convert_weights.py input=runs/train/model.safetensors output=tiny.safetensors dtype=float16
-python tools/convert_weights.py input=a.safetensors output=b.safetensors +model.short_side=320 +notes.licence=MIT
+    python tools/convert_weights.py input=model_final_61ccd1.pkl output=vitdet_b.safetensors      # from detectron2
+    python tools/convert_weights.py input=runs/train/model.safetensors output=model.pth           # to detectron2
+    python tools/convert_weights.py input=a.safetensors output=b.safetensors +model.short_side=320 +notes.licence=MIT
+
+Reads what `load_detector` reads: ours, ViTDets of detectron2's model zoo or training, and the official eventful code's
+conversions of them. Every key is accounted for.
 """
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import hydra
@@ -14,27 +19,48 @@ from common import console, plain, tool, write_results
 from omegaconf import DictConfig
 
 from eventful_det.errors import UserError
-from eventful_det.models.checkpoints import load_detector, read_notes, save_detector
+from eventful_det.models.checkpoints import find_weights, load_detector, read_weights, save_detector, save_detectron2
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def convert(config: DictConfig) -> None:
+    """Read, check, and write a weights file, then the results."""
+    if config.input is None or config.output is None:
+        raise UserError("give input=WEIGHTS and output=FILE, with the suffix .safetensors, .pth or .pkl")
+    path = Path(config.output)
+    ours = path.suffix == ".safetensors"
+    dtype = config.dtype or ("float16" if ours else "float32")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    source = find_weights(config.input)
+    weights = read_weights(source)
+    detector = load_detector(source, allow=config.allow, **plain(config.model))
+    notes = {key: value for key, value in weights.notes.items() if key not in ("format", "config")}
+    notes |= {key: str(value) for key, value in config.notes.items()}
+    (save_detector if ours else save_detectron2)(detector, path, DTYPES[dtype], notes)
+    left_out = dict.fromkeys(key.rpartition(".")[0] or key for key in weights.left_out)
+    if left_out:
+        console.print(f"left out, for a detector of boxes: {', '.join(left_out)}", soft_wrap=True)
+    megabytes = path.stat().st_size / 1e6
+    console.print(f"{path}: {megabytes:.1f} MB, {dtype}, from {weights.format} names", soft_wrap=True)
+    results = {
+        "input": str(config.input),
+        "format": weights.format,
+        "output": str(path),
+        "dtype": dtype,
+        "megabytes": megabytes,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "left_out": list(weights.left_out),
+    }
+    write_results(Path(config.results), results)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="convert_weights")
 @tool
 def main(config: DictConfig) -> None:
-    """Read, check, and write a weights file."""
-    if config.input is None or config.output is None:
-        raise UserError("give input=WEIGHTS and output=FILE.safetensors")
-    if config.dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {config.dtype!r}")
-    path = Path(config.output)
-    notes = {key: value for key, value in read_notes(config.input).items() if key not in ("format", "config")}
-    added = {key: str(value) for key, value in config.notes.items()}
-    save_detector(load_detector(config.input, **plain(config.model)), path, DTYPES[config.dtype], {**notes, **added})
-    megabytes = path.stat().st_size / 1e6
-    console.print(f"{path}: {megabytes:.1f} MB, {config.dtype}")
-    results = {"input": str(config.input), "output": str(path), "dtype": config.dtype, "megabytes": megabytes}
-    write_results(Path(config.results), results)
+    """Entry point."""
+    convert(config)
 
 
 if __name__ == "__main__":

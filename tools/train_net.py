@@ -34,9 +34,10 @@ from eventful_det.data.mixed import MixedSet
 from eventful_det.data.training_set import Samples, TrainingSet
 from eventful_det.errors import UserError
 from eventful_det.evaluation.summary import evaluate_detector, jsonable
-from eventful_det.models.checkpoints import init_backbone, load_detector
+from eventful_det.models.checkpoints import load_detector
 from eventful_det.models.config import MODELS, ModelConfig
 from eventful_det.models.detector import Detector
+from eventful_det.models.pretrained import init_backbone
 from eventful_det.training.objective import EventfulObjective, EventfulOptions
 from eventful_det.training.options import TrainOptions
 from eventful_det.training.probe import probe

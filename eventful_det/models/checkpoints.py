@@ -1,16 +1,15 @@
-"""Weights in and out: safetensors files that carry their model's config, and ImageNet backbones to start from.
-
-Nothing here unpickles: safetensors hold tensors only, and `.pth` files are read with `weights_only=True`.
-"""
+"""Detectors in and out of files: ours, safetensors that carry their config, and those of detectron2 and its like."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,12 +19,33 @@ from torch import Tensor
 from eventful_det.errors import UserError
 from eventful_det.models.config import ModelConfig
 from eventful_det.models.detector import Detector
+from eventful_det.models.key_maps import NOT_BOXES, from_detectron2, from_official, is_official, to_detectron2
 from eventful_det.models.labels import LabelMap, read_labels, relabel
-from eventful_det.models.vitdet import WindowedViT
+from eventful_det.models.recognise import config_of
+from eventful_det.models.weight_files import load_exactly, matching, read_tensors
 
 FORMAT = "eventful-det/1"
 DEFAULT = "vitdet_tiny_vid"
 SYNTHETIC = "vitdet_tiny_synthetic"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a weights file holds.
+
+    Attributes:
+        format: whose names it uses.
+        config: of the detector; where the file does not tell, recognised from the weights.
+        tensors: under our names.
+        notes: metadata.
+        left_out: keys of the file that a detector of boxes has no use for.
+    """
+
+    format: Literal["eventful_det", "detectron2", "official"]
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    notes: dict[str, str]
+    left_out: tuple[str, ...] = ()
 
 
 def save_detector(
@@ -42,45 +62,109 @@ def save_detector(
         dtype: the weights are rounded to this type.
         notes: more metadata, for example the command that made the weights.
     """
+    part = _part(path)
+    metadata = {"format": FORMAT, "config": detector.config.to_json(), **(notes or {})}
+    save_file(_tensors(detector, dtype), part, metadata=metadata)
+    _finish(part, path)
+
+
+def save_detectron2(
+    detector: Detector,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write weights as detectron2's checkpointer reads them, atomically; it ignores the config and notes beside them.
+
+    Args:
+        detector: what to write.
+        path: of the file; `.pkl` as in detectron2's model zoo, or `.pth`.
+        dtype: the weights are rounded to this type.
+        notes: more metadata.
+
+    Raises:
+        UserError: another suffix, or a type that NumPy does not have in a `.pkl`.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.detach().cpu().to(dtype).contiguous() for key, value in detector.state_dict().items()}
-    part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata={"format": FORMAT, "config": detector.config.to_json(), **(notes or {})})
-    part.chmod(0o644)  # safetensors writes files that only their owner can read
-    os.replace(part, path)
+    if path.suffix not in (".pkl", ".pth"):
+        raise UserError(f"{path}: detectron2 reads .pth and .pkl files; give one of these names")
+    if path.suffix == ".pkl" and dtype == torch.bfloat16:
+        raise UserError(f"{path}: a .pkl holds NumPy arrays, which cannot be bfloat16; use float32 or float16, or .pth")
+    tensors = to_detectron2(_tensors(detector, dtype))
+    about = {"config": detector.config.to_json(), **(notes or {})}
+    part = _part(path)
+    if path.suffix == ".pth":
+        torch.save({"model": tensors, "eventful_det": about}, part)
+    else:
+        arrays = {key: value.numpy() for key, value in tensors.items()}
+        part.write_bytes(pickle.dumps({"model": arrays, "__author__": "eventful_det", "eventful_det": about}))
+    _finish(part, path)
 
 
 def load_detector(
     source: str | os.PathLike[str] | None = None,
     labels: LabelMap | str | os.PathLike[str] | None = None,
+    allow: Sequence[str] = (),
     **changes: Any,
 ) -> Detector:
     """A detector ready for inference, on the CPU in float32.
 
     Args:
-        source: a safetensors file written by `save_detector`, or the name of shipped weights; the shipped default
-            if None.
+        source: the name of shipped weights (the default ones if None), or a file: written by `save_detector`; a
+            ViTDet of detectron2 (`.pkl` of its model zoo, `.pth`); or the official eventful code's conversion of one.
+            The format is detected.
         labels: names of classes to change, or None as a name to drop the class; a mapping, or a JSON file of one.
-        changes: values of `ModelConfig` to change that do not affect the weights, for example `proposals=50`.
+        allow: patterns such as "roi_heads.box_predictor.*" of keys that may be missing, unexpected or of another
+            shape; what is not in the file keeps its initial values. All other keys have to fit.
+        changes: values of `ModelConfig` to change that do not affect the weights, for example `proposals=50`; other
+            values too if `allow` says so.
 
     Raises:
-        UserError: no such file or name, or the file is not one of ours.
+        UserError: no such file or name; the file is of no known format, or asks for more than data; or keys do not fit.
     """
     path = find_weights(source)
-    config = ModelConfig.from_dict({**json.loads(read_notes(path)["config"]), **changes})
+    weights = read_weights(path)
+    config = ModelConfig.from_dict({**asdict(weights.config), **changes})
     if labels is not None:
         config = relabel(config, labels if isinstance(labels, Mapping) else read_labels(labels))
     detector = Detector(config)
-    load_exactly(detector, {key: value.float() for key, value in load_file(path).items()}, str(path))
+    load_exactly(detector, weights.tensors, str(path), allow)
     return detector.eval()
 
 
-def read_notes(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata of a weights file.
+def read_weights(path: str | os.PathLike[str]) -> Weights:
+    """Read a weights file of any known format.
 
     Raises:
-        UserError: the file is missing, truncated or not written by `save_detector`.
+        UserError: the file is missing, truncated, of no known format, or asks for more than data.
+    """
+    if Path(path).suffix == ".safetensors":
+        notes = read_notes(path)
+        tensors = {key: value.float() for key, value in load_file(path).items()}
+        return Weights("eventful_det", ModelConfig.from_dict(json.loads(notes["config"])), tensors, notes)
+    named, others = read_tensors(path)
+    official = is_official(named)
+    named = from_official(named) if official else named
+    if not any(key.startswith("backbone.net.") for key in named):
+        raise UserError(f"{path} holds no ViTDet of a known format, but {', '.join(list(named)[:3])}, ...")
+    left_out = matching(named, NOT_BOXES)
+    tensors = {key: value.float() for key, value in named.items() if key not in left_out}
+    about = others.get("eventful_det", {})
+    try:
+        tensors = from_detectron2(tensors)
+        config = ModelConfig.from_dict(json.loads(about["config"])) if "config" in about else config_of(tensors)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is no whole detector: {error!r}") from None
+    return Weights("official" if official else "detectron2", config, tensors, dict(about), tuple(left_out))
+
+
+def read_notes(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a file written by `save_detector`.
+
+    Raises:
+        UserError: the file is missing, truncated or another one.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -92,81 +176,6 @@ def read_notes(path: str | os.PathLike[str]) -> dict[str, str]:
     if notes.get("format") != FORMAT:
         raise UserError(f"{path} holds no eventful_det detector (format {notes.get('format')!r}, expected {FORMAT!r})")
     return notes
-
-
-def load_exactly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load tensors into a module, accounting for every key.
-
-    Raises:
-        UserError: keys are missing or unexpected, or shapes differ; the message lists the first of each.
-    """
-    own = module.state_dict()
-    shape = [key for key in tensors if key in own and tensors[key].shape != own[key].shape]
-    problems = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for what, keys in (
-            ("missing", sorted(set(own) - set(tensors))),
-            ("unexpected", sorted(set(tensors) - set(own))),
-            ("of another shape", shape),
-        )
-        if keys
-    ]
-    if problems:
-        raise UserError(f"{source} does not fit the model: {'; '.join(problems)}")
-    module.load_state_dict(dict(tensors))
-
-
-def init_backbone(vit: WindowedViT, source: str | os.PathLike[str]) -> None:
-    """Start a backbone from an ImageNet ViT with timm's names.
-
-    The class token and the classifier are dropped, the position encoding is stored without the class token, and
-    relative positions keep their initial value (zero: no effect).
-
-    Args:
-        vit: the backbone to fill.
-        source: a safetensors or `.pth` file, or `timm:NAME` for weights that timm downloads.
-
-    Raises:
-        UserError: the file cannot be read, or does not fit.
-    """
-    tensors = _imagenet_tensors(str(source))
-    own = vit.state_dict()
-    positions = tensors["pos_embed"]
-    if positions.dim() == 3:
-        side = vit.pos_embed.shape[1]
-        tensors["pos_embed"] = positions[:, -side * side :].unflatten(1, (side, side))
-    dropped = ("cls_token", "norm.", "head.", "fc_norm.", "neck.")
-    tensors = {key: value.float() for key, value in tensors.items() if not key.startswith(dropped)}
-    tensors |= {key: value for key, value in own.items() if ".rel_pos_" in key and key not in tensors}
-    load_exactly(vit, tensors, str(source))
-
-
-def _imagenet_tensors(source: str) -> dict[str, Tensor]:
-    if source.startswith("timm:"):
-        return _timm_tensors(source.removeprefix("timm:"))
-    if not Path(source).is_file():
-        raise UserError(f"no backbone weights {source}; give a safetensors or .pth file, or timm:MODEL_NAME")
-    try:
-        if source.endswith(".safetensors"):
-            tensors = load_file(source)
-        else:
-            tensors = torch.load(source, map_location="cpu", weights_only=True)
-            tensors = tensors.get("model", tensors)
-    except Exception as error:
-        raise UserError(f"cannot read backbone weights {source}: {error}") from error
-    if "pos_embed" not in tensors or "patch_embed.proj.weight" not in tensors:
-        raise UserError(f"{source} holds no ViT with timm's names (pos_embed, patch_embed.proj.weight, ...)")
-    return dict(tensors)
-
-
-def _timm_tensors(name: str) -> dict[str, Tensor]:
-    import timm
-
-    try:
-        return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
-    except Exception as error:  # of the many layers between here and the network
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"timm cannot give the weights {name} ({reason}); name a file of them instead") from error
 
 
 def find_weights(source: str | os.PathLike[str] | None = None) -> Path:
@@ -184,3 +193,19 @@ def find_weights(source: str | os.PathLike[str] | None = None) -> Path:
         return named
     names = ", ".join(sorted(p.stem for p in shipped.glob("*.safetensors"))) or "none"
     raise UserError(f"no weights {source!r}: neither a file nor one of the shipped names ({names})")
+
+
+def _tensors(detector: Detector, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().to(dtype).contiguous() for key, value in detector.state_dict().items()}
+
+
+def _part(path: str | os.PathLike[str]) -> Path:
+    """Where a file is written until it is whole; its folder is made when needed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(path.name + ".part")
+
+
+def _finish(part: Path, path: str | os.PathLike[str]) -> None:
+    part.chmod(0o644)  # safetensors writes files that only their owner can read
+    os.replace(part, path)

@@ -26,6 +26,7 @@ class ModelConfig:
         rpn_convs: 3x3 convolutions of the proposal head.
         anchor_sizes: anchor side in pixels for each of the levels p2 to p6.
         box_convs, box_fc: convolutions and fully connected layers of the region head.
+        box_stages: 3 = a cascade of region heads, each on the boxes of the one before; 1 = one head.
         canonical_box: side in pixels of a box that is read from level p4.
         proposals: proposals kept per frame at inference; `proposals_train` while training.
         nms_candidates: candidates per level before non-maximum suppression; `nms_candidates_train` while training.
@@ -33,6 +34,8 @@ class ModelConfig:
         box_loss: "l1" or "giou", times `box_loss_weight`.
         score_threshold, nms_threshold, max_detections: of the final detections.
         short_side, long_side: frames are resized to this short side in pixels, unless the long side would exceed.
+        square_pad: frames are padded to squares of this side in pixels, as detectron2's zoo models do; 0 = they are
+            padded as little as possible.
     """
 
     classes: tuple[str, ...] = ()
@@ -52,6 +55,7 @@ class ModelConfig:
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     box_convs: int = 2
     box_fc: tuple[int, ...] = (256,)
+    box_stages: int = 1
     canonical_box: int = 112
     proposals: int = 100
     proposals_train: int = 200
@@ -65,6 +69,7 @@ class ModelConfig:
     max_detections: int = 100
     short_side: int = 256
     long_side: int = 512
+    square_pad: int = 0
     pixel_mean: tuple[float, ...] = field(default=(0.5, 0.5, 0.5))
     pixel_std: tuple[float, ...] = field(default=(0.5, 0.5, 0.5))
 
@@ -73,6 +78,8 @@ class ModelConfig:
             raise UserError(f"model: dim ({self.dim}) must be a multiple of heads ({self.heads})")
         if self.box_loss not in ("l1", "giou"):
             raise UserError(f"model: box_loss must be 'l1' or 'giou', got {self.box_loss!r}")
+        if self.box_stages not in (1, 3):
+            raise UserError(f"model: box_stages must be 1, or 3 for a cascade, got {self.box_stages}")
         if not set(self.dropped) <= set(self.classes):
             raise UserError(f"model: dropped={list(self.dropped)} names no class; classes: {', '.join(self.classes)}")
         if self.window == 0 and self.global_blocks:

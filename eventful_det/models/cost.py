@@ -9,7 +9,7 @@ from torch import nn
 from eventful_det.gating.anatomy import Grid
 from eventful_det.gating.closed_form import ViTShape
 from eventful_det.models.proposals import ProposalHead
-from eventful_det.models.regions import RegionHeads
+from eventful_det.models.regions import Regions
 from eventful_det.models.vitdet import ViTDetBackbone
 
 PARTS = ("backbone", "pyramid", "rpn", "roi")
@@ -79,7 +79,7 @@ def rpn_macs(head: ProposalHead, grid: Grid) -> int:
     return weights * sum(rows * cols for rows, cols in level_sizes(grid))
 
 
-def roi_macs(heads: RegionHeads, proposals: int) -> int:
+def roi_macs(heads: Regions, proposals: int) -> int:
     """MACs of the region heads for a number of proposals; reading the regions is not counted."""
     cells = 49
     convolutions = sum(m.weight.numel() for m in heads.modules() if isinstance(m, nn.Conv2d))

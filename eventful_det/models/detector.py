@@ -21,6 +21,7 @@ from eventful_det.gating.policy import JointPolicy, Policy
 from eventful_det.gating.rows import Rows, RowsState
 from eventful_det.gating.state import State, TensorTree
 from eventful_det.gating.update import Update
+from eventful_det.models.cascade import region_heads
 from eventful_det.models.config import ModelConfig
 from eventful_det.models.cost import FrameCost, pyramid_macs, roi_macs, rpn_macs, window_padding_macs
 from eventful_det.models.incremental import (
@@ -32,7 +33,7 @@ from eventful_det.models.incremental import (
 )
 from eventful_det.models.interest import token_interest
 from eventful_det.models.proposals import ProposalGenerator
-from eventful_det.models.regions import Detections, RegionHeads
+from eventful_det.models.regions import Detections
 from eventful_det.models.vitdet import ViTDetBackbone
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Detector(nn.Module):
         self.rule: Rule | None = Rows() if rule is None else rule
         self.backbone = ViTDetBackbone(config)
         self.proposal_generator = ProposalGenerator(config)
-        self.roi_heads = RegionHeads(config)
+        self.roi_heads = region_heads(config)
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False)
 
@@ -198,7 +199,8 @@ class Detector(nn.Module):
     def _batch(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Normalise and pad at the bottom and right to a common size that the pyramid can halve."""
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
-        height, width = (-(-max(side) // DIVISOR) * DIVISOR for side in zip(*sizes, strict=True))
+        square = self.config.square_pad
+        height, width = (-(-max(*side, square) // DIVISOR) * DIVISOR for side in zip(*sizes, strict=True))
         padded = [
             F.pad((image - self.pixel_mean) / self.pixel_std, (0, width - w, 0, height - h))
             for image, (h, w) in zip(images, sizes, strict=True)
@@ -285,7 +287,7 @@ class Detector(nn.Module):
         macs["rpn"] = refresh_proposals(generator, heads, cells)
         proposals = generator.select(heads.layout.sizes, heads.logits, heads.deltas, stream.size)
         stopwatch.lap("rpn")
-        scores, boxes, computed = refresh_regions(self.roi_heads, proposals, changed, heads)
+        scores, boxes, computed = refresh_regions(self.roi_heads, proposals, changed, heads, stream.size)
         macs["roi"] = roi_macs(self.roi_heads, computed)
         detections = self.roi_heads.select(proposals, scores, boxes, stream.size)
         stopwatch.lap("roi")

@@ -20,7 +20,7 @@ from eventful_det.gating.state import TensorTree
 from eventful_det.models.cost import level_sizes
 from eventful_det.models.maps import Layout, convolve, layout_of
 from eventful_det.models.proposals import ProposalGenerator
-from eventful_det.models.regions import RegionHeads, level_of
+from eventful_det.models.regions import Regions, level_of
 from eventful_det.models.vitdet import ConvNorm, ViTDetBackbone
 
 _STAGES = 4  # p2 to p5 are computed from the token map; p6 is every other cell of p5
@@ -30,11 +30,11 @@ _SCALES = (4, 2, 1, 1)  # cells of these levels along a side of a token, or of 2
 
 @dataclass
 class RegionState(TensorTree):
-    """Proposals `(n, 4)` of the last frame with their class logits `(n, K + 1)` and box deltas `(n, 4 K)`."""
+    """Proposals `(n, 4)` of the last frame, and what the region heads said of them: see `Regions.score`."""
 
     proposals: Tensor
-    logits: Tensor
-    deltas: Tensor
+    scores: Tensor
+    boxes: Tensor
 
 
 @dataclass
@@ -140,9 +140,9 @@ def refresh_proposals(generator: ProposalGenerator, state: HeadsState, cells: Te
 
 
 def refresh_regions(
-    heads: RegionHeads, proposals: Tensor, changed: Tensor, state: HeadsState
+    heads: Regions, proposals: Tensor, changed: Tensor, state: HeadsState, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, int]:
-    """Class logits and box deltas of the proposals `(n, 4)`; only new or touched ones are computed.
+    """What the region heads say of the proposals `(n, 4)`; only new or touched ones are computed.
 
     A proposal that is bit-identical to one of the last frame, and whose region saw no changed cell, keeps its result.
 
@@ -151,23 +151,26 @@ def refresh_regions(
         proposals: of this frame.
         changed: `(r,)` flat indices of the changed tokens.
         state: levels are read, regions are replaced.
+        size: (height, width) of the frame in pixels.
 
     Returns:
-        Logits `(n, K + 1)`, deltas `(n, 4 K)` and the number of proposals that were computed.
+        The results of `Regions.score`, and the number of proposals that were computed.
     """
     before = state.regions
     known = torch.full((len(proposals),), -1, dtype=torch.long, device=proposals.device)
     if before is not None and len(before.proposals) and len(proposals):
         same = (proposals[:, None] == before.proposals[None]).all(dim=-1)
         found, place = same.max(dim=1)
-        known = torch.where(found & ~touched(proposals, heads.config.canonical_box, changed, state.grid), place, -1)
+        read = heads.regions(before.proposals, before.boxes)
+        changed_in = [touched(boxes, heads.config.canonical_box, changed, state.grid) for boxes in read]
+        known = torch.where(found & ~torch.stack(changed_in).any(dim=0)[place], place, -1)
     fresh = (known < 0).nonzero().squeeze(1)
-    logits, deltas = heads.score(state.images, [proposals[fresh]])
+    scores, boxes = heads.score(state.images, [proposals[fresh]], [size])
     if before is not None and len(fresh) < len(proposals):
-        logits = before.logits[known.clamp(min=0)].index_copy(0, fresh, logits)
-        deltas = before.deltas[known.clamp(min=0)].index_copy(0, fresh, deltas)
-    state.regions = RegionState(proposals, logits, deltas)
-    return logits, deltas, len(fresh)
+        scores = before.scores[known.clamp(min=0)].index_copy(0, fresh, scores)
+        boxes = before.boxes[known.clamp(min=0)].index_copy(0, fresh, boxes)
+    state.regions = RegionState(proposals, scores, boxes)
+    return scores, boxes, len(fresh)
 
 
 def touched(proposals: Tensor, canonical_box: float, changed: Tensor, grid: Grid) -> Tensor:
@@ -266,11 +269,10 @@ def _pointwise(layer: nn.Module, x: Tensor) -> tuple[Tensor, int]:
         x = x.view(n, side, side, layer.out_channels, 2, 2).permute(0, 1, 4, 2, 5, 3)
         x = x.reshape(n, 2 * side, 2 * side, layer.out_channels) + cast(Tensor, layer.bias)
         return x, n * side * side * layer.weight.numel()
-    if isinstance(layer, nn.Conv2d):  # with its norm
+    if isinstance(layer, nn.Conv2d):  # with its norm: a ConvNorm, or detectron2's Conv2d
         cells = x.shape[:3].numel()
-        return _normalise(
-            cast(ConvNorm, layer).norm, F.linear(x, layer.weight.flatten(1))
-        ), cells * layer.weight.numel()
+        norm = cast(ConvNorm, layer).norm
+        return _normalise(norm, F.linear(x, layer.weight.flatten(1))), cells * layer.weight.numel()
     if hasattr(layer, "normalized_shape"):
         return _normalise(cast(LayerNorm2d, layer), x), 0
     return (x, 0) if isinstance(layer, nn.MaxPool2d) else (layer(x), 0)  # the maximum was taken before

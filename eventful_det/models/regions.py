@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -80,12 +81,12 @@ class BoxHead(nn.Module):
 
 
 class BoxPredictor(nn.Module):
-    """Class logits (background last) and per-class box deltas."""
+    """Class logits (background last) and box deltas: for each class, or `boxes` of them."""
 
-    def __init__(self, width: int, classes: int) -> None:
+    def __init__(self, width: int, classes: int, boxes: int | None = None) -> None:
         super().__init__()
         self.cls_score = nn.Linear(width, classes + 1)
-        self.bbox_pred = nn.Linear(width, classes * 4)
+        self.bbox_pred = nn.Linear(width, (classes if boxes is None else boxes) * 4)
         nn.init.normal_(self.cls_score.weight, std=0.01)
         nn.init.normal_(self.bbox_pred.weight, std=0.001)
         nn.init.zeros_(self.cls_score.bias)
@@ -95,15 +96,39 @@ class BoxPredictor(nn.Module):
         return self.cls_score(x), self.bbox_pred(x)
 
 
-class RegionHeads(nn.Module):
-    """Classify and refine proposals."""
+class Regions(nn.Module, ABC):
+    """Classify and refine proposals: what all kinds of region heads have in common."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self._dropped = [config.classes.index(name) for name in config.dropped]
-        self.box_head = BoxHead(config.channels, config.box_convs, config.box_fc)
-        self.box_predictor = BoxPredictor(self.box_head.width, len(config.classes))
+
+    @abstractmethod
+    def score(
+        self, levels: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """What the heads say of each proposal of all images, in two tensors `(n, ...)` that `select` understands.
+
+        Args:
+            levels: pyramid levels `(B, C, h, w)`.
+            proposals: of each image, `(n, 4)`.
+            sizes: (height, width) of each image in pixels.
+        """
+
+    @abstractmethod
+    def select(self, proposals: Tensor, scores: Tensor, boxes: Tensor, size: tuple[int, int]) -> Detections:
+        """The objects of one image of (height, width) `size`, from its proposals and what `score` said of them."""
+
+    @abstractmethod
+    def regions(self, proposals: Tensor, boxes: Tensor) -> list[Tensor]:
+        """All boxes `(n, 4)` that were read from the levels, given the proposals and the second result of `score`."""
+
+    @abstractmethod
+    def losses(
+        self, levels: list[Tensor], proposals: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Classification and box losses on sampled proposals."""
 
     def pool(self, levels: list[Tensor], proposals: list[Tensor]) -> Tensor:
         """Read each proposal from the level that suits its size, `(n, C, 7, 7)` (detectron2's ROIPooler)."""
@@ -120,25 +145,47 @@ class RegionHeads(nn.Module):
 
     def detect(self, levels: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]) -> list[Detections]:
         """The objects of each image, in pixels of the network's input."""
-        logits, deltas = self.score(levels, proposals)
-        counts = [len(boxes) for boxes in proposals]
-        per_image = zip(proposals, logits.split(counts), deltas.split(counts), sizes, strict=True)
+        scores, boxes = self.score(levels, proposals, sizes)
+        counts = [len(image) for image in proposals]
+        per_image = zip(proposals, scores.split(counts), boxes.split(counts), sizes, strict=True)
         return [self.select(*image) for image in per_image]
 
-    def score(self, levels: list[Tensor], proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Class logits `(n, K + 1)` and box deltas `(n, 4 K)` of the proposals of all images."""
-        logits, deltas = self.box_predictor(self.box_head(self.pool(levels, proposals)))
-        return logits.float(), deltas.float()
-
-    def select(self, proposals: Tensor, logits: Tensor, deltas: Tensor, size: tuple[int, int]) -> Detections:
-        """The objects of one image of (height, width) `size`: decode, threshold, suppress per class."""
-        scores = logits.softmax(dim=1)[:, :-1]
+    def choose(self, scores: Tensor, boxes: Tensor, size: tuple[int, int]) -> Detections:
+        """Threshold and suppress per class: scores `(n, K)`, overwritten, and boxes `(n, K, 4)` of one image."""
         scores[:, self._dropped] = 0.0
-        boxes = clip_boxes_to_image(decode(deltas, proposals, _WEIGHTS).unflatten(1, (-1, 4)), size)
+        boxes = clip_boxes_to_image(boxes, size)
         row, label = (scores > self.config.score_threshold).nonzero(as_tuple=True)
         box, score = boxes[row, label], scores[row, label]
         keep = batched_nms(box, score, label, self.config.nms_threshold)[: self.config.max_detections]
         return Detections(box[keep], score[keep], label[keep])
+
+
+class RegionHeads(Regions):
+    """One head for all proposals, with boxes for each class."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.box_head = BoxHead(config.channels, config.box_convs, config.box_fc)
+        self.box_predictor = BoxPredictor(self.box_head.width, len(config.classes))
+
+    def score(
+        self, levels: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Class logits `(n, K + 1)` and box deltas `(n, 4 K)` of the proposals of all images; sizes do not matter."""
+        return self._predict(levels, proposals)
+
+    def select(self, proposals: Tensor, scores: Tensor, boxes: Tensor, size: tuple[int, int]) -> Detections:
+        """The objects of one image of (height, width) `size`, from class logits and box deltas."""
+        decoded = decode(boxes, proposals, _WEIGHTS).unflatten(1, (-1, 4))
+        return self.choose(scores.softmax(dim=1)[:, :-1], decoded, size)
+
+    def regions(self, proposals: Tensor, boxes: Tensor) -> list[Tensor]:
+        """The proposals themselves."""
+        return [proposals]
+
+    def _predict(self, levels: list[Tensor], proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
+        logits, deltas = self.box_predictor(self.box_head(self.pool(levels, proposals)))
+        return logits.float(), deltas.float()
 
     def losses(
         self, levels: list[Tensor], proposals: list[Tensor], targets: list[dict[str, Tensor]]
@@ -158,7 +205,7 @@ class RegionHeads(nn.Module):
             labels.append(torch.cat([target["labels"][matched[positive]], background]))
             truth.append(target["boxes"][matched[positive]])
             possible.append(self._possible(candidates[negative], target))
-        logits, deltas = self.score(levels, boxes)
+        logits, deltas = self._predict(levels, boxes)
         label = torch.cat(labels)
         foreground = (label < len(self.config.classes)).nonzero().squeeze(1)
         chosen = deltas.unflatten(1, (-1, 4))[foreground, label[foreground]]

@@ -89,12 +89,20 @@ def parse_budget(value: object) -> Budget | None:
     return check_budget(number if "." in found[1] and not unit else int(number))
 
 
-def policy_for(budget: float | int) -> Policy:
+def policy_for(budget: Budget) -> Policy:
     """The policy that spends a budget of tokens on each frame alone.
 
     Args:
-        budget: tokens per frame (an int), or a share of the tokens (a float in [0, 1]).
+        budget: tokens per frame (an int), a share of the tokens (a float in [0, 1]), or a policy.
+
+    Raises:
+        UserError: the budget is none, or one that takes a stream to hold.
     """
+    budget = check_budget(budget)
+    if isinstance(budget, (Gmacs, Latency)):
+        raise UserError(f"a budget of {budget} is held by streams and pools; here give tokens, a share, or a policy")
     if isinstance(budget, int):
         return TopK(budget, AGE_POWER, INTEREST)
-    return select_all if budget == 1 else TopFraction(budget, AGE_POWER, INTEREST)
+    if isinstance(budget, float):
+        return select_all if budget == 1 else TopFraction(budget, AGE_POWER, INTEREST)
+    return budget

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -87,22 +89,41 @@ def test_two_proposal_convolutions() -> None:
     assert_equals_dense(detector, tokens, state)
 
 
+@pytest.mark.parametrize("stages", [1, 3])
 @torch.no_grad()
-def test_regions_are_reused_only_when_nothing_they_see_changed(tiny_detector: Detector) -> None:
-    heads = tiny_detector.roi_heads
-    tokens = torch.randn(8, 8, tiny_detector.config.dim)
-    state = filled(tiny_detector, tokens)
+def test_regions_are_reused_only_when_nothing_they_see_changed(tiny_detector: Detector, stages: int) -> None:
+    torch.manual_seed(0)
+    detector = Detector(dataclasses.replace(tiny_detector.config, box_stages=stages)).eval()
+    heads, size = detector.roi_heads, (128, 128)
+    tokens = torch.randn(8, 8, detector.config.dim)
+    state = filled(detector, tokens)
     near, far = [4.0, 4.0, 30.0, 30.0], [80.0, 80.0, 120.0, 125.0]
-    assert refresh_regions(heads, torch.tensor([near, far]), torch.arange(64), state)[2] == 2
+    assert refresh_regions(heads, torch.tensor([near, far]), torch.arange(64), state, size)[2] == 2
     tokens[0, 0] += 1
-    refresh_pyramid(tiny_detector.backbone, tokens, torch.tensor([0]), state)
+    refresh_pyramid(detector.backbone, tokens, torch.tensor([0]), state)
     moved = [81.0, 80.0, 120.0, 125.0]
     proposals = torch.tensor([far, near, moved])
-    logits, deltas, computed = refresh_regions(heads, proposals, torch.tensor([0]), state)
+    scores, boxes, computed = refresh_regions(heads, proposals, torch.tensor([0]), state, size)
     assert computed == 2  # the touched one and the new one
-    expected = heads.score(state.images, [proposals])
-    torch.testing.assert_close(logits, expected[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(deltas, expected[1], atol=1e-5, rtol=1e-5)
+    expected = heads.score(state.images, [proposals], [size])
+    torch.testing.assert_close(scores, expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(boxes, expected[1], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cascade_looks_at_the_boxes_of_all_stages(tiny_detector: Detector) -> None:
+    """A proposal far from the change is computed anew when its second stage reads where something changed."""
+    detector = Detector(dataclasses.replace(tiny_detector.config, box_stages=3)).eval()
+    heads, size, proposals = detector.roi_heads, (128, 128), torch.tensor([[80.0, 80.0, 120.0, 125.0]])
+    tokens = torch.randn(8, 8, detector.config.dim)
+    state = filled(detector, tokens)
+    for shift, recomputed in ((0.0, 0), (-10 * 2.0, 1)):
+        torch.nn.init.zeros_(heads.box_predictor[0].bbox_pred.weight)
+        heads.box_predictor[0].bbox_pred.bias.data = torch.tensor([shift, shift, 0.0, 0.0])  # 2 of its sides away
+        refresh_regions(heads, proposals, torch.arange(64), state, size)
+        tokens[0, 0] += 1
+        refresh_pyramid(detector.backbone, tokens, torch.tensor([0]), state)
+        assert refresh_regions(heads, proposals, torch.tensor([0]), state, size)[2] == recomputed
 
 
 @pytest.mark.parametrize("size", [(96, 160), (75, 130)])

@@ -1,0 +1,1 @@
+"""eventful_det inside other frameworks. Nothing of the package imports these; each needs its framework installed."""

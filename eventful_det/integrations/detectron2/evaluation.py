@@ -1,0 +1,90 @@
+"""Average precision on video, as `eventful_det.evaluation` counts it, for detectron2's loops."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+
+from eventful_det.evaluation.detection import Entry, coco_results, evaluate
+from eventful_det.evaluation.ilsvrc import vid_scores
+from eventful_det.integrations.detectron2.datasets import load_registered
+from eventful_det.models.regions import Detections
+
+
+class VIDEvaluator(DatasetEvaluator):
+    """Scores detections on a registered COCO-video data set; docs/metrics.md says what each number is.
+
+    Precisions are in percent, as detectron2 prints them: AP, AP50, AP75; AP50_vid, AP50_slow, AP50_medium and
+    AP50_fast as papers on ImageNet VID count; AP_ilsvrc; AP50-NAME of each class. With `EventfulRCNN` also
+    GMACs_backbone and GMACs_backbone_dense, 1e9 multiply-adds per frame, and recomputed, the percentage of the tokens.
+
+    Args:
+        dataset_name: registered by `register_imagenet_vid` or `register_coco_video`.
+        output_dir: where the detections are written, as coco_results.json; nowhere if None.
+    """
+
+    def __init__(self, dataset_name: str, output_dir: str | None = None) -> None:
+        self.dataset_name, self.output_dir = dataset_name, output_dir
+        self.data = load_registered(dataset_name)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was processed."""
+        self._results: list[Entry] = []
+        self._work: list[tuple[int, int, int, int]] = []
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """Take the detections, and where there is one the cost, of some frames."""
+        found = {}
+        for entry, output in zip(inputs, outputs, strict=True):
+            instances = output["instances"].to("cpu")
+            found[entry["image_id"]] = Detections(instances.pred_boxes.tensor, instances.scores, instances.pred_classes)
+            if "cost" in output:
+                cost = output["cost"]
+                self._work.append((cost.macs["backbone"], cost.dense["backbone"], cost.recomputed, cost.tokens))
+        self._results += coco_results(found, [category for category, _ in self.data.categories])
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """The scores of all processes' frames; empty in all processes but the first."""
+        results = _gather(self._results)
+        work = _gather(self._work)
+        if not comm.is_main_process():
+            return {}
+        if self.output_dir is not None:
+            Path(self.output_dir).mkdir(parents=True, exist_ok=True)
+            (Path(self.output_dir) / "coco_results.json").write_text(json.dumps(results) + "\n")
+        scores, vid = evaluate(self.data, results), vid_scores(self.data, results)
+        precisions = {
+            "AP": scores.ap,
+            "AP50": scores.ap50,
+            "AP75": scores.ap75,
+            "AP50_vid": vid.ap50_vid,
+            "AP50_slow": vid.ap50_slow,
+            "AP50_medium": vid.ap50_medium,
+            "AP50_fast": vid.ap50_fast,
+            "AP_ilsvrc": vid.ap_ilsvrc,
+            **{f"AP50-{name}": value for name, value in scores.ap50_by_class.items()},
+        }
+        return {"bbox": {name: 100 * value for name, value in precisions.items()} | _cost(work)}
+
+
+def _gather(rows: list[Any]) -> list[Any]:
+    """The rows of all processes in the first one, in the others nothing."""
+    return list(itertools.chain.from_iterable(comm.gather(rows, dst=0)))
+
+
+def _cost(work: list[tuple[int, int, int, int]]) -> dict[str, float]:
+    if not work:
+        return {}
+    macs, dense, recomputed, tokens = (sum(column) for column in zip(*work, strict=True))
+    frames = 1e9 * len(work)
+    return {
+        "GMACs_backbone": macs / frames,
+        "GMACs_backbone_dense": dense / frames,
+        "recomputed": 100 * recomputed / tokens,
+    }

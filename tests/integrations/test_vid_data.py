@@ -1,0 +1,183 @@
+"""ImageNet VID in detectron2's catalogs, loaders and evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vid_tree import make_set
+
+from eventful_det.data.coco_video import load_coco_video
+from eventful_det.errors import UserError
+from eventful_det.evaluation.detection import evaluate
+from eventful_det.evaluation.ilsvrc import vid_scores
+from eventful_det.models.cost import FrameCost
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytest.importorskip("detectron2.data", reason="needs detectron2, which is not installed", exc_type=ImportError)
+
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts  # noqa: E402
+from detectron2.data import transforms as T  # noqa: E402
+from detectron2.structures import Boxes, Instances  # noqa: E402
+from detectron2.utils import comm  # noqa: E402
+
+from eventful_det.integrations.detectron2 import (  # noqa: E402
+    VideoSampler,
+    VIDEvaluator,
+    VIDMapper,
+    build_vid_test_loader,
+    register_coco_video,
+    register_imagenet_vid,
+)
+from eventful_det.integrations.detectron2.loading import share_videos  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three validation videos of four frames, two training stills; ten classes, two objects a frame."""
+    root = tmp_path_factory.mktemp("vid") / "ILSVRC2015"
+    make_set(root, "imagenet_vid_val", videos=3, frames=4)
+    make_set(root, "imagenet_vid_train", videos=2, frames=1)
+    return root
+
+
+def test_registered_dicts_hold_what_the_file_holds(tree: Path) -> None:
+    register_imagenet_vid(tree.parent)
+    dicts = DatasetCatalog.get("imagenet_vid_val")
+    data = load_coco_video(tree / "annotations/imagenet_vid_val.json")
+    assert [x["image_id"] for x in dicts] == [frame.image_id for frame in data.frames]
+    assert [x["frame_id"] for x in dicts] == 3 * [0, 1, 2, 3]
+    assert [x["is_last_frame"] for x in dicts] == 3 * [False, False, False, True]
+    assert all(Path(x["file_name"]).is_file() for x in dicts)
+    names = MetadataCatalog.get("imagenet_vid_val").thing_classes
+    assert names == [name for _, name in data.categories]
+    boxes = [(names[a["category_id"]], tuple(a["bbox"])) for x in dicts for a in x["annotations"]]
+    of = dict(data.categories)
+    assert boxes == [(of[a.category_id], a.box) for frame in data.frames for a in frame.annotations] != []
+    assert len(get_detection_dataset_dicts("imagenet_vid_train")) == 2
+
+
+def test_registering_again_replaces_and_missing_files_are_told(tree: Path, tmp_path: Path) -> None:
+    register_imagenet_vid(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no ILSVRC tree"):
+        DatasetCatalog.get("imagenet_vid_val")
+    register_imagenet_vid(tree)
+    assert len(DatasetCatalog.get("imagenet_vid_val")) == 12
+    with pytest.raises(UserError, match="prepare_imagenet_vid"):
+        DatasetCatalog.get("imagenet_det_train")
+    register_coco_video("own", tree / "annotations/imagenet_vid_train.json")
+    assert len(DatasetCatalog.get("own")) == 2
+
+
+def test_batches_hold_the_next_frame_of_each_video(tree: Path) -> None:
+    register_imagenet_vid(tree)
+    loader = build_vid_test_loader(
+        "imagenet_vid_val", VIDMapper(short_side=48, long_side=100), streams=2, num_workers=0
+    )
+    batches = [[(x["video_id"], x["frame_id"]) for x in batch] for batch in loader]
+    a, b, c = dict.fromkeys(x["video_id"] for x in DatasetCatalog.get("imagenet_vid_val"))
+    assert batches[:4] == [[(a, i), (b, i)] for i in range(4)]
+    assert [x for batch in batches[4:] for x in batch] == [(c, i) for i in range(4)] and len(batches) == len(loader)
+    frame = next(iter(loader))[0]
+    assert frame["image"].shape == (3, 48, 64) and (frame["height"], frame["width"]) == (96, 128)
+
+
+def test_frames_are_resized_as_by_our_tools(tree: Path) -> None:
+    from eventful_det.data.training_set import read_image
+    from eventful_det.data.transforms import resize
+
+    register_imagenet_vid(tree)
+    entry = DatasetCatalog.get("imagenet_vid_val")[5]
+    image = VIDMapper(short_side=60, long_side=1000)(entry)["image"]
+    assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(resize(read_image(entry["file_name"]), 60, 80)))
+    sample = VIDMapper(is_train=True, augmentations=[T.RandomFlip(1.0)])(entry)
+    assert torch.allclose(
+        sample["instances"].gt_boxes.tensor[0, 2], torch.tensor(128 - entry["annotations"][0]["bbox"][0])
+    )
+    with pytest.raises(UserError, match="lacks video_id and frame_id; register"):
+        VIDMapper()({"file_name": entry["file_name"]})
+
+
+def test_processes_take_whole_videos_and_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = {"a": 9, "b": 2, "c": 5, "d": 4, "e": 1}
+    dataset = [{"video_id": video} for video, length in lengths.items() for _ in range(length)]
+    assert share_videos(lengths, 2) == [["a", "b"], ["c", "d", "e"]]
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        sampler = VideoSampler(dataset)
+        parts.append([dataset[i]["video_id"] for i in sampler])
+        assert len(sampler) == len(parts[-1])
+    assert ["".join(part) for part in parts] == ["aaaaaaaaabb", "cccccdddde"]
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3, 9])
+def test_videos_take_turns_without_losing_frames(streams: int) -> None:
+    lengths = {"a": 3, "b": 1, "c": 4, "d": 2}
+    dataset = [{"video_id": video, "frame_id": i} for video, length in lengths.items() for i in range(length)]
+    order = [dataset[i] for i in VideoSampler(dataset, streams)]
+    assert sorted(order, key=dataset.index) == dataset
+    for video, length in lengths.items():
+        assert [x["frame_id"] for x in order if x["video_id"] == video] == list(range(length))
+    assert len({x["video_id"] for x in order[:streams]}) == min(streams, 4)
+    with pytest.raises(UserError, match="streams must be at least 1"):
+        VideoSampler(dataset, 0)
+
+
+def outputs(dicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The labels as detections, some shifted, some of the wrong class, and a false one on each frame."""
+    found = []
+    for n, entry in enumerate(dicts):
+        instances = Instances((entry["height"], entry["width"]))
+        rows = [(a["bbox"], a["category_id"]) for a in entry["annotations"]] + [([1.0, 1.0, 30.0, 30.0], 0)]
+        boxes = torch.tensor([box for box, _ in rows]) + (n % 3) * 2.0
+        instances.pred_boxes = Boxes(boxes)
+        instances.scores = torch.linspace(0.9, 0.3, len(rows))
+        instances.pred_classes = torch.tensor([(label + (n % 5 == 0)) % 10 for _, label in rows])
+        cost = FrameCost({"backbone": 10**9 * n}, {"backbone": 12 * 10**9}, n, 48, n == 0)
+        found.append({"instances": instances, "cost": cost})
+    return found
+
+
+def test_evaluator_gives_our_metrics(tree: Path, tmp_path: Path) -> None:
+    register_imagenet_vid(tree)
+    dicts = DatasetCatalog.get("imagenet_vid_val")
+    evaluator = VIDEvaluator("imagenet_vid_val", str(tmp_path))
+    evaluator.process([{"image_id": -5}], outputs(dicts[:1]))
+    evaluator.reset()
+    for i in range(0, 12, 5):
+        evaluator.process(dicts[i : i + 5], outputs(dicts)[i : i + 5])
+    scores = evaluator.evaluate()["bbox"]
+    written = json.loads((tmp_path / "coco_results.json").read_text())
+    data = load_coco_video(tree / "annotations/imagenet_vid_val.json")
+    ours, vid = evaluate(data, written), vid_scores(data, written)
+    expected = {"AP": ours.ap, "AP50": ours.ap50, "AP75": ours.ap75, "AP50_vid": vid.ap50_vid}
+    expected |= {"AP50_slow": vid.ap50_slow, "AP50_medium": vid.ap50_medium, "AP50_fast": vid.ap50_fast}
+    expected |= {"AP_ilsvrc": vid.ap_ilsvrc} | {f"AP50-{name}": ap for name, ap in ours.ap50_by_class.items()}
+    for name, value in expected.items():
+        assert scores[name] == pytest.approx(100 * value, nan_ok=True)
+    assert 5 < scores["AP50"] < 95
+    assert scores["GMACs_backbone"] == pytest.approx(5.5) and scores["GMACs_backbone_dense"] == pytest.approx(12)
+    assert scores["recomputed"] == pytest.approx(100 * 5.5 / 48)
+
+
+def test_evaluator_gathers_from_all_processes(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register_imagenet_vid(tree)
+    dicts = DatasetCatalog.get("imagenet_vid_val")
+    whole = VIDEvaluator("imagenet_vid_val")
+    found = outputs(dicts)
+    whole.process(dicts, found)
+    expected = whole.evaluate()["bbox"]
+    first, second = VIDEvaluator("imagenet_vid_val"), VIDEvaluator("imagenet_vid_val")
+    first.process(dicts[:4], found[:4])
+    second.process(dicts[4:], found[4:])
+    other = iter([second._results, second._work])
+    monkeypatch.setattr(comm, "gather", lambda rows, dst: [rows, next(other)])
+    assert first.evaluate()["bbox"] == pytest.approx(expected, nan_ok=True)
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    monkeypatch.setattr(comm, "gather", lambda rows, dst: [])
+    assert second.evaluate() == {}
