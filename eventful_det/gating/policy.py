@@ -25,17 +25,17 @@ class GateInput(NamedTuple):
         error: `(N,)` 2-norm of each token minus its reference (paper section 4.1).
         age: `(N,)` frames since each token was last let through; 1 = on the last frame.
         frame: frames since the stream's last flush.
-        stream: place of the stream among those of the step.
         grid: tokens of the frame (H, W), N = H * W; None where tokens have no place, as at the gates of `Paper`.
         interest: `(N,)` how much each token matters, 0 to 1, as whoever reads the tokens told; None = not told.
+        stream: place of the stream among those of the step.
     """
 
     error: Tensor
     age: Tensor
     frame: int
-    stream: int = 0
     grid: Grid | None = None
     interest: Tensor | None = None
+    stream: int = 0
 
 
 class Policy(Protocol):

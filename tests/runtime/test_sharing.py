@@ -12,7 +12,7 @@ from eventful_det.runtime.sharing import Order, Terms, affordable, due_tokens, o
 
 
 def gate(error: list[float], age: list[int] | None = None, stream: int = 0) -> GateInput:
-    return GateInput(torch.tensor(error), torch.tensor(age or [1] * len(error), dtype=torch.int32), 5, stream)
+    return GateInput(torch.tensor(error), torch.tensor(age or [1] * len(error), dtype=torch.int32), 5, stream=stream)
 
 
 def tokens(order: Order) -> list[tuple[int, int]]:
@@ -47,7 +47,7 @@ def test_every_stream_gets_its_minimum(min_share: float) -> None:
     sizes = (40, 40, 120)
     loud = (1.0, 10.0, 0.1)  # errors of the first and the last stream are always smaller
     gates = [
-        GateInput(volume * (1 + torch.rand(n, generator=generator)), torch.ones(n, dtype=torch.int32), 1, i)
+        GateInput(volume * (1 + torch.rand(n, generator=generator)), torch.ones(n, dtype=torch.int32), 1, stream=i)
         for i, (n, volume) in enumerate(zip(sizes, loud, strict=True))
     ]
     order = order_tokens(gates, Terms(noise=0, min_share=min_share), [0, 0, 0])
