@@ -104,8 +104,7 @@ class PriceList:
         taken = torch.arange(len(order) + 1, device=order.device)
         total = one + token * (taken - 1)
         if self.shape.windowed:
-            side = self.shape.window
-            tiles = _most_tiles(side, grid, order.device)[taken] if self.static else _tiles(side, grid, order)
+            tiles = _most_tiles(self.shape, grid, taken) if self.static else _tiles(self.shape, grid, order)
             total += tile * (tiles - 1)
         total[0] = nothing
         return total
@@ -147,9 +146,9 @@ def _backbone_terms(shape: ViTShape, grid: Grid) -> tuple[int, int, int, int]:
     return macs(0, 0), one, macs(2, 1) - one, macs(1, 2) - one
 
 
-def _tiles(side: int, grid: Grid, order: Tensor) -> Tensor:
-    """`(n + 1,)` tiles that the queries of the first 0, 1, ... n tokens fill, each those of one window."""
-    windows, count = windows_of(grid, side, order.device), len(order)
+def _tiles(shape: ViTShape, grid: Grid, order: Tensor) -> Tensor:
+    """`(n + 1,)` tiles that the queries of the first 0, 1, ... n tokens fill: a window begins a new one when its last is full."""
+    windows, count = windows_of(grid, shape.window, order.device), len(order)
     window = windows.window[order]
     held = torch.bincount(window, minlength=windows.count)
     by_window = window.argsort(stable=True)
@@ -158,12 +157,11 @@ def _tiles(side: int, grid: Grid, order: Tensor) -> Tensor:
     return F.pad((place % queries_per_tile(windows.slots) == 0).cumsum(0), (1, 0))
 
 
-@lru_cache(maxsize=64)
-def _most_tiles(side: int, grid: Grid, device: torch.device) -> Tensor:
-    """`(N + 1,)` the most tiles that 0, 1, ... N tokens fill."""
-    windows = windows_of(grid, side, torch.device("cpu"))
-    most = [most_tiles(count, windows.count, windows.slots) for count in range(grid[0] * grid[1] + 1)]
-    return torch.tensor(most, device=device)
+def _most_tiles(shape: ViTShape, grid: Grid, taken: Tensor) -> Tensor:
+    """The most tiles that so many tokens `(n,)` fill."""
+    windows = windows_of(grid, shape.window, torch.device("cpu"))
+    most = [most_tiles(count, windows.count, windows.slots) for count in range(len(taken))]
+    return torch.tensor(most, device=taken.device)
 
 
 def _convolved(rank: Tensor, count: int) -> Tensor:
