@@ -22,11 +22,10 @@ from eventful_det.errors import UserError
 from eventful_det.gating.anatomy import Grid, anatomy_of
 from eventful_det.gating.closed_form import ViTShape, WindowLoad, rows_counts
 from eventful_det.gating.rows import Rows
-from eventful_det.gating.rows_attention import most_tiles, queries_per_tile
 from eventful_det.gating.windows import windows_of
 from eventful_det.models.cost import roi_macs, stage_macs
 from eventful_det.models.detector import Detector
-from eventful_det.models.maps import SPARSE_MAC
+from eventful_det.models.incremental import DENSE_ABOVE
 
 _SCALES = (4, 2, 1, 1)  # cells of p2 to p5 along a side of a token, or of 2x2 tokens for p5
 
@@ -39,19 +38,15 @@ class PriceList:
         shape: of the backbone.
         sources: MACs of each pyramid stage p2 to p5 before its last convolution, per changed token (2x2 tokens, p5).
         last: MACs of the last convolution of each stage per cell.
-        convs: MACs of each 3x3 convolution of the proposal head per cell.
-        predictions: MACs of its last layers per cell.
+        convs: MACs of each 3x3 convolution of the proposal head per cell, its last layers counted with the last.
         regions: MACs of the region heads at most.
-        static: the attention of windows takes as much as if tokens lay as scattered as can be, see `Rows`.
     """
 
     shape: ViTShape
     sources: tuple[int, ...]
     last: tuple[int, ...]
     convs: tuple[int, ...]
-    predictions: int
     regions: int
-    static: bool
 
     @staticmethod
     def of(detector: Detector) -> PriceList:
@@ -65,15 +60,14 @@ class PriceList:
         backbone, head = detector.backbone, detector.proposal_generator.rpn_head
         stages = (backbone.simfp_2, backbone.simfp_3, backbone.simfp_4, backbone.simfp_5)
         grids = ((1, 1), (1, 1), (1, 1), (2, 2))
-        static = detector.rule.static
+        convs = [cast(nn.Conv2d, conv).weight.numel() for conv in head.convs]
+        convs[-1] += head.objectness_logits.weight.numel() + head.anchor_deltas.weight.numel()
         return PriceList(
             shape=ViTShape.of(anatomy_of(backbone.net)),
             sources=tuple(stage_macs(stage[:-1], grid) for stage, grid in zip(stages, grids, strict=True)),
             last=tuple(cast(nn.Conv2d, stage[-1]).weight.numel() for stage in stages),
-            convs=tuple(cast(nn.Conv2d, conv).weight.numel() for conv in head.convs),
-            predictions=head.objectness_logits.weight.numel() + head.anchor_deltas.weight.numel(),
+            convs=tuple(convs),
             regions=roi_macs(detector.roi_heads, detector.config.proposals),
-            static=detector.device.type != "cpu" if static is None else static,
         )
 
     def prices(self, grid: Grid, order: Tensor, regions: int | None = None) -> Tensor:
@@ -90,7 +84,10 @@ class PriceList:
         count, tokens = len(order), grid[0] * grid[1]
         rank = torch.full((tokens,), count, dtype=torch.int32, device=order.device)
         rank[order] = torch.arange(count, dtype=torch.int32, device=order.device)
-        total = self._heads(rank.view(grid), count) + self._backbone(grid, order)
+        taken = torch.arange(count + 1, device=order.device)
+        heads = self._heads(rank.view(grid), count)
+        total = torch.where(taken > DENSE_ABOVE * tokens, _whole_heads(self, grid), heads)
+        total += self._backbone(grid, order)
         total[1:] += self.regions if regions is None else regions
         return total
 
@@ -100,12 +97,11 @@ class PriceList:
 
     def _backbone(self, grid: Grid, order: Tensor) -> Tensor:
         """`(n + 1,)` MACs of the backbone."""
-        nothing, one, token, tile = _backbone_terms(self.shape, grid)
+        nothing, one, token, slot = _backbone_terms(self.shape, grid)
         taken = torch.arange(len(order) + 1, device=order.device)
         total = one + token * (taken - 1)
         if self.shape.windowed:
-            tiles = _most_tiles(self.shape, grid, taken) if self.static else _tiles(self.shape, grid, order)
-            total += tile * (tiles - 1)
+            total += slot * (_window_slots(grid, self.shape.window, order) - 1)
         total[0] = nothing
         return total
 
@@ -116,7 +112,7 @@ class PriceList:
         starts = (rank, rank, rank, halved)
         for start, scale, source, last in zip(starts, _SCALES, self.sources, self.last, strict=True):
             level = _around(start.repeat_interleave(scale, 0).repeat_interleave(scale, 1))
-            total += source * _reached(start, count) + last * _convolved(level, count)
+            total += source * _reached(start, count) + last * _reached(level, count)
             total += self._proposals(level, count)
         return total + self._proposals(level[::2, ::2], count)
 
@@ -125,8 +121,8 @@ class PriceList:
         total = torch.zeros(count + 1, dtype=torch.long, device=rank.device)
         for weight in self.convs:
             rank = _around(rank)
-            total += weight * _convolved(rank, count)
-        return total + self.predictions * _reached(rank, count)
+            total += weight * _reached(rank, count)
+        return total
 
 
 @lru_cache(maxsize=64)
@@ -135,39 +131,32 @@ def _whole(price_list: PriceList, grid: Grid) -> int:
 
 
 @lru_cache(maxsize=64)
+def _whole_heads(price_list: PriceList, grid: Grid) -> int:
+    """MACs of pyramid and proposal head in full."""
+    return int(price_list._heads(torch.zeros(grid, dtype=torch.int32), 1)[1])
+
+
+@lru_cache(maxsize=64)
 def _backbone_terms(shape: ViTShape, grid: Grid) -> tuple[int, int, int, int]:
-    """MACs for no token, for one, for each more, and for each more tile of queries in windows."""
-    tile = queries_per_tile(shape.window**2) if shape.window else 0
+    """MACs for no token, for one, for each more, and for each more query slot of the touched windows."""
 
-    def macs(selected: int, tiles: int) -> int:
-        return rows_counts(shape, grid, selected, WindowLoad(tiles, tile)).macs
+    def macs(selected: int, touched: int, widest: int) -> int:
+        return rows_counts(shape, grid, selected, WindowLoad(touched, widest)).macs
 
-    one = macs(1, 1)
-    return macs(0, 0), one, macs(2, 1) - one, macs(1, 2) - one
+    one = macs(1, 1, 1)
+    return macs(0, 0, 0), one, macs(2, 1, 1) - one, macs(1, 1, 2) - one
 
 
-def _tiles(shape: ViTShape, grid: Grid, order: Tensor) -> Tensor:
-    """`(n + 1,)` tiles that the queries of the first 0, 1, ... n tokens fill: a window begins a new one when its last is full."""
-    windows, count = windows_of(grid, shape.window, order.device), len(order)
+def _window_slots(grid: Grid, side: int, order: Tensor) -> Tensor:
+    """`(n + 1,)` touched windows x most tokens in one of them, when the first 0, 1, ... n tokens are taken."""
+    windows, count = windows_of(grid, side, order.device), len(order)
     window = windows.window[order]
     held = torch.bincount(window, minlength=windows.count)
     by_window = window.argsort(stable=True)
     place = torch.empty_like(window)  # how many tokens of its window come before each
     place[by_window] = torch.arange(count, device=order.device) - (held.cumsum(0) - held)[window[by_window]]
-    return F.pad((place % queries_per_tile(windows.slots) == 0).cumsum(0), (1, 0))
-
-
-def _most_tiles(shape: ViTShape, grid: Grid, taken: Tensor) -> Tensor:
-    """The most tiles that so many tokens `(n,)` fill."""
-    windows = windows_of(grid, shape.window, torch.device("cpu"))
-    most = [most_tiles(count, windows.count, windows.slots) for count in range(len(taken))]
-    return torch.tensor(most, device=taken.device)
-
-
-def _convolved(rank: Tensor, count: int) -> Tensor:
-    """`(n + 1,)` cells at which a convolution runs where those of a rank below 0, 1, ... n are asked for."""
-    cells = _reached(rank, count)
-    return torch.where(cells * SPARSE_MAC > rank.numel(), rank.numel(), cells)
+    slots = (place == 0).cumsum(0) * (place + 1).cummax(0).values
+    return F.pad(slots, (1, 0))
 
 
 def _reached(rank: Tensor, count: int) -> Tensor:

@@ -53,7 +53,7 @@ def test_gmacs_are_never_exceeded(tiny_detector: Detector, moving: list[Image], 
     results = steady(list(tiny_detector.stream(moving, budget=Gmacs(share * dense / 1e9))))
     spent = [result.cost.total / dense for result in results]
     assert max(spent) <= share
-    assert np.mean(spent) > 0.35 * share, "and it is used: what lacks is the bound of the region heads"
+    assert np.mean(spent) > 0.4 * share, "and it is used: what lacks is the bound of the region heads"
 
 
 def test_dense_is_the_ceiling(tiny_detector: Detector, moving: list[Image]) -> None:
