@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from eventful_det.data.synthetic import SceneOptions, render_video
+from eventful_det.data.video import VideoFrame, VideoSource
 from eventful_det.errors import UserError
 from eventful_det.gating.policy import TopK
 from eventful_det.models.detector import Detector
@@ -258,3 +259,32 @@ def test_live_streams_show_the_newest(tiny_detector: Detector) -> None:
     assert second.image is images[5] and second.frame_index == 1
     assert next(pool, None) is None
     assert pool.metrics().streams["camera"].dropped == 4
+
+
+class Camera(VideoSource):
+    """Captured its frames half a second ago, and was lost before the third; each is taken before the next one comes."""
+
+    live = True
+
+    def __init__(self, images: list[Image]) -> None:
+        super().__init__("camera")
+        self.images, self.taken = images, threading.Semaphore(1)
+
+    def _read(self) -> Iterator[VideoFrame]:
+        for i, image in enumerate(self.images):
+            self.taken.acquire()
+            self.dropped = 3 if i >= 2 else 0
+            yield VideoFrame(image, i / 25, time.monotonic() - 0.5, resumed=i == 2)
+
+
+def test_a_camera_that_was_lost_begins_anew(tiny_detector: Detector) -> None:
+    camera = Camera(clip(1, 4))
+    pool = StreamPool(tiny_detector, budget=TopK(5), scene_cuts=False)
+    pool.add(camera)
+    results = []
+    for (result,) in pool:
+        results.append(result)
+        camera.taken.release()
+    assert [r.cost.flush for r in results] == [True, False, True, False]
+    assert [r.dropped for r in results] == [0, 0, 3, 3] and [r.frame_index for r in results] == [0, 1, 2, 3]
+    assert all(r.stream == "camera" and r.frame_age is not None and 0.5 <= r.frame_age < 5 for r in results)
