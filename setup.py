@@ -18,7 +18,7 @@ setup(
         "tensorboard>=2.15",  # training curves
     ],
     extras_require={
-        # detectron2 is not on PyPI: pip install git+https://github.com/facebookresearch/detectron2
+        # detectron2 is not on PyPI; docs/detectron2.md has the commands that install it
         "dev": [
             "pytest>=8",  # tests
             "pytest-xdist>=3",  # tests on all cores
