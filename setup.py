@@ -23,7 +23,7 @@ setup(
             "hydra-submitit-launcher>=1.2",  # jobs on SLURM
             "hydra-joblib-launcher>=1.2",  # jobs side by side on one machine
         ],
-        # detectron2 is not on PyPI: pip install git+https://github.com/facebookresearch/detectron2
+        # detectron2 is not on PyPI; docs/detectron2.md has the commands that install it
         "serve": [
             "fastapi>=0.115",  # routes, validation and their tests
             "uvicorn>=0.30",  # the HTTP server

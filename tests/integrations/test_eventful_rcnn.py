@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -151,8 +152,20 @@ def test_weights_that_change_make_states_stale() -> None:
     model.train()
     assert len(model.states) == 0
     run(model.eval(), frames[:2])
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(model.state_dict())
+    assert len(twin.states) == 0 and len(model.states) == 1
     model.load_state_dict(model.state_dict())
     assert len(model.states) == 0
+
+
+def test_a_frame_that_failed_leaves_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, frames = eventful(incremental_heads=True), video(3)
+    run(model, frames[:1])
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(model.roi_heads, "forward", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        run(model, frames[1:2])
+    assert flushes(model, frames[2:]) == [True]
 
 
 def test_states_are_bounded_and_no_part_of_a_checkpoint() -> None:

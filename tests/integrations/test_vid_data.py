@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +184,46 @@ def test_evaluator_gathers_from_all_processes(tree: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(comm, "is_main_process", lambda: False)
     monkeypatch.setattr(comm, "gather", lambda rows, dst: [])
     assert second.evaluate() == {}
+
+
+SCRIPT = """
+import json, os, sys
+import torch, torch.distributed as dist
+from detectron2.evaluation import inference_on_dataset
+from eventful_det.integrations.detectron2 import EventfulRCNN, VIDEvaluator, VIDMapper
+from eventful_det.integrations.detectron2 import build_vid_test_loader, register_imagenet_vid
+from eventful_det.models.config import vitdet_tiny
+from zoo_models import zoo_model
+
+if "WORLD_SIZE" in os.environ:
+    dist.init_process_group("gloo")
+names = tuple(str(i) for i in range(10))
+sizes = {"dim": 48, "depth": 4, "global_blocks": (1, 3), "channels": 16, "box_fc": (32,), "proposals": 20}
+model = zoo_model(vitdet_tiny(names, **sizes), EventfulRCNN, {"budget": 0.3})
+register_imagenet_vid(sys.argv[1])
+loader = build_vid_test_loader("imagenet_vid_val", VIDMapper(short_side=96, long_side=128), num_workers=0)
+scores = inference_on_dataset(model, loader, VIDEvaluator("imagenet_vid_val"))
+print(json.dumps({"frames": len(loader.sampler), "scores": scores}), flush=True)
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_scores_of_one(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "evaluate.py").write_text(SCRIPT)
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / "tests" / "integrations")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    parts = []
+    for command in ([], launcher):
+        command = [sys.executable, *command, str(tmp_path / "evaluate.py"), str(tree)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        parts.append([json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"frames"')])
+    (one,), both = parts
+    assert one["frames"] == 12 and sorted(part["frames"] for part in both) == [4, 8]
+    (scores,) = (part["scores"] for part in both if part["scores"])
+    assert scores["bbox"] == pytest.approx(one["scores"]["bbox"], nan_ok=True)
+    assert scores["bbox"]["recomputed"] < 60

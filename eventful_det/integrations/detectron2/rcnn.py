@@ -92,7 +92,7 @@ class EventfulRCNN(GeneralizedRCNN):
                 self.budget = budget
         self._heads = IncrementalHeads(self.backbone, self.proposal_generator) if incremental_heads else None
         self.states = VideoStates(RCNNStream, max_streams, max_gap)
-        self.register_load_state_dict_post_hook(lambda *_: self.states.clear())
+        self.register_load_state_dict_post_hook(_forget)
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
@@ -128,9 +128,12 @@ class EventfulRCNN(GeneralizedRCNN):
         if self.dense or stills or detected_instances is not None:
             return super().inference(batched_inputs, detected_instances, do_postprocess)
         found: dict[int, tuple[Instances, FrameCost]] = {}
-        with torch.no_grad():
+        try:
             for chosen in _rounds([x.get("video_id") for x in batched_inputs]):
                 found |= zip(chosen, self._step([batched_inputs[i] for i in chosen]), strict=True)
+        except BaseException:
+            self.states.clear()  # a frame that was half processed is in some parts of its state, not in others
+            raise
         instances, costs = zip(*(found[i] for i in range(len(batched_inputs))), strict=True)
         if not do_postprocess:
             return list(instances)
@@ -143,6 +146,7 @@ class EventfulRCNN(GeneralizedRCNN):
             raise UserError("rule is 'dense': there is no budget; build EventfulRCNN with rule 'rows' or 'paper'")
         return cast(EventfulViT, self.backbone.net)
 
+    @torch.no_grad()
     def _step(self, inputs: Sequence[Input]) -> list[tuple[Instances, FrameCost]]:
         """Process frames of different videos."""
         images = [self._image(x) for x in inputs]
@@ -194,6 +198,11 @@ class EventfulRCNN(GeneralizedRCNN):
         dense = dense_counts(ViTShape.of(self._net.anatomy), (rows, cols)).macs
         recomputed = round(float(update.work.sum()))
         return FrameCost({"backbone": update.counts.macs}, {"backbone": dense}, recomputed, rows * cols, update.flush)
+
+
+def _forget(model: EventfulRCNN, _: object) -> None:
+    """Weights were loaded: what is remembered was computed with others."""
+    model.states.clear()
 
 
 def _rounds(videos: Sequence[Hashable | None]) -> Iterator[list[int]]:
