@@ -152,15 +152,17 @@ class Rows:
     ) -> list[Counts]:
         """Recompute the tokens `(r,)` of each stream, updating its state; returns what each stream took."""
         rows = [now.index_select(0, index) for now, index in zip(compared, indices, strict=True)]
-        for state, index, new in zip(states, indices, rows, strict=True):
-            state.reference.index_copy_(0, index, new)
-            state.age.add_(1).index_fill_(0, index, 1)
+        for state in states:
+            state.age.add_(1)
             state.frame += 1
         embedded = [len(some if self.gate == "patches" else all_) for some, all_ in zip(rows, compared, strict=True)]
         counts = [_embedding_counts(anatomy, *sizes) for sizes in zip(embedded, map(len, rows), strict=True)]
         busy = [i for i, index in enumerate(indices) if len(index)]
         if not busy:
             return counts
+        for i in busy:
+            states[i].reference.index_copy_(0, indices[i], rows[i])
+            states[i].age.index_fill_(0, indices[i], 1)
         z = joined([rows[i] for i in busy])
         z = anatomy.embed(z) if self.gate == "patches" else z
         if anatomy.positions is not None:
