@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from common import plain
@@ -235,7 +235,7 @@ def prepare(case: Case, config: DictConfig, count: int, device: torch.device, co
     if case.what == "detector":
         methods = {name: whole_detector(detector, name, k) for name in case.methods or OURS}
         return Setting(frames, methods, k, tokens, notes)
-    mean, std = cast(Tensor, detector.pixel_mean), cast(Tensor, detector.pixel_std)
+    mean, std = detector.pixel_mean, detector.pixel_std
     frames = [(frame - mean) / std for frame in frames]
     methods = backbone_methods(case, detector, frames, k, code)
     if code is not None and set(methods) & set(PEERS):

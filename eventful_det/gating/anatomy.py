@@ -116,7 +116,8 @@ class Anatomy:
         channels, height, width = frame.shape
         rows, cols = self.grid(height, width)
         p = self.patch
-        frame = F.pad(frame, (0, cols * p - width, 0, rows * p - height))
+        if (height, width) != (rows * p, cols * p):
+            frame = F.pad(frame, (0, cols * p - width, 0, rows * p - height))
         return frame.view(channels, rows, p, cols, p).permute(1, 3, 0, 2, 4).reshape(rows * cols, channels * p * p)
 
     def embed(self, patches: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ official code's "GFLOPs" are those of the backbone from the position encoding on
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -94,6 +95,7 @@ class WindowLoad(NamedTuple):
     tile: int
 
 
+@lru_cache(maxsize=256)
 def dense_counts(shape: ViTShape, grid: Grid, pool: int = 1, embedding: bool = True) -> Counts:
     """Everything recomputed: the dense network, or (with `spared_windows`) a flush of the paper's rule.
 

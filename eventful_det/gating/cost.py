@@ -30,7 +30,16 @@ class Counts:
     spared: int = 0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return Counts(
+            self.linear + other.linear,
+            self.bias + other.bias,
+            self.matmul + other.matmul,
+            self.einsum + other.einsum,
+            self.add + other.add,
+            self.gate + other.gate,
+            self.accumulator + other.accumulator,
+            self.spared + other.spared,
+        )
 
     @property
     def macs(self) -> int:

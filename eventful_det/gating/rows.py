@@ -65,35 +65,41 @@ class Rows:
         renew_every: recompute everything on every n-th frame; 0 = never.
         static: shapes depend on the number of selected tokens alone, and the host never waits for the device unless
             the policy does; it costs some empty attention tiles. None = on all devices but CPUs.
+        cache_dtype: of cached keys and values, "float16" or "bfloat16", to halve most of the state; they are
+            converted whenever they are read. None = that of the network, exact.
     """
 
     policy: Policy = Focus(2.0, cap=0.4)
     gate: Literal["patches", "embedding"] = "patches"
     renew_every: int = 0
     static: bool | None = None
+    cache_dtype: Literal["float16", "bfloat16"] | None = None
 
     def __post_init__(self) -> None:
         if self.gate not in ("patches", "embedding"):
             raise UserError(f"Rows: gate must be 'patches' or 'embedding', got {self.gate!r}")
         if self.renew_every < 0:
             raise UserError(f"Rows: renew_every must be a number of frames, or 0 for never, got {self.renew_every}")
+        if self.cache_dtype not in (None, "float16", "bfloat16"):
+            raise UserError(f"Rows: cache_dtype must be 'float16', 'bfloat16' or None, got {self.cache_dtype!r}")
 
     @property
     def layout(self) -> tuple[str, ...]:
         """What the form of the state depends on."""
-        return "rows", self.gate
+        return "rows", self.gate, self.cache_dtype or "same"
 
     def init_stream(self, anatomy: Anatomy, grid: Grid) -> RowsState:
         """Allocate the state of a stream whose frames have `grid` tokens."""
         tokens = grid[0] * grid[1]
         width = anatomy.projection.weight[0].numel() if self.gate == "patches" else anatomy.dim
+        dtype = anatomy.dtype if self.cache_dtype is None else getattr(torch, self.cache_dtype)
         return RowsState(
             layout=self.layout,
             grid=grid,
             frame=0,
             reference=anatomy.projection.weight.new_zeros(tokens, width),
             age=torch.ones(tokens, dtype=torch.int32, device=anatomy.device),
-            caches=[_empty_cache(block, grid, anatomy.prefix_count) for block in anatomy.blocks],
+            caches=[_empty_cache(block, grid, anatomy.prefix_count, dtype) for block in anatomy.blocks],
             interest=anatomy.projection.weight.new_zeros(tokens),
             output=anatomy.projection.weight.new_zeros(tokens, anatomy.blocks[-1].dim),
         )
@@ -163,15 +169,17 @@ class Rows:
     ) -> list[Counts]:
         """Recompute the tokens `(r,)` of each stream, updating its state; returns what each stream took."""
         rows = [now.index_select(0, index) for now, index in zip(compared, indices, strict=True)]
-        for state, index, new in zip(states, indices, rows, strict=True):
-            state.reference.index_copy_(0, index, new)
-            state.age.add_(1).index_fill_(0, index, 1)
+        for state in states:
+            state.age.add_(1)
             state.frame += 1
         embedded = [len(some if self.gate == "patches" else all_) for some, all_ in zip(rows, compared, strict=True)]
         counts = [_embedding_counts(anatomy, *sizes) for sizes in zip(embedded, map(len, rows), strict=True)]
         busy = [i for i, index in enumerate(indices) if len(index)]
         if not busy:
             return counts
+        for i in busy:
+            states[i].reference.index_copy_(0, indices[i], rows[i])
+            states[i].age.index_fill_(0, indices[i], 1)
         z = joined([rows[i] for i in busy])
         z = anatomy.embed(z) if self.gate == "patches" else z
         if anatomy.positions is not None:
@@ -206,10 +214,11 @@ def _embedding_counts(anatomy: Anatomy, embedded: int, selected: int) -> Counts:
     )
 
 
-def _empty_cache(block: Block, grid: Grid, prefix: int) -> Tensor:
+def _empty_cache(block: Block, grid: Grid, prefix: int, dtype: torch.dtype) -> Tensor:
     """Keys and values of a block, `(windows, slots, 2, heads, d)`."""
     windows = windows_of(grid, block.window, block.qkv.weight.device)
-    return block.qkv.weight.new_zeros(windows.count, windows.slots + prefix, 2, block.heads, block.dim // block.heads)
+    shape = (windows.count, windows.slots + prefix, 2, block.heads, block.dim // block.heads)
+    return block.qkv.weight.new_zeros(shape, dtype=dtype)
 
 
 def _prepare(anatomy: Anatomy, state: RowsState) -> None:

@@ -43,6 +43,7 @@ class Queries:
         relative: `(r, rows + columns)`, see `relative_places`; None without relative positions.
         windows: `(tiles,)` the window of each tile; None = the tiles are the windows.
         place: `(r,)` place of each query in the tiles; None = they are in order.
+        source: `(tiles * tile,)` the query at each place; any where there is none.
         tiles: how many there are.
         tile: queries in each.
     """
@@ -52,6 +53,7 @@ class Queries:
     relative: Tensor | None
     windows: Tensor | None
     place: Tensor | None
+    source: Tensor | None
     tiles: int
     tile: int
 
@@ -74,16 +76,15 @@ class Queries:
         places = relative_places(slot // windows.shape[1], slot % windows.shape[1], windows.shape) if relative else None
         if not side:
             cached = torch.cat([torch.arange(prefix, device=index.device), index + prefix]) if prefix else index
-            return cls(windows.shape, cached, places, None, None, 1, len(cached))
+            return cls(windows.shape, cached, places, None, None, None, 1, len(cached))
         window = windows.window.index_select(0, index)
         return cls(windows.shape, window * windows.slots + slot, places, *_tile(window, windows, static))
 
     def spread(self, rows: Tensor) -> Tensor:
-        """Rows `(r, ...)` in tiles, `(tiles, tile, ...)`; zeros where there is no query."""
-        if self.place is None:
+        """Rows `(r, ...)` in tiles, `(tiles, tile, ...)`; anything where there is no query."""
+        if self.source is None:
             return rows[None]
-        spread = rows.new_zeros(self.tiles * self.tile, *rows.shape[1:]).index_copy_(0, self.place, rows)
-        return spread.unflatten(0, (self.tiles, self.tile))
+        return rows.index_select(0, self.source).unflatten(0, (self.tiles, self.tile))
 
     def gather(self, spread: Tensor) -> Tensor:
         """The rows `(r, ...)` of tiles `(tiles, tile, ...)`."""
@@ -142,7 +143,7 @@ def _attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = No
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias).transpose(1, 2)
 
 
-def _tile(window: Tensor, windows: Windows, static: bool) -> tuple[Tensor | None, Tensor, int, int]:
+def _tile(window: Tensor, windows: Windows, static: bool) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
     """Lay queries out in tiles.
 
     Args:
@@ -151,18 +152,18 @@ def _tile(window: Tensor, windows: Windows, static: bool) -> tuple[Tensor | None
         static: as for `Queries.of`.
 
     Returns:
-        `windows`, `place`, `tiles` and `tile` of `Queries`.
+        `windows`, `place`, `source`, `tiles` and `tile` of `Queries`.
     """
-    tile = queries_per_tile(windows.slots)
+    tile, queries = queries_per_tile(windows.slots), torch.arange(len(window), device=window.device)
     every = torch.arange(windows.count, device=window.device)
     start = torch.searchsorted(window, every)
     held = torch.searchsorted(window, every, right=True) - start
     used = (held + tile - 1) // tile
     end = used.cumsum(0)
-    rank = torch.arange(len(window), device=window.device) - start.index_select(0, window)
-    place = (end - used).index_select(0, window) * tile + rank
+    place = queries + ((end - used) * tile - start).index_select(0, window)
     tiles = most_tiles(len(window), windows.count, windows.slots) if static else int(end[-1])
+    source = torch.zeros(tiles * tile, dtype=torch.long, device=window.device).index_copy_(0, place, queries)
     if not static and tiles == windows.count and tile == windows.slots:
-        return None, place, tiles, tile
+        return None, place, source, tiles, tile
     of_tile = torch.searchsorted(end, torch.arange(tiles, device=window.device), right=True)
-    return of_tile.clamp_(max=windows.count - 1), place, tiles, tile
+    return of_tile.clamp_(max=windows.count - 1), place, source, tiles, tile

@@ -84,6 +84,9 @@ class Detector(nn.Module):
         rule: how a frame's tokens are recomputed in `step`; `Rows()` by default. Set `rule` to None for dense.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(self, config: ModelConfig, rule: Rule | None = None) -> None:
         super().__init__()
         if not config.classes:
@@ -173,20 +176,21 @@ class Detector(nn.Module):
             raise UserError("Detector.step is for inference; call .eval() first")
         flushes = flush_flags(frames, state, flush)
         stopwatch = _Stopwatch(self.device)
-        images, streams = [], []
+        anatomy, images, streams = anatomy_of(self.backbone.net), [], []
         for i, frame in enumerate(frames):
-            image, (size,) = self._batch(frame[None])
+            size = (frame.shape[-2], frame.shape[-1])
             stream = state.streams[i]
             if stream is None or stream.size != size:
                 state.streams[i] = stream = DetectorStream(State([None]), size)
-            images.append(image)
+            images.append(self._prepare(frame, *size))
             streams.append(stream)
         stopwatch.lap("other")
-        updates = self._update_tokens(images, streams, flushes, joint)
+        updates = self._update_tokens(anatomy, images, streams, flushes, joint)
         stopwatch.lap("backbone")
         shared = {part: seconds / len(streams) for part, seconds in stopwatch.seconds.items()}
+        dense = {update.tokens.shape: self._dense_macs(anatomy, update.tokens) for update in updates}
         return [
-            self._step_heads(update, stream, _Stopwatch(self.device, shared))
+            self._step_heads(update, stream, dense[update.tokens.shape], _Stopwatch(self.device, shared))
             for update, stream in zip(updates, streams, strict=True)
         ]
 
@@ -197,31 +201,36 @@ class Detector(nn.Module):
         return stream(self, source, **options)
 
     def _batch(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Normalise and pad at the bottom and right to a common size that the pyramid can halve."""
-        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
-        square = self.config.square_pad
-        height, width = (-(-max(*side, square) // DIVISOR) * DIVISOR for side in zip(*sizes, strict=True))
-        padded = [
-            F.pad((image - self.pixel_mean) / self.pixel_std, (0, width - w, 0, height - h))
-            for image, (h, w) in zip(images, sizes, strict=True)
-        ]
-        return torch.stack(padded), sizes
+        """Normalise and pad all images to the size of the largest."""
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        height, width = (max(side) for side in zip(*sizes, strict=True))
+        return torch.stack([self._prepare(image, height, width) for image in images]), sizes
+
+    def _prepare(self, image: Tensor, height: int, width: int) -> Tensor:
+        """Normalise an image `(3, h, w)`, and pad it at the bottom and right to at least `height` and `width`.
+
+        Sides become multiples of `DIVISOR`, so that the pyramid can halve them.
+        """
+        image = (image - self.pixel_mean).div_(self.pixel_std)
+        least, (_, h, w) = self.config.square_pad, image.shape
+        height, width = (-(-max(side, least) // DIVISOR) * DIVISOR for side in (height, width))
+        return image if (h, w) == (height, width) else F.pad(image, (0, width - w, 0, height - h))
 
     def _update_tokens(
         self,
+        anatomy: Anatomy,
         images: Sequence[Tensor],
         streams: Sequence[DetectorStream],
         flushes: Sequence[bool],
         joint: JointPolicy | None,
     ) -> list[Update]:
-        """The token maps of the next frames `(1, 3, h, w)`, and what changed in them."""
-        anatomy = anatomy_of(self.backbone.net)
+        """The token maps of the next frames `(3, h, w)`, and what changed in them."""
         if self.rule is None:
             return [self._dense_update(anatomy, *pair) for pair in zip(images, flushes, strict=True)]
         for image, stream in zip(images, streams, strict=True):
             self._point_out(anatomy.grid(*image.shape[-2:]), stream)
         backbones = State([stream.backbone.streams[0] for stream in streams])
-        updates = step_streams(self.rule, anatomy, [image[0] for image in images], backbones, flushes, joint)
+        updates = step_streams(self.rule, anatomy, images, backbones, flushes, joint)
         for stream, backbone in zip(streams, backbones.streams, strict=True):
             stream.backbone.streams[0] = backbone
         return updates
@@ -234,21 +243,26 @@ class Detector(nn.Module):
 
     def _dense_update(self, anatomy: Anatomy, image: Tensor, flush: bool) -> Update:
         """Everything, as if all tokens had changed."""
-        tokens = self.backbone.net(image)[0].permute(1, 2, 0)
+        tokens = self.backbone.net(image[None])[0].permute(1, 2, 0)
         shape, grid = ViTShape.of(anatomy), anatomy.grid(*image.shape[-2:])
         changed = torch.arange(tokens[..., 0].numel(), device=tokens.device)
         counts = Counts(linear=dense_counts(shape, grid).macs + window_padding_macs(shape, grid))
         return Update(tokens, changed, torch.ones(changed.numel()), flush, counts)
 
-    def _step_heads(self, update: Update, stream: DetectorStream, stopwatch: _Stopwatch) -> StepResult:
-        """Detections from the token map of one stream."""
-        rows, cols = grid = (update.tokens.shape[0], update.tokens.shape[1])
-        dense = {
-            "backbone": dense_counts(ViTShape.of(anatomy_of(self.backbone.net)), grid).macs,
+    def _dense_macs(self, anatomy: Anatomy, tokens: Tensor) -> dict[str, int]:
+        """What the dense detector spends on a frame with a token map like `(H, W, D)`, by part."""
+        grid = (tokens.shape[0], tokens.shape[1])
+        return {
+            "backbone": dense_counts(ViTShape.of(anatomy), grid).macs,
             "pyramid": pyramid_macs(self.backbone, grid),
             "rpn": rpn_macs(self.proposal_generator.rpn_head, grid),
             "roi": roi_macs(self.roi_heads, self.config.proposals),
         }
+
+    def _step_heads(
+        self, update: Update, stream: DetectorStream, dense: dict[str, int], stopwatch: _Stopwatch
+    ) -> StepResult:
+        """Detections from the token map of one stream."""
         if self.rule is None:
             macs = {**dense, "backbone": update.counts.macs}
             stream.detections = self._run_heads(update.tokens, stream.size, stopwatch, macs)
@@ -257,8 +271,8 @@ class Detector(nn.Module):
             if update.changed.numel() or stream.detections is None:
                 stream.detections = self._refresh_heads(update, stream, stopwatch, macs)
         recomputed = round(float(update.work.sum()))
-        cost = FrameCost(macs, dense, recomputed, rows * cols, update.flush, stopwatch.seconds)
-        return StepResult(stream.detections.clone(), cost, update.work.view(grid))
+        cost = FrameCost(macs, dense, recomputed, len(update.work), update.flush, stopwatch.seconds)
+        return StepResult(stream.detections.clone(), cost, update.work.view(update.tokens.shape[:2]))
 
     def _run_heads(
         self, tokens: Tensor, size: tuple[int, int], stopwatch: _Stopwatch, macs: dict[str, int]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from eventful_det.gating.anatomy import Grid
 
 SPARSE_MAC = 1.25  # time of a multiply-add at listed cells, in those of a convolution over a whole level (measured)
-_PATCH_ELEMENTS = 1 << 21  # of neighbourhoods gathered at once: what the caches of a CPU hold
+_PATCH_ELEMENTS = 1 << 20  # of neighbourhoods gathered at once: what the caches of a CPU hold
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +87,7 @@ class EventfulObjective(nn.Module):
         height, width = clips.shape[-2:]
         if height % DIVISOR or width % DIVISOR:
             raise UserError(f"clips of {height}x{width} pixels: augment.sizes must be multiples of {DIVISOR}")
-        clips = (clips - cast(Tensor, self.detector.pixel_mean)) / cast(Tensor, self.detector.pixel_std)
+        clips = (clips - self.detector.pixel_mean) / self.detector.pixel_std
         chosen = [self._supervised(clips.shape[1]) for _ in clips]
         tokens = [self._tokens(clip, index) for clip, index in zip(clips, chosen, strict=True)]
         levels = self.detector.backbone.pyramid(torch.cat(tokens))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from networks import clip, dense_tokens, error, plain, randomise, run, sam
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from eventful_det.errors import UserError
@@ -351,6 +353,68 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     assert error(updates[-1][0].tokens.double(), dense_tokens(vit.double(), frames[-1, 0].double())) < 0.05
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [("float16", 1e-3), ("bfloat16", 1e-2)])
+def test_half_precision_caches(dtype: Literal["float16", "bfloat16"], limit: float) -> None:
+    vit, frames = sam(), clip(6)
+    exact, whole = run(vit, Rows(TopK(20)), frames)
+    halved, state = run(vit, Rows(TopK(20), cache_dtype=dtype), frames)
+    assert {t.dtype for t in state.streams[0].caches} == {getattr(torch, dtype)}
+    caches = sum(t.nbytes for t in whole.streams[0].caches)
+    assert state.nbytes == whole.nbytes - caches // 2
+    for (ours,), (theirs,) in zip(halved, exact, strict=True):
+        assert ours.tokens.dtype == torch.float32 and torch.equal(ours.changed, theirs.changed)
+        assert 0 < error(ours.tokens, theirs.tokens) < limit
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operators for which a host has to wait for its device."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "is_nonzero", "lift_fresh", "item")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if masks or name.startswith(("unique", "_unique")) or name in self.NAMES:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", [TopK(9), TopK(30, age_power=0.5), TopFraction(0.3)])
+@pytest.mark.parametrize("make", [sam, plain])
+def test_the_host_never_waits_for_the_device(policy: Policy, make: Callable[[], nn.Module]) -> None:
+    frames = clip(4, 24, 24, streams=2)
+    free, exact = (eventify(make(), Rows(policy, static=static)) for static in (True, False))
+    state, other = free.init_state(2), exact.init_state(2)
+    for frame in frames:
+        with Waits() as waits:
+            updates = free.step(frame, state)
+        assert waits.seen == []
+        for ours, theirs in zip(updates, exact.step(frame, other), strict=True):
+            torch.testing.assert_close(ours.tokens, theirs.tokens, rtol=1e-5, atol=1e-5)
+            assert torch.equal(ours.changed, theirs.changed)
+
+
+def test_waiting_would_be_noticed() -> None:
+    with Waits() as waits:
+        x = torch.arange(4)
+        x[x > 1], int(x.sum()), x.unique(), (x > 1).nonzero(), torch.tensor(3)
+    assert {"index", "_local_scalar_dense", "nonzero", "lift_fresh"} < set(waits.seen) and len(waits.seen) == 5
+
+
+def test_static_shapes_depend_on_the_number_of_tokens_alone() -> None:
+    counts = []
+    for chosen in ([0, 1, 2, 3], [0, 9, 50, 99]):
+        rule = Rows(lambda gate, chosen=chosen: torch.tensor(chosen), static=True)
+        counts.append(run(sam(), rule, clip(2))[0][1][0].counts)
+    assert counts[0] == counts[1]
+
+
 def test_long_query_lists_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     vit, frames = sam(), clip(2)
     whole, _ = run(vit, Rows(select_all), frames)
@@ -364,3 +428,5 @@ def test_user_errors() -> None:
         Rows(gate="pixels")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="renew_every"):
         Rows(renew_every=-1)
+    with pytest.raises(UserError, match="'float16', 'bfloat16' or None, got 'int8'"):
+        Rows(cache_dtype="int8")  # type: ignore[arg-type]
