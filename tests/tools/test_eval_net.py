@@ -73,8 +73,8 @@ def test_sweep(options: list[str], tmp_path: Path) -> None:
     run("tools/eval_net.py", "eval=sweep", *options, *fewer, *extra, "max_videos=1", "max_frames=3")
     rows = json.loads((tmp_path / "run/results.json").read_text())["rows"]
     names = [row["method"] for row in rows]
-    assert names[:4] == ["dense", "rows 0.5", "rows 0.125", "rows threshold 3"]
-    assert names[4:] == ["random 0.5", "random 0.125", "held boxes 2", "resolution 0.75", "resolution 0.5", "patient 2"]
+    assert names[:5] == ["dense", "rows 0.5", "rows 0.125", "rows threshold 3", "rows focus 0.4"]
+    assert names[5:] == ["random 0.5", "random 0.125", "held boxes 2", "resolution 0.75", "resolution 0.5", "patient 2"]
     cost = {row["method"]: row["gmacs_backbone"] for row in rows}
     assert cost["rows 0.125"] < cost["rows 0.5"] < cost["dense"] and cost["held boxes 2"] < cost["dense"]
     assert all(row["frames"] == 3 and row["relative_total"] for row in rows)
@@ -97,7 +97,8 @@ def test_unlabelled_clips_are_judged_by_agreement_with_dense(options: list[str],
         str(tmp_path / "clips"),
     ]
     assert "1 videos, 4 frames" in subprocess.run(make, check=True, capture_output=True, text=True).stdout
-    curves = [f"~eval.curves.{name}" for name in ("rows_threshold", "paper", "random", "held_boxes", "resolution")]
+    left_out = ("rows_threshold", "rows_focus", "paper", "random", "held_boxes", "resolution")
+    curves = [f"~eval.curves.{name}" for name in left_out]
     where = ["data=clips", f"data.root={tmp_path / 'clips'}", "common_classes=true", "max_frames=3"]
     (tmp_path / "labels.json").write_text('{"disc": "car", "square": "dog"}')
     run("tools/eval_net.py", *options[1:], *where, *curves, "eval=sweep", f"labels={tmp_path / 'labels.json'}")
