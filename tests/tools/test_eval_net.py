@@ -95,9 +95,9 @@ def test_sweep(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
     evaluate_with("eval=sweep", *fewer, *extra, "max_videos=1", "max_frames=3")
     rows = results_of(tmp_path / "run")["rows"]
     names = [row["method"] for row in rows]
-    assert names[:4] == ["dense", "rows 0.5", "rows 0.125", "rows threshold 3"]
+    assert names[:5] == ["dense", "rows 0.5", "rows 0.125", "rows threshold 3", "rows focus 0.4"]
     others = ["random 0.5", "random 0.125", "held boxes 2", "resolution 0.75", "resolution 0.5"]
-    assert names[4:] == [*others, "dense square", "patient 2"]
+    assert names[5:] == [*others, "dense square", "patient 2"]
     cost = {row["method"]: row["gmacs_backbone"] for row in rows}
     assert cost["dense"] < cost["dense square"], "padding is not free"
     assert cost["rows 0.125"] < cost["rows 0.5"] < cost["dense"] and cost["held boxes 2"] < cost["dense"]
@@ -124,7 +124,7 @@ def test_unlabelled_clips_are_judged_by_agreement_with_dense(
         str(tmp_path / "clips"),
     ]
     assert "1 videos, 4 frames" in subprocess.run(make, check=True, capture_output=True, text=True).stdout
-    unused = ("dense_square", "rows_threshold", "paper", "random", "held_boxes", "resolution")
+    unused = ("dense_square", "rows_threshold", "rows_focus", "paper", "random", "held_boxes", "resolution")
     curves = [f"~eval.curves.{name}" for name in unused]
     where = ["data=clips", f"data.root={tmp_path / 'clips'}", "common_classes=true", "max_frames=3"]
     (tmp_path / "labels.json").write_text('{"disc": "car", "square": "dog"}')
