@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from running import ROOT, make_tree, run
 
 from eventful_det.data.coco_video import load_coco_video
@@ -25,8 +26,11 @@ from eventful_det.evaluation.detection import evaluate
 from eventful_det.models.checkpoints import save_detector
 from eventful_det.models.detector import Detector
 
-OTHERS = ("dense_square", "rows", "rows_threshold", "paper", "random", "resolution")
-CURVES = [*(f"~eval.curves.{name}" for name in OTHERS), "eval.curves.held_boxes.vary.hold=[2]"]  # dense and held
+OTHERS = set(OmegaConf.load(ROOT / "configs/eval/sweep.yaml").curves) - {"dense", "held_boxes"}
+CURVES = [
+    *(f"~eval.curves.{name}" for name in sorted(OTHERS)),
+    "eval.curves.held_boxes.vary.hold=[2]",
+]  # dense and held
 
 
 @pytest.fixture(scope="module")
