@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from eventful_det.data.coco_video import CocoVideo, Frame, Video
 from eventful_det.data.streams import StreamFrame, VideoStreams
@@ -92,6 +92,10 @@ class _Stream:
     shape: tuple[int, ...] = ()
     found: Detections | None = None
 
+    def may_hold(self, image: Image, hold: int) -> bool:
+        """Whether the boxes of the last frame may stand for this one, unless a scene begins."""
+        return self.shape == image.shape and len(self.frames) % hold > 0
+
     def add(
         self, frame: Frame, categories: Sequence[int], found: Detections, cost: FrameCost, latency: float = 0.0
     ) -> None:
@@ -101,6 +105,16 @@ class _Stream:
         self.results += coco_results({frame.image_id: found}, categories)
         self.costs.append(cost)
         self.latencies.append(latency)
+
+
+class _Due(NamedTuple):
+    """A frame that the detector has to run on; `cut` = everything is recomputed."""
+
+    slot: int
+    frame: Frame
+    image: Image
+    resized: Image
+    cut: bool
 
 
 class _Driver:
@@ -115,24 +129,23 @@ class _Driver:
 
     def advance(self, batch: Sequence[StreamFrame]) -> None:
         """Process the next frame of every stream."""
-        due: list[tuple[StreamFrame, bool]] = []
+        due: list[_Due] = []
         for item in batch:
             if item.is_first:
                 self.state.reset([item.slot])
                 self.streams[item.slot] = _Stream(item.video, SceneCuts() if self.scene_cuts else None)
             stream = self.streams[item.slot]
-            if item.image is None:
+            if item.image is None or item.resized is None:
                 stream.skipped[item.frame.image_id] = item.fault
                 continue
             cut = stream.cuts is not None and stream.cuts(item.image)
-            held = stream.found is not None and stream.shape == item.image.shape
-            stream.shape = item.image.shape
-            if held and not cut and len(stream.frames) % self.hold and stream.found is not None:
+            if stream.found is not None and stream.may_hold(item.image, self.hold) and not cut:
                 stream.add(item.frame, self.categories, stream.found, _idle(stream.costs[-1]))
             else:
-                due.append((item, cut))
+                due.append(_Due(item.slot, item.frame, item.image, item.resized, cut))
+            stream.shape = item.image.shape
         if due:
-            self._step([item for item, _ in due], [cut for _, cut in due])
+            self._step(due)
 
     def finish(self, slot: int) -> VideoRun:
         """The run of the video that has just ended."""
@@ -147,19 +160,21 @@ class _Driver:
             skipped=stream.skipped,
         )
 
-    def _step(self, items: Sequence[StreamFrame], flush: list[bool]) -> None:
-        slots = [item.slot for item in items]
+    def _step(self, due: Sequence[_Due]) -> None:
+        slots = [frame.slot for frame in due]
         state = self.state.select(slots)
         began = time.perf_counter()
-        frames = [self._network_input(item.resized) for item in items if item.resized is not None]
-        results = self.detector.step(frames, state, flush)
+        inputs = [self._network_input(frame.resized) for frame in due]
+        results = self.detector.step(inputs, state, [frame.cut for frame in due])
         found = [result.detections.to("cpu") for result in results]
         latency = time.perf_counter() - began
         for slot, remembered in zip(slots, state.streams, strict=True):
             self.state.streams[slot] = remembered
-        costs = _shared(results, latency)
-        for item, objects, cost in zip(items, found, costs, strict=True):
-            self.streams[item.slot].add(item.frame, self.categories, _in_source(objects, item), cost, latency)
+        for frame, objects, cost in zip(due, found, _shared(results, latency), strict=True):
+            objects = _unpadded(objects, frame.resized) if self.square else objects
+            (height, width), (h, w) = frame.image.shape[:2], frame.resized.shape[:2]
+            objects = objects.scaled(width / w, height / h)
+            self.streams[frame.slot].add(frame.frame, self.categories, objects, cost, latency)
 
     def _network_input(self, image: Image) -> Tensor:
         frame = to_tensor(image).to(self.detector.device)
@@ -171,14 +186,11 @@ class _Driver:
         return canvas
 
 
-def _in_source(found: Detections, item: StreamFrame) -> Detections:
-    """Detections in pixels of the source frame; what lies in the padding of a square is dropped."""
-    assert item.image is not None and item.resized is not None
-    (height, width), (h, w) = item.image.shape[:2], item.resized.shape[:2]
-    boxes = found.boxes.clamp(max=found.boxes.new_tensor([w, h, w, h]))
+def _unpadded(found: Detections, image: Image) -> Detections:
+    """Detections cut off where the padding of a square begins; those that lie in it whole are dropped."""
+    boxes = found.boxes.clamp(max=found.boxes.new_tensor([image.shape[1], image.shape[0]] * 2))
     inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    kept = dataclasses.replace(found, boxes=boxes[inside], scores=found.scores[inside], labels=found.labels[inside])
-    return kept.scaled(width / w, height / h)
+    return dataclasses.replace(found, boxes=boxes[inside], scores=found.scores[inside], labels=found.labels[inside])
 
 
 def _idle(before: FrameCost) -> FrameCost:
