@@ -22,7 +22,7 @@ from eventful_det.errors import UserError
 from eventful_det.gating.anatomy import Grid, anatomy_of
 from eventful_det.gating.closed_form import ViTShape, WindowLoad, rows_counts
 from eventful_det.gating.rows import Rows
-from eventful_det.gating.rows_attention import queries_per_tile
+from eventful_det.gating.rows_attention import most_tiles, queries_per_tile
 from eventful_det.gating.windows import windows_of
 from eventful_det.models.cost import roi_macs, stage_macs
 from eventful_det.models.detector import Detector
@@ -42,6 +42,7 @@ class PriceList:
         convs: MACs of each 3x3 convolution of the proposal head per cell.
         predict: MACs of its last layers per cell.
         regions: MACs of the region heads at most.
+        static: windows take as many tiles as if tokens lay as scattered as can be, see `Rows`.
     """
 
     shape: ViTShape
@@ -50,6 +51,7 @@ class PriceList:
     convs: tuple[int, ...]
     predict: int
     regions: int
+    static: bool
 
     @staticmethod
     def of(detector: Detector) -> PriceList:
@@ -63,6 +65,7 @@ class PriceList:
         backbone, head = detector.backbone, detector.proposal_generator.rpn_head
         stages = (backbone.simfp_2, backbone.simfp_3, backbone.simfp_4, backbone.simfp_5)
         grids = ((1, 1), (1, 1), (1, 1), (2, 2))
+        static = detector.rule.static
         return PriceList(
             shape=ViTShape.of(anatomy_of(backbone.net)),
             sources=tuple(stage_macs(stage[:-1], grid) for stage, grid in zip(stages, grids, strict=True)),
@@ -70,6 +73,7 @@ class PriceList:
             convs=tuple(cast(nn.Conv2d, conv).weight.numel() for conv in head.convs),
             predict=head.objectness_logits.weight.numel() + head.anchor_deltas.weight.numel(),
             regions=roi_macs(detector.roi_heads, detector.config.proposals),
+            static=detector.device.type != "cpu" if static is None else static,
         )
 
     def prices(self, grid: Grid, order: Tensor, regions: int | None = None) -> Tensor:
@@ -100,7 +104,9 @@ class PriceList:
         taken = torch.arange(len(order) + 1, device=order.device)
         total = one + token * (taken - 1)
         if self.shape.windowed:
-            total += tile * (_tiles(grid, self.shape.window, order) - 1)
+            side = self.shape.window
+            tiles = _most_tiles(grid, side, order.device)[taken] if self.static else _tiles(grid, side, order)
+            total += tile * (tiles - 1)
         total[0] = nothing
         return total
 
@@ -151,6 +157,14 @@ def _tiles(grid: Grid, side: int, order: Tensor) -> Tensor:
     place[by_window] = torch.arange(count, device=order.device) - (held.cumsum(0) - held)[window[by_window]]
     begins = place % queries_per_tile(windows.slots) == 0
     return F.pad(begins.cumsum(0), (1, 0))
+
+
+@lru_cache(maxsize=64)
+def _most_tiles(grid: Grid, side: int, device: torch.device) -> Tensor:
+    """`(N + 1,)` the most tiles that 0, 1, ... N tokens fill."""
+    windows = windows_of(grid, side, torch.device("cpu"))
+    most = [most_tiles(count, windows.count, windows.slots) for count in range(grid[0] * grid[1] + 1)]
+    return torch.tensor(most, device=device)
 
 
 def _convolved(rank: Tensor, count: int) -> Tensor:

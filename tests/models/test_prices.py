@@ -31,8 +31,11 @@ def cost_of(detector: Detector, chosen: Tensor) -> dict[str, int]:
     return step.cost.macs
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_backbone_pyramid_and_proposals_are_exact_and_regions_a_bound(tiny_detector: Detector, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "static"), [(0, None), (1, None), (2, True)])
+def test_backbone_pyramid_and_proposals_are_exact_and_regions_a_bound(
+    tiny_detector: Detector, seed: int, static: bool | None
+) -> None:
+    tiny_detector.rule = Rows(static=static)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
     price_list = PriceList.of(tiny_detector)
     prices, bound = price_list.prices(GRID, order, regions=0), price_list.prices(GRID, order)
