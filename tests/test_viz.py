@@ -10,16 +10,20 @@ import numpy as np
 import pytest
 import torch
 
+from eventful_det.gating.policy import RandomK, Threshold, TopFraction, TopK, select_all
 from eventful_det.models.cost import PARTS, FrameCost
 from eventful_det.models.regions import Detections
 from eventful_det.runtime.stream import StreamResult
 from eventful_det.viz import (
     PART_COLOURS,
+    Caption,
     annotate,
+    budget_text,
     class_colour,
     cost_row,
     draw_detections,
     draw_history,
+    draw_latency,
     draw_work,
     plot_cost,
 )
@@ -93,6 +97,73 @@ def test_history_shows_shares_of_dense() -> None:
     assert count(right, backbone) == pytest.approx(4 * count(left, backbone), rel=0.15)
     draw_history(canvas, [])
     draw_history(canvas, [cost(0.0, recomputed=0, seconds={})] * 500)
+
+
+def test_latency_is_shown_against_dense() -> None:
+    slow, fast = cost(seconds={"backbone": 0.08}), cost(seconds={"backbone": 0.02})
+    canvas = np.zeros((140, 376, 3), np.uint8)
+    draw_latency(canvas, [slow] * 50 + [fast] * 50, dense_seconds=0.1)
+    bars = (canvas == (120, 176, 222)).all(axis=2)
+    assert bars[:, :205].sum() == pytest.approx(4 * bars[:, 215:].sum(), rel=0.1)
+    line = np.flatnonzero((canvas[:, 60:] == 236).any(axis=2).mean(axis=1) > 0.9)
+    above = np.flatnonzero(bars.any(axis=1))[0]
+    assert len(line) == 1 and line[0] < above  # dense is slower than either
+    draw_latency(canvas, [cost(seconds={})] * 3)
+    draw_latency(canvas, [])
+
+
+def test_flushes_and_held_frames_are_marked() -> None:
+    canvas = np.zeros((140, 376, 3), np.uint8)
+    draw_history(canvas, [cost(flush=True), cost(), cost(0.0), cost(0.0)])
+    red, grey = count(canvas, (240, 92, 84)), count(canvas, (112, 120, 132))
+    assert red > 0 and grey == pytest.approx(2 * red, rel=0.5)
+
+
+def read(drawn: Any, **changes: Any) -> bool:
+    """Whether a picture of the frame with these changes is another one."""
+    return not np.array_equal(drawn, annotate(result(180, 320, **changes), [cost()]))
+
+
+@pytest.mark.parametrize("width", [100, 320, 640, 959, 960, 1584, 1920, 1921])
+def test_annotate_every_width(width: int) -> None:
+    live = {"stream": "rtsp://camera/" + 30 * "long-name-", "frame_age": 0.1, "dropped": 1234}
+    for height, broad in ((180, 320), (320, 180)):
+        frame = result(height, broad, **live)
+        drawn = annotate(frame, [cost()] * 100, caption=Caption("threshold 2, at most 50%", 0.1), width=width)
+        assert drawn.shape[1] <= max(width, 320) and drawn.shape[1] > 0.6 * width
+        edge = np.concatenate([drawn[:, :5].reshape(-1, 3), drawn[:, -5:].reshape(-1, 3), drawn[-3:].reshape(-1, 3)])
+        assert np.ptp(edge, axis=0).max() == 0  # nothing runs out of the picture
+        assert count(drawn, class_colour(0)) > 0 and count(drawn, PART_COLOURS["roi"]) > 0
+
+
+def test_header_tells_age_and_budget() -> None:
+    plain = annotate(result(180, 320), [cost()])
+    assert read(plain, stream="a.mp4") and read(plain, frame_index=4) and read(plain, timestamp=9.0)
+    named = annotate(result(180, 320, stream="b/a.mp4"), [cost()])
+    assert not read(named, stream="c/a.mp4")
+    fresh, old, stale = (annotate(result(180, 320, frame_age=age), [cost()]) for age in (0.1, 1.0, 3.0))
+    for drawn, colour in ((fresh, (64, 178, 112)), (old, (226, 158, 50)), (stale, (226, 76, 70))):
+        assert count(drawn, colour) > 500 and count(plain, colour) == 0
+    assert not np.array_equal(plain, annotate(result(180, 320), [cost()], caption=Caption("96 tokens")))
+
+
+@pytest.mark.parametrize(
+    ("budget", "text"),
+    [
+        (None, "dense"),
+        (96, "96 tokens"),
+        (0.25, "25% of tokens"),
+        (TopK(7), "7 tokens"),
+        (TopFraction(0.5), "50% of tokens"),
+        (RandomK(fraction=0.125), "12% of tokens"),
+        (RandomK(3), "3 tokens"),
+        (Threshold(2, 0.5), "threshold 2, at most 50%"),
+        (select_all, "all tokens"),
+        ("40GMACs", "40GMACs"),
+    ],
+)
+def test_budget_text(budget: object, text: str) -> None:
+    assert budget_text(budget) == text
 
 
 @pytest.mark.parametrize(("height", "width"), [(256, 384), (720, 1280), (1280, 720), (32, 640), (640, 32), (7, 5)])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import cv2
+import numpy as np
+from numpy.typing import NDArray
 
 from eventful_det.models.cost import PARTS, FrameCost
 from eventful_det.viz.text import FAINT, INK, LINE, Colour, Image, pill, write
@@ -56,17 +58,16 @@ def draw_cost(
 def draw_history(canvas: Image, history: Sequence[FrameCost], length: int = 100, unit: float = 1.0) -> None:
     """Fill a panel with a strip chart: MACs of the last `length` frames by part, relative to dense."""
     shown = list(history)[-length:]
-    mean = sum(c.total for c in shown) / max(sum(c.dense_total for c in shown), 1)
-    chart = _Chart(canvas, length, 1.0, unit)
-    chart.name(f"GMACs of {length} frames", f"mean {mean:.0%}" if shown else "")
+    dense = np.array([max(cost.dense_total, 1) for cost in shown])
+    total = sum(cost.total for cost in shown)
+    chart = _Chart(canvas, shown, length, 1.0, unit)
+    chart.name(f"GMACs of {length} frames", f"mean {total / dense.sum():.0%}" if shown else "")
     chart.grid(1.0, "{:.0%}".format)
-    for place, cost in enumerate(shown, start=length - len(shown)):
-        dense, floor = max(cost.dense_total, 1), 0.0
-        for part in PARTS:
-            ceiling = floor + cost.macs[part] / dense
-            chart.bar(place, floor, ceiling, PART_COLOURS[part])
-            floor = ceiling
-        chart.mark(place, cost)
+    floor = np.zeros(len(shown))
+    for part in PARTS:
+        ceiling = floor + np.array([cost.macs[part] for cost in shown]) / dense
+        chart.bars(floor, ceiling, PART_COLOURS[part])
+        floor = ceiling
     chart.line(1.0)
 
 
@@ -80,27 +81,42 @@ def draw_latency(
 ) -> None:
     """Fill a panel with a strip chart: milliseconds of the last `length` frames; the white line is dense, if known."""
     shown = list(history)[-length:]
-    run = sorted(cost.latency for cost in shown if cost.latency)
-    usual = run[round(0.95 * (len(run) - 1))] if run else 1e-3
+    seconds = np.array([cost.latency for cost in shown])
+    run = seconds[seconds > 0]
+    usual = float(np.percentile(run, 95)) if run.size else 1e-3
     top = max(usual, dense_seconds or 0.0)
-    chart = _Chart(canvas, length, top, unit)
-    chart.name("milliseconds", f"mean {1e3 * sum(run) / len(run):.0f}" if run else "")
+    chart = _Chart(canvas, shown, length, top, unit)
+    chart.name("milliseconds", f"mean {1e3 * run.mean():.0f}" if run.size else "")
     chart.grid(dense_seconds or top, lambda value: f"{1e3 * value:.0f}")
-    for place, cost in enumerate(shown, start=length - len(shown)):
-        chart.bar(place, 0.0, min(cost.latency, 1.1 * top), _TIME)
-        chart.mark(place, cost)
+    chart.bars(np.zeros(len(shown)), np.minimum(seconds, 1.1 * top), _TIME)
     if dense_seconds:
         chart.line(dense_seconds)
 
 
 class _Chart:
-    """Bars over time. There is a little room above `top` for frames that cost more."""
+    """Bars over time, and marks below those of flushes and held frames.
 
-    def __init__(self, canvas: Image, length: int, top: float, unit: float) -> None:
+    Args:
+        canvas: to fill.
+        shown: the last frames, `length` at most.
+        length: frames that there is room for.
+        top: the value at the upper end, save a little room for frames above it.
+        unit: see `draw_cost`.
+    """
+
+    def __init__(self, canvas: Image, shown: Sequence[FrameCost], length: int, top: float, unit: float) -> None:
         self.canvas, self.unit = canvas, unit
         self.left, self.bottom = round(44 * unit), canvas.shape[0] - round(10 * unit)
-        self.step = (canvas.shape[1] - self.left) / length
         self.height = (self.bottom - round(30 * unit)) / top
+        step = (canvas.shape[1] - self.left) / length
+        place = (np.arange(canvas.shape[1] - self.left) / step).astype(np.intp)
+        drawn = place >= length - len(shown)
+        if step >= 4:
+            drawn &= np.diff(place, append=length) == 0  # a gap between the bars
+        self._columns, self._frames = self.left + np.flatnonzero(drawn), place[drawn] - (length - len(shown))
+        below = np.s_[self.bottom + round(3 * unit) : self.bottom + round(7 * unit)]
+        for colour, chosen in ((_FLUSH, [c.flush for c in shown]), (_HELD, [not c.total for c in shown])):
+            canvas[below, self._columns[np.array(chosen, bool)[self._frames]]] = colour
 
     def name(self, title: str, note: str) -> None:
         """Write above the chart."""
@@ -119,26 +135,15 @@ class _Chart:
         """A line from left to right."""
         cv2.line(self.canvas, (self.left, self._row(value)), (self.canvas.shape[1] - 1, self._row(value)), colour, 1)
 
-    def bar(self, place: int, floor: float, ceiling: float, colour: Colour) -> None:
-        """A piece of a bar."""
-        above, below = self._row(ceiling), self._row(floor)
-        if above < below:
-            left, right = self._columns(place)
-            cv2.rectangle(self.canvas, (left, above), (right, below - 1), colour, -1)
-
-    def mark(self, place: int, cost: FrameCost) -> None:
-        """Below the bar, whether the frame was a flush or held."""
-        if cost.flush or not cost.total:
-            left, right = self._columns(place)
-            top, bottom = self.bottom + round(3 * self.unit), self.bottom + round(7 * self.unit)
-            cv2.rectangle(self.canvas, (left, top), (right, bottom), _FLUSH if cost.flush else _HELD, -1)
+    def bars(self, floors: NDArray[np.float64], ceilings: NDArray[np.float64], colour: Colour) -> None:
+        """A piece of the bar of each frame."""
+        below, above = (np.rint(self.bottom - v * self.height).astype(int)[self._frames] for v in (floors, ceilings))
+        rows = np.arange(self.bottom)[:, None]
+        y, x = np.nonzero((above <= rows) & (rows < below))
+        self.canvas[y, self._columns[x]] = colour
 
     def _row(self, value: float) -> int:
         return round(self.bottom - value * self.height)
-
-    def _columns(self, place: int) -> tuple[int, int]:
-        left, right = round(self.left + place * self.step), round(self.left + (place + 1) * self.step) - 1
-        return left, right - (self.step >= 4)
 
 
 def _quantity(canvas: Image, value: str, name: str, share: float | None, y: int, unit: float) -> None:

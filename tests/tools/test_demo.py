@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -163,6 +164,25 @@ def test_ctrl_c_while_files_are_finished(
     with pytest.raises(KeyboardInterrupt):
         module.demo(config(weights, "source=synthetic", "max_frames=3", f"output={tmp_path / 'out'}"))
     assert check_run(tmp_path / "out")["frames"] == 3
+
+
+def test_few_frames_are_in_flight(
+    module: ModuleType, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Any]] = []
+
+    class Watched(Clip):
+        def _read(self) -> Iterator[VideoFrame]:
+            for frame in super()._read():
+                alive.append(weakref.ref(frame.image))
+                assert sum(image() is not None for image in alive) <= 12
+                yield frame
+
+    clip = Watched(40, lambda: None)
+    clip.ahead = 2
+    monkeypatch.setattr(module, "open_source", lambda *_, **__: clip)
+    module.demo(config(weights, f"output={tmp_path / 'out'}", "max_frames=60"))
+    assert check_run(tmp_path / "out")["frames"] == 60 and len(alive) <= 65
 
 
 def test_error_midway_keeps_what_was_written(
