@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -176,5 +177,13 @@ def why_not(kind: str) -> str | None:
     return None
 
 
+def _end_with_parent(parent: int) -> None:
+    """A test that is killed takes its servers with it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(os.getpid(), signal.SIGKILL)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     globals()[f"serve_{sys.argv[1]}"](int(sys.argv[2]))
