@@ -15,7 +15,7 @@ from eventful_det.gating.anatomy import Grid
 from eventful_det.gating.policy import GateInput, JointPolicy
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.state import State
-from eventful_det.models.detector import DIVISOR, Detector, StepResult
+from eventful_det.models.detector import Detector, StepResult
 from eventful_det.models.prices import PriceList
 from eventful_det.runtime.budget import Budget, Gmacs, Latency, check_budget, policy_for
 from eventful_det.runtime.control import Bank, Clock, Load
@@ -43,7 +43,11 @@ class _Asked(NamedTuple):
 
     gate: GateInput
     account: Account
-    grid: Grid
+
+    @property
+    def grid(self) -> Grid:
+        """Tokens of its frame, which gates of the rows rule always tell."""
+        return cast(Grid, self.gate.grid)
 
 
 @dataclass
@@ -127,7 +131,7 @@ class Spender:
             prepared: seconds that each frame took before the step; they count as "other".
         """
         plan = _Plan(self._budget)
-        results = self.detector.step(frames, state, flush, self._joint(frames, accounts, plan))
+        results = self.detector.step(frames, state, flush, self._joint(accounts, plan))
         for result, seconds in zip(results, prepared, strict=True):
             result.cost.seconds["other"] = result.cost.seconds.get("other", 0.0) + seconds
         if plan.streams and plan.budget is self._budget and not isinstance(plan.budget, Latency):
@@ -137,17 +141,16 @@ class Spender:
         self._learn(results, accounts)
         return results
 
-    def _joint(self, frames: Sequence[Tensor], accounts: Sequence[Account], plan: _Plan) -> JointPolicy | None:
+    def _joint(self, accounts: Sequence[Account], plan: _Plan) -> JointPolicy | None:
         """What chooses the tokens of a step; None = the detector's policy, stream by stream."""
         if not isinstance(self.detector.rule, Rows):
             return None
         if plan.budget is None or callable(plan.budget) or plan.budget == 1.0:
             return self._policy_and_due if self._bounds_policies else None
-        grids = [_grid(frame, self.detector.config.patch) for frame in frames]
 
         def choose(gates: Sequence[GateInput]) -> Sequence[Tensor]:
             plan.streams = tuple(gate.stream for gate in gates)
-            asked = [_Asked(gate, accounts[gate.stream], grids[gate.stream]) for gate in gates]
+            asked = [_Asked(gate, accounts[gate.stream]) for gate in gates]
             return self._choose(asked, plan) if asked else []
 
         return choose
@@ -216,9 +219,3 @@ class Spender:
             if cost.recomputed:
                 before = cost.macs["roi"] if account.regions is None else account.regions
                 account.regions = round(_MEMORY * before + (1 - _MEMORY) * cost.macs["roi"])
-
-
-def _grid(frame: Tensor, patch: int) -> Grid:
-    """Token grid of an input `(3, h, w)` of the detector."""
-    rows, cols = (-(-side // DIVISOR) * DIVISOR // patch for side in frame.shape[-2:])
-    return rows, cols

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -54,6 +55,17 @@ def test_gmacs_are_never_exceeded(tiny_detector: Detector, moving: list[Image], 
     spent = [result.cost.total / dense for result in results]
     assert max(spent) <= share
     assert np.mean(spent) > 0.35 * share, "and it is used: what lacks is the bound of the region heads"
+
+
+@pytest.mark.parametrize("budget", [Gmacs(0.02), Latency(10.0)])
+def test_frames_padded_to_squares(tiny_detector: Detector, moving: list[Image], budget: Budget) -> None:
+    """The tokens that are priced are those of the padded frame, as of checkpoints from detectron2's zoo."""
+    square = Detector(dataclasses.replace(tiny_detector.config, square_pad=160)).eval()
+    square.load_state_dict(tiny_detector.state_dict())
+    results = steady(list(square.stream(moving[:6], budget=budget)))
+    assert results and all(result.cost.tokens == 100 for result in results)
+    if isinstance(budget, Gmacs):
+        assert 0 < max(result.cost.total for result in results) <= 1e9 * budget.value
 
 
 def test_dense_is_the_ceiling(tiny_detector: Detector, moving: list[Image]) -> None:
