@@ -19,12 +19,14 @@ from eventful_det.data.transforms import Image, to_tensor
 from eventful_det.evaluation.detection import Entry, category_ids, coco_results
 from eventful_det.evaluation.efficiency import peak_memory, reset_peak_memory
 from eventful_det.evaluation.runs import Method, VideoRun
+from eventful_det.gating.rows import Rows
 from eventful_det.models.cost import FrameCost
 from eventful_det.runtime.refresh import SceneCuts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from eventful_det.gating.convert import Rule
     from eventful_det.models.detector import Detector, StepResult
     from eventful_det.models.regions import Detections
 
@@ -121,7 +123,7 @@ class _Driver:
     """Steps a detector through batches of frames; each slot has a stream."""
 
     def __init__(self, detector: Detector, data: CocoVideo, method: Method, streams: int, scene_cuts: bool) -> None:
-        self.detector = detector.with_rule(method.rule)
+        self.detector = detector.with_rule(_exact(method.rule))
         self.categories = category_ids(data, detector.names)
         self.hold, self.square, self.scene_cuts = method.hold, method.square, scene_cuts
         self.state = self.detector.init_state(streams)
@@ -206,3 +208,8 @@ def _shared(results: Sequence[StepResult], seconds: float) -> list[FrameCost]:
         dataclasses.replace(result.cost, seconds={part: scale * s for part, s in result.cost.seconds.items()})
         for result in results
     ]
+
+
+def _exact(rule: Rule | None) -> Rule | None:
+    """The rule, with results that do not depend by a bit on how many videos share a step."""
+    return dataclasses.replace(rule, exact=True) if isinstance(rule, Rows) else rule

@@ -67,6 +67,9 @@ class Rows:
             the policy does; it costs some empty attention tiles. None = on all devices but CPUs.
         cache_dtype: of cached keys and values, "float16" or "bfloat16", to halve most of the state; they are
             converted whenever they are read. None = that of the network, exact.
+        exact: each stream has matrix products of its own, so that no bit of what it gives depends on which others share
+            the step. Otherwise the rows of all streams pass through the linear layers together, which is quicker, and
+            products of other sizes may round differently.
     """
 
     policy: Policy = Focus(2.0, cap=0.4)
@@ -74,6 +77,7 @@ class Rows:
     renew_every: int = 0
     static: bool | None = None
     cache_dtype: Literal["float16", "bfloat16"] | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.gate not in ("patches", "embedding"):
@@ -175,21 +179,29 @@ class Rows:
         embedded = [len(some if self.gate == "patches" else all_) for some, all_ in zip(rows, compared, strict=True)]
         counts = [_embedding_counts(anatomy, *sizes) for sizes in zip(embedded, map(len, rows), strict=True)]
         busy = [i for i, index in enumerate(indices) if len(index)]
-        if not busy:
-            return counts
         for i in busy:
             states[i].reference.index_copy_(0, indices[i], rows[i])
             states[i].age.index_fill_(0, indices[i], 1)
-        z = joined([rows[i] for i in busy])
+        groups = [[i] for i in busy] if self.exact else [busy] if busy else []
+        for group in groups:
+            more = self._run(anatomy, [rows[i] for i in group], [indices[i] for i in group], [states[i] for i in group])
+            for i, count in zip(group, more, strict=True):
+                counts[i] += count
+        return counts
+
+    def _run(
+        self, anatomy: Anatomy, rows: Sequence[Tensor], indices: Sequence[Tensor], states: Sequence[RowsState]
+    ) -> list[Counts]:
+        """Carry rows of some streams through the network together, updating their states; what each took."""
+        z = joined(rows)
         z = anatomy.embed(z) if self.gate == "patches" else z
         if anatomy.positions is not None:
-            z = z + joined([_positions(states[i], indices[i]) for i in busy])
-        selections = [Selection(indices[i], states[i].grid, states[i].caches, states[i].tables) for i in busy]
+            z = z + joined([_positions(*stream) for stream in zip(states, indices, strict=True)])
+        selections = [Selection(index, s.grid, s.caches, s.tables) for index, s in zip(indices, states, strict=True)]
         static = anatomy.device.type != "cpu" if self.static is None else self.static
-        outputs, more = run_blocks(anatomy, z, selections, static)
-        for i, output, count in zip(busy, outputs, more, strict=True):
-            states[i].output.index_copy_(0, indices[i], output)
-            counts[i] += count
+        outputs, counts = run_blocks(anatomy, z, selections, static)
+        for state, index, output in zip(states, indices, outputs, strict=True):
+            state.output.index_copy_(0, index, output)
         return counts
 
 

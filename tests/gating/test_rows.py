@@ -197,6 +197,17 @@ def test_streams_do_not_influence_each_other(policy: Policy, gate: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_exact_streams_do_not_influence_a_bit() -> None:
+    vit = sam()
+    clips = [clip(4, *size, seed=i) for i, size in enumerate([(40, 40), (20, 28), (8, 12)])]
+    eventful = eventify(vit, Rows(Threshold(0.5, cap=0.4), exact=True))
+    state = eventful.init_state(3)
+    alone = [run(vit, eventful.rule, frames)[0] for frames in clips]
+    for t in range(4):
+        for i, update in enumerate(eventful.step([frames[t, 0] for frames in clips], state)):
+            assert torch.equal(update.tokens, alone[i][t][0].tokens) and update.counts == alone[i][t][0].counts
+
+
 def test_streams_of_several_sizes_step_together() -> None:
     vit = sam()
     clips = [clip(4, *size, seed=i) for i, size in enumerate([(40, 40), (20, 28), (8, 12)])]

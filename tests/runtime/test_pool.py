@@ -16,6 +16,7 @@ from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoFrame, VideoSource
 from eventful_det.errors import UserError
 from eventful_det.gating.policy import TopK
+from eventful_det.gating.rows import Rows
 from eventful_det.models.detector import Detector
 from eventful_det.runtime.budget import Gmacs, Latency
 from eventful_det.runtime.metrics import StreamMetrics
@@ -110,7 +111,8 @@ def test_who_comes_and_goes_does_not_disturb_a_bit(tiny_detector: Detector) -> N
         yield from clip(3, 2)
         raise RuntimeError("gone")
 
-    pool = StreamPool(tiny_detector, budget=TopK(11), scene_cuts=False)
+    detector = tiny_detector.with_rule(Rows(exact=True))
+    pool = StreamPool(detector, budget=TopK(11), scene_cuts=False)
     for name, images in watched.items():
         pool.add(images, name=name)
     results: dict[str, list[PoolResult]] = {}
@@ -127,7 +129,7 @@ def test_who_comes_and_goes_does_not_disturb_a_bit(tiny_detector: Detector) -> N
         for result in pool.step():
             results.setdefault(result.stream, []).append(result)
     for name, images in watched.items():
-        alone = tiny_detector.stream(images, budget=TopK(11), scene_cuts=False)
+        alone = detector.stream(images, budget=TopK(11), scene_cuts=False)
         for mine, solo in zip(results[name], alone, strict=True):
             assert_equal(mine, solo)
     assert [r.cost.flush for r in results["mixed"]] == [True, False, False, True]
