@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,8 @@ from rich.console import Console
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import RULES, Rule
 from eventful_det.gating.policy import Focus, Policy, RandomK, Threshold, TopFraction, TopK
+from eventful_det.models.checkpoints import SYNTHETIC, load_detector
+from eventful_det.models.detector import Detector
 
 console = Console()
 
@@ -100,6 +102,18 @@ def choose_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={name} cannot be used here ({str(error).splitlines()[0]}); try device=cpu") from error
+
+
+def open_detector(config: DictConfig, sources: Sequence[Any]) -> Detector:
+    """The detector of a config; without a name, the shipped weights that know the sources.
+
+    Args:
+        config: "weights", "labels", "device" and "gate".
+        sources: what it is to watch.
+    """
+    synthetic = bool(sources) and all(str(source).startswith("synthetic") for source in sources)
+    detector = load_detector(config.weights or (SYNTHETIC if synthetic else None), config.labels)
+    return detector.to(choose_device(config.device)).with_rule(build_rule(config.gate))
 
 
 def build_rule(gate: DictConfig) -> Rule | None:

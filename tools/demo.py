@@ -25,7 +25,7 @@ from typing import Any
 
 import hydra
 import torch
-from common import build_rule, choose_device, console, tool, uninterrupted, write_results
+from common import console, open_detector, tool, uninterrupted, write_results
 from demo_compare import Comparison
 from demo_files import Outputs
 from omegaconf import DictConfig, ListConfig
@@ -34,7 +34,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, open_source
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import peak_memory
-from eventful_det.models.checkpoints import SYNTHETIC, load_detector
 from eventful_det.models.detector import Detector
 from eventful_det.models.labels import relabel
 from eventful_det.runtime.budget import parse_budget
@@ -70,16 +69,14 @@ def name_folders(output: Path, sources: Sequence[Any]) -> list[Path]:
     return folders
 
 
-def open_detector(config: DictConfig, sources: Sequence[Any]) -> Detector:
-    """The detector of a config."""
-    synthetic = all(str(source).startswith("synthetic") for source in sources)
-    detector = load_detector(config.weights or (SYNTHETIC if synthetic else None), config.labels)
-    if config.classes is not None:
-        detector = keep_classes(detector, [config.classes] if isinstance(config.classes, str) else config.classes)
-    detector = detector.to(choose_device(config.device)).with_rule(build_rule(config.gate))
+def build_detector(config: DictConfig, sources: Sequence[Any]) -> Detector:
+    """The detector of a config, with the classes that it asks for."""
+    detector = open_detector(config, sources)
     if detector.rule is None and config.budget is not None:
         raise UserError("gate=dense recomputes everything; leave budget out, or choose gate=rows or gate=paper")
-    return detector
+    if config.classes is None:
+        return detector
+    return keep_classes(detector, [config.classes] if isinstance(config.classes, str) else config.classes)
 
 
 def keep_classes(detector: Detector, classes: Sequence[str]) -> Detector:
@@ -89,7 +86,7 @@ def keep_classes(detector: Detector, classes: Sequence[str]) -> Detector:
         raise UserError(f"classes: no class {', '.join(unknown)}; the weights know {', '.join(detector.names)}")
     kept = Detector(relabel(detector.config, {name: None for name in detector.names if name not in classes}))
     kept.load_state_dict(detector.state_dict())
-    return kept.eval()
+    return kept.eval().to(detector.device).with_rule(detector.rule)
 
 
 def build_terms(config: DictConfig) -> Terms | None:
@@ -220,7 +217,7 @@ def demo(config: DictConfig) -> None:
     if config.max_frames is not None and config.max_frames < 1:
         raise UserError(f"max_frames must be at least 1, got {config.max_frames}")
     sources, output = find_sources(config.source), Path(config.output)
-    detector = open_detector(config, sources)
+    detector = build_detector(config, sources)
     runs: dict[str, Any] = {}
     failed: list[str] = []
     for source, directory in zip(sources, name_folders(output, sources), strict=True):

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from eventful_det.models.detector import Detector
-from eventful_det.models.regions import Detections
-from eventful_det.runtime.drift import matches
+from eventful_det.runtime.drift import Drift, compare
 from eventful_det.runtime.stream import StreamResult
 
 
@@ -21,7 +20,7 @@ class Comparison:
         self.show = show
         self.images: deque[Any] = deque()
         self.dense = detector.with_rule(None).stream(self._feed(), **options)
-        self.both = self.ours = self.theirs = 0
+        self.total = Drift()
         self.ratios: list[float] = []
 
     def _feed(self) -> Iterator[Any]:
@@ -32,23 +31,15 @@ class Comparison:
         """Run the dense detector on a frame and compare."""
         self.images.append(result.image)
         dense = next(self.dense)
-        ours, theirs = [d.scores >= self.show for d in (result.detections, dense.detections)]
-        self.both += len(list(matches(select(result.detections, ours), select(dense.detections, theirs))))
-        self.ours, self.theirs = self.ours + int(ours.sum()), self.theirs + int(theirs.sum())
+        self.total += compare(result.detections, dense.detections, dense.cost.latency, self.show)
         if result.cost.latency and not result.cost.flush:
             self.ratios.append(dense.cost.latency / result.cost.latency)
 
     def summary(self) -> dict[str, Any]:
         """F1 of our detections with the dense ones as truth; how many times faster a frame is, flushes excluded."""
-        found = self.ours + self.theirs
         return {
-            "agreement_f1": 2 * self.both / found if found else None,
-            "detections": self.ours,
-            "dense_detections": self.theirs,
+            "agreement_f1": self.total.agreement,
+            "detections": self.total.ours,
+            "dense_detections": self.total.dense,
             "times_faster_median": float(np.median(self.ratios)) if self.ratios else None,
         }
-
-
-def select(detections: Detections, chosen: Any) -> Detections:
-    """Some of the detections."""
-    return detections.map(lambda values: values[chosen])

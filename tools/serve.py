@@ -17,12 +17,11 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import hydra
-from common import build_rule, choose_device, console, tool
+from common import console, open_detector, tool
 from omegaconf import DictConfig, ListConfig
 
 from eventful_det.data.classes import SYNTHETIC_SHAPES
 from eventful_det.errors import UserError
-from eventful_det.models.checkpoints import SYNTHETIC, load_detector
 from eventful_det.models.detector import Detector
 from eventful_det.runtime.pool import StreamPool
 
@@ -82,14 +81,6 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host}:{port}: {error}; try another port, or port=0") from error
 
 
-def build_detector(config: DictConfig, sources: Sequence[str]) -> Detector:
-    """The detector of a config; without a name, the shipped weights that know the sources."""
-    synthetic = bool(sources) and all(source.startswith("synthetic") for source in sources)
-    weights = config.weights or (SYNTHETIC if synthetic else None)
-    detector = load_detector(weights, config.labels).to(choose_device(config.device))
-    return detector.with_rule(build_rule(config.gate))
-
-
 def build_intake(config: DictConfig, detector: Detector) -> Intake:
     """What people may open."""
     synthetic = {shape.name for shape in SYNTHETIC_SHAPES} <= set(detector.names)
@@ -118,7 +109,7 @@ def build_engine(config: DictConfig, detector: Detector, sources: Sequence[str])
 def serve(config: DictConfig) -> None:
     """Run until Ctrl-C."""
     token, sources = token_of(config), sources_of(config)
-    detector = build_detector(config, sources)
+    detector = open_detector(config, sources)
     intake = build_intake(config, detector)
     port = listen(config.host, config.port)
     engine = build_engine(config, detector, sources)

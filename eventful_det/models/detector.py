@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import Anatomy, Grid, anatomy_of
+from eventful_det.gating.anatomy import Anatomy, anatomy_of
 from eventful_det.gating.closed_form import ViTShape, dense_counts
 from eventful_det.gating.convert import Rule, flush_flags, step_streams
 from eventful_det.gating.cost import Counts
@@ -227,19 +227,19 @@ class Detector(nn.Module):
         """The token maps of the next frames `(3, h, w)`, and what changed in them."""
         if self.rule is None:
             return [self._dense_update(anatomy, *pair) for pair in zip(images, flushes, strict=True)]
-        for image, stream in zip(images, streams, strict=True):
-            self._point_out(anatomy.grid(*image.shape[-2:]), stream)
+        for stream in streams:
+            self._point_out(stream)
         backbones = State([stream.backbone.streams[0] for stream in streams])
         updates = step_streams(self.rule, anatomy, images, backbones, flushes, joint)
         for stream, backbone in zip(streams, backbones.streams, strict=True):
             stream.backbone.streams[0] = backbone
         return updates
 
-    def _point_out(self, grid: Grid, stream: DetectorStream) -> None:
+    def _point_out(self, stream: DetectorStream) -> None:
         """Tell the gate where something was found on the last frame."""
         backbone = stream.backbone.streams[0]
         if isinstance(backbone, RowsState) and stream.detections is not None:
-            backbone.interest.copy_(token_interest(stream.detections, grid, self.config.patch))
+            backbone.interest.copy_(token_interest(stream.detections, backbone.grid, self.config.patch))
 
     def _dense_update(self, anatomy: Anatomy, image: Tensor, flush: bool) -> Update:
         """Everything, as if all tokens had changed."""

@@ -115,14 +115,14 @@ class Shadow:
         frame = self._viewer.look(image, self._dense.device)
         (step,) = self._dense.step(frame[None], self._dense.init_state())
         dense = self._viewer.tell(step, image, index, None).detections
-        drift = compare(ours, dense, step.cost.latency)
+        drift = compare(ours, dense, step.cost.latency, SURE)
         self.total += drift
         return drift
 
 
-def compare(ours: Detections, dense: Detections, seconds: float = 0.0) -> Drift:
-    """Compare the sure detections of one frame."""
-    ours, dense = _sure(ours), _sure(dense)
+def compare(ours: Detections, dense: Detections, seconds: float = 0.0, sure: float = SURE) -> Drift:
+    """Compare the detections of one frame whose score is at least `sure`."""
+    ours, dense = _at_least(ours, sure), _at_least(dense, sure)
     overlaps = list(matches(ours, dense))
     return Drift(1, len(ours), len(dense), len(overlaps), sum(overlaps), seconds)
 
@@ -136,6 +136,6 @@ def matches(ours: Detections, theirs: Detections) -> Iterable[float]:
             overlap[:, row.argmax()] = 0
 
 
-def _sure(detections: Detections) -> Detections:
-    sure = detections.scores >= SURE
-    return detections.map(lambda values: values[sure])
+def _at_least(detections: Detections, score: float) -> Detections:
+    chosen = detections.scores >= score
+    return detections.map(lambda values: values[chosen])

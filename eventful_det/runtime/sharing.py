@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eventful_det.errors import UserError
 from eventful_det.gating.policy import GateInput, token_scores
+from eventful_det.runtime.budget import AGE_POWER, INTEREST
 
 _DUE, _CHANGED, _UNCHANGED = range(3)
 
@@ -35,8 +36,8 @@ class Terms:
     """
 
     noise: float = 2.0
-    age_power: float = 0.5
-    interest: float = 4.0
+    age_power: float = AGE_POWER
+    interest: float = INTEREST
     min_share: float = 0.5
     max_age: int = 100
     bank: float = 0.0
