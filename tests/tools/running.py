@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -18,6 +24,18 @@ def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def compose_config(name: str, *options: str) -> DictConfig:
+    """The config of a tool, as its command line would make it."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose(name, list(options))
+
+
+def import_tool(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A tool as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module(name)
 
 
 def make_tree(root: Path, *options: str) -> Path:

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-from running import ROOT, run
+from running import ROOT, compose_config, run
 
 from eventful_det.errors import UserError
 from eventful_det.evaluation.timing import Call, Timed
@@ -32,8 +31,7 @@ BACKBONE = f"{{model: vitdet_tiny, size: [96,64], what: backbone, k: 5, config: 
 
 
 def settings(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("benchmark", [*overrides])
+    return compose_config("benchmark", *overrides)
 
 
 def find(case: dict[str, Any], method: str, part: str) -> dict[str, Any]:

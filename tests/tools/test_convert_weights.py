@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from running import ROOT, run
+from running import ROOT, compose_config, run
 from safetensors.torch import load_file
 
 from eventful_det.errors import UserError
@@ -22,8 +21,7 @@ def convert(tmp_path: Path, *options: str) -> dict[str, object]:
     sys.path.insert(0, str(ROOT / "tools"))
     import convert_weights
 
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("convert_weights", [*options, f"results={tmp_path / 'results'}"])
+    config = compose_config("convert_weights", *options, f"results={tmp_path / 'results'}")
     convert_weights.convert(config)
     return json.loads((tmp_path / "results/results.json").read_text())
 

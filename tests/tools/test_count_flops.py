@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from running import compose_config
 
 from eventful_det.errors import UserError
 
@@ -23,8 +23,7 @@ from count_flops import collect  # noqa: E402
 
 
 def ask(*overrides: str) -> Rows:
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return collect(compose("count_flops", [*overrides]))
+    return collect(compose_config("count_flops", *overrides))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import os
 import shutil
@@ -23,9 +22,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from running import ENVIRONMENT, ROOT
+from running import ENVIRONMENT, ROOT, compose_config, import_tool
 from servers import Server, why_not
 from videos import Image, damage, encode, encode_change, encode_sound, rotate, truncate
 
@@ -56,13 +54,11 @@ def weights(tiny_detector: Detector, tmp_path: Path) -> str:
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return importlib.import_module("demo")
+    return import_tool("demo", monkeypatch)
 
 
 def config(*options: str) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("demo", ["device=cpu", *options])
+    return compose_config("demo", "device=cpu", *options)
 
 
 def check_run(directory: Path) -> dict[str, Any]:
@@ -153,7 +149,7 @@ def test_ctrl_c(module: ModuleType, weights: str, tmp_path: Path, monkeypatch: p
 def test_ctrl_c_while_files_are_finished(
     module: ModuleType, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = importlib.import_module("demo_files")
+    files = import_tool("demo_files", monkeypatch)
     plot = files.plot_cost
 
     def plot_slowly(*given: Any) -> None:
@@ -374,8 +370,8 @@ def test_error_lines(module: ModuleType, weights: str, tmp_path: Path, options: 
     assert not (tmp_path / "out").exists()
 
 
-def test_build_rule(module: ModuleType) -> None:
-    build = importlib.import_module("common").build_rule
+def test_build_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = import_tool("common", monkeypatch).build_rule
     assert build(config().gate) == Rows() == Rows(Focus(2.0, 0.4, 0.0, 100.0, 4))
     chosen = config("gate/policy=topk", "gate.policy.k=7", "gate.renew_every=8", "gate.gate=embedding").gate
     assert build(chosen) == Rows(TopK(7, 0.5, 4.0), "embedding", 8)

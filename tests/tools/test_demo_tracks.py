@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from running import ROOT
+from running import compose_config, import_tool
 
 pytest.importorskip("trackers", reason="trackers is not installed")
 
 
 def test_ids_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("demo", ["device=cpu", "max_frames=5", "track=true", f"output={tmp_path}"])
-    importlib.import_module("demo").demo(config)
+    config = compose_config("demo", "device=cpu", "max_frames=5", "track=true", f"output={tmp_path}")
+    import_tool("demo", monkeypatch).demo(config)
     lines = [json.loads(line) for line in (tmp_path / "detections.jsonl").read_text().splitlines()]
     tracks = [{d["track_id"]: d["name"] for d in line["detections"] if "track_id" in d} for line in lines]
     assert tracks[0] == {}  # an object gets its id on its second frame

@@ -15,9 +15,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from running import ROOT, make_tree, run
+from running import ROOT, compose_config, make_tree, run
 
 from eventful_det.data.coco_video import load_coco_video
 from eventful_det.data.video_writer import VideoWriter
@@ -56,8 +55,7 @@ def evaluate_with(options: list[str], monkeypatch: pytest.MonkeyPatch) -> Callab
     import eval_net
 
     def evaluate_with(*more: str) -> None:
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            eval_net.run(compose("eval_net", [*options, *more]))
+        eval_net.run(compose_config("eval_net", *options, *more))
 
     return evaluate_with
 
@@ -199,6 +197,16 @@ def test_streams_change_no_result(evaluate_with: Callable[..., None], tmp_path: 
     assert [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows[:1]] == [
         {k: v for k, v in row.items() if not k.startswith(timed)} for row in rows[1:]
     ]
+
+
+def test_policies(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
+    """The sweep of docs/policies.md."""
+    evaluate_with(
+        "eval=policies", "eval.caps=[0.4]", "eval.curves.held_boxes.vary.hold=[2]", "max_videos=1", "max_frames=2"
+    )
+    names = [row["method"] for row in results_of(tmp_path / "run")["rows"]]
+    gated = ["focus 0.4", "threshold 0.4", "threshold interest 0.4", "paper 0.4", "random 0.4"]
+    assert names == ["dense", *gated, "held boxes 2", "focus steady 0.2"]
 
 
 def test_jobs_of_a_cluster_share_out_a_sweep(evaluate_with: Callable[..., None], tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import signal
@@ -15,9 +14,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-from running import ENVIRONMENT, ROOT
+from running import ENVIRONMENT, ROOT, compose_config, import_tool
 
 from eventful_det.errors import UserError
 from eventful_det.models.checkpoints import save_detector
@@ -29,13 +27,11 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return importlib.import_module("serve")
+    return import_tool("serve", monkeypatch)
 
 
 def config(*options: str) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("serve", ["device=cpu", *options])
+    return compose_config("serve", "device=cpu", *options)
 
 
 def test_from_start_to_ctrl_c(tiny_detector: Detector, tmp_path: Path) -> None:
