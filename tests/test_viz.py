@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from eventful_det.gating.policy import RandomK, Threshold, TopFraction, TopK, select_all
+from eventful_det.gating.policy import Focus, RandomK, Threshold, TopFraction, TopK, select_all
 from eventful_det.models.cost import PARTS, FrameCost
 from eventful_det.models.regions import Detections
 from eventful_det.runtime.stream import StreamResult
@@ -159,6 +159,7 @@ def test_header_tells_age_and_budget() -> None:
         (RandomK(3), "3 tokens"),
         (Threshold(2, 0.5), "threshold 2, at most 50%"),
         (select_all, "all tokens"),
+        (Focus(2.0, cap=0.4), "focus, threshold 2, at most 40%"),
         ("40GMACs", "40GMACs"),
     ],
 )

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from eventful_det.gating.policy import RandomK, Threshold, TopFraction, TopK, select_all
+from eventful_det.gating.policy import Focus, RandomK, Threshold, TopFraction, TopK, select_all
 
 Image = NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -62,5 +62,7 @@ def budget_text(budget: object) -> str:
             return f"{share:.0%} of tokens"
         case Threshold(threshold=threshold, cap=cap):
             return f"threshold {threshold:g}, at most {cap:.0%}"
+        case Focus(threshold=threshold, cap=cap):
+            return f"focus, threshold {threshold:g}, at most {cap:.0%}"
         case _:
             return "all tokens" if budget is select_all else str(budget)
