@@ -19,6 +19,7 @@ from eventful_det.gating.anatomy import Grid
 from eventful_det.gating.state import TensorTree
 from eventful_det.models.cost import level_sizes
 from eventful_det.models.maps import Layout, convolve, layout_of
+from eventful_det.models.pooling import pool_regions
 from eventful_det.models.proposals import ProposalGenerator
 from eventful_det.models.regions import RegionHeads, level_of
 from eventful_det.models.vitdet import ConvNorm, ViTDetBackbone
@@ -48,7 +49,6 @@ class HeadsState(TensorTree):
         inner: before the 3x3 convolutions of the pyramid; p2 to p5 alone.
         feature: the levels.
         hidden: the same after each convolution of the proposal head but the last.
-        images: p2 to p5 as the region heads read them, each `(1, C, h, w)`.
         logits: `(cells * A,)` objectness.
         deltas: `(cells * A, 4)`.
         regions: None before the first frame.
@@ -58,7 +58,6 @@ class HeadsState(TensorTree):
     inner: Tensor
     feature: Tensor
     hidden: list[Tensor]
-    images: list[Tensor]
     logits: Tensor
     deltas: Tensor
     regions: RegionState | None = None
@@ -70,8 +69,8 @@ class HeadsState(TensorTree):
 
     @property
     def levels(self) -> list[Tensor]:
-        """The levels p2 to p6, each `(1, C, h, w)`."""
-        return [*self.images, self.layout.view(_STAGES, self.feature)[..., 1:-1, 1:-1]]
+        """The levels p2 to p6, each `(1, C, h, w)`; views of `feature`."""
+        return [self.layout.view(i, self.feature)[..., 1:-1, 1:-1] for i in range(len(self.layout.sizes))]
 
 
 def init_heads(backbone: ViTDetBackbone, generator: ProposalGenerator, tokens: Tensor) -> HeadsState:
@@ -85,7 +84,6 @@ def init_heads(backbone: ViTDetBackbone, generator: ProposalGenerator, tokens: T
         inner=tokens.new_zeros(layout.starts[_STAGES], channels),
         feature=tokens.new_zeros(cells, channels),
         hidden=[tokens.new_zeros(cells, channels) for _ in head.convs[:-1]],
-        images=[tokens.new_zeros(1, channels, *size) for size in layout.sizes[:_STAGES]],
         logits=tokens.new_zeros(anchors),
         deltas=tokens.new_zeros(anchors, 4),
     )
@@ -162,7 +160,11 @@ def refresh_regions(
         found, place = same.max(dim=1)
         known = torch.where(found & ~touched(proposals, heads.config.canonical_box, changed, state.grid), place, -1)
     fresh = (known < 0).nonzero().squeeze(1)
-    logits, deltas = heads.score(state.images, [proposals[fresh]])
+
+    def read(boxes: list[Tensor]) -> Tensor:
+        return pool_regions(state.feature, state.layout, torch.cat(boxes), heads.config.canonical_box)
+
+    logits, deltas = heads.score(read, [proposals[fresh]])
     if before is not None and len(fresh) < len(proposals):
         logits = before.logits[known.clamp(min=0)].index_copy(0, fresh, logits)
         deltas = before.deltas[known.clamp(min=0)].index_copy(0, fresh, deltas)
@@ -228,10 +230,7 @@ def _refresh_level(last: ConvNorm, level: int, cells: Tensor, state: HeadsState)
     layout = state.layout
     counts = [len(cells) if i == level else 0 for i in range(len(layout.sizes))]
     rows, macs = convolve(last, state.inner, layout, cells, layout.neighbours(cells), counts)
-    rows = _normalise(last.norm, rows)
-    state.feature.index_copy_(0, cells, rows)
-    places = layout.place.index_select(0, cells) - sum(layout.lengths[:level])
-    state.images[level].view(rows.shape[1], -1).index_copy_(1, places, rows.T)
+    state.feature.index_copy_(0, cells, _normalise(last.norm, rows))
     return macs
 
 
