@@ -16,12 +16,12 @@ from eventful_det.gating.cost import Counts
 from eventful_det.gating.windows import Windows, relative_bias, relative_places, relative_terms, windows_of
 
 _BIAS_ELEMENTS = 1 << 23  # largest attention bias held at once; longer query lists are cut into pieces
-_LEAST_TILE = 16  # fewer queries at once do not pay
+_TILES, _LEAST_TILE = 4, 16  # most tiles of a window; fewer queries at once than the least do not pay
 
 
 def queries_per_tile(slots: int) -> int:
-    """How many queries are attended to together in windows of `slots` places."""
-    return min(slots, max(_LEAST_TILE, -(-slots // 4)))
+    """How many queries are attended to together in windows of `slots` places: all, or down to a quarter of them."""
+    return -(-slots // max(1, min(_TILES, slots // _LEAST_TILE)))
 
 
 def most_tiles(queries: int, windows: int, slots: int) -> int:
