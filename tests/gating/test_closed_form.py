@@ -143,6 +143,15 @@ def test_rows_bound_is_reached() -> None:
     assert closed_form.window_load((8, 8), 4, torch.tensor([], dtype=torch.long)) == WindowLoad(0, 16)
 
 
+@SMALL
+@given(grids, st.integers(0, 81), st.sampled_from([0, 4, 7, 14]))
+def test_rows_cost_no_more_than_dense(grid: tuple[int, int], selected: int, window: int) -> None:
+    """So there is no number of tokens from which on dense would be cheaper; the gate itself is all that is added."""
+    shape = ViTShape(depth=4, dim=192, heads=3, window=window, global_blocks=(1, 3), rel_pos=True)
+    gate = grid[0] * grid[1] * 3 * 16**2
+    assert rows_counts(shape, grid, selected).macs <= dense_counts(shape, grid).macs + gate
+
+
 def test_selecting_all_rows_costs_no_less_than_dense_linear_layers() -> None:
     assert rows_counts(VIT_B, (42, 42), 1764, everything=True).linear == dense_counts(VIT_B, (42, 42)).linear
 
