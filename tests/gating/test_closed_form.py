@@ -137,9 +137,9 @@ def test_rows_rule(vit: nn.Module, grid: tuple[int, int], selected: int, gate: s
 def test_rows_bound_is_reached() -> None:
     assert closed_form.window_load_bound((8, 8), 4, 10) == WindowLoad(tiles=4, tile=16)
     assert closed_form.window_load_bound((8, 8), 4, 3) == WindowLoad(tiles=3, tile=16)
-    assert closed_form.window_load_bound((28, 28), 14, 60) == WindowLoad(tiles=5, tile=49)
-    assert closed_form.window_load_bound((28, 28), 14, 784) == WindowLoad(tiles=16, tile=49)
-    assert closed_form.window_load((28, 28), 14, torch.tensor([*range(4), 14, 400])) == WindowLoad(3, 49)
+    assert closed_form.window_load_bound((28, 28), 14, 60) == WindowLoad(tiles=5, tile=33)
+    assert closed_form.window_load_bound((28, 28), 14, 784) == WindowLoad(tiles=24, tile=33)
+    assert closed_form.window_load((28, 28), 14, torch.tensor([*range(4), 14, 400])) == WindowLoad(3, 33)
     assert closed_form.window_load((8, 8), 4, torch.tensor([], dtype=torch.long)) == WindowLoad(0, 16)
 
 
