@@ -154,20 +154,19 @@ def _attend_frame(q: Tensor, cache: Tensor, terms: Tensor | None, shape: Grid) -
 def _attend_tiles(q: Tensor, cache: Tensor, terms: Tensor | None, shape: Grid, tiles: Tiles) -> Tensor:
     """Queries `(r, heads, d)` with their relative terms against the windows of their tiles; as many rows out."""
     step = tiles.count if tiles.window is None else max(1, _CACHE_ELEMENTS // cache[0].numel())
+    windows = [None] if tiles.window is None else tiles.window.split(step)
     pieces = []
-    for first in range(0, tiles.count, step):
-        part = slice(first, first + step)
-        source = tiles.source.view(tiles.count, tiles.size)[part]
-        some = cache if tiles.window is None else cache.index_select(0, tiles.window[part])
-        some_terms = None if terms is None else _spread(terms, source)
-        pieces.append(_attention(_spread(q, source), some, some_terms, shape))
+    for window, source in zip(windows, tiles.source.split(step * tiles.size), strict=True):
+        some = cache if window is None else cache.index_select(0, window)
+        some_terms = None if terms is None else _spread(terms, source, tiles.size)
+        pieces.append(_attention(_spread(q, source, tiles.size), some, some_terms, shape))
     rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return rows.flatten(0, 1).index_select(0, tiles.place)
 
 
-def _spread(rows: Tensor, source: Tensor) -> Tensor:
+def _spread(rows: Tensor, source: Tensor, size: int) -> Tensor:
     """Rows `(r, ...)` in tiles, `(tiles, size, ...)`, given the row at each place."""
-    return rows.index_select(0, source.flatten()).unflatten(0, source.shape)
+    return rows.index_select(0, source).view(-1, size, *rows.shape[1:])
 
 
 def _attention(q: Tensor, cache: Tensor, terms: Tensor | None, shape: Grid) -> Tensor:
