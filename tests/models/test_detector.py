@@ -83,7 +83,7 @@ def test_an_identical_frame_runs_the_comparison_and_little_else(tiny_detector: D
         detector.step(frames(1), state)
     products = {"mm", "addmm", "bmm", "convolution", "_scaled_dot_product_flash_attention_for_cpu"}
     assert "linalg_vector_norm" in operators.names and not products & set(operators.names)
-    assert len(operators.names) < 40
+    assert len(operators.names) < 70  # the heads alone would run hundreds
 
 
 def test_result_does_not_alias_the_state(tiny_detector: Detector) -> None:
