@@ -28,7 +28,8 @@ from typing import Any
 
 import hydra
 import torch
-from benchmark_methods import DENSE, PARTS, PEERS, Case, Method, Step, cases_of, prepare
+from benchmark_cases import DENSE, PARTS, PEERS, Case, cases_of
+from benchmark_methods import Method, Step, prepare
 from benchmark_streams import bench_streams
 from common import choose_device, console, tool, write_results
 from omegaconf import DictConfig

@@ -1,16 +1,16 @@
-"""What tools/benchmark.py runs: its cases, the frames that they show, and the methods that process them."""
+"""The frames that the cases of tools/benchmark.py show, and the methods that process them."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import plain
+from benchmark_cases import DENSE, GATED, PEERS, USUAL, Case
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -21,64 +21,16 @@ from eventful_det.evaluation.changes import BLOBS, blob_frames
 from eventful_det.evaluation.peers import PeerBackbone, PeerCode, dense_difference
 from eventful_det.gating.anatomy import Grid, anatomy_of
 from eventful_det.gating.closed_form import ViTShape, dense_counts
-from eventful_det.gating.convert import RULES, eventify
-from eventful_det.gating.policy import TopK
+from eventful_det.gating.convert import eventify
+from eventful_det.gating.policy import Policy, TopK
+from eventful_det.gating.rows import Rows
 from eventful_det.models.checkpoints import load_detector
 from eventful_det.models.config import MODELS, ModelConfig
 from eventful_det.models.cost import window_padding_macs
-from eventful_det.models.detector import DIVISOR, Detector
+from eventful_det.models.detector import Detector
 
-DENSE = "dense"  # what all other methods are compared with
-OURS, PEERS = (DENSE, *RULES), ("peer_dense", "peer")
-PARTS = {"backbone": ("backbone",), "detector": ("backbone", "heads", "total")}
+STILL = Rows().policy  # of gated methods, where nothing changes
 PEER_TOLERANCE = 1e-4  # largest accepted difference of the dense token maps, relative to the largest value
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is run and on what; see configs/benchmark.yaml."""
-
-    model: str
-    size: tuple[int, int]
-    what: str = "detector"
-    k: int | None = None
-    fraction: float | None = None
-    changes: str = "synthetic"
-    methods: tuple[str, ...] | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.what not in PARTS:
-            raise UserError(f"{self.name}: what must be one of {', '.join(PARTS)}")
-        if self.changes not in ("synthetic", "clip"):
-            raise UserError(f"{self.name}: changes must be synthetic or clip, got {self.changes!r}")
-        if len(self.size) != 2 or not all(isinstance(side, int) and side > 0 for side in self.size):
-            raise UserError(f"{self.name}: size must be [height,width] in pixels")
-        if any(side % DIVISOR for side in self.size):
-            raise UserError(f"{self.name}: height and width must be multiples of {DIVISOR} pixels")
-        if (self.k is None) == (self.fraction is None):
-            raise UserError(f"{self.name}: give exactly one of k (tokens) and fraction (share of the tokens)")
-        if not (isinstance(self.k, int) if self.fraction is None else isinstance(self.fraction, (int, float))):
-            raise UserError(f"{self.name}: k must be a whole number, and fraction a number")
-        usable = OURS + (PEERS if self.what == "backbone" else ())
-        if self.methods is not None and (unknown := sorted(set(self.methods) - set(usable))):
-            raise UserError(f"{self.name}: unknown method {unknown[0]!r}; known for a {self.what}: {', '.join(usable)}")
-        if self.methods is not None and DENSE not in self.methods:
-            raise UserError(f"{self.name}: methods need dense, which all others are compared with")
-
-    @property
-    def name(self) -> str:
-        """For people, and for `only`."""
-        budget = f"fraction={self.fraction}" if self.k is None else f"k={self.k}"
-        parts = [self.model, self.what, "x".join(map(str, self.size)), budget, self.changes]
-        return " ".join([*parts, *(["+".join(self.methods)] if self.methods else [])])
-
-    def budget(self, tokens: int) -> int:
-        """Tokens that gated methods recompute."""
-        k = round((self.fraction or 0.0) * tokens) if self.k is None else self.k
-        if not 1 <= k <= tokens:
-            raise UserError(f"{self.name}: asks for {k} tokens; frames have 1 to {tokens}")
-        return k
 
 
 @dataclass(frozen=True)
@@ -104,38 +56,6 @@ class Method:
     reset: Callable[[], None] = lambda: None
 
 
-def cases_of(config: DictConfig) -> tuple[list[Case], list[str]]:
-    """The cases of a config, and the names of those left out because they need a clip or a peer.
-
-    Raises:
-        UserError: a case is not written as in configs/benchmark.yaml, or none is left.
-    """
-    cases = [_case({"changes": config.changes, **entry}) for entry in plain(config)["cases"]]
-    wanted = [case for case in cases if config.only is None or str(config.only) in case.name]
-    usable = [
-        case
-        for case in wanted
-        if (config.clip is not None or case.changes != "clip")
-        and (config.peer is not None or not set(case.methods or ()) & set(PEERS))
-    ]
-    if not usable:
-        raise UserError(f"no case left of {len(cases)}; see only={config.only}, clip={config.clip}, peer={config.peer}")
-    return usable, [case.name for case in wanted if case not in usable]
-
-
-def _case(entry: dict[str, Any]) -> Case:
-    known = [f.name for f in dataclasses.fields(Case)]
-    if unknown := sorted(set(entry) - set(known)):
-        raise UserError(f"cases: unknown option {unknown[0]}; known: {', '.join(known)}")
-    if missing := sorted({"model", "size"} - set(entry)):
-        raise UserError(f"cases: an entry has no {missing[0]}")
-    lists = {"size": entry["size"], "methods": entry.get("methods") or []}
-    if wrong := next((key for key, value in lists.items() if not isinstance(value, list)), None):
-        raise UserError(f"cases: {wrong} must be a list, got {entry[wrong]!r}")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-    return Case(**values)
-
-
 def dense_backbone(net: Any, grid: Grid) -> Method:
     """The plain network."""
     shape = ViTShape.of(anatomy_of(net))
@@ -149,9 +69,14 @@ def dense_backbone(net: Any, grid: Grid) -> Method:
     return Method(run)
 
 
+def policy_of(k: int) -> Policy:
+    """The `k` tokens that changed most; where nothing changes, those that changed enough."""
+    return TopK(k) if k else STILL
+
+
 def gated_backbone(net: Any, rule: str, k: int) -> Method:
     """The network made eventful by one of our rules."""
-    vit = eventify(net, RULES[rule](), TopK(k))
+    vit = eventify(net, GATED[rule](), policy_of(k))
     state = vit.init_state()
 
     def run(frame: Tensor) -> Step:
@@ -176,9 +101,9 @@ def peer_backbone(peer: PeerBackbone, frames: Sequence[Tensor]) -> Method:
 
 def whole_detector(detector: Detector, rule: str, k: int) -> Method:
     """The detector, dense or by one of our rules."""
-    view = detector.with_rule(RULES[rule]() if rule in RULES else None)
+    view = detector.with_rule(GATED[rule]() if rule in GATED else None)
     if view.rule is not None:
-        view.policy = TopK(k)
+        view.policy = policy_of(k)
     state = view.init_state()
 
     def run(frame: Tensor) -> Step:
@@ -229,11 +154,14 @@ def prepare(case: Case, config: DictConfig, count: int, device: torch.device, co
     k = case.budget(tokens)
     frames = [frame.to(device) for frame in make_frames(case, patch, k, count, config.clip, config.seed)]
     changes = f"synthetic, exactly {k} tokens per frame in {BLOBS} moving blobs, seed {config.seed}"
-    if case.changes == "clip":
+    if case.changes == "still":
+        changes = "none, the same frame comes again and again"
+    elif case.changes == "clip":
         changes = f"those of the clip {Path(str(config.clip)).name}, resized"
-    notes = [f"Token changes: {changes}. Gated methods recompute {k} of {tokens} tokens."]
+    recomputed = f"{k} of {tokens} tokens" if k else f"what their policy selects, {STILL}"
+    notes = [f"Token changes: {changes}. Gated methods recompute {recomputed}."]
     if case.what == "detector":
-        methods = {name: whole_detector(detector, name, k) for name in case.methods or OURS}
+        methods = {name: whole_detector(detector, name, k) for name in case.methods or USUAL}
         return Setting(frames, methods, k, tokens, notes)
     mean, std = detector.pixel_mean, detector.pixel_std
     frames = [(frame - mean) / std for frame in frames]
@@ -249,7 +177,7 @@ def make_frames(case: Case, patch: int, k: int, count: int, clip: Any, seed: int
     Raises:
         UserError: the clip cannot be read or is too short.
     """
-    if case.changes == "synthetic":
+    if case.changes != "clip":
         return list(itertools.islice(blob_frames(case.size, patch, k, seed), count))
     with open_source(clip) as source:
         frames = [to_tensor(resize(frame.image, *case.size)) for frame in itertools.islice(source, count)]
@@ -265,10 +193,10 @@ def backbone_methods(
     net = detector.backbone.net
     grid = anatomy_of(net).grid(*case.size)
     methods = {}
-    for name in case.methods or OURS + (PEERS if code else ()):
+    for name in case.methods or USUAL + (PEERS if code else ()):
         if name == DENSE:
             methods[name] = dense_backbone(net, grid)
-        elif name in RULES:
+        elif name in GATED:
             methods[name] = gated_backbone(net, name, k)
         elif code is not None:
             peer = PeerBackbone(code, net, grid, k if name == "peer" else None)

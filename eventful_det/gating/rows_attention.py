@@ -16,12 +16,13 @@ from eventful_det.gating.cost import Counts
 from eventful_det.gating.windows import Windows, relative_bias, relative_places, relative_terms, windows_of
 
 _BIAS_ELEMENTS = 1 << 23  # largest attention bias held at once; longer query lists are cut into pieces
-_LEAST_TILE = 16  # fewer queries at once do not pay
+_CACHE_ELEMENTS = 1 << 22  # keys and values gathered at once; longer tile lists are cut into pieces
+_TILES, _LEAST_TILE = 6, 16  # most tiles of a window; fewer queries at once than the least do not pay
 
 
 def queries_per_tile(slots: int) -> int:
-    """How many queries are attended to together in windows of `slots` places."""
-    return min(slots, max(_LEAST_TILE, -(-slots // 4)))
+    """How many queries are attended to together in windows of `slots` places: all, or down to a sixth of them."""
+    return -(-slots // max(1, min(_TILES, slots // _LEAST_TILE)))
 
 
 def most_tiles(queries: int, windows: int, slots: int) -> int:
@@ -31,31 +32,58 @@ def most_tiles(queries: int, windows: int, slots: int) -> int:
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """Queries laid out in tiles of a fixed size, each of queries of one window.
+
+    Windows hold anything from one query to all; to pad all of them to the fullest would multiply the work.
+
+    Attributes:
+        count: number of tiles.
+        size: queries in each.
+        window: `(count,)` the window of each; None = the tiles are the windows.
+        place: `(r,)` place of each query among those of the tiles.
+        source: `(count * size,)` the query at each place; any where there is none.
+    """
+
+    count: int
+    size: int
+    window: Tensor | None
+    place: Tensor
+    source: Tensor
+
+    @classmethod
+    def of(cls, window: Tensor, windows: Windows, static: bool) -> Tiles:
+        """The tiles of queries, given the ascending window `(r,)` of each; `static` as for `Queries.of`."""
+        size, queries = queries_per_tile(windows.slots), torch.arange(len(window), device=window.device)
+        every = torch.arange(windows.count, device=window.device)
+        start = torch.searchsorted(window, every)
+        held = torch.searchsorted(window, every, right=True) - start
+        used = (held + size - 1) // size
+        end = used.cumsum(0)
+        place = queries + ((end - used) * size - start).index_select(0, window)
+        count = most_tiles(len(window), windows.count, windows.slots) if static else int(end[-1])
+        source = torch.zeros(count * size, dtype=torch.long, device=window.device).index_copy_(0, place, queries)
+        if not static and count == windows.count and size == windows.slots:
+            return cls(count, size, None, place, source)
+        tiles = torch.searchsorted(end, torch.arange(count, device=window.device), right=True)
+        return cls(count, size, tiles.clamp_(max=windows.count - 1), place, source)
+
+
+@dataclass(frozen=True)
 class Queries:
     """Where the rows of a stream stand in the attention of blocks of one window size.
-
-    In windows, queries are laid out in tiles of a fixed size, each of queries of one window: windows hold anything from
-    one query to all, and padding all of them to the fullest would multiply the work. Globally there is one tile.
 
     Attributes:
         shape: tokens of a window.
         cached: `(r,)` row of each query in the caches, flattened to `(windows * slots, 2, heads, d)`.
         relative: `(r, rows + columns)`, see `relative_places`; None without relative positions.
-        windows: `(tiles,)` the window of each tile; None = the tiles are the windows.
-        place: `(r,)` place of each query in the tiles; None = they are in order.
-        source: `(tiles * tile,)` the query at each place; any where there is none.
-        tiles: how many there are.
-        tile: queries in each.
+        tiles: in windows; None = there is one window, of the whole frame.
     """
 
     shape: Grid
     cached: Tensor
     relative: Tensor | None
-    windows: Tensor | None
-    place: Tensor | None
-    source: Tensor | None
-    tiles: int
-    tile: int
+    tiles: Tiles | None
 
     @classmethod
     def of(
@@ -76,27 +104,18 @@ class Queries:
         places = relative_places(slot // windows.shape[1], slot % windows.shape[1], windows.shape) if relative else None
         if not side:
             cached = torch.cat([torch.arange(prefix, device=index.device), index + prefix]) if prefix else index
-            return cls(windows.shape, cached, places, None, None, None, 1, len(cached))
+            return cls(windows.shape, cached, places, None)
         window = windows.window.index_select(0, index)
-        return cls(windows.shape, window * windows.slots + slot, places, *_tile(window, windows, static))
-
-    def spread(self, rows: Tensor) -> Tensor:
-        """Rows `(r, ...)` in tiles, `(tiles, tile, ...)`; anything where there is no query."""
-        if self.source is None:
-            return rows[None]
-        return rows.index_select(0, self.source).unflatten(0, (self.tiles, self.tile))
-
-    def gather(self, spread: Tensor) -> Tensor:
-        """The rows `(r, ...)` of tiles `(tiles, tile, ...)`."""
-        flat = spread.flatten(0, 1)
-        return flat if self.place is None else flat.index_select(0, self.place)
+        return cls(windows.shape, window * windows.slots + slot, places, Tiles.of(window, windows, static))
 
     def counts(self, block: Block, slots: int) -> Counts:
         """Operations of `attend` in a block whose windows have `slots` places, prefix tokens included."""
-        counts = Counts(matmul=2 * self.tiles * self.tile * slots * block.dim)
+        queries = len(self.cached)
+        computed = queries if self.tiles is None else self.tiles.count * self.tiles.size
+        counts = Counts(matmul=2 * computed * slots * block.dim)
         if self.relative is None:
             return counts
-        queries, keys = len(self.cached), self.shape[0] * self.shape[1]
+        keys = self.shape[0] * self.shape[1]
         return counts + Counts(einsum=queries * block.dim * sum(self.shape), add=2 * queries * block.heads * keys)
 
 
@@ -116,54 +135,52 @@ def attend(block: Block, qkv: Tensor, cache: Tensor, queries: Queries, table: Te
     qkv = qkv.view(len(qkv), 3, block.heads, -1)
     q = qkv[:, 0]
     cache.flatten(0, 1).index_copy_(0, queries.cached, qkv[:, 1:].to(cache.dtype))
-    if queries.windows is not None:
-        cache = cache.index_select(0, queries.windows)
-    keys, values = cache.to(q.dtype).unbind(2)
-    if table is None or queries.relative is None:
-        return queries.gather(_attention(queries.spread(q), keys, values)).flatten(1)
-    terms = relative_terms(q, queries.relative, table)
-    step = max(1, _BIAS_ELEMENTS // (block.heads * keys.shape[1]))
-    if queries.place is not None or step >= len(q):
-        bias = relative_bias(queries.spread(terms).transpose(1, 2), queries.shape)
-        return queries.gather(_attention(queries.spread(q), keys, values, bias)).flatten(1)
-    pieces = [
-        _attention(some[None], keys, values, relative_bias(term[None].transpose(1, 2), queries.shape))[0]
-        for some, term in zip(q.split(step), terms.split(step), strict=True)
-    ]
-    return torch.cat(pieces).flatten(1)
+    terms = None if table is None or queries.relative is None else relative_terms(q, queries.relative, table)
+    if queries.tiles is None:
+        return _attend_frame(q, cache, terms, queries.shape).flatten(1)
+    return _attend_tiles(q, cache, terms, queries.shape, queries.tiles).flatten(1)
 
 
-def _attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Queries `(g, n, heads, d)` against `(g, slots, heads, d)`, with a bias `(g, heads, n, slots)`.
+def _attend_frame(q: Tensor, cache: Tensor, terms: Tensor | None, shape: Grid) -> Tensor:
+    """Queries `(r, heads, d)` with their relative terms against the one window of the cache; as many rows out."""
+    step = len(q) if terms is None else max(1, _BIAS_ELEMENTS // (q.shape[1] * cache.shape[1]))
+    pieces = []
+    for first in range(0, len(q), step):
+        part = slice(first, first + step)
+        pieces.append(_attention(q[None, part], cache, None if terms is None else terms[None, part], shape)[0])
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _attend_tiles(q: Tensor, cache: Tensor, terms: Tensor | None, shape: Grid, tiles: Tiles) -> Tensor:
+    """Queries `(r, heads, d)` with their relative terms against the windows of their tiles; as many rows out."""
+    step = tiles.count if tiles.window is None else max(1, _CACHE_ELEMENTS // cache[0].numel())
+    windows = [None] if tiles.window is None else tiles.window.split(step)
+    pieces = []
+    for window, source in zip(windows, tiles.source.split(step * tiles.size), strict=True):
+        some = cache if window is None else cache.index_select(0, window)
+        some_terms = None if terms is None else _spread(terms, source, tiles.size)
+        pieces.append(_attention(_spread(q, source, tiles.size), some, some_terms, shape))
+    rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return rows.flatten(0, 1).index_select(0, tiles.place)
+
+
+def _spread(rows: Tensor, source: Tensor, size: int) -> Tensor:
+    """Rows `(r, ...)` in tiles, `(tiles, size, ...)`, given the row at each place."""
+    return rows.index_select(0, source).view(-1, size, *rows.shape[1:])
+
+
+def _attention(q: Tensor, cache: Tensor, terms: Tensor | None, shape: Grid) -> Tensor:
+    """Attention.
+
+    Args:
+        q: `(g, n, heads, d)` queries.
+        cache: `(g, slots, 2, heads, d)` keys and values.
+        terms: `(g, n, heads, rows + columns)` relative positions, or None.
+        shape: tokens of a window, (rows, columns).
 
     Returns:
         `(g, n, heads, d)`.
     """
-    q, keys, values = q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias).transpose(1, 2)
-
-
-def _tile(window: Tensor, windows: Windows, static: bool) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
-    """Lay queries out in tiles.
-
-    Args:
-        window: `(r,)` ascending window of each.
-        windows: where they lie.
-        static: as for `Queries.of`.
-
-    Returns:
-        `windows`, `place`, `source`, `tiles` and `tile` of `Queries`.
-    """
-    tile, queries = queries_per_tile(windows.slots), torch.arange(len(window), device=window.device)
-    every = torch.arange(windows.count, device=window.device)
-    start = torch.searchsorted(window, every)
-    held = torch.searchsorted(window, every, right=True) - start
-    used = (held + tile - 1) // tile
-    end = used.cumsum(0)
-    place = queries + ((end - used) * tile - start).index_select(0, window)
-    tiles = most_tiles(len(window), windows.count, windows.slots) if static else int(end[-1])
-    source = torch.zeros(tiles * tile, dtype=torch.long, device=window.device).index_copy_(0, place, queries)
-    if not static and tiles == windows.count and tile == windows.slots:
-        return None, place, source, tiles, tile
-    of_tile = torch.searchsorted(end, torch.arange(tiles, device=window.device), right=True)
-    return of_tile.clamp_(max=windows.count - 1), place, source, tiles, tile
+    bias = None if terms is None else relative_bias(terms.transpose(1, 2), shape)
+    keys, values = cache.to(q.dtype).transpose(1, 3).unbind(2)  # (g, heads, slots, d) each
+    return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=bias).transpose(1, 2)

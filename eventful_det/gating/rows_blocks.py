@@ -40,7 +40,7 @@ def run_blocks(
 
     Args:
         anatomy: the network.
-        z: `(r, D)` embedded tokens with their positions, stream after stream.
+        z: `(r, D)` embedded tokens with their positions, stream after stream; overwritten.
         selections: of the streams, none of them empty.
         static: as for `Queries.of`.
 
@@ -59,8 +59,8 @@ def run_blocks(
             attend(block, rows, selection.caches[i], layout[block.window], selection.tables[i])
             for rows, selection, layout in zip(qkv, selections, queries, strict=True)
         ]
-        z = z + block.project(joined(attended))
-        z = z + block.mlp(block.norm2(z))
+        z += block.project(joined(attended))
+        z += block.mlp(block.norm2(z))
     outputs = [rows[prefix:] for rows in anatomy.norm(z).split(lengths)]
     return outputs, [_counts(anatomy, *stream) for stream in zip(lengths, selections, queries, strict=True)]
 

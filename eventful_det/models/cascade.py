@@ -9,7 +9,7 @@ from torchvision.ops import clip_boxes_to_image
 from eventful_det.errors import UserError
 from eventful_det.models.boxes import decode
 from eventful_det.models.config import ModelConfig
-from eventful_det.models.regions import BoxHead, BoxPredictor, Detections, RegionHeads, Regions
+from eventful_det.models.regions import BoxHead, BoxPredictor, Detections, Reader, RegionHeads, Regions
 
 _WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))  # of each stage's deltas
 
@@ -28,14 +28,12 @@ class CascadeHeads(Regions):
         self.box_head = nn.ModuleList(heads)
         self.box_predictor = nn.ModuleList(BoxPredictor(head.width, len(config.classes), 1) for head in heads)
 
-    def score(
-        self, levels: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, read: Reader, proposals: list[Tensor], sizes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Class probabilities `(n, K + 1)`, and the boxes `(n, 12)` after each stage, of all images' proposals."""
         counts = [len(image) for image in proposals]
         boxes, scores, refined = torch.cat(proposals), [], []
         for head, predictor, weights in zip(self.box_head, self.box_predictor, _WEIGHTS, strict=True):
-            logits, deltas = predictor(head(self.pool(levels, list(boxes.split(counts)))))
+            logits, deltas = predictor(head(read(list(boxes.split(counts)))))
             scores.append(logits.float().softmax(dim=1))
             decoded = decode(deltas.float(), boxes, weights).split(counts)
             boxes = torch.cat([clip_boxes_to_image(*image) for image in zip(decoded, sizes, strict=True)])

@@ -19,6 +19,7 @@ from eventful_det.gating.anatomy import Grid
 from eventful_det.gating.state import TensorTree
 from eventful_det.models.cost import level_sizes
 from eventful_det.models.maps import Layout, convolve, layout_of
+from eventful_det.models.pooling import pool_regions
 from eventful_det.models.proposals import ProposalGenerator
 from eventful_det.models.regions import Regions, level_of
 from eventful_det.models.vitdet import ConvNorm, ViTDetBackbone
@@ -48,7 +49,6 @@ class HeadsState(TensorTree):
         inner: before the 3x3 convolutions of the pyramid; p2 to p5 alone.
         feature: the levels.
         hidden: the same after each convolution of the proposal head but the last.
-        images: p2 to p5 as the region heads read them, each `(1, C, h, w)`.
         logits: `(cells * A,)` objectness.
         deltas: `(cells * A, 4)`.
         regions: None before the first frame.
@@ -58,7 +58,6 @@ class HeadsState(TensorTree):
     inner: Tensor
     feature: Tensor
     hidden: list[Tensor]
-    images: list[Tensor]
     logits: Tensor
     deltas: Tensor
     regions: RegionState | None = None
@@ -70,8 +69,8 @@ class HeadsState(TensorTree):
 
     @property
     def levels(self) -> list[Tensor]:
-        """The levels p2 to p6, each `(1, C, h, w)`."""
-        return [*self.images, self.layout.view(_STAGES, self.feature)[..., 1:-1, 1:-1]]
+        """The levels p2 to p6, each `(1, C, h, w)`; views of `feature`."""
+        return [self.layout.view(i, self.feature)[..., 1:-1, 1:-1] for i in range(len(self.layout.sizes))]
 
 
 def init_heads(backbone: ViTDetBackbone, generator: ProposalGenerator, tokens: Tensor) -> HeadsState:
@@ -85,7 +84,6 @@ def init_heads(backbone: ViTDetBackbone, generator: ProposalGenerator, tokens: T
         inner=tokens.new_zeros(layout.starts[_STAGES], channels),
         feature=tokens.new_zeros(cells, channels),
         hidden=[tokens.new_zeros(cells, channels) for _ in head.convs[:-1]],
-        images=[tokens.new_zeros(1, channels, *size) for size in layout.sizes[:_STAGES]],
         logits=tokens.new_zeros(anchors),
         deltas=tokens.new_zeros(anchors, 4),
     )
@@ -161,11 +159,15 @@ def refresh_regions(
     if before is not None and len(before.proposals) and len(proposals):
         same = (proposals[:, None] == before.proposals[None]).all(dim=-1)
         found, place = same.max(dim=1)
-        read = heads.regions(before.proposals, before.boxes)
-        changed_in = [touched(boxes, heads.config.canonical_box, changed, state.grid) for boxes in read]
+        seen = heads.regions(before.proposals, before.boxes)
+        changed_in = [touched(boxes, heads.config.canonical_box, changed, state.grid) for boxes in seen]
         known = torch.where(found & ~torch.stack(changed_in).any(dim=0)[place], place, -1)
     fresh = (known < 0).nonzero().squeeze(1)
-    scores, boxes = heads.score(state.images, [proposals[fresh]], [size])
+
+    def read(boxes: list[Tensor]) -> Tensor:
+        return pool_regions(state.feature, state.layout, torch.cat(boxes), heads.config.canonical_box)
+
+    scores, boxes = heads.score(read, [proposals[fresh]], [size])
     if before is not None and len(fresh) < len(proposals):
         scores = before.scores[known.clamp(min=0)].index_copy(0, fresh, scores)
         boxes = before.boxes[known.clamp(min=0)].index_copy(0, fresh, boxes)
@@ -231,10 +233,7 @@ def _refresh_level(last: ConvNorm, level: int, cells: Tensor, state: HeadsState)
     layout = state.layout
     counts = [len(cells) if i == level else 0 for i in range(len(layout.sizes))]
     rows, macs = convolve(last, state.inner, layout, cells, layout.neighbours(cells), counts)
-    rows = _normalise(last.norm, rows)
-    state.feature.index_copy_(0, cells, rows)
-    places = layout.place.index_select(0, cells) - sum(layout.lengths[:level])
-    state.images[level].view(rows.shape[1], -1).index_copy_(1, places, rows.T)
+    state.feature.index_copy_(0, cells, _normalise(last.norm, rows))
     return macs
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,10 @@ from eventful_det.models.vitdet import STRIDES, ConvNorm
 
 _WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 _FOREGROUND = 0.25
-_POOL = 7  # cells along a side of a pooled region
+POOL = 7  # cells along a side of a pooled region
 _POOLED_LEVELS = 4  # p2 to p5
+
+Reader = Callable[[list[Tensor]], Tensor]  # boxes `(n, 4)` of each image to their regions `(n, C, 7, 7)`
 
 
 @dataclass
@@ -61,7 +65,7 @@ class BoxHead(nn.Module):
         self._fcs = [f"fc{i + 1}" for i in range(len(fc))]
         for name in self._convs:
             self.add_module(name, ConvNorm(channels, channels, 3))
-        width = channels * _POOL**2
+        width = channels * POOL**2
         for name, outputs in zip(self._fcs, fc, strict=True):
             layer = nn.Linear(width, outputs)
             nn.init.kaiming_uniform_(layer.weight, a=1)
@@ -105,13 +109,11 @@ class Regions(nn.Module, ABC):
         self._dropped = [config.classes.index(name) for name in config.dropped]
 
     @abstractmethod
-    def score(
-        self, levels: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, read: Reader, proposals: list[Tensor], sizes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """What the heads say of each proposal of all images, in two tensors `(n, ...)` that `select` understands.
 
         Args:
-            levels: pyramid levels `(B, C, h, w)`.
+            read: gives the content of boxes, for example `pool` of some levels.
             proposals: of each image, `(n, 4)`.
             sizes: (height, width) of each image in pixels.
         """
@@ -134,18 +136,18 @@ class Regions(nn.Module, ABC):
         """Read each proposal from the level that suits its size, `(n, C, 7, 7)` (detectron2's ROIPooler)."""
         rois = torch.cat([F.pad(boxes, (1, 0), value=float(i)) for i, boxes in enumerate(proposals)])
         level = level_of(rois[:, 1:], self.config.canonical_box)
-        pooled = levels[0].new_zeros(rois.shape[0], levels[0].shape[1], _POOL, _POOL)
+        pooled = levels[0].new_zeros(rois.shape[0], levels[0].shape[1], POOL, POOL)
         for i in range(_POOLED_LEVELS):
             here = (level == i).nonzero().squeeze(1)
             if here.numel():
                 scale = 1.0 / STRIDES[i]
-                values = roi_align(levels[i], rois[here], _POOL, scale, sampling_ratio=0, aligned=True)
+                values = roi_align(levels[i], rois[here], POOL, scale, sampling_ratio=0, aligned=True)
                 pooled = pooled.index_copy(0, here, values.to(pooled.dtype))
         return pooled
 
     def detect(self, levels: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]) -> list[Detections]:
         """The objects of each image, in pixels of the network's input."""
-        scores, boxes = self.score(levels, proposals, sizes)
+        scores, boxes = self.score(partial(self.pool, levels), proposals, sizes)
         counts = [len(image) for image in proposals]
         per_image = zip(proposals, scores.split(counts), boxes.split(counts), sizes, strict=True)
         return [self.select(*image) for image in per_image]
@@ -168,11 +170,9 @@ class RegionHeads(Regions):
         self.box_head = BoxHead(config.channels, config.box_convs, config.box_fc)
         self.box_predictor = BoxPredictor(self.box_head.width, len(config.classes))
 
-    def score(
-        self, levels: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, read: Reader, proposals: list[Tensor], sizes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Class logits `(n, K + 1)` and box deltas `(n, 4 K)` of the proposals of all images; sizes do not matter."""
-        return self._predict(levels, proposals)
+        return self._predict(read, proposals)
 
     def select(self, proposals: Tensor, scores: Tensor, boxes: Tensor, size: tuple[int, int]) -> Detections:
         """The objects of one image of (height, width) `size`, from class logits and box deltas."""
@@ -183,8 +183,8 @@ class RegionHeads(Regions):
         """The proposals themselves."""
         return [proposals]
 
-    def _predict(self, levels: list[Tensor], proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
-        logits, deltas = self.box_predictor(self.box_head(self.pool(levels, proposals)))
+    def _predict(self, read: Reader, proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
+        logits, deltas = self.box_predictor(self.box_head(read(proposals)))
         return logits.float(), deltas.float()
 
     def losses(
@@ -205,7 +205,7 @@ class RegionHeads(Regions):
             labels.append(torch.cat([target["labels"][matched[positive]], background]))
             truth.append(target["boxes"][matched[positive]])
             possible.append(self._possible(candidates[negative], target))
-        logits, deltas = self._predict(levels, boxes)
+        logits, deltas = self._predict(partial(self.pool, levels), boxes)
         label = torch.cat(labels)
         foreground = (label < len(self.config.classes)).nonzero().squeeze(1)
         chosen = deltas.unflatten(1, (-1, 4))[foreground, label[foreground]]

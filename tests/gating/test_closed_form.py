@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -137,10 +139,22 @@ def test_rows_rule(vit: nn.Module, grid: tuple[int, int], selected: int, gate: s
 def test_rows_bound_is_reached() -> None:
     assert closed_form.window_load_bound((8, 8), 4, 10) == WindowLoad(tiles=4, tile=16)
     assert closed_form.window_load_bound((8, 8), 4, 3) == WindowLoad(tiles=3, tile=16)
-    assert closed_form.window_load_bound((28, 28), 14, 60) == WindowLoad(tiles=5, tile=49)
-    assert closed_form.window_load_bound((28, 28), 14, 784) == WindowLoad(tiles=16, tile=49)
-    assert closed_form.window_load((28, 28), 14, torch.tensor([*range(4), 14, 400])) == WindowLoad(3, 49)
+    assert closed_form.window_load_bound((28, 28), 14, 60) == WindowLoad(tiles=5, tile=33)
+    assert closed_form.window_load_bound((28, 28), 14, 784) == WindowLoad(tiles=24, tile=33)
+    assert closed_form.window_load((28, 28), 14, torch.tensor([*range(4), 14, 400])) == WindowLoad(3, 33)
     assert closed_form.window_load((8, 8), 4, torch.tensor([], dtype=torch.long)) == WindowLoad(0, 16)
+
+
+@SMALL
+@given(grids, st.integers(0, 81), st.sampled_from([0, 4, 7, 14]))
+def test_rows_cost_no_more_than_dense(grid: tuple[int, int], selected: int, window: int) -> None:
+    """So there is no number of tokens from which on dense would be cheaper; the gate and full tiles are all it adds."""
+    shape = ViTShape(depth=4, dim=192, heads=3, window=window, global_blocks=(1, 3), rel_pos=True)
+    gate = grid[0] * grid[1] * 3 * 16**2
+    full = closed_form.window_load_bound(grid, window, grid[0] * grid[1]) if window else WindowLoad(0, 0)
+    windows = math.prod(-(-side // window) for side in grid) if window else 0
+    rounding = max(0, full.tiles * full.tile - windows * window**2) * shape.windowed * 2 * window**2 * shape.dim
+    assert rows_counts(shape, grid, selected).macs <= dense_counts(shape, grid).macs + gate + rounding
 
 
 def test_selecting_all_rows_costs_no_less_than_dense_linear_layers() -> None:

@@ -327,17 +327,16 @@ def test_queries_fill_tiles_of_their_windows(
     chosen = data.draw(st.sets(st.integers(0, rows * cols - 1), min_size=1))
     index = windows.token[torch.tensor(sorted(windows.place[i] for i in chosen))]
     queries = Queries.of(index, (rows, cols), side, static=static)
-    of_tile = torch.arange(windows.count) if queries.windows is None else queries.windows
-    assert len(of_tile) == queries.tiles and queries.place is not None
-    assert torch.equal(of_tile[queries.place // queries.tile], windows.window[index])
-    assert len(queries.place.unique()) == len(index)
-    assert torch.equal(queries.cached, windows.place[index])
+    tiles = queries.tiles
+    assert tiles is not None and torch.equal(queries.cached, windows.place[index])
+    of_tile = torch.arange(windows.count) if tiles.window is None else tiles.window
+    assert len(of_tile) == tiles.count and len(tiles.source) == tiles.count * tiles.size
+    assert torch.equal(of_tile[tiles.place // tiles.size], windows.window[index])
+    assert torch.equal(tiles.source[tiles.place], torch.arange(len(index)))
     held = torch.bincount(windows.window[index])
-    needed = int((-(-held // queries.tile)).sum())
+    needed = int((-(-held // tiles.size)).sum())
     most = most_tiles(len(index), windows.count, windows.slots)
-    assert queries.tiles == (most if static else needed) and needed <= most
-    values = torch.rand(len(index), 2)
-    assert torch.equal(queries.gather(queries.spread(values)), values)
+    assert tiles.count == (most if static else needed) and needed <= most
 
 
 @pytest.mark.parametrize(("make", "size"), [(sam, 40), (plain, 24)])
@@ -430,6 +429,8 @@ def test_long_query_lists_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     vit, frames = sam(), clip(2)
     whole, _ = run(vit, Rows(select_all), frames)
     monkeypatch.setattr("eventful_det.gating.rows_attention._BIAS_ELEMENTS", 1500)  # 7 queries at a time
+    monkeypatch.setattr("eventful_det.gating.rows_attention._LEAST_TILE", 4)
+    monkeypatch.setattr("eventful_det.gating.rows_attention._CACHE_ELEMENTS", 1600)  # 2 tiles at a time
     pieces, _ = run(vit, Rows(select_all), frames)
     assert error(pieces[1][0].tokens, whole[1][0].tokens) < 1e-6
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from eventful_det.errors import UserError
@@ -61,6 +63,29 @@ def test_identical_frame_costs_only_the_comparison(tiny_detector: Detector) -> N
     assert torch.equal(first.detections.boxes, second.detections.boxes)
 
 
+class Operators(TorchDispatchMode):
+    """Notes the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_identical_frame_runs_the_comparison_and_little_else(tiny_detector: Detector) -> None:
+    detector = tiny_detector.with_rule(Rows(policy=Threshold(0.01)))
+    state = detector.init_state()
+    detector.step(frames(1), state)
+    with Operators() as operators:
+        detector.step(frames(1), state)
+    products = {"mm", "addmm", "bmm", "convolution", "_scaled_dot_product_flash_attention_for_cpu"}
+    assert "linalg_vector_norm" in operators.names and not products & set(operators.names)
+    assert len(operators.names) < 70  # the heads alone would run hundreds
+
+
 def test_result_does_not_alias_the_state(tiny_detector: Detector) -> None:
     detector = tiny_detector.with_rule(Rows(policy=Threshold(0.01)))
     state = detector.init_state()
@@ -80,6 +105,18 @@ def test_streams_are_isolated_bit_for_bit(tiny_detector: Detector) -> None:
         (one,) = detector.step([x], alone)
         assert torch.equal(both[0].detections.boxes, one.detections.boxes)
         assert torch.equal(both[0].detections.scores, one.detections.scores)
+
+
+def test_streams_do_not_influence_each_other(tiny_detector: Detector) -> None:
+    """Which tokens are recomputed not at all; boxes and scores as far as larger products round differently."""
+    detector = tiny_detector.with_rule(Rows(policy=TopFraction(0.3, age_power=0.5)))
+    clips = [frames(4, seed=1), frames(4, 64, 96, seed=2), frames(4, seed=3)]
+    together, alone = detector.init_state(3), [detector.init_state() for _ in clips]
+    for images in zip(*clips, strict=True):
+        for image, own, result in zip(images, alone, detector.step(images, together), strict=True):
+            (expected,) = detector.step([image], own)
+            assert torch.equal(result.work, expected.work) and result.cost.macs == expected.cost.macs
+            assert_same(result.detections, expected.detections)
 
 
 def test_new_size_flushes_its_stream_alone(tiny_detector: Detector) -> None:

@@ -22,7 +22,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import benchmark_streams  # noqa: E402
 from benchmark import compare, markdown, table  # noqa: E402
-from benchmark_methods import Step, cases_of, prepare  # noqa: E402
+from benchmark_cases import cases_of  # noqa: E402
+from benchmark_methods import Step, prepare  # noqa: E402
 
 PEER = os.environ.get("EVENTFUL_PEER")  # a checkout of WISION-Lab/eventful-transformer
 SMALL = "{dim: 48, depth: 4, heads: 3, global_blocks: [1,3], channels: 16, box_fc: [64], proposals: 20}"
@@ -87,6 +88,17 @@ def test_a_clip(tmp_path: Path) -> None:
         prepare(case, settings("clip=synthetic:1"), 151, torch.device("cpu"), None)
 
 
+def test_still_frames() -> None:
+    still = BACKBONE.replace("k: 5", "changes: still, methods: [dense, rows, rows_half]")
+    (case,), _ = cases_of(settings(f"cases=[{still}]"))
+    setting = prepare(case, settings(), 3, torch.device("cpu"), None)
+    assert setting.k == 0 and all(torch.equal(frame, setting.frames[0]) for frame in setting.frames)
+    for name in ("rows", "rows_half"):
+        first, second = (setting.methods[name].step(frame).macs["backbone"] for frame in setting.frames[:2])
+        assert first > 100 * second > 0
+    assert setting.methods["rows_half"].state_bytes() < setting.methods["rows"].state_bytes()
+
+
 def timed(totals: list[float], backbones: list[float], macs: int) -> Timed[Step]:
     step = [Step({"backbone": macs, "total": 2 * macs}, {"backbone": seconds}) for seconds in backbones]
     calls = [Call(seconds, result) for seconds, result in zip(totals, step, strict=True)]
@@ -129,8 +141,8 @@ def test_the_cases_of_the_config() -> None:
     everything, left_out = cases_of(settings("peer=somewhere", "clip=a.mp4"))
     assert left_out == [] and len(everything) == len(cases) + 2
     assert [case.size for case in cases_of(settings("only=672x672"))[0]] == [(672, 672)]
-    assert {case.changes for case in everything if case.model != "shipped"} == {"synthetic"}
-    assert {case.changes for case in cases_of(settings("changes=clip", "clip=a.mp4"))[0]} == {"clip"}
+    assert {case.changes for case in everything if case.model != "shipped"} == {"synthetic", "still"}
+    assert {case.changes for case in cases_of(settings("changes=clip", "clip=a.mp4"))[0]} == {"clip", "still"}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +157,8 @@ def test_the_cases_of_the_config() -> None:
         (("what: backbone", "what: heads"), "what must be one of backbone, detector"),
         (("k: 5", "k: 5, methods: [dense,fast]"), "unknown method 'fast'; known for a backbone: dense, rows, paper"),
         (("k: 5", "k: 5, methods: [rows]"), "methods need dense"),
-        (("k: 5", "k: 5, changes: some"), "changes must be synthetic or clip"),
+        (("k: 5", "k: 5, changes: some"), "changes must be synthetic, clip or still"),
+        (("k: 5", "k: 5, changes: still"), "give neither k nor fraction"),
         (("k: 5", "tokens: 5"), "unknown option tokens"),
         (("model: vitdet_tiny, ", ""), "has no model"),
         (("model: vitdet_tiny", "model: nothing"), "no weights 'nothing'"),
