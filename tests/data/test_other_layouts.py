@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from running import run
 
 from eventful_det.data.classes import IMAGENET_VID
 from eventful_det.data.coco_video import CocoVideo, load_coco_video
@@ -197,11 +196,11 @@ def test_other_files_are_refused(tmp_path: Path, change: dict[str, Any], message
 
 
 def test_the_script(tmp_path: Path) -> None:
-    script, path = ROOT / "datasets/import_annotations.py", mmtracking(tmp_path)
-    command = [sys.executable, str(script), str(path), "--output", str(tmp_path / "out/val.json"), "--strict"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    path, output = mmtracking(tmp_path), tmp_path / "out/val.json"
+    command = ["datasets/import_annotations.py", str(path), "--output", str(output), "--strict"]
+    done = run(*command, check=False)
     assert done.returncode == 1 and "2 faults in the data" in done.stdout, done.stderr
     assert sum(1 for _ in load_coco_video(tmp_path / "out/val.json").frames) == 3
     assert json.loads((tmp_path / "out/val.report.json").read_text())["boxes"] == 3
-    done = subprocess.run([*command, "--layout", "eventful"], capture_output=True, text=True)
+    done = run(*command, "--layout", "eventful", check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1

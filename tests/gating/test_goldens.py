@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from running import run
 from torch import Tensor
 
 from eventful_det.gating.closed_form import ViTShape, dense_counts, paper_counts
@@ -183,9 +182,7 @@ def test_naive_recording_agrees(golden: Golden, check: Check) -> None:
 
 def test_runs_as_a_module(golden: Golden, tmp_path: Path) -> None:
     torch.save(golden | {"runs": golden["runs"][:1]}, tmp_path / "golden.pt")
-    command = [sys.executable, "-m", "eventful_det.testing.check_goldens", str(tmp_path / "golden.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
-    assert done.returncode == 0, done.stderr
+    done = run("-m", "eventful_det.testing.check_goldens", str(tmp_path / "golden.pt"))
     assert "1 of 1 runs agree" in done.stdout
 
 
@@ -214,11 +211,11 @@ def test_wrong_counts_are_found(golden: Golden, check: Check) -> None:
 
 def test_several_streams_share_the_bias_of_their_padding(golden: Golden, check: Check) -> None:
     golden["inputs"] = golden["inputs"].repeat(1, 3, 1, 1)
-    for run in golden["runs"]:
-        run["outputs"] = run["outputs"].repeat(1, 3, 1, 1)
-        run["indices"] = {gate: [i.repeat(3, 1) for i in steps] for gate, steps in run["indices"].items()}
-        run["counts"] = [{kind: 3 * n for kind, n in counts.items()} for counts in run["counts"]]
-        for counts in run["counts"]:
+    for entry in golden["runs"]:
+        entry["outputs"] = entry["outputs"].repeat(1, 3, 1, 1)
+        entry["indices"] = {gate: [i.repeat(3, 1) for i in steps] for gate, steps in entry["indices"].items()}
+        entry["counts"] = [{kind: 3 * n for kind, n in counts.items()} for counts in entry["counts"]]
+        for counts in entry["counts"]:
             counts["bias_flops"] -= 2 * 3 * DIM
     status, out, _ = check(golden)
     assert status == 0 and "counted once per batch" in out

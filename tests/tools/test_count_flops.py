@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from running import compose_config
+from running import compose_config, run
 
 from eventful_det.errors import UserError
 
@@ -26,18 +24,11 @@ def ask(*overrides: str) -> Rows:
     return collect(compose_config("count_flops", *overrides))
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "count_flops.py"), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     """The default table, as a user gets it."""
     output = tmp_path_factory.mktemp("default")
-    done = run(f"output={output}")
-    assert done.returncode == 0, done.stderr
+    done = run("tools/count_flops.py", f"output={output}")
     assert "467.44" in done.stdout and "results.json" in done.stdout
     rows: Rows = json.loads((output / "results.json").read_text())["rows"]
     return rows
@@ -120,6 +111,6 @@ def test_errors(overrides: list[str], message: str) -> None:
 
 
 def test_an_error_takes_one_line(tmp_path: Path) -> None:
-    done = run(f"output={tmp_path}", "+model.dim=190")
+    done = run("tools/count_flops.py", f"output={tmp_path}", "+model.dim=190", check=False)
     assert (done.returncode, done.stderr) == (2, "error: model: dim (190) must be a multiple of heads (3)\n")
     assert not (tmp_path / "results.json").exists()

@@ -6,8 +6,6 @@ import csv
 import dis
 import inspect
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,14 +117,8 @@ def test_unlabelled_clips_are_judged_by_agreement_with_dense(
     with VideoWriter(tmp_path / "clip.mp4", 25.0) as writer:
         for i in range(4):
             writer.write(np.full((96, 128, 3), 40 * i, np.uint8))
-    make = [
-        sys.executable,
-        "datasets/prepare_clips.py",
-        str(tmp_path / "clip.mp4"),
-        "--output",
-        str(tmp_path / "clips"),
-    ]
-    assert "1 videos, 4 frames" in subprocess.run(make, check=True, capture_output=True, text=True).stdout
+    made = run("datasets/prepare_clips.py", str(tmp_path / "clip.mp4"), "--output", str(tmp_path / "clips"))
+    assert "1 videos, 4 frames" in made.stdout
     unused = ("dense_square", "rows_threshold", "rows_focus", "paper", "random", "held_boxes", "resolution")
     curves = [f"~eval.curves.{name}" for name in unused]
     where = ["data=clips", f"data.root={tmp_path / 'clips'}", "common_classes=true", "max_frames=3"]
