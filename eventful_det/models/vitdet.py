@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from eventful_det.gating.anatomy import Grid, resize_positions
 from eventful_det.models.config import ModelConfig
 
-LEVELS = ("p2", "p3", "p4", "p5", "p6")
 STRIDES = (4, 8, 16, 32, 64)
 
 
