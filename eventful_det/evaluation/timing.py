@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import random
 import time
@@ -109,8 +110,8 @@ def time_together(
 
 
 def paired_ratios(reference: Sequence[float], other: Sequence[float]) -> Spread:
-    """How many times less `other` took than `reference`, repetition by repetition; above 1 = faster."""
-    return Spread.of([a / b for a, b in zip(reference, other, strict=True)])
+    """How many times less `other` took than `reference`, by repetition; above 1 = faster, nan = did nothing."""
+    return Spread.of([a / b if b else math.nan for a, b in zip(reference, other, strict=True)])
 
 
 def peak_of(run: Callable[[], object], device: torch.device) -> int:

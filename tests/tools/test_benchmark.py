@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -111,6 +112,8 @@ def test_ratios_by_hand() -> None:
     assert (total["gmacs"], total["mac_ratio"], total["time_ratio"], total["ms_p50"]) == (2, 6, 4, 4000)
     assert (total["time_ratio_p5"], total["time_ratio_p95"]) == pytest.approx((2.2, 9.4))
     assert total["time_ratio_per_mac_ratio"] == pytest.approx(4 / 6)
+    (nothing,) = compare(timed([1, 4, 4], [0, 0, 0], 0), dense, ("backbone",))  # heads that saw no change
+    assert nothing["gmacs"] == nothing["ms_p50"] == 0 and math.isnan(nothing["time_ratio"])
     assert (backbone["gmacs"], backbone["time_ratio"], backbone["ms_p95"]) == (1, 2, pytest.approx(1900))
     facts = {"method": "rows", "ms_first": 9000, "state_bytes": 2 * 10**6, "peak_bytes": 3 * 10**6}
     header, first, last = table([{**facts, **row} for row in (backbone, total)])
