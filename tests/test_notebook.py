@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.slow
 def test_tour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # beside other tests, two threads that wait for each other take minutes
     notebook = nbformat.read(ROOT / "docs" / "tour.ipynb", as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
