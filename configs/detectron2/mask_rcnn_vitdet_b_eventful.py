@@ -11,20 +11,10 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.data import transforms as T
 
-from eventful_det.gating.policy import Threshold
-from eventful_det.gating.rows import Rows
-from eventful_det.integrations.detectron2 import EventfulRCNN
-
+from .model import make_model
 from .schedule import make_lr_multiplier, make_optimizer
 
-model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
-model.update(
-    _target_=EventfulRCNN,
-    rule=L(Rows)(policy=L(Threshold)(threshold=2.0, cap=0.5, age_power=0.5)),
-    budget=None,  # instead of the rule's policy: tokens per frame (int) or share of the tokens (float)
-    incremental_heads=True,
-    max_streams=8,
-)
+model = make_model()
 
 dataloader = model_zoo.get_config("common/data/coco.py").dataloader
 dataloader.train.total_batch_size = 64

@@ -14,28 +14,19 @@ from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 
-from eventful_det.gating.policy import Threshold
-from eventful_det.gating.rows import Rows
 from eventful_det.integrations.detectron2 import (
-    EventfulRCNN,
     VIDEvaluator,
     VIDMapper,
     build_vid_test_loader,
     register_imagenet_vid,
 )
 
+from .model import make_model
 from .schedule import make_lr_multiplier, make_optimizer
 
 register_imagenet_vid(os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "ILSVRC2015"))
 
-model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
-model.update(
-    _target_=EventfulRCNN,
-    rule=L(Rows)(policy=L(Threshold)(threshold=2.0, cap=0.5, age_power=0.5)),
-    budget=None,  # instead of the rule's policy: tokens per frame (int) or share of the tokens (float)
-    incremental_heads=True,
-    max_streams=8,
-)
+model = make_model()
 model.backbone.square_pad = 0  # frames are padded to multiples of 32 pixels only
 model.proposal_generator.post_nms_topk = (1000, 300)
 model.roi_heads.update(num_classes=30, batch_size_per_image=128)

@@ -121,8 +121,7 @@ class Threshold:
     interest: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.floor <= self.cap <= 1:
-            raise UserError(f"Threshold: need 0 <= floor <= cap <= 1, got floor={self.floor}, cap={self.cap}")
+        _check_bounds(self)
 
     def __call__(self, gate: GateInput) -> Tensor:
         tokens = gate.error.numel()
@@ -155,8 +154,7 @@ class Focus:
     block: int = 4
 
     def __post_init__(self) -> None:
-        if not 0 <= self.floor <= self.cap <= 1:
-            raise UserError(f"Focus: need 0 <= floor <= cap <= 1, got floor={self.floor}, cap={self.cap}")
+        _check_bounds(self)
         if self.block < 1:
             raise UserError(f"Focus: block must be 1 or more tokens, got {self.block}")
 
@@ -169,6 +167,12 @@ class Focus:
         if passed.numel() >= low:
             return passed[:high]
         return torch.cat([passed, order[~passes]])[:low]
+
+
+def _check_bounds(policy: Threshold | Focus) -> None:
+    if not 0 <= policy.floor <= policy.cap <= 1:
+        name = type(policy).__name__
+        raise UserError(f"{name}: need 0 <= floor <= cap <= 1, got floor={policy.floor}, cap={policy.cap}")
 
 
 def _blockwise(scores: Tensor, grid: Grid | None, side: int) -> Tensor:
