@@ -3,7 +3,7 @@
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
-from eventful_det.gating.policy import Threshold
+from eventful_det.gating.policy import Focus
 from eventful_det.gating.rows import Rows
 from eventful_det.integrations.detectron2 import EventfulRCNN
 
@@ -13,7 +13,7 @@ def make_model():
     model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
     model.update(
         _target_=EventfulRCNN,
-        rule=L(Rows)(policy=L(Threshold)(threshold=2.0, cap=0.5, age_power=0.5)),
+        rule=L(Rows)(policy=L(Focus)(threshold=2.0, cap=0.4)),
         budget=None,  # instead of the rule's policy: tokens per frame (int) or share of the tokens (float)
         incremental_heads=True,
         max_streams=8,

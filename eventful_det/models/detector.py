@@ -237,9 +237,9 @@ class Detector(nn.Module):
 
     def _point_out(self, stream: DetectorStream) -> None:
         """Tell the gate where something was found on the last frame."""
-        backbone = stream.backbone.streams[0]
-        if isinstance(backbone, RowsState) and stream.detections is not None:
-            backbone.interest.copy_(token_interest(stream.detections, backbone.grid, self.config.patch))
+        backbone, found = stream.backbone.streams[0], stream.detections
+        if isinstance(backbone, RowsState) and found is not None:
+            backbone.interest.copy_(token_interest(found.boxes, found.scores, backbone.grid, self.config.patch))
 
     def _dense_update(self, anatomy: Anatomy, image: Tensor, flush: bool) -> Update:
         """Everything, as if all tokens had changed."""

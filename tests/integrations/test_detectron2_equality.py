@@ -265,8 +265,8 @@ def frames_of(source: str, config: ModelConfig) -> Iterable[Tensor]:
 @pytest.mark.parametrize("source", ["synthetic", "real"])
 @pytest.mark.parametrize(
     "rule",
-    [Paper(TopFraction(0.25)), Paper(Threshold(0.5)), Rows(Threshold(2.0, cap=0.5, age_power=0.5))],
-    ids=["paper, a quarter", "paper, threshold", "rows, default"],
+    [Paper(TopFraction(0.25)), Paper(Threshold(0.5)), Rows(), Rows(TopFraction(0.25, 0.5, 4.0))],
+    ids=["paper, a quarter", "paper, threshold", "rows, default", "rows, a quarter"],
 )
 @pytest.mark.parametrize("incremental", [False, True])
 def test_eventful_rcnn_equals_our_detector_on_a_clip(

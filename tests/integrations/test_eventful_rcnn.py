@@ -12,9 +12,10 @@ from torch import Tensor
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import Rule
 from eventful_det.gating.paper import Paper
-from eventful_det.gating.policy import Threshold, TopFraction, select_all
+from eventful_det.gating.policy import GateInput, Threshold, TopFraction, select_all
 from eventful_det.gating.rows import Rows
 from eventful_det.models.config import vitdet_tiny
+from eventful_det.models.interest import token_interest
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 pytest.importorskip("detectron2.modeling", reason="needs detectron2, which is not installed", exc_type=ImportError)
@@ -115,6 +116,22 @@ def test_videos_do_not_disturb_each_other() -> None:
     for frame, output in zip(mixed, found, strict=True):
         expected = fields(alone[frame["video_id"]][frame["frame_id"]])
         assert all(torch.equal(value, expected[name]) for name, value in fields(output).items())
+
+
+def test_the_gate_is_told_what_was_found_on_the_last_frame() -> None:
+    told: list[Tensor] = []
+
+    def policy(gate: GateInput) -> Tensor:
+        assert gate.interest is not None
+        told.append(gate.interest.clone())
+        return select_all(gate)
+
+    model, frames = eventful(Rows(policy)), video(3)
+    with torch.no_grad():
+        found = [model.inference([frame], do_postprocess=False)[0] for frame in frames]
+    assert len(told) == 2 and len(found[0]) > 0  # the first frame is a flush
+    for interest, instances in zip(told, found, strict=False):
+        assert torch.equal(interest, token_interest(instances.pred_boxes.tensor, instances.scores, (6, 10), 16))
 
 
 def test_frames_are_padded_where_detectron2_does_not() -> None:

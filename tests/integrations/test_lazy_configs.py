@@ -20,7 +20,7 @@ from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
 from detectron2.config import LazyConfig, instantiate  # noqa: E402
 from vid_tree import make_set  # noqa: E402
 
-from eventful_det.gating.policy import Threshold  # noqa: E402
+from eventful_det.gating.policy import Focus  # noqa: E402
 from eventful_det.gating.rows import Rows  # noqa: E402
 from eventful_det.integrations.detectron2 import EventfulRCNN  # noqa: E402
 
@@ -53,7 +53,7 @@ def test_imagenet_vid_model() -> None:
     assert isinstance(model, EventfulRCNN) and model.budget.fraction == 0.5
     assert model.roi_heads.num_classes == 30 and not model.roi_heads.mask_on
     model = instantiate(tiny("vitdet_b_vid_eventful.py", "model.rule.policy.threshold=3").model)
-    assert model.backbone.net.rule == Rows(Threshold(3, cap=0.5, age_power=0.5))
+    assert model.backbone.net.rule == Rows(Focus(3, cap=0.4))
 
 
 def test_coco_model_differs_from_the_zoos_in_its_backbone_alone(tmp_path: Path) -> None:
@@ -105,7 +105,8 @@ def test_detectron2s_tool_trains_and_evaluates(tmp_path: Path) -> None:
 def stock_tool(data: Path, *options: str) -> str:
     """Run detectron2's tool as it is; returns what it printed."""
     command = [sys.executable, str(TOOL), "--config-file", str(CONFIGS / "vitdet_b_vid_eventful.py"), *options]
-    environment = {**os.environ, "DETECTRON2_DATASETS": str(data), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(ROOT), *sys.path])  # detectron2 may lie anywhere
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(data), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=data, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + done.stderr

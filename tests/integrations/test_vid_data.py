@@ -213,7 +213,7 @@ if dist.is_initialized():
 def test_two_processes_give_the_scores_of_one(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "evaluate.py").write_text(SCRIPT)
     root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(root / "tests" / "integrations")])
+    paths = os.pathsep.join([str(root), str(root / "tests" / "integrations"), *sys.path])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     parts = []

@@ -17,6 +17,7 @@ from eventful_det.errors import UserError
 from eventful_det.gating.closed_form import ViTShape, dense_counts
 from eventful_det.gating.convert import EventfulViT, Rule, eventify
 from eventful_det.gating.policy import Policy
+from eventful_det.gating.rows import RowsState
 from eventful_det.gating.state import State
 from eventful_det.gating.update import Update
 from eventful_det.integrations.detectron2.config import eventful_options
@@ -24,6 +25,7 @@ from eventful_det.integrations.detectron2.heads import IncrementalHeads, pyramid
 from eventful_det.integrations.video_states import VideoStates
 from eventful_det.models.cost import FrameCost
 from eventful_det.models.incremental import HeadsState
+from eventful_det.models.interest import token_interest
 from eventful_det.runtime.budget import policy_for
 
 Input = dict[str, Any]
@@ -151,6 +153,8 @@ class EventfulRCNN(GeneralizedRCNN):
         """Process frames of different videos."""
         images = [self._image(x) for x in inputs]
         streams = [self._stream(x, image.image_sizes[0]) for x, image in zip(inputs, images, strict=True)]
+        for stream in streams:
+            self._point_out(stream)
         state = State([stream.backbone for stream in streams])
         updates = self._net.step([image.tensor[0] for image in images], state)
         results = []
@@ -181,6 +185,13 @@ class EventfulRCNN(GeneralizedRCNN):
         if frame.get("is_last_frame"):
             self.states.forget(frame["video_id"])
         return stream
+
+    def _point_out(self, stream: RCNNStream) -> None:
+        """Tell the gate where something was found on the last frame."""
+        backbone, found = stream.backbone, stream.instances
+        if isinstance(backbone, RowsState) and found is not None:
+            patch = self._net.anatomy.patch
+            backbone.interest.copy_(token_interest(found.pred_boxes.tensor, found.scores, backbone.grid, patch))
 
     def _find(self, update: Update, stream: RCNNStream, image: ImageList) -> Instances:
         """The objects on a token map, in pixels of the network's input."""
