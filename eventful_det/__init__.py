@@ -32,6 +32,7 @@ _PUBLIC = {
     "Latency": "eventful_det.runtime.budget",
     "Terms": "eventful_det.runtime.sharing",
     "StreamPool": "eventful_det.runtime.pool",
+    "Rescorer": "eventful_det.runtime.rescoring",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -37,6 +37,7 @@ from eventful_det.evaluation.efficiency import peak_memory
 from eventful_det.models.detector import Detector
 from eventful_det.models.labels import relabel
 from eventful_det.runtime.budget import parse_budget
+from eventful_det.runtime.rescoring import Rescorer
 from eventful_det.runtime.sharing import Terms
 from eventful_det.runtime.stream import Stream, StreamResult
 from eventful_det.runtime.tracking import Tracker
@@ -121,11 +122,13 @@ class Run:
         options = {"budget": parse_budget(config.budget), "scene_cuts": config.scene_cuts, "hold": config.hold}
         options |= {"shadow_every": config.shadow_every, "terms": build_terms(config)}
         self.stream: Stream = detector.stream(source, max_frames=config.max_frames, **options, **self._sizes)
-        compared = {"show": config.show, "scene_cuts": False, **self._sizes}
+        compared = {"show": config.show, "rescore": config.rescore, "scene_cuts": False, **self._sizes}
         self.comparison = Comparison(detector, **compared) if config.compare else None
         self._look = {"show": config.show, "width": config.width}
         self._limit = config.max_frames
-        self._results = map(Tracker(source.fps), self.stream) if config.track else self.stream
+        self._results: Iterator[StreamResult] = map(Rescorer(), self.stream) if config.rescore else self.stream
+        if config.track:
+            self._results = map(Tracker(source.fps), self._results)
 
     def __call__(self) -> dict[str, Any]:
         """Run to the end, write the results however it ends, and return them.

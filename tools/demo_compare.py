@@ -10,16 +10,18 @@ import numpy as np
 
 from eventful_det.models.detector import Detector
 from eventful_det.runtime.drift import Drift, compare
+from eventful_det.runtime.rescoring import Rescorer
 from eventful_det.runtime.stream import StreamResult
 
 
 class Comparison:
     """The dense detector beside the stream, on the same frames."""
 
-    def __init__(self, detector: Detector, show: float, **options: Any) -> None:
+    def __init__(self, detector: Detector, show: float, rescore: bool, **options: Any) -> None:
         self.show = show
         self.images: deque[Any] = deque()
-        self.dense = detector.with_rule(None).stream(self._feed(), **options)
+        stream = detector.with_rule(None).stream(self._feed(), **options)
+        self.dense = map(Rescorer(), stream) if rescore else stream
         self.total = Drift()
         self.ratios: list[float] = []
 

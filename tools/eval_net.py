@@ -52,12 +52,14 @@ from eventful_det.errors import UserError
 from eventful_det.evaluation import report
 from eventful_det.evaluation.detection import labelled_frames
 from eventful_det.evaluation.flushes import ap50_since_flush
+from eventful_det.evaluation.rescored import rescored
 from eventful_det.evaluation.runs import Method, MethodRun
 from eventful_det.evaluation.store import ResultStore, file_hash
 from eventful_det.evaluation.summary import Row, jsonable, row_of
 from eventful_det.evaluation.sweep import collect, complete, first
 from eventful_det.models.checkpoints import DEFAULT, find_weights, load_detector
 from eventful_det.models.detector import Detector
+from eventful_det.runtime.rescoring import Rescoring
 
 COMMON = 10  # objects: average precision of a class with fewer is noise
 READERS = 4  # threads that read frames ahead for a GPU; on a CPU they would take time from what is measured
@@ -78,7 +80,7 @@ def evaluate_single(config: DictConfig, detector: Detector, data: CocoVideo, dir
     rule, options = build_rule(config.gate), config.eval
     name = "dense" if rule is None else config.gate.rule
     method = Method(name, None, rule, options.hold, options.scale, options.square)
-    run = collect(complete_all(config, detector, data, [method]), method, data)
+    run = gather(config, complete_all(config, detector, data, [method]), method, data)
     scores = run.scores()
     row = row_of(run, scores)
     (directory / "coco_results.json").write_text(json.dumps(run.results) + "\n")
@@ -108,11 +110,11 @@ def evaluate_sweep(config: DictConfig, detector: Detector, data: CocoVideo, dire
         return {}
     store = complete_all(config, detector, data, methods)
     dense = next((method for method in methods if method.is_dense), None)
-    reference = None if dense is None else collect(store, dense, data)
+    reference = None if dense is None else gather(config, store, dense, data)
     rows: list[Row] = []
     skipped: dict[int, str] = {}
     for method in track(methods, "scoring", console=console, transient=True):  # one by one, for the memory's sake
-        run = reference if method is dense and reference else collect(store, method, data)
+        run = reference if method is dense and reference else gather(config, store, method, data)
         rows.append(row_of(run, run.scores(), reference))
         skipped |= run.skipped
     report.write_csv(rows, directory / "sweep.csv")
@@ -161,6 +163,12 @@ def complete_all(config: DictConfig, detector: Detector, data: CocoVideo, method
             sys.exit()
         complete(detector, data, methods, store, **options)  # what another process could not keep
     return store
+
+
+def gather(config: DictConfig, store: ResultStore, method: Method, data: CocoVideo) -> MethodRun:
+    """What a method did, with the scores that the config asks for."""
+    run = collect(store, method, data)
+    return rescored(run, Rescoring()) if config.rescore else run
 
 
 def _by_video(run: MethodRun) -> list[dict[str, Any]]:
@@ -238,6 +246,7 @@ def run(config: DictConfig) -> None:
         "weights": config.weights or DEFAULT,
         "labelled_frames": sum(frame.labelled for frame in data.frames),
         "streams": config.streams,
+        "rescore": config.rescore,
         "data": config.data.val,
         "machine": f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "note": NOTE,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from eventful_det.data.transforms import resize
 from eventful_det.models.cost import FrameCost
 from eventful_det.runtime.stream import StreamResult
-from eventful_det.runtime.tracking import Tracker
 
 HISTORY = 160  # frames in a strip chart
 _LONGEST = 960  # side of the pictures that are sent, in pixels
@@ -56,7 +55,7 @@ class Channel:
     Attributes:
         title: for people, for example the name of the file.
         release: called when the stream is gone; may be called again.
-        tracker: gives objects ids.
+        followers: work over what was found, one after the other: steadier scores, ids.
         error: why the server gave the stream up.
         newest: the newest frame.
         history: of the strip chart, oldest first.
@@ -64,15 +63,15 @@ class Channel:
 
     title: str
     release: Callable[[], None]
-    tracker: Tracker | None = None
+    followers: Sequence[Callable[[StreamResult], StreamResult]] = ()
     error: str | None = None
     newest: Shot | None = None
     history: deque[Mark] = field(default_factory=lambda: deque(maxlen=HISTORY))
 
     def show(self, result: StreamResult) -> None:
         """Take in the next frame."""
-        if self.tracker is not None:
-            result = replace(result, detections=self.tracker(result).detections)
+        for follow in self.followers:
+            result = follow(result)
         self.newest = Shot(result.frame_index + 1, result)
         self.history.append(Mark(self.newest.number, time.monotonic(), result.cost))
 

@@ -12,6 +12,7 @@ from eventful_det.errors import UserError
 from eventful_det.gating.policy import Policy
 from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.pool import StreamPool
+from eventful_det.runtime.rescoring import Rescorer
 from eventful_det.runtime.stream import StreamResult
 from eventful_det.runtime.tracking import Tracker
 from eventful_det.serving.channel import Channel, Mark, Shot
@@ -28,6 +29,7 @@ class Engine:
         pool: of streams; the engine closes it.
         max_streams: at the same time.
         track: give objects ids.
+        rescore: judge boxes by the last frames, not by one alone.
 
     Raises:
         UserError: there is no library for ids.
@@ -37,8 +39,8 @@ class Engine:
         on_news: called in the engine's thread after every round.
     """
 
-    def __init__(self, pool: StreamPool, *, max_streams: int = 16, track: bool = False) -> None:
-        self.pool, self.max_streams, self.track = pool, max_streams, track
+    def __init__(self, pool: StreamPool, *, max_streams: int = 16, track: bool = False, rescore: bool = False) -> None:
+        self.pool, self.max_streams, self.track, self.rescore = pool, max_streams, track, rescore
         if track:
             Tracker()  # tells now what is missing
         self.lock = threading.Lock()
@@ -81,13 +83,15 @@ class Engine:
         Raises:
             UserError: there are too many streams already.
         """
-        tracker = Tracker(opened.source.fps) if self.track else None
+        followers: list[Callable[[StreamResult], StreamResult]] = [Rescorer()] if self.rescore else []
+        if self.track:
+            followers.append(Tracker(opened.source.fps))
         with self.lock:
             self.check_room()
             numbered = (f"{opened.name}-{i}" for i in itertools.count(2))
             free = next(n for n in itertools.chain([opened.name], numbered) if n not in self.channels)
             name = self.pool.add(opened.source, name=free)
-            self.channels[name] = Channel(opened.title, opened.release, tracker)
+            self.channels[name] = Channel(opened.title, opened.release, followers)
         self._wake.set()
         return name
 

@@ -12,10 +12,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
 from eventful_det.errors import UserError
 from eventful_det.evaluation import report
+from eventful_det.evaluation.rescored import rescored
 from eventful_det.evaluation.runs import Method
 from eventful_det.evaluation.store import ResultStore
 from eventful_det.evaluation.summary import Row, evaluate_detector, jsonable, row_of, rows_of
@@ -24,6 +26,8 @@ from eventful_det.gating.paper import Paper
 from eventful_det.gating.policy import RandomK, TopFraction
 from eventful_det.gating.rows import Rows
 from eventful_det.models.detector import Detector
+from eventful_det.models.regions import Detections
+from eventful_det.runtime.rescoring import Rescoring, rescore
 
 TOKENS, PATCH = 8 * 8, 3 * 16 * 16  # of a frame of 128 x 128 pixels: whole windows of 4 x 4 tokens
 
@@ -202,3 +206,24 @@ def test_times_of_different_processes_are_not_compared(detector: Detector, data:
     elsewhere = [dataclasses.replace(video, session="another") for video in runs[1].videos]
     _, held = rows_of([runs[0], dataclasses.replace(runs[1], videos=elsewhere)])
     assert math.isnan(held.relative_time)
+
+
+def test_rescored_runs_equal_what_a_stream_would_have_shown(detector: Detector, data: CocoVideo) -> None:
+    """Video by video, and with the scores of frames that came before."""
+    run = run_method(detector, data, Method("rows", 0.5, Rows(TopFraction(0.5))))
+    after = rescored(run, Rescoring())
+    for video, old in zip(after.videos, run.videos, strict=True):
+        assert [entry["bbox"] for entry in video.results] == [entry["bbox"] for entry in old.results]
+        objects = None
+        for frame in video.video.frames:
+            entries = [entry for entry in old.results if entry["image_id"] == frame.image_id]
+            boxes = torch.tensor([entry["bbox"] for entry in entries]).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2]
+            scores = torch.tensor([entry["score"] for entry in entries])
+            labels = torch.tensor([entry["category_id"] for entry in entries], dtype=torch.int64)
+            expected, objects = rescore(Detections(boxes, scores, labels), objects, Rescoring())
+            shown = [entry["score"] for entry in video.results if entry["image_id"] == frame.image_id]
+            assert shown == pytest.approx(expected.tolist(), abs=1e-6)
+    assert after.results != run.results
+    forgetful = rescored(run, Rescoring(rate=1.0)).results
+    assert [entry["score"] for entry in forgetful] == pytest.approx([entry["score"] for entry in run.results])

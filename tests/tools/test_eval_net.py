@@ -62,6 +62,19 @@ def results_of(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "results.json").read_text())
 
 
+def test_rescored_scores_are_scored_without_running_anything_again(
+    evaluate_with: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate_with("gate=dense")
+    plain = json.loads((tmp_path / "run/coco_results.json").read_text())
+    monkeypatch.setattr(Detector, "step", None)
+    evaluate_with("gate=dense", "rescore=true")
+    steady = json.loads((tmp_path / "run/coco_results.json").read_text())
+    assert results_of(tmp_path / "run")["rescore"] is True
+    assert [entry["bbox"] for entry in steady] == [entry["bbox"] for entry in plain]
+    assert [entry["score"] for entry in steady] != [entry["score"] for entry in plain]
+
+
 def annotations(tree: Path) -> dict[str, Any]:
     return json.loads((tree / "annotations/imagenet_vid_val.json").read_text())
 

@@ -1,0 +1,39 @@
+"""The results of an evaluation with steadier scores, as `eventful_det.runtime.rescoring` gives them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+
+import torch
+
+from eventful_det.evaluation.detection import Entry
+from eventful_det.evaluation.runs import MethodRun, VideoRun
+from eventful_det.models.regions import Detections
+from eventful_det.runtime.rescoring import Objects, Rescoring, rescore
+
+
+def rescored(run: MethodRun, options: Rescoring) -> MethodRun:
+    """The same run, the scores of each video worked over from its first frame to its last."""
+    return dataclasses.replace(run, videos=[_rescored(video, options) for video in run.videos])
+
+
+def _rescored(run: VideoRun, options: Rescoring) -> VideoRun:
+    by_image: dict[int, list[Entry]] = defaultdict(list)
+    for entry in run.results:
+        by_image[entry["image_id"]].append(entry)
+    results: list[Entry] = []
+    objects: Objects | None = None
+    for frame in run.video.frames:
+        entries = by_image[frame.image_id]
+        scores, objects = rescore(_detections(entries), objects, options)
+        results += [entry | {"score": score} for entry, score in zip(entries, scores.tolist(), strict=True)]
+    return dataclasses.replace(run, results=results)
+
+
+def _detections(entries: list[Entry]) -> Detections:
+    """Entries of one frame; labels are their category ids."""
+    x, y, w, h = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float64).reshape(-1, 4).unbind(1)
+    scores = torch.tensor([entry["score"] for entry in entries], dtype=torch.float64)
+    labels = torch.tensor([entry["category_id"] for entry in entries], dtype=torch.int64)
+    return Detections(torch.stack([x, y, x + w, y + h], 1), scores, labels)

@@ -1,0 +1,113 @@
+"""Steadier scores: a box is judged by what the detector thought of it on the last frames, not by one frame alone.
+
+::
+
+    for result in map(Rescorer(), detector.stream("video.mp4")):
+        print(result.detections.scores)
+
+Detectors blink: an object's score jumps above and below what counts as found, and its class changes for a frame.
+Seq-NMS (Han et al., 2016) gives all boxes of an object their mean score over the whole video; this is the same for
+video that has no end yet. No box is moved, added or dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from eventful_det.errors import UserError
+from eventful_det.models.regions import Detections
+from eventful_det.runtime.stream import StreamResult
+
+
+@dataclass(frozen=True)
+class Rescoring:
+    """How scores follow what is seen.
+
+    Attributes:
+        rate: weight of the present frame in an object's score; 1 = nothing is remembered.
+        memory: frames for which an object that is not seen is remembered; each of them counts as a score of 0.
+        overlap: least intersection over union of a box and an object's last one, of the same class.
+    """
+
+    rate: float = 0.3
+    memory: int = 3
+    overlap: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate <= 1 or not 0 < self.overlap <= 1 or self.memory < 0:
+            raise UserError(f"rescoring: need 0 < rate <= 1, 0 < overlap <= 1 and memory >= 0, got {self}")
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What is remembered of a stream: `boxes` (n, 4), mean `scores`, `labels` and frames since last seen, each (n,)."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    missed: Tensor
+
+
+def rescore(found: Detections, before: Objects | None, options: Rescoring) -> tuple[Tensor, Objects]:
+    """New scores of the detections of a frame.
+
+    Args:
+        found: on this frame.
+        before: what the last frame left, None on the first.
+        options: how.
+
+    Returns:
+        Scores `(n,)` in the order of the detections, and what the next frame has to be given.
+    """
+    unseen = torch.zeros_like(found.labels)
+    if before is None:
+        return found.scores, Objects(found.boxes, found.scores, found.labels, unseen)
+    here, there = _pairs(found, before, options.overlap)
+    scores = found.scores.index_copy(0, here, torch.lerp(before.scores[there], found.scores[here], options.rate))
+    kept = (before.missed < options.memory).index_fill(0, there, False)
+    return scores, Objects(
+        torch.cat([found.boxes, before.boxes[kept]]),
+        torch.cat([scores, (1 - options.rate) * before.scores[kept]]),
+        torch.cat([found.labels, before.labels[kept]]),
+        torch.cat([unseen, before.missed[kept] + 1]),
+    )
+
+
+def _pairs(found: Detections, before: Objects, overlap: float) -> tuple[Tensor, Tensor]:
+    """Detections and objects that are each other's best match."""
+    likeness = box_iou(found.boxes, before.boxes) * (found.labels[:, None] == before.labels)
+    if not likeness.numel():
+        nothing = found.labels.new_zeros(0)
+        return nothing, nothing
+    best, there = likeness.max(1)
+    here = torch.arange(len(found), device=there.device)
+    mutual = (best >= overlap) & (likeness.argmax(0)[there] == here)
+    return here[mutual], there[mutual]
+
+
+class Rescorer:
+    """Rescores the results of one stream, which have to come in the order of their frames.
+
+    Args:
+        options: how; None = as `Rescoring` says.
+    """
+
+    def __init__(self, options: Rescoring | None = None) -> None:
+        self.options = options or Rescoring()
+        self._objects: Objects | None = None
+        self._shape: tuple[int, ...] = ()
+
+    def __call__(self, result: StreamResult) -> StreamResult:
+        """The same result with new scores, best first."""
+        if result.image.shape != self._shape:  # boxes are in pixels
+            self._objects, self._shape = None, result.image.shape
+        found = result.detections
+        scores, self._objects = rescore(found, self._objects, self.options)
+        order = scores.argsort(descending=True, stable=True)
+        found = dataclasses.replace(found, scores=scores).map(lambda tensor: tensor[order])
+        return dataclasses.replace(result, detections=found)
