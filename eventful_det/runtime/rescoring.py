@@ -29,18 +29,20 @@ class Rescoring:
     """How scores follow what is seen.
 
     Attributes:
-        rate: weight of the present frame in an object's score; 1 = nothing is remembered.
-        memory: frames for which an object that is not seen is remembered; each of them counts as a score of 0.
+        rise: weight of the present frame where it scores more than the object had; 1 = at once.
+        fall: the same where it scores less, 0 for an object that is not seen.
+        memory: frames for which an object that is not seen is remembered.
         overlap: least intersection over union of a box and an object's last one, of the same class.
     """
 
-    rate: float = 0.3
+    rise: float = 0.5
+    fall: float = 0.2
     memory: int = 3
     overlap: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate <= 1 or not 0 < self.overlap <= 1 or self.memory < 0:
-            raise UserError(f"rescoring: need 0 < rate <= 1, 0 < overlap <= 1 and memory >= 0, got {self}")
+        if not all(0 < share <= 1 for share in (self.rise, self.fall, self.overlap)) or self.memory < 0:
+            raise UserError(f"rescoring: need 0 < rise, fall, overlap <= 1 and memory >= 0, got {self}")
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,13 @@ def rescore(found: Detections, before: Objects | None, options: Rescoring) -> tu
     if before is None:
         return found.scores, Objects(found.boxes, found.scores, found.labels, unseen)
     here, there = _pairs(found, before, options.overlap)
-    scores = found.scores.index_copy(0, here, torch.lerp(before.scores[there], found.scores[here], options.rate))
+    change = found.scores[here] - before.scores[there]
+    change *= torch.where(change > 0, options.rise, options.fall)
+    scores = found.scores.index_copy(0, here, before.scores[there] + change)
     kept = (before.missed < options.memory).index_fill(0, there, False)
     return scores, Objects(
         torch.cat([found.boxes, before.boxes[kept]]),
-        torch.cat([scores, (1 - options.rate) * before.scores[kept]]),
+        torch.cat([scores, (1 - options.fall) * before.scores[kept]]),
         torch.cat([found.labels, before.labels[kept]]),
         torch.cat([unseen, before.missed[kept] + 1]),
     )

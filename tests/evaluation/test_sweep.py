@@ -225,5 +225,5 @@ def test_rescored_runs_equal_what_a_stream_would_have_shown(detector: Detector, 
             shown = [entry["score"] for entry in video.results if entry["image_id"] == frame.image_id]
             assert shown == pytest.approx(expected.tolist(), abs=1e-6)
     assert after.results != run.results
-    forgetful = rescored(run, Rescoring(rate=1.0)).results
+    forgetful = rescored(run, Rescoring(rise=1.0, fall=1.0)).results
     assert [entry["score"] for entry in forgetful] == pytest.approx([entry["score"] for entry in run.results])

@@ -35,25 +35,25 @@ def scores_over(frames: list[Detections], options: Rescoring | None = None) -> l
 
 def test_a_blink_hardly_shows() -> None:
     scores = scores_over([found((0, 0.8, 1)), found((2, 0.1, 1)), found((4, 0.8, 1))])
-    assert [one for (one,) in scores] == pytest.approx([0.8, 0.59, 0.653])
+    assert [one for (one,) in scores] == pytest.approx([0.8, 0.66, 0.73])
 
 
 def test_a_frame_without_the_object_counts_as_zero_until_it_is_forgotten() -> None:
     there, gone = found((0, 0.8, 1)), found()
     back = [scores_over([there, *[gone] * missed, there])[-1][0] for missed in (0, 1, 3, 4)]
-    assert back == pytest.approx([0.8, 0.7 * 0.56 + 0.24, 0.7 * 0.8 * 0.343 + 0.24, 0.8])
+    assert back == pytest.approx([0.8, (0.64 + 0.8) / 2, (0.8**4 + 0.8) / 2, 0.8])
 
 
 def test_classes_and_places_are_kept_apart() -> None:
     """A dog that is taken for a monkey on one frame stays a dog first."""
     frames = [found((0, 0.6, 1), (200, 0.9, 1)), found((0, 0.7, 2), (0, 0.3, 1), (200, 0.9, 1))]
-    assert scores_over(frames)[1] == pytest.approx([0.7, 0.51, 0.9])
+    assert scores_over(frames)[1] == pytest.approx([0.7, 0.54, 0.9])
     assert scores_over([found((0, 0.2, 1)), found((11, 0.9, 1))])[1] == [0.9]  # too far to be the same
 
 
 def test_each_object_is_matched_once() -> None:
     (_, scores) = scores_over([found((0, 0.2, 1)), found((1, 0.9, 1), (4, 0.9, 1))])
-    assert scores == pytest.approx([0.41, 0.9])
+    assert scores == pytest.approx([0.55, 0.9])
 
 
 @settings(max_examples=50, deadline=None)
@@ -64,10 +64,11 @@ def test_each_object_is_matched_once() -> None:
         max_size=8,
     ),
     st.floats(0.05, 1),
+    st.floats(0.05, 1),
     st.integers(0, 4),
 )
-def test_invariants(video: list[list[tuple[float, float, int]]], rate: float, memory: int) -> None:
-    options, objects = Rescoring(rate, memory), None
+def test_invariants(video: list[list[tuple[float, float, int]]], rise: float, fall: float, memory: int) -> None:
+    options, objects = Rescoring(rise, fall, memory), None
     for frame in video:
         detections = found(*frame)
         before = detections.clone()
@@ -77,7 +78,7 @@ def test_invariants(video: list[list[tuple[float, float, int]]], rate: float, me
         assert len(objects.boxes) <= 6 * (memory + 1), "what is remembered is bounded"
     repeated = scores_over([found((0, 0.5, 1), (100, 0.25, 0))] * 4, options)
     assert all(scores == [0.5, 0.25] for scores in repeated)
-    if rate == 1:
+    if rise == fall == 1:
         assert scores.tolist() == [score for _, score, _ in video[-1]]
 
 
@@ -93,7 +94,7 @@ def test_a_rescorer_gives_the_best_first_and_leaves_the_rest() -> None:
     second = result(found((50, 0.7, 2), (0, 0.1, 1)), 1)
     after = rescorer(second)
     assert after.detections.labels.tolist() == [1, 2] and after.detections.tracks is None
-    assert after.detections.scores.tolist() == pytest.approx([0.66, 0.63])
+    assert after.detections.scores.tolist() == pytest.approx([0.74, 0.65])
     assert after.detections.boxes.tolist() == second.detections.boxes.flip(0).tolist()
     assert second.detections.scores.tolist() == [0.7, 0.1], "the detector's own scores are left alone"
     assert after.image is second.image
@@ -101,7 +102,7 @@ def test_a_rescorer_gives_the_best_first_and_leaves_the_rest() -> None:
     assert resized.detections.scores.tolist() == [0.2], "another size is another video"
 
 
-@pytest.mark.parametrize("options", [{"rate": 0.0}, {"rate": 1.5}, {"memory": -1}, {"overlap": 0.0}])
+@pytest.mark.parametrize("options", [{"rise": 0.0}, {"fall": 1.5}, {"memory": -1}, {"overlap": 0.0}])
 def test_options_are_checked(options: dict[str, float]) -> None:
     with pytest.raises(UserError, match="rescoring: need"):
         Rescoring(**options)  # type: ignore[arg-type]
