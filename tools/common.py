@@ -45,7 +45,12 @@ def tool(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         try:
             main(config)
         except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            message = str(error).rpartition("UserError: ")[2]  # of a data loader's process: without its traceback
+            print(f"error: {' '.join(message.split())}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            place = f": {error.filename}" if error.filename else ""
+            print(f"error: {error.strerror or error}{place}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt as stop:
             print("stopped", file=sys.stderr)

@@ -185,13 +185,20 @@ class Run:
             "skipped": self.source.skipped,
             "dropped": self.source.dropped,
             "reconnects": self.source.reconnects,
-            "stopped": None if stopped is None else (str(stopped) or "interrupted"),
+            "stopped": _ending(stopped),
             **({"compare": self.comparison.summary()} if self.comparison else {}),
             **({"drift": self.stream.drift.summary()} if self.stream.drift else {}),
         }
         print_summary(results)
         outputs.publish(results)
         return results
+
+
+def _ending(stopped: BaseException | None) -> str | None:
+    """What ended a run before its source did."""
+    if stopped is None or isinstance(stopped, KeyboardInterrupt):
+        return None if stopped is None else "interrupted"
+    return str(stopped) or type(stopped).__name__
 
 
 def print_summary(results: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import csv
 import json
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from common import write_results
+from numpy.typing import NDArray
 
 from eventful_det.adapters import to_record
 from eventful_det.data.video_writer import VideoWriter
@@ -86,8 +87,8 @@ class Outputs:
                 self._lines.close()
                 self._table.close()
                 self._video.close()
-                columns = np.atleast_1d(np.genfromtxt(self._table_path, delimiter=",", names=True))
-                plot_cost({name: columns[name] for name in columns.dtype.names or ()}, self._plot_path)
+                columns = _read_table(self._table_path)
+                plot_cost(columns, self._plot_path)
         except BaseException as error:
             self._abandon()
             if self.frames and isinstance(error, UserError):
@@ -144,16 +145,20 @@ def _part(path: Path) -> Path:
     return path.with_suffix(f".part{path.suffix}")
 
 
-def sum_up(columns: Any) -> dict[str, Any]:
-    """What cost.csv says of a whole run.
+def _read_table(path: Path) -> dict[str, NDArray[np.float64]]:
+    """The columns of cost.csv."""
+    with path.open() as file:
+        names = file.readline().strip().split(",")
+        values = np.loadtxt(file, delimiter=",", ndmin=2)
+    return dict(zip(names, values.T, strict=True))
 
-    Args:
-        columns: of cost.csv, a structured array `(frames,)`.
-    """
+
+def sum_up(columns: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
+    """What cost.csv says of a whole run, column by column."""
     gmacs, dense = columns["gmacs_total"], columns["dense_total"]
     latency = columns["ms_total"][columns["held"] == 0]
     return {
-        "frames": len(columns),
+        "frames": len(gmacs),
         "flushes": int(columns["flush"].sum()),
         "gmacs_per_frame": {"total": gmacs.mean(), "backbone": columns["gmacs_backbone"].mean()},
         "dense_gmacs_per_frame": {"total": dense.mean(), "backbone": columns["dense_backbone"].mean()},
@@ -162,5 +167,5 @@ def sum_up(columns: Any) -> dict[str, Any]:
             "backbone": columns["gmacs_backbone"].sum() / columns["dense_backbone"].sum(),
         },
         "latency_ms": {"median": float(np.median(latency)), "p95": float(np.percentile(latency, 95))},
-        "detector_frames_per_second": len(columns) / max(columns["ms_total"].sum() / 1e3, 1e-9),
+        "detector_frames_per_second": len(gmacs) / max(columns["ms_total"].sum() / 1e3, 1e-9),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -44,10 +45,12 @@ class Decoder:
     """
 
     def __init__(self, url: str, silence: float = SILENCE) -> None:
-        self.name, self._remote = public_name(url), "://" in url
+        self.name, self._remote, self._silence = public_name(url), "://" in url, silence
         options = _OPTIONS.get(url.partition("://")[0].lower(), {}) if self._remote else {}
         try:
-            self._container = av.open(url, timeout=silence if self._remote else None, options=options)
+            self._container = av.open(
+                url, timeout=silence if self._remote else None, options=options, metadata_errors="replace"
+            )
         except (FFmpegError, OSError, ValueError) as error:
             raise UserError(f"cannot open {self.name} as a video: {_reason(error)}") from error
         videos = self._container.streams.video
@@ -55,6 +58,9 @@ class Decoder:
             self._container.close()
             raise UserError(f"{self.name} holds no video")
         self._stream = videos[0]
+        if self._stream.codec_context is None:
+            self._container.close()
+            raise UserError(f"{self.name}: there is no decoder for its video")
         self._clock = float(self._stream.time_base or 0)
         seconds = None if self._container.duration is None else self._container.duration / av.time_base
         rate = self._stream.average_rate or self._stream.guessed_rate
@@ -75,16 +81,22 @@ class Decoder:
     def shots(self, skip: Skip) -> Iterator[Shot | None]:
         """The frames of a live stream as they come; None in place of one that came too late to be worth decoding."""
         clock, picture = LiveClock(), _Painter()
-        captured = None
+        captured, seen = None, time.monotonic()
         for packet in self._packets(skip):
             if packet is not None:
                 stamp = None if packet.dts is None else packet.dts * self._clock
                 captured = clock.admit(stamp, packet.is_keyframe)
             if captured is None:
                 yield None
+                seen = time.monotonic()
                 continue
-            for frame in self._decode(packet, skip):
+            frames = self._decode(packet, skip)
+            for frame in frames:
                 yield Shot(captured, partial(picture, frame))
+            if frames:
+                seen = time.monotonic()
+            elif time.monotonic() - seen > self._silence:
+                raise UserError(f"{self.name} sends nothing that can be decoded")
 
     def close(self) -> None:
         """Close the file or connection."""

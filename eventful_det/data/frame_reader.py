@@ -79,9 +79,11 @@ class _VideoFile:
                 raise
             finally:
                 self._wanted.discard(number)
+                image = self._decoded.pop(number, None)
                 if not self._wanted or self._fault:
                     self.close()
-            return self._decoded.pop(number)
+            assert image is not None  # or it would have raised
+            return image
 
     def _advance(self) -> None:
         """Decode the next frame."""
@@ -104,3 +106,4 @@ class _VideoFile:
         if self._source is not None:
             self._source.close()
         self._source = self._frames = None
+        self._decoded.clear()

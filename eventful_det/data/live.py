@@ -133,6 +133,8 @@ class LiveSource(VideoSource):
             error: UserError | None = None
             try:
                 for shot in self._connection.shots(self._skip):
+                    if self._closed.is_set():
+                        return
                     if shot is None:
                         self._passed_over += 1
                         continue

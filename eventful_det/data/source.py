@@ -106,6 +106,9 @@ class VideoSource(Iterable[VideoFrame]):
 
 
 def public_name(url: str) -> str:
-    """An address without the password that it may hold."""
-    password = urlsplit(url).password if "://" in url else None
+    """An address without the password that it may hold; one that is none, without all of it."""
+    try:
+        password = urlsplit(url).password if "://" in url else None
+    except ValueError:
+        return f"{url.partition('://')[0]}://***"
     return url.replace(f":{password}@", ":***@", 1) if password else url

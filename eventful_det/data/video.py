@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from eventful_det.data.decoder import SILENCE, Decoder, Skip, VideoFile
 from eventful_det.data.live import RECONNECT, LiveSource, Shot
+from eventful_det.data.pictures import read_image
 from eventful_det.data.source import VideoFrame, VideoSource
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.errors import UserError
@@ -133,11 +134,12 @@ class _Pictures(VideoSource):
 
     def _read(self) -> Iterator[VideoFrame]:
         for path in self._paths:
-            image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-            if image is None:
-                self._skip(path.name, "not a readable picture")
-            else:
-                yield VideoFrame(_rgb(image))
+            try:
+                image = read_image(str(path))
+            except UserError as error:
+                self._skip(path.name, error)
+                continue
+            yield VideoFrame(image)
 
 
 class _Arrays(VideoSource):

@@ -24,10 +24,13 @@ def _rescored(run: VideoRun, options: Rescoring) -> VideoRun:
         by_image[entry["image_id"]].append(entry)
     results: list[Entry] = []
     objects: Objects | None = None
-    for frame in run.video.frames:
+    scores: list[float] = []
+    for frame, cost in zip(run.video.frames, run.costs, strict=True):
         entries = by_image[frame.image_id]
-        scores, objects = rescore(_detections(entries), objects, options)
-        results += [entry | {"score": score} for entry, score in zip(entries, scores.tolist(), strict=True)]
+        if not cost.held:
+            told, objects = rescore(_detections(entries), None if cost.flush else objects, options)
+            scores = told.tolist()
+        results += [entry | {"score": score} for entry, score in zip(entries, scores, strict=True)]
     return dataclasses.replace(run, results=results)
 
 

@@ -142,7 +142,7 @@ class _Driver:
                 continue
             cut = stream.cuts is not None and stream.cuts(item.image)
             if stream.found is not None and stream.may_hold(item.image, self.hold) and not cut:
-                stream.add(item.frame, self.categories, stream.found, _idle(stream.costs[-1]))
+                stream.add(item.frame, self.categories, stream.found, stream.costs[-1].idle())
             else:
                 due.append(_Due(item.slot, item.frame, item.image, item.resized, cut))
             stream.shape = item.image.shape
@@ -193,11 +193,6 @@ def _unpadded(found: Detections, image: Image) -> Detections:
     boxes = found.boxes.clamp(max=found.boxes.new_tensor([image.shape[1], image.shape[0]] * 2))
     inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
     return dataclasses.replace(found, boxes=boxes[inside], scores=found.scores[inside], labels=found.labels[inside])
-
-
-def _idle(before: FrameCost) -> FrameCost:
-    """The cost of a frame on which the detector does not run."""
-    return FrameCost(dict.fromkeys(before.dense, 0), before.dense, 0, before.tokens, False)
 
 
 def _shared(results: Sequence[StepResult], seconds: float) -> list[FrameCost]:

@@ -145,7 +145,10 @@ def _missing(data: CocoVideo, method: Method, store: Store) -> set[int]:
 
 def _is_done(video: Video, run: VideoRun | None, reader: FrameReader) -> bool:
     """Whether a video was run, and none of the frames that were skipped then can be read now."""
-    return run is not None and not any(_can_read(reader, video, f) for f in video.frames if f.image_id in run.skipped)
+    if run is None:
+        return False
+    skipped = dataclasses.replace(video, frames=[f for f in video.frames if f.image_id in run.skipped])
+    return not any(_can_read(reader, skipped, frame) for frame in skipped.frames)
 
 
 def _can_read(reader: FrameReader, video: Video, frame: Frame) -> bool:

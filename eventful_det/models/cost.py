@@ -36,6 +36,15 @@ class FrameCost:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
+    def held(self) -> bool:
+        """Whether the detector did not run: a frame on which nothing changed still costs a comparison."""
+        return not self.total
+
+    def idle(self) -> FrameCost:
+        """The cost of a frame like this one on which the detector does not run."""
+        return FrameCost(dict.fromkeys(self.dense, 0), self.dense, 0, self.tokens, False)
+
+    @property
     def total(self) -> int:
         """MACs of the whole detector."""
         return sum(self.macs.values())

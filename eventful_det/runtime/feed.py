@@ -28,20 +28,27 @@ class Feed(Protocol):
 
 
 class FileFeed:
-    """Every frame, in order; always ready."""
+    """Every frame, in order; always ready. May be closed by another thread than the one that polls."""
 
     dropped = 0
 
     def __init__(self, source: VideoSource) -> None:
         self._source, self._frames = source, iter(source)
+        self._lock = threading.Lock()  # a decoder must not be closed while it decodes, nor used afterwards
+        self._closed = False
 
     def poll(self) -> VideoFrame | None:
         """The next frame."""
-        return next(self._frames)
+        with self._lock:
+            if self._closed:
+                raise StopIteration
+            return next(self._frames)
 
     def close(self) -> None:
         """Release the source."""
-        self._source.close()
+        with self._lock:
+            self._closed = True
+            self._source.close()
 
 
 class LiveFeed:
@@ -74,7 +81,8 @@ class LiveFeed:
     def close(self) -> None:
         """Release the source; a thread that waits for its next frame ends when that comes."""
         self._closed = True
-        self._source.close()
+        if self._source.live:  # it can be closed while it is read, which ends the wait for its next frame
+            self._source.close()
         self._thread.join(_GRACE)
 
     def _read(self) -> None:
@@ -91,6 +99,8 @@ class LiveFeed:
                 self._arrived()
         except Exception as error:
             end = error
+        finally:
+            self._source.close()
         with self._lock:
             self._end = end
         self._arrived()

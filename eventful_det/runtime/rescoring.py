@@ -97,6 +97,8 @@ def _pairs(found: Detections, before: Objects, overlap: float) -> tuple[Tensor, 
 class Rescorer:
     """Rescores the results of one stream, which have to come in the order of their frames.
 
+    A flush (a scene cut, another size, a camera that came back) begins anew; a held frame tells nothing new.
+
     Args:
         options: how; None = as `Rescoring` says.
     """
@@ -104,14 +106,17 @@ class Rescorer:
     def __init__(self, options: Rescoring | None = None) -> None:
         self.options = options or Rescoring()
         self._objects: Objects | None = None
+        self._last: Detections | None = None
         self._shape: tuple[int, ...] = ()
 
     def __call__(self, result: StreamResult) -> StreamResult:
         """The same result with new scores, best first."""
-        if result.image.shape != self._shape:  # boxes are in pixels
-            self._objects, self._shape = None, result.image.shape
-        found = result.detections
-        scores, self._objects = rescore(found, self._objects, self.options)
-        order = scores.argsort(descending=True, stable=True)
-        found = dataclasses.replace(found, scores=scores).map(lambda tensor: tensor[order])
-        return dataclasses.replace(result, detections=found)
+        if not result.held or self._last is None:
+            found = result.detections
+            moved_on = result.cost.flush or result.image.shape != self._shape
+            before = None if moved_on else self._objects
+            self._shape = result.image.shape
+            scores, self._objects = rescore(found, before, self.options)
+            order = scores.argsort(descending=True, stable=True)
+            self._last = dataclasses.replace(found, scores=scores).map(lambda tensor: tensor[order])
+        return dataclasses.replace(result, detections=self._last.clone())

@@ -177,14 +177,11 @@ class Stream(Iterator[StreamResult]):
         cut = self._cuts is not None and self._cuts(frame.image) or frame.resumed
         same_size = self._last is not None and self._last.image.shape == frame.image.shape
         if self._last is not None and same_size and index % self.hold and not cut:
-            idle = FrameCost(
-                dict.fromkeys(self._last.cost.dense, 0), self._last.cost.dense, 0, self._last.cost.tokens, False
-            )
             result = dataclasses.replace(
                 self._last,
                 frame_index=index,
                 timestamp=frame.timestamp,
-                cost=idle,
+                cost=self._last.cost.idle(),
                 work=self._last.work * 0,
                 image=frame.image,
                 held=True,

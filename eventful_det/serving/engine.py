@@ -69,9 +69,11 @@ class Engine:
         Raises:
             UserError: the budget cannot be understood, or the detector's rule cannot hold it.
         """
+        if self._own_policy is None:
+            raise UserError("the detector is dense (gate=dense); it has no budget to set")
         budget = self._own_policy if text.strip().lower() == AUTO else parse_budget(text)
         if budget is None:
-            raise UserError("the detector is dense (gate=dense); it has no budget to set")
+            raise UserError(f"budget={text!r} is none")
         self.pool.budget = budget
 
     def add(self, opened: Opened) -> str:
@@ -142,8 +144,13 @@ class Engine:
         with self.lock:
             for result in results:
                 channel = self.channels.get(result.stream)
-                if channel is not None:  # it may have left during the round
+                if channel is None:  # it left during the round
+                    continue
+                try:
                     channel.show(result)
+                except Exception as error:  # whatever is wrong with one stream must not stop the others
+                    _LOG.exception("%s: a frame cannot be shown", result.stream)
+                    channel.error = f"{type(error).__name__}: {error}"
 
     def _give_up(self, error: str) -> None:
         """Stop all streams; viewers see why."""

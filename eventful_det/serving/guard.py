@@ -62,7 +62,7 @@ class Guard:
         if not self._is_own(host):
             return _refuse(403, f"this server is not called {host!r}; add the name to hosts")
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _place(origin) != host.lower():
             return _refuse(403, "requests from other pages are not answered")
         visit = request.scope.get("method") == "GET" and request.scope["path"] == "/"
         if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not visit:
@@ -91,6 +91,14 @@ class Guard:
 
     def _is_token(self, given: str) -> bool:
         return self.token is not None and secrets.compare_digest(given.strip().encode(), self.token.encode())
+
+
+def _place(origin: str) -> str | None:
+    """Host and port of an origin; None of what is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def content_policy(page: str) -> str:

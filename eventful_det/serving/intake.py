@@ -217,10 +217,12 @@ def check_video(path: Path, title: str) -> None:
     """
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
     try:
-        with av.open(str(path), options=options) as container:
+        with av.open(str(path), options=options, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise UserError(f"{title} holds no video")
             video = container.streams.video[0]
+            if video.codec_context is None:
+                raise UserError(f"{title}: there is no decoder for its video")
             if video.width * video.height > _MAX_PIXELS:
                 raise UserError(f"{title} has frames of {video.width}x{video.height} pixels; that is too large")
             if next(container.decode(video), None) is None:
@@ -231,4 +233,4 @@ def check_video(path: Path, title: str) -> None:
 
 def public_name(source: str) -> str:
     """What a source is called: the name of a file, an address without its password."""
-    return re.sub(r"//[^/@]*@", "//", source) if "://" in source else Path(source).name
+    return re.sub(r"//[^/?#]*@", "//", source) if "://" in source else Path(source).name

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from eventful_det.data.video import VideoFrame, VideoSource
 
 _FPS = 25.0  # of sources without a clock
+_GAP = 10.0  # seconds; a clock that goes back, or further ahead than this at once, is not believed
 
 
 class Playback(VideoSource):
@@ -29,13 +30,15 @@ class Playback(VideoSource):
         self._closed = threading.Event()
 
     def _read(self) -> Iterator[VideoFrame]:
-        began, turn = time.monotonic(), 0.0  # when the first frame was due; timestamp at which this turn began
+        began, timestamp = time.monotonic(), 0.0  # when the first frame was due; of the next frame, over all turns
+        period = 1 / (self.fps or _FPS)
         while not self._closed.is_set():
-            timestamp = turn
+            last = 0.0  # of the source's own clock
             with self._reopen() as source:
                 for index, frame in enumerate(source):
                     own = index / _FPS if frame.timestamp is None else frame.timestamp
-                    timestamp = max(timestamp, turn + own)
+                    timestamp += own - last if 0 <= own - last <= _GAP else period
+                    last = own
                     late = time.monotonic() - began - timestamp
                     if self._closed.wait(max(0.0, -late)):
                         return
@@ -44,7 +47,7 @@ class Playback(VideoSource):
                 self.skipped += source.skipped
             if not self._loop:
                 return
-            turn = timestamp + 1 / (self.fps or _FPS)
+            timestamp += period
 
     def close(self) -> None:
         self._closed.set()

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from servers import FPS, HEIGHT, WIDTH, Server, age_of, take_picture, why_not
 
+from eventful_det.data.decoder import Decoder
 from eventful_det.data.live import LiveClock, LiveSource, Shot
 from eventful_det.data.relay import Relay
 from eventful_det.data.source import public_name
@@ -156,6 +157,16 @@ def test_nothing_there() -> None:
                 open_source(url, silence=0.5)
     assert public_name("rtsp://host:554/a:b@c") == "rtsp://host:554/a:b@c"
     assert public_name("C:b@c.mp4") == "C:b@c.mp4"
+    with pytest.raises(UserError, match=r"cannot open rtsp://\*\*\* as a video"):
+        open_source("rtsp://[user:secret@camera/stream", silence=0.5)
+
+
+def test_a_stream_that_cannot_be_decoded_counts_as_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(str(encode(tmp_path / "clip.ts", 5, "mpegts")), silence=0.0)
+    monkeypatch.setattr(decoder, "_decode", lambda *_: [])
+    with pytest.raises(UserError, match="sends nothing that can be decoded"):
+        list(decoder.shots(lambda *_: None))
+    decoder.close()
 
 
 class Files(http.server.SimpleHTTPRequestHandler):

@@ -120,18 +120,30 @@ def test_not_a_video(tmp_path: Path) -> None:
     assert "Connection refused" in rejection("rtsp://127.0.0.1:9/a")
 
 
+def test_titles_of_other_times_and_codecs_of_nobody(tmp_path: Path, images: list[Image]) -> None:
+    path = encode(tmp_path / "old.avi", images[:3], "mjpeg", "yuvj420p")
+    data = path.read_bytes()
+    titled = data.replace(b"ISFT", b"INAM", 1).replace(b"Lavf", b"\xe9\xe8ab", 1)  # Latin-1
+    assert titled != data
+    path.write_bytes(titled)
+    assert len(list(open_source(path))) == 3
+    path.write_bytes(data.replace(b"MJPG", b"Q9X7"))
+    assert "no decoder" in rejection(path)
+
+
 def test_pictures(tmp_path: Path, images: list[Image]) -> None:
     assert "no pictures" in rejection(tmp_path)
     for i, size in ((10, (80, 60)), (2, (160, 96)), (1, (33, 51))):
         cv2.imwrite(str(tmp_path / f"frame_{i}.png"), cv2.resize(images[i], size)[..., ::-1])
     cv2.imwrite(str(tmp_path / "frame_11.jpg"), images[11][..., 0])  # grey
     (tmp_path / "frame_3.png").write_bytes(b"not a picture")
+    (tmp_path / "frame_4.jpg").write_bytes((tmp_path / "frame_11.jpg").read_bytes()[:-200])  # still being copied
     (tmp_path / "readme.txt").write_text("not a frame")
     with open_source(tmp_path) as source:
-        assert (source.frames, source.fps) == (5, None)
+        assert (source.frames, source.fps) == (6, None)
         shapes = [frame.image.shape for frame in source]
     assert shapes == [(51, 33, 3), (96, 160, 3), (60, 80, 3), (96, 160, 3)]
-    assert source.skipped == 1
+    assert source.skipped == 2
     (only,) = open_source(tmp_path / "frame_2.png")
     assert np.array_equal(only.image, images[2]) and only.timestamp is None
     assert len(list(open_source(f"{tmp_path}/frame_1*.*"))) == 3

@@ -215,7 +215,8 @@ def test_rescored_runs_equal_what_a_stream_would_have_shown(detector: Detector, 
     for video, old in zip(after.videos, run.videos, strict=True):
         assert [entry["bbox"] for entry in video.results] == [entry["bbox"] for entry in old.results]
         objects = None
-        for frame in video.video.frames:
+        for frame, cost in zip(video.video.frames, video.costs, strict=True):
+            objects = None if cost.flush else objects
             entries = [entry for entry in old.results if entry["image_id"] == frame.image_id]
             boxes = torch.tensor([entry["bbox"] for entry in entries]).reshape(-1, 4)
             boxes[:, 2:] += boxes[:, :2]
@@ -225,5 +226,9 @@ def test_rescored_runs_equal_what_a_stream_would_have_shown(detector: Detector, 
             shown = [entry["score"] for entry in video.results if entry["image_id"] == frame.image_id]
             assert shown == pytest.approx(expected.tolist(), abs=1e-6)
     assert after.results != run.results
+    held = run_method(detector, data, Method("held", 2, hold=2))
+    for video in rescored(held, Rescoring()).videos:
+        shown = [[e["score"] for e in video.results if e["image_id"] == f.image_id] for f in video.video.frames]
+        assert all(after == before for before, after in zip(shown[::2], shown[1::2], strict=False))
     forgetful = rescored(run, Rescoring(rise=1.0, fall=1.0)).results
     assert [entry["score"] for entry in forgetful] == pytest.approx([entry["score"] for entry in run.results])

@@ -6,11 +6,13 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from videos import encode
 
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoFrame, VideoSource
@@ -19,6 +21,7 @@ from eventful_det.gating.policy import TopK
 from eventful_det.gating.rows import Rows
 from eventful_det.models.detector import Detector
 from eventful_det.runtime.budget import Gmacs, Latency
+from eventful_det.runtime.feed import Feed, open_feed
 from eventful_det.runtime.metrics import StreamMetrics
 from eventful_det.runtime.pool import PoolResult, StreamPool
 from eventful_det.runtime.sharing import Terms
@@ -290,3 +293,23 @@ def test_a_camera_that_was_lost_begins_anew(tiny_detector: Detector) -> None:
     assert [r.cost.flush for r in results] == [True, False, True, False]
     assert [r.dropped for r in results] == [0, 0, 3, 3] and [r.frame_index for r in results] == [0, 1, 2, 3]
     assert all(r.stream == "camera" and r.frame_age is not None and 0.5 <= r.frame_age < 5 for r in results)
+
+
+def test_files_leave_while_they_are_read(tmp_path: Path) -> None:
+    """Closed by one thread while another decodes: it ends, and does not crash."""
+    path = encode(tmp_path / "clip.mp4", clip(0, frames=20))
+    for live in (False, True):
+        for turn in range(10):
+            feed, _ = open_feed(str(path), live, lambda: None)
+            polled = threading.Thread(target=lambda feed=feed: _poll_all(feed))
+            polled.start()
+            time.sleep(0.002 * turn)
+            feed.close()
+            polled.join(10)
+            assert not polled.is_alive()
+
+
+def _poll_all(feed: Feed) -> None:
+    with contextlib.suppress(StopIteration):
+        while True:
+            feed.poll()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +102,18 @@ def test_a_rescorer_gives_the_best_first_and_leaves_the_rest() -> None:
     assert after.image is second.image
     resized = rescorer(result(found((0, 0.2, 1)), 2, side=8))
     assert resized.detections.scores.tolist() == [0.2], "another size is another video"
+
+
+def test_held_frames_tell_nothing_and_a_flush_begins_anew() -> None:
+    rescorer = Rescorer()
+    rescorer(result(found((0, 0.8, 1)), 0))
+    low = rescorer(result(found((0, 0.3, 1)), 1))
+    held = dataclasses.replace(result(found((0, 0.3, 1)), 2), held=True)
+    for _ in range(5):
+        assert torch.equal(rescorer(held).detections.scores, low.detections.scores)
+    assert low.detections.scores.tolist() == pytest.approx([0.7])
+    cut = dataclasses.replace(result(found((0, 0.2, 1)), 3), cost=dataclasses.replace(COST, flush=True))
+    assert rescorer(cut).detections.scores.tolist() == [0.2]
 
 
 @pytest.mark.parametrize("options", [{"rise": 0.0}, {"fall": 1.5}, {"memory": -1}, {"overlap": 0.0}])

@@ -49,6 +49,27 @@ def test_a_stream_from_joining_to_leaving(server: Server) -> None:
         assert answer.status_code == 404 and "no stream" in answer.json()["error"]
 
 
+def test_a_dense_detector_stays_dense(tiny_detector: Detector) -> None:
+    with serving(tiny_detector.with_rule(None)) as server:
+        for budget in ("25%", "auto", "40 GMACs"):
+            answer = server.client.put("/api/budget", json={"budget": budget})
+            assert answer.status_code == 400 and "gate=dense" in answer.json()["error"]
+        assert server.engine.pool.detector.rule is None
+
+
+def test_a_frame_that_cannot_be_shown_stops_nobody_else(tiny_detector: Detector) -> None:
+    with serving(tiny_detector) as server:
+        broken = server.watch("synthetic:1")
+
+        def fail(_: object) -> Any:
+            raise ValueError("no such box")
+
+        with server.engine.lock:
+            server.engine.channels[broken].followers = (fail,)
+        server.wait(lambda s: any("no such box" in (one["error"] or "") for one in s["streams"]))
+        server.watch("synthetic:2")
+
+
 def test_the_budget_acts_on_the_next_frames(server: Server) -> None:
     name = server.watch("clip.mp4")
 

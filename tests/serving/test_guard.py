@@ -38,7 +38,13 @@ def test_foreign_names_are_refused(server: Server) -> None:
 
 def test_foreign_pages_are_refused(server: Server) -> None:
     assert status(server, origin="http://localhost") == 200
-    for origin in ("http://evil.example", "http://localhost:9999", "null", "http://localhost.evil.example"):
+    for origin in (
+        "http://evil.example",
+        "http://localhost:9999",
+        "null",
+        "http://localhost.evil.example",
+        "http://[x",
+    ):
         assert status(server, origin=origin) == 403, origin
     for path in ("/api/state", "/metrics"):
         assert status(server, path, sec_fetch_site="same-origin") == 200

@@ -63,3 +63,18 @@ def test_closing_ends_the_wait() -> None:
     playback.close()
     thread.join(5)
     assert not thread.is_alive()
+
+
+class Jumps(Numbers):
+    """A recording whose clock jumps ahead by hours, and back."""
+
+    def _read(self) -> Iterator[VideoFrame]:
+        for stamp in (0.0, 0.02, 3600.0, 3600.02, 5.0, 5.02):
+            yield VideoFrame(np.zeros((2, 2, 3), np.uint8), stamp)
+
+
+def test_a_clock_that_jumps_neither_stops_nor_hurries_it() -> None:
+    began = time.monotonic()
+    times = [frame.timestamp or 0.0 for frame in itertools.islice(Playback(Jumps, "jumps"), 9)]
+    assert np.allclose(np.diff(times), 1 / 50)
+    assert 8 / 50 - 0.001 <= time.monotonic() - began < 5
