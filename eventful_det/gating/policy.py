@@ -140,9 +140,10 @@ class Threshold:
 class Focus:
     """Every token whose error exceeds `threshold`; where that is too much, objects first and the rest in turns.
 
-    At most the share `cap`, at least the share `floor`. Within them tokens go by age x (1 + `interest` x the gate's
-    interest): where something was found on the last frame tokens are refreshed together and often, elsewhere the
-    stalest are next. The size of the error does not count, because when a camera moves everything has changed, most
+    At most the share `cap`, at least the share `floor`. Each token that changed takes `renew` others along, whose
+    context changed: they were computed among keys and values of long ago. Where nothing changed nothing is renewed.
+    Within these limits tokens go by age x (1 + `interest` x the gate's interest): where something was found on the last
+    frame tokens are refreshed together and often, elsewhere the stalest are next. The size of the error does not count, because when a camera moves everything has changed, most
     of all background of strong contrast. Blocks of `block` x `block` tokens share their mean order, so that what is
     chosen is compact: windows are refreshed as wholes, and the heads have fewer borders to recompute.
     """
@@ -152,21 +153,23 @@ class Focus:
     floor: float = 0.0
     interest: float = 100.0
     block: int = 4
+    renew: float = 0.0
 
     def __post_init__(self) -> None:
         _check_bounds(self)
         if self.block < 1:
             raise UserError(f"Focus: block must be 1 or more tokens, got {self.block}")
+        if self.renew < 0:
+            raise UserError(f"Focus: renew must be 0 or more tokens, got {self.renew}")
 
     def __call__(self, gate: GateInput) -> Tensor:
         tokens = gate.error.numel()
         low, high = int(self.floor * tokens), int(self.cap * tokens)
         order = _blockwise(_favour(gate.age.float(), gate, self.interest), gate.grid, self.block)
         passes = (gate.error > self.threshold)[order]
-        passed = order[passes]
-        if passed.numel() >= low:
-            return passed[:high]
-        return torch.cat([passed, order[~passes]])[:low]
+        changed = order[passes]
+        count = min(max(low, int((1 + self.renew) * len(changed))), high)
+        return torch.cat([changed, order[~passes]])[:count]
 
 
 def _check_bounds(policy: Threshold | Focus) -> None:

@@ -130,17 +130,32 @@ def focus_gate(grid: tuple[int, int], seed: int) -> GateInput:
 
 
 @QUICK
-@given(grids, seeds, st.integers(-1, 4), st.tuples(shares, shares).map(sorted), st.integers(1, 5))
+@given(
+    grids,
+    seeds,
+    st.integers(-1, 4),
+    st.tuples(shares, shares).map(sorted),
+    st.integers(1, 5),
+    st.sampled_from([0, 1, 2.5]),
+)
 def test_focus_keeps_to_threshold_floor_and_cap(
-    grid: tuple[int, int], seed: int, threshold: int, limits: list[float], block: int
+    grid: tuple[int, int], seed: int, threshold: int, limits: list[float], block: int, renew: float
 ) -> None:
     (floor, cap), gate = limits, focus_gate(grid, seed)
     tokens = len(gate.error)
-    index = Focus(threshold, cap, floor, block=block)(gate)
+    index = Focus(threshold, cap, floor, block=block, renew=renew)(gate)
     check_indices(index, tokens)
     passed = set((gate.error > threshold).nonzero().squeeze(1).tolist())
-    assert len(index) == min(max(len(passed), int(floor * tokens)), int(cap * tokens))
+    wanted = max(int((1 + renew) * len(passed)), int(floor * tokens))
+    assert len(index) == min(wanted, int(cap * tokens), tokens)
     assert set(index.tolist()) <= passed if len(index) <= len(passed) else set(index.tolist()) >= passed
+
+
+def test_focus_renews_the_stalest_and_only_where_something_changed() -> None:
+    error, age = torch.tensor([0.0, 3.0, 0.0, 0.0, 0.0]), torch.tensor([2, 1, 9, 1, 5])
+    for renew, expected in ((0, [1]), (1, [1, 2]), (2.5, [1, 2, 4]), (9, [1, 2, 4, 0])):
+        assert Focus(1.0, cap=0.8, block=1, renew=renew)(GateInput(error, age, 1)).tolist() == expected
+    assert Focus(1.0, renew=9)(GateInput(0 * error, age, 1)).tolist() == []
 
 
 @QUICK
@@ -180,6 +195,8 @@ def test_focus_errors() -> None:
         Focus(1.0, cap=0.1, floor=0.2)
     with pytest.raises(UserError, match="block must be"):
         Focus(1.0, block=0)
+    with pytest.raises(UserError, match="renew must be 0 or more"):
+        Focus(1.0, renew=-1.0)
 
 
 @QUICK
