@@ -143,9 +143,10 @@ class Focus:
     At most the share `cap`, at least the share `floor`. Each token that changed takes `renew` others along, whose
     context changed: they were computed among keys and values of long ago. Where nothing changed nothing is renewed.
     Within these limits tokens go by age x (1 + `interest` x the gate's interest): where something was found on the last
-    frame tokens are refreshed together and often, elsewhere the stalest are next. The size of the error does not count, because when a camera moves everything has changed, most
-    of all background of strong contrast. Blocks of `block` x `block` tokens share their mean order, so that what is
-    chosen is compact: windows are refreshed as wholes, and the heads have fewer borders to recompute.
+    frame tokens are refreshed together and often, elsewhere the stalest are next. The size of the error does not
+    count, because when a camera moves everything has changed, most of all background of strong contrast. Blocks of
+    `block` x `block` tokens share their mean order, so that what is chosen is compact: windows are refreshed as
+    wholes, and the heads have fewer borders to recompute.
     """
 
     threshold: float
