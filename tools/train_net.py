@@ -44,6 +44,9 @@ from eventful_det.training.probe import probe
 from eventful_det.training.trainer import Trainer
 
 
+SAME = ("model", "start", "data", "mix", "augment", "clips", "eventful")  # of the config: what a run is made of
+
+
 def build_model(config: DictConfig, classes: tuple[str, ...]) -> Detector:
     """The model to train: that of `start` if given, else that of `model`, its backbone started from `model.init`."""
     if config.start:
@@ -103,6 +106,8 @@ def train(config: DictConfig) -> None:
     judge = make_judge(config) if options.eval_every and main_process else None
     trainer = Trainer(detector, samples, options, directory, show, objective, judge)
     if main_process:
+        if trainer.step:
+            check_same(config, directory / "config.yaml")
         OmegaConf.save(config, directory / "config.yaml", resolve=True)
         if trainer.step:
             console.print(f"resuming at step {trainer.step} from {directory / 'checkpoint.pt'}")
@@ -122,6 +127,20 @@ def train(config: DictConfig) -> None:
             "validation": evaluate(config, detector) if config.evaluate else None,
         }
         write_results(directory, results)
+
+
+def check_same(config: DictConfig, path: Path) -> None:
+    """Make sure that a run goes on with what it was begun with; the trainer looks after `train` itself.
+
+    Raises:
+        UserError: it would not.
+    """
+    before = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    now = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(before, dict) and isinstance(now, dict)
+    changed = [key for key in SAME if key in before and before[key] != now.get(key)]
+    if changed:
+        raise UserError(f"{path}: the run was begun with other values of {', '.join(changed)}; choose another output")
 
 
 def evaluate(config: DictConfig, detector: Detector) -> dict[str, Any]:

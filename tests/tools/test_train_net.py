@@ -89,6 +89,9 @@ def test_training_with_gates_on(tree: Path, tmp_path: Path) -> None:
     shipped, trained = (load_file(path) for path in (find_weights(SYNTHETIC), tmp_path / "model.safetensors"))
     distances = {key: float((trained[key] - shipped[key].float()).abs().max()) for key in shipped}
     assert 0 < max(distances.values()) < 0.01
+    other = [option.replace("clips.length=3", "clips.length=4") for option in options]
+    done = run("tools/train_net.py", "experiment=eventful_finetune", f"data.root={tree}", *tiny, *other, check=False)
+    assert done.returncode == 2 and "the run was begun with other values of clips" in done.stderr
 
 
 @pytest.mark.parametrize(
