@@ -43,7 +43,6 @@ from eventful_det.training.options import TrainOptions
 from eventful_det.training.probe import probe
 from eventful_det.training.trainer import Trainer
 
-
 SAME = ("model", "start", "data", "mix", "augment", "clips", "eventful")  # of the config: what a run is made of
 
 
