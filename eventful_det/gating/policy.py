@@ -154,7 +154,7 @@ class Focus:
     floor: float = 0.0
     interest: float = 100.0
     block: int = 4
-    renew: float = 0.0
+    renew: float = 2.0
 
     def __post_init__(self) -> None:
         _check_bounds(self)
