@@ -29,7 +29,8 @@ from eventful_det.evaluation.timing import Spread, Timed, paired_ratios, time_to
 from eventful_det.models.checkpoints import SYNTHETIC, load_detector
 from eventful_det.models.detector import Detector
 from eventful_det.runtime.budget import Budget, parse_budget
-from eventful_det.runtime.pool import PoolResult, StreamPool
+from eventful_det.runtime.pool import StreamPool
+from eventful_det.runtime.stream import StreamResult
 
 _LONGEST = 200  # frames of the clip that are kept in memory
 NOTE = (
@@ -127,7 +128,7 @@ def _pools(
         pool.add(_play(clip, i * len(clip) // len(homes)), name=str(i))
 
     def run(_: int) -> Round:
-        results: list[PoolResult] = [result for pool in pools for result in pool.step()]
+        results: list[StreamResult] = [result for pool in pools for result in pool.step()]
         return Round(
             gmacs=sum(result.cost.total for result in results) / len(results) / 1e9,
             dense_gmacs=sum(result.cost.dense_total for result in results) / len(results) / 1e9,

@@ -38,6 +38,7 @@ class Decoder:
     Attributes:
         fps: frames per second, or None if unknown.
         frames: estimate of their number, or None if unknown.
+        remote: it is behind an address.
         live: it has no end that is known.
 
     Raises:
@@ -45,11 +46,11 @@ class Decoder:
     """
 
     def __init__(self, url: str, silence: float = SILENCE) -> None:
-        self.name, self._remote, self._silence = public_name(url), "://" in url, silence
-        options = _OPTIONS.get(url.partition("://")[0].lower(), {}) if self._remote else {}
+        self.name, self.remote, self._silence = public_name(url), "://" in url, silence
+        options = _OPTIONS.get(url.partition("://")[0].lower(), {}) if self.remote else {}
         try:
             self._container = av.open(
-                url, timeout=silence if self._remote else None, options=options, metadata_errors="replace"
+                url, timeout=silence if self.remote else None, options=options, metadata_errors="replace"
             )
         except (FFmpegError, OSError, ValueError) as error:
             raise UserError(f"cannot open {self.name} as a video: {_reason(error)}") from error
@@ -66,7 +67,7 @@ class Decoder:
         rate = self._stream.average_rate or self._stream.guessed_rate
         self.fps = float(rate) if rate else None
         self.frames = self._stream.frames or (round(seconds * self.fps) if seconds and self.fps else None)
-        self.live = self._remote and seconds is None and self._container.format.name not in _SEGMENTED
+        self.live = self.remote and seconds is None and self._container.format.name not in _SEGMENTED
 
     def read(self, skip: Skip) -> Iterator[VideoFrame]:
         """All frames, in order. `skip` is told what cannot be decoded, and why."""
@@ -119,7 +120,7 @@ class Decoder:
             except IndexError:  # PyAV stumbles over packets of streams that turn up midway; it can go on behind them
                 continue
             except FFmpegError as error:
-                if self._remote:
+                if self.remote:
                     raise UserError(f"{self.name} broke off: {_reason(error)}") from error
                 skip("the rest", _reason(error))
                 break
@@ -131,6 +132,7 @@ class VideoFile(VideoSource):
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder.name, decoder.fps, decoder.frames)
+        self.remote = decoder.remote
         self._decoder = decoder
 
     def _read(self) -> Iterator[VideoFrame]:

@@ -111,7 +111,7 @@ class LiveSource(VideoSource):
         super().__init__(name, connection.fps)
         self._connection, self._connect, self._reconnect = connection, connect, reconnect
         self._passed_over = 0
-        self._lost: float | None = None  # when
+        self._lost_at: float | None = None
         self._pause = _PAUSES[0]
         self._closed = threading.Event()
 
@@ -150,17 +150,17 @@ class LiveSource(VideoSource):
 
     def _found(self) -> None:
         """A frame came."""
-        if self._lost is not None:
+        if self._lost_at is not None:
             self.reconnects += 1
-            _LOG.warning("%s: is back after %.1f s", self.name, time.monotonic() - self._lost)
-        self._lost, self._pause = None, _PAUSES[0]
+            _LOG.warning("%s: is back after %.1f s", self.name, time.monotonic() - self._lost_at)
+        self.lost, self._lost_at, self._pause = False, None, _PAUSES[0]
 
     def _call_again(self, error: UserError | None) -> Connection | None:
         """Another connection; None if the stream is over."""
-        if self._lost is None:
-            self._lost = time.monotonic()
+        if self._lost_at is None:
+            self.lost, self._lost_at = True, time.monotonic()
             _LOG.warning("%s; calling again for %g s", error or f"{self.name} ended", self._reconnect)
-        while (left := self._lost + self._reconnect - time.monotonic()) > 0:
+        while (left := self._lost_at + self._reconnect - time.monotonic()) > 0:
             if self._closed.wait(min(self._pause, left)):
                 return None
             self._pause = min(2 * self._pause, _PAUSES[1])

@@ -22,16 +22,23 @@ class Relay(Iterator[T], Generic[T]):
         ahead: items that may wait for the reader.
         overtake: where a further item pushes the oldest waiting one out; otherwise it waits itself.
         finish: called in the thread when it is done with the iterator.
+        arrived: called in the thread whenever there is something to poll.
 
     Attributes:
         dropped: items that were pushed out so far.
     """
 
     def __init__(
-        self, items: Iterator[T], ahead: int = 1, *, overtake: bool = False, finish: Callable[[], None] | None = None
+        self,
+        items: Iterator[T],
+        ahead: int = 1,
+        *,
+        overtake: bool = False,
+        finish: Callable[[], None] = lambda: None,
+        arrived: Callable[[], None] = lambda: None,
     ) -> None:
         self.dropped = 0
-        self._items, self._overtake, self._finish = items, overtake, finish
+        self._items, self._overtake, self._finish, self._arrived = items, overtake, finish, arrived
         self._changed = threading.Condition()
         self._waiting: deque[T] = deque(maxlen=ahead)
         self._error: BaseException | None = None
@@ -45,16 +52,17 @@ class Relay(Iterator[T], Generic[T]):
             for item in self._items:
                 if not self._put(item):
                     break
+                self._arrived()
         except BaseException as caught:
             error = caught
         try:
-            if self._finish is not None:
-                self._finish()
+            self._finish()
         except BaseException as caught:
             error = error or caught
         with self._changed:
             self._stopped, self._error = True, error
             self._changed.notify_all()
+        self._arrived()
 
     def _put(self, item: T) -> bool:
         """Let an item wait for the reader; False when there is none any more."""
@@ -73,12 +81,18 @@ class Relay(Iterator[T], Generic[T]):
     def __next__(self) -> T:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._stopped)
-            if self._waiting:
-                self._changed.notify_all()
-                return self._waiting.popleft()
-            if self._error is not None:
-                raise self._error
-            raise StopIteration
+            return self._take()
+
+    def poll(self) -> T | None:
+        """The next item, or None if there is none yet. Raises StopIteration at the end, and errors of the iterator."""
+        with self._changed:
+            return self._take() if self._waiting or self._stopped else None
+
+    def _take(self) -> T:
+        if self._waiting:
+            self._changed.notify_all()
+            return self._waiting.popleft()
+        raise self._error if self._error is not None else StopIteration
 
     def close(self) -> None:
         """Stop the thread. One that waits inside its iterator ends by itself when that delivers, ends or fails."""

@@ -50,17 +50,20 @@ class VideoSource(Iterable[VideoFrame]):
         fps: frames per second, or None where there is no clock.
         frames: estimate of the number of frames, or None if unknown.
         live: frames come when they come, and a slow reader gets the newest; other sources are read without loss.
+        remote: it comes over the network, so that reading it may take long.
         ahead: frames that a thread reads ahead of the reader; 0 = each is read when it is asked for.
         skipped: pieces of the source that could not be read or decoded so far.
         dropped: frames of a live source that were overtaken by newer ones so far.
         reconnects: how often a live source was lost and came back.
+        lost: a live source is lost, and being called again.
     """
 
     live = False
+    remote = False
 
     def __init__(self, name: str, fps: float | None = None, frames: int | None = None) -> None:
         self.name, self.fps, self.frames = name, fps, frames
-        self.ahead = 0
+        self.ahead, self.lost = 0, False
         self.skipped = self.dropped = self.reconnects = 0
         self._relay: Relay[Any] | None = None
 

@@ -63,11 +63,6 @@ def _with_neighbours(video: Video) -> set[int]:
     return {time for pair in pairwise(times) if pair[1] - pair[0] <= REACH for time in pair}
 
 
-def motion_group(iou: float) -> str | None:
-    """The name of the group a motion IoU belongs to; None for `nan`."""
-    return next((name for name, inside in motion_groups(np.array([iou])).items() if inside[0]), None)
-
-
 def motion_groups(iou: Floats) -> dict[str, Bools]:
     """Which objects are in which group. An unknown motion IoU (`nan`) is in none."""
     return {"slow": iou > 0.9, "medium": (iou >= 0.7) & (iou <= 0.9), "fast": iou < 0.7}

@@ -26,7 +26,7 @@ from eventful_det.models.vitdet import ConvNorm, ViTDetBackbone
 
 _STAGES = 4  # p2 to p5 are computed from the token map; p6 is every other cell of p5
 TOKEN = 16  # pixels along a side of a token
-_SCALES = (4, 2, 1, 1)  # cells of these levels along a side of a token, or of 2x2 tokens for p5
+SCALES = (4, 2, 1, 1)  # cells of these levels along a side of a token, or of 2x2 tokens for p5
 
 
 @dataclass
@@ -221,8 +221,8 @@ def _refresh_inner(
     for layer in stage[:-1]:
         values, more = _pointwise(layer, values)
         macs += more
-    within = torch.arange(_SCALES[level], device=y.device)
-    rows, cols = (place[:, None] * _SCALES[level] + within for place in (y, x))
+    within = torch.arange(SCALES[level], device=y.device)
+    rows, cols = (place[:, None] * SCALES[level] + within for place in (y, x))
     cells = state.layout.numbers(level, rows[:, :, None], cols[:, None]).flatten()
     state.inner.index_copy_(0, cells, values.flatten(0, 2))
     return cells, macs

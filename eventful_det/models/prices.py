@@ -26,9 +26,8 @@ from eventful_det.gating.rows_attention import most_tiles, queries_per_tile
 from eventful_det.gating.windows import windows_of
 from eventful_det.models.cost import roi_macs, stage_macs
 from eventful_det.models.detector import Detector
+from eventful_det.models.incremental import SCALES
 from eventful_det.models.maps import SPARSE_MAC
-
-_SCALES = (4, 2, 1, 1)  # cells of p2 to p5 along a side of a token, or of 2x2 tokens for p5
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class PriceList:
         halved = -F.max_pool2d(-rank[None].float(), 2)[0].int()
         total = torch.zeros(count + 1, dtype=torch.long, device=rank.device)
         starts = (rank, rank, rank, halved)
-        for start, scale, source, last in zip(starts, _SCALES, self.sources, self.last, strict=True):
+        for start, scale, source, last in zip(starts, SCALES, self.sources, self.last, strict=True):
             level = _around(start.repeat_interleave(scale, 0).repeat_interleave(scale, 1))
             total += source * _reached(start, count) + last * _convolved(level, count)
             total += self._proposals(level, count)

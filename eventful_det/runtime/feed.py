@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from eventful_det.data.relay import Relay
 from eventful_det.data.video import VideoFrame, VideoSource, open_source
-
-_GRACE = 1.0  # seconds to wait for a thread that may be waiting for its source
 
 
 class Feed(Protocol):
@@ -19,6 +18,10 @@ class Feed(Protocol):
     @property
     def dropped(self) -> int:
         """Frames that were overtaken by newer ones so far."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether the source is lost, and being called again."""
 
     def poll(self) -> VideoFrame | None:
         """The next frame, or None if there is none yet. Raises StopIteration at the end, and errors of the source."""
@@ -30,7 +33,7 @@ class Feed(Protocol):
 class FileFeed:
     """Every frame, in order; always ready. May be closed by another thread than the one that polls."""
 
-    dropped = 0
+    dropped, lost = 0, False
 
     def __init__(self, source: VideoSource) -> None:
         self._source, self._frames = source, iter(source)
@@ -51,59 +54,44 @@ class FileFeed:
             self._source.close()
 
 
-class LiveFeed:
-    """The newest frame, read in a thread of its own; those that were overtaken are dropped and counted."""
+class ThreadFeed:
+    """Frames that are read in a thread of their own, so that nobody waits for a camera or the network.
 
-    def __init__(self, source: VideoSource, arrived: Callable[[], None]) -> None:
-        """`arrived` is called, in the thread, whenever there is something to poll."""
-        self._source, self._arrived = source, arrived
-        self._overtaken = 0
-        self._lock = threading.Lock()
-        self._newest: VideoFrame | None = None
-        self._end: BaseException | None = None
-        self._closed = False
-        self._thread = threading.Thread(target=self._read, name=f"feed {source.name}", daemon=True)
-        self._thread.start()
+    Args:
+        source: of the frames.
+        live: the newest frame alone counts, those that were overtaken are dropped and counted; otherwise all do.
+        arrived: called, in the thread, whenever there is something to poll.
+    """
+
+    def __init__(self, source: VideoSource, live: bool, arrived: Callable[[], None]) -> None:
+        self._source = source
+        frames = map(_captured, source) if live else iter(source)
+        self._relay = Relay(frames, overtake=live, finish=source.close, arrived=arrived)
 
     @property
     def dropped(self) -> int:
         """Frames that were overtaken by newer ones so far, here or in the source."""
-        return self._overtaken + self._source.dropped
+        return self._relay.dropped + self._source.dropped
+
+    @property
+    def lost(self) -> bool:
+        """Whether the source is lost, and being called again."""
+        return self._source.lost
 
     def poll(self) -> VideoFrame | None:
-        """The newest frame that was not polled before; errors come after the last frame."""
-        with self._lock:
-            newest, self._newest = self._newest, None
-            if newest is None and self._end is not None:
-                raise self._end
-            return newest
+        """The next frame, if it is there; errors come after the last one."""
+        return self._relay.poll()
 
     def close(self) -> None:
         """Release the source; a thread that waits for its next frame ends when that comes."""
-        self._closed = True
         if self._source.live:  # it can be closed while it is read, which ends the wait for its next frame
             self._source.close()
-        self._thread.join(_GRACE)
+        self._relay.close()
 
-    def _read(self) -> None:
-        end: BaseException = StopIteration()
-        try:
-            for frame in self._source:
-                if self._closed:
-                    break
-                if frame.captured is None:
-                    frame = dataclasses.replace(frame, captured=time.monotonic())
-                with self._lock:
-                    self._overtaken += self._newest is not None
-                    self._newest = frame
-                self._arrived()
-        except Exception as error:
-            end = error
-        finally:
-            self._source.close()
-        with self._lock:
-            self._end = end
-        self._arrived()
+
+def _captured(frame: VideoFrame) -> VideoFrame:
+    """The frame with the time at which it was captured: now, if its source does not tell."""
+    return frame if frame.captured is not None else dataclasses.replace(frame, captured=time.monotonic())
 
 
 def open_feed(source: Any, live: bool | None, arrived: Callable[[], None]) -> tuple[Feed, str]:
@@ -112,10 +100,12 @@ def open_feed(source: Any, live: bool | None, arrived: Callable[[], None]) -> tu
     Args:
         source: as for `open_source`.
         live: whether only its newest frame counts; None = as the source says: cameras and streams from the network.
-        arrived: called whenever a live source has something to poll.
+        arrived: called whenever a source that is read in a thread has something to poll.
 
     Raises:
         UserError: the source cannot be opened.
     """
     opened = open_source(source)
-    return LiveFeed(opened, arrived) if (opened.live if live is None else live) else FileFeed(opened), opened.name
+    live = opened.live if live is None else live
+    threaded = live or opened.remote
+    return ThreadFeed(opened, live, arrived) if threaded else FileFeed(opened), opened.name

@@ -26,6 +26,7 @@ class StreamMetrics:
         milliseconds: per frame, of the last 100; a round's are shared by its streams.
         state_bytes: remembered between frames.
         active: whether the stream is still in the pool.
+        lost: its camera or server is lost, and being called again.
         error: why it failed, if it did.
     """
 
@@ -40,6 +41,7 @@ class StreamMetrics:
     milliseconds: float = 0.0
     state_bytes: int = 0
     active: bool = True
+    lost: bool = False
     error: str | None = None
 
 
@@ -94,7 +96,7 @@ class Tally:
         self.state_bytes = state_bytes
         self.recent.append((time.monotonic(), cost))
 
-    def metrics(self, active: bool) -> StreamMetrics:
+    def metrics(self, active: bool, lost: bool = False) -> StreamMetrics:
         """The counts, and rates and means of the last frames."""
         recent = list(self.recent)
         count = len(recent)
@@ -112,6 +114,7 @@ class Tally:
             dense_gmacs=sum(cost.dense_total for _, cost in recent) / count / 1e9 if count else 0.0,
             milliseconds=1e3 * sum(cost.latency for _, cost in recent) / count if count else 0.0,
             active=active,
+            lost=lost,
         )
 
 

@@ -40,9 +40,6 @@ _DEPARTED = 64  # streams that left, of which the metrics are kept
 _PATIENCE = 0.5  # seconds to wait for a frame before looking again whether a stream is left
 
 
-PoolResult = StreamResult
-
-
 @dataclass
 class _Member:
     """A stream of the pool."""
@@ -66,7 +63,7 @@ class _Ready:
     seconds: float
 
 
-class StreamPool(Iterator[list[PoolResult]]):
+class StreamPool(Iterator[list[StreamResult]]):
     """Detects in many streams at once. Streams may join and leave, and the budget may change, between any two rounds.
 
     `add`, `remove`, `metrics` and `budget` may be used from other threads than the one that runs the rounds.
@@ -146,7 +143,7 @@ class StreamPool(Iterator[list[PoolResult]]):
         if not self._leave(name):
             raise UserError(f"no stream {name!r} in the pool; there are: {', '.join(self.names) or 'none'}")
 
-    def step(self) -> list[PoolResult]:
+    def step(self) -> list[StreamResult]:
         """One round: the next frame of every stream that has one, in one step of the detector.
 
         A stream that ended or failed leaves; `metrics` tells why.
@@ -169,7 +166,7 @@ class StreamPool(Iterator[list[PoolResult]]):
         )
         return [self._tell(*one) for one in zip(ready, steps, state.streams, strict=True)]
 
-    def __next__(self) -> list[PoolResult]:
+    def __next__(self) -> list[StreamResult]:
         """The next round in which a stream has a frame; ends when no stream is left."""
         while self.names:
             self._arrived.clear()
@@ -182,9 +179,9 @@ class StreamPool(Iterator[list[PoolResult]]):
     def metrics(self) -> PoolMetrics:
         """What the streams did so far, those that left last included."""
         with self._lock:
-            tallies = {name: (member.tally, True) for name, member in self._members.items()}
-            tallies |= {name: (tally, False) for name, tally in self._departed.items()}
-        return PoolMetrics({name: tally.metrics(active) for name, (tally, active) in tallies.items()})
+            tallies = {name: (member.tally, True, member.feed.lost) for name, member in self._members.items()}
+            tallies |= {name: (tally, False, False) for name, tally in self._departed.items()}
+        return PoolMetrics({name: tally.metrics(active, lost) for name, (tally, active, lost) in tallies.items()})
 
     def close(self) -> None:
         """Let all streams leave."""
@@ -214,7 +211,7 @@ class StreamPool(Iterator[list[PoolResult]]):
             self._leave(member.name, message)
         return None
 
-    def _tell(self, one: _Ready, step: StepResult, memory: DetectorStream) -> PoolResult:
+    def _tell(self, one: _Ready, step: StepResult, memory: DetectorStream) -> StreamResult:
         """Remember what happened to a stream, and tell it."""
         member, frame = one.member, one.frame
         member.memory = memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 import secrets
@@ -81,6 +82,11 @@ def play(place: str | Path, title: str, release: Callable[[], None] = lambda: No
         drawn = _SYNTHETIC.fullmatch(str(place)) is not None  # once; later there is a detector that needs the time
         reopen = partial(open_source, [frame.image for frame in source] if drawn else place)
     return Opened(Playback(reopen, title), title, release)
+
+
+def _play_checked(path: Path, title: str, release: Callable[[], None] = lambda: None) -> Opened:
+    check_video(path, title)
+    return play(path, title, release)
 
 
 class Intake:
@@ -183,8 +189,7 @@ class Intake:
                     if file.tell() + len(chunk) > self.max_bytes:
                         raise TooLarge(self._too_large(title))
                     file.write(chunk)
-            check_video(path, title)
-            return play(path, title, release)
+            return await asyncio.to_thread(_play_checked, path, title, release)  # decoding must not hold others up
         except BaseException:
             release()
             raise
@@ -200,8 +205,7 @@ class Intake:
         path = self.media / text
         with contextlib.suppress(OSError):
             if self._inside(path) and path.is_file():
-                check_video(path, text)
-                return play(path, path.name)
+                return _play_checked(path, path.name)
         raise problem
 
     def _inside(self, path: Path) -> bool:

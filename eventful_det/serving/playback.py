@@ -18,15 +18,14 @@ class Playback(VideoSource):
     Args:
         reopen: opens the source, for every turn anew.
         name: for people.
-        loop: begin again at the end.
     """
 
     live = True
 
-    def __init__(self, reopen: Callable[[], VideoSource], name: str, loop: bool = True) -> None:
+    def __init__(self, reopen: Callable[[], VideoSource], name: str) -> None:
         with reopen() as source:
             super().__init__(name, source.fps or _FPS)
-        self._reopen, self._loop = reopen, loop
+        self._reopen = reopen
         self._closed = threading.Event()
 
     def _read(self) -> Iterator[VideoFrame]:
@@ -45,8 +44,6 @@ class Playback(VideoSource):
                     began += max(0.0, late)  # decoding is slower than the clock: do not hurry afterwards
                     yield VideoFrame(frame.image, timestamp)
                 self.skipped += source.skipped
-            if not self._loop:
-                return
             timestamp += period
 
     def close(self) -> None:

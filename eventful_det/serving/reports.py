@@ -28,11 +28,18 @@ def state(engine: Engine) -> dict[str, Any]:
     for name, title, error, newest in channels:
         counts = metrics.streams.get(name, StreamMetrics(active=False))
         error = error or counts.error
-        status = "failed" if error else "ended" if not counts.active else "running" if newest else "starting"
+        status = "failed" if error else _status(counts, newest is not None)
         age = newest.result.frame_age if newest else None
         numbers = {**dataclasses.asdict(counts), "frame_age": age}
         streams.append({**numbers, "name": name, "title": title, "status": status, "error": error})
     return {"budget": budget_text(engine.pool.budget), "max_streams": engine.max_streams, "streams": streams}
+
+
+def _status(counts: StreamMetrics, seen: bool) -> str:
+    """What a stream that has not failed is doing; `seen`: a frame of it can be seen."""
+    if not counts.active:
+        return "ended"
+    return "lost" if counts.lost else "running" if seen else "starting"
 
 
 def budget_text(budget: Budget | None) -> str:

@@ -11,7 +11,7 @@ import pytest
 from eventful_det.data.coco_video import Annotation, Box, CocoVideo, Frame, Video
 from eventful_det.evaluation.detection import Entry
 from eventful_det.evaluation.ilsvrc import FGFA, MEGA, GroupScore, Protocol, group_scores, vid_scores
-from eventful_det.evaluation.motion import motion_group, motion_iou
+from eventful_det.evaluation.motion import motion_groups, motion_iou
 
 SLOW: Box = (10.0, 10.0, 109.0, 109.0)
 FAR: Box = (500.0, 300.0, 599.0, 399.0)
@@ -96,7 +96,7 @@ def naive(data: CocoVideo, results: list[Entry], protocol: Protocol, group: str)
 
     speeds = {i: value for video in data.videos for i, value in motion_iou(video).items()}
     frames = {frame.image_id: frame for frame in data.frames}
-    member = {i: group == "all" or motion_group(value) == group for i, value in speeds.items()}
+    member = {i: group == "all" or bool(motion_groups(np.array(value))[group]) for i, value in speeds.items()}
     empty = sum(not frame.annotations for frame in frames.values())
     share = (sum(member.values()) + empty * (group in ("all", "fast"))) / (len(member) + empty)
     gone: set[int] = set()

@@ -15,7 +15,7 @@ from eventful_det.data.classes import IMAGENET_VID
 from eventful_det.data.coco_video import Annotation, Box, Frame, Video
 from eventful_det.data.imagenet_vid import Source, convert, list_folders
 from eventful_det.evaluation.ilsvrc import vid_scores
-from eventful_det.evaluation.motion import motion_group, motion_iou, motion_ious
+from eventful_det.evaluation.motion import motion_groups, motion_iou, motion_ious
 
 Track = dict[int, Box]  # by frame
 
@@ -30,6 +30,11 @@ def clip(*tracks: Track, frames: range | list[int]) -> Video:
                 number += 1
                 image.annotations.append(Annotation(1, boxes[image.frame_id], track_id=track, id=number))
     return Video(1, "a", images)
+
+
+def motion_group(iou: float) -> str | None:
+    """The name of the group a motion IoU belongs to."""
+    return next((name for name, inside in motion_groups(np.array(iou)).items() if inside), None)
 
 
 def moving(speed: float, frames: range, width: float = 99.0) -> Track:

@@ -23,7 +23,7 @@ from eventful_det.models.detector import Detector
 from eventful_det.runtime.budget import Gmacs, Latency
 from eventful_det.runtime.feed import Feed, open_feed
 from eventful_det.runtime.metrics import StreamMetrics
-from eventful_det.runtime.pool import PoolResult, StreamPool
+from eventful_det.runtime.pool import StreamPool
 from eventful_det.runtime.sharing import Terms
 from eventful_det.runtime.stream import StreamResult
 
@@ -41,8 +41,8 @@ def assert_equal(a: StreamResult, b: StreamResult) -> None:
     assert torch.equal(a.work, b.work) and a.cost.macs == b.cost.macs and a.frame_index == b.frame_index
 
 
-def by_stream(pool: StreamPool) -> dict[str, list[PoolResult]]:
-    results: dict[str, list[PoolResult]] = {}
+def by_stream(pool: StreamPool) -> dict[str, list[StreamResult]]:
+    results: dict[str, list[StreamResult]] = {}
     for round in pool:
         for result in round:
             results.setdefault(result.stream, []).append(result)
@@ -118,7 +118,7 @@ def test_who_comes_and_goes_does_not_disturb_a_bit(tiny_detector: Detector) -> N
     pool = StreamPool(detector, budget=TopK(11), scene_cuts=False)
     for name, images in watched.items():
         pool.add(images, name=name)
-    results: dict[str, list[PoolResult]] = {}
+    results: dict[str, list[StreamResult]] = {}
     for step in range(12):
         if step == 1:
             pool.add(mixed, name="mixed")
@@ -293,6 +293,47 @@ def test_a_camera_that_was_lost_begins_anew(tiny_detector: Detector) -> None:
     assert [r.cost.flush for r in results] == [True, False, True, False]
     assert [r.dropped for r in results] == [0, 0, 3, 3] and [r.frame_index for r in results] == [0, 1, 2, 3]
     assert all(r.stream == "camera" and r.frame_age is not None and 0.5 <= r.frame_age < 5 for r in results)
+
+
+class Distant(VideoSource):
+    """A file behind an address: its frames come when the test lets them."""
+
+    remote = True
+
+    def __init__(self, images: list[Image]) -> None:
+        super().__init__("distant")
+        self.images, self.arrive = images, threading.Semaphore(0)
+
+    def _read(self) -> Iterator[VideoFrame]:
+        for image in self.images:
+            assert self.arrive.acquire(timeout=10)
+            yield VideoFrame(image)
+
+
+def test_nobody_waits_for_the_network(tiny_detector: Detector) -> None:
+    """And no frame of a file is lost, however it comes."""
+    distant = Distant(clip(1, 5))
+    pool = StreamPool(tiny_detector, budget=TopK(5))
+    pool.add(distant)
+    pool.add(clip(2, 3), name="here")
+    assert [[r.stream for r in pool.step()] for _ in range(3)] == 3 * [["here"]]
+    distant.arrive.release(5)
+    results = [result for round in pool for result in round]
+    assert [r.stream for r in results] == 5 * ["distant"]
+    assert all(r.image is image for r, image in zip(results, distant.images, strict=True))
+    assert pool.metrics().streams["distant"].dropped == 0
+
+
+def test_metrics_tell_who_is_lost(tiny_detector: Detector) -> None:
+    camera = Camera(clip(1, 2))
+    pool = StreamPool(tiny_detector, budget=TopK(5))
+    pool.add(camera)
+    next(pool)
+    assert not pool.metrics().streams["camera"].lost
+    camera.lost = True
+    assert pool.metrics().streams["camera"].lost
+    pool.close()
+    assert not pool.metrics().streams["camera"].lost
 
 
 def test_files_leave_while_they_are_read(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import struct
@@ -169,6 +170,47 @@ def test_a_stream_that_fails_says_why_and_disturbs_nobody(server: Server) -> Non
     assert [one["name"] for one in server.state()["streams"]] == [good, "b"]
 
 
+class Unplugged(VideoSource):
+    """A camera that shows a frame and is gone."""
+
+    live = True
+
+    def _read(self) -> Iterator[VideoFrame]:
+        yield VideoFrame(np.zeros((96, 144, 3), np.uint8))
+        self.lost = True
+        self.back.wait(10)
+
+    def __init__(self) -> None:
+        super().__init__("unplugged")
+        self.back = threading.Event()
+
+    def close(self) -> None:
+        self.back.set()
+
+
+def test_a_camera_that_is_lost_is_told_from_one_that_runs(server: Server) -> None:
+    server.engine.add(Opened(Unplugged(), "door"))
+    server.wait(lambda s: s["streams"][0]["status"] == "lost" and s["streams"][0]["frames"] == 1)
+    assert 'eventful_up{stream="door"} 0' in server.client.get("/metrics").text
+    server.client.delete("/api/streams/door")
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(server: Server) -> None:
+    """The person closed the page: no error is raised, or a server would log a traceback."""
+    messages = [{"type": "http.request", "body": b"abc", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(_: Any) -> None:
+        pass
+
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "path": "/api/uploads"}
+    scope |= {"query_string": b"name=a.mp4", "headers": [(b"host", b"localhost")], "server": ("localhost", 80)}
+    asyncio.run(server.client.app(scope, receive, send))  # type: ignore[arg-type]
+    assert not messages and not list(server.intake.directory.iterdir())
+
+
 def test_a_detector_that_fails_is_reported(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.watch("clip.mp4")
     with monkeypatch.context() as patched:
@@ -206,7 +248,7 @@ def test_nothing_is_left_behind(tiny_detector: Detector, clip: Path) -> None:
         assert directory.is_dir()
     assert not directory.exists()
     deadline = time.monotonic() + 10
-    while any(thread.name == "detector" or thread.name.startswith("feed") for thread in threading.enumerate()):
+    while any(thread.name == "detector" or thread.name == "relay" for thread in threading.enumerate()):
         assert time.monotonic() < deadline, threading.enumerate()
         time.sleep(0.02)
 

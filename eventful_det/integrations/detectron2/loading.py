@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,6 +13,7 @@ from detectron2.data import transforms as T
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Sampler
 
+from eventful_det.data.streams import share_out
 from eventful_det.data.transforms import fit_size, resize
 from eventful_det.errors import UserError
 
@@ -91,8 +92,9 @@ class VideoSampler(Sampler[int]):
         frames: dict[Hashable, list[int]] = {}
         for i, entry in enumerate(dataset):
             frames.setdefault(entry["video_id"], []).append(i)
-        lengths = {video: len(indices) for video, indices in frames.items()}
-        self.videos = [frames[video] for video in share_videos(lengths, comm.get_world_size())[comm.get_rank()]]
+        videos = list(frames.values())
+        mine = share_out([len(video) for video in videos], comm.get_world_size())[comm.get_rank()]
+        self.videos = [videos[i] for i in sorted(mine)]
 
     def __len__(self) -> int:
         return sum(len(video) for video in self.videos)
@@ -109,23 +111,6 @@ class VideoSampler(Sampler[int]):
             if index is not None:
                 yield index
                 slots.append(slot)
-
-
-def share_videos(lengths: Mapping[Hashable, int], processes: int) -> list[list[Hashable]]:
-    """Which videos each process takes: the longest first, each to the process that has the fewest frames.
-
-    Args:
-        lengths: frames of each video.
-        processes: how many there are.
-
-    Returns:
-        For each process its videos, in the order of `lengths`.
-    """
-    loads, owner = [0] * processes, {}
-    for video in sorted(lengths, key=lambda video: -lengths[video]):
-        owner[video] = loads.index(min(loads))
-        loads[owner[video]] += lengths[video]
-    return [[video for video in lengths if owner[video] == i] for i in range(processes)]
 
 
 def build_vid_test_loader(
