@@ -15,11 +15,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from reporting import save_report, show, summary
+from reporting import exit_status, save_report, show, summary
 from rich.console import Console
 
 from eventful_det.data.other_layouts import LAYOUTS, import_annotations
-from eventful_det.errors import UserError
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,17 +38,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args, console = parse(argv), Console(soft_wrap=True)
-    try:
-        data, problems = import_annotations(args.file, args.layout, args.images, args.key_frames)
-        data.save(args.output)
-        report = args.output.with_suffix(".report.json")
-        save_report(report, data, problems)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or args.output}: {error.strerror}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: convert(args, console), args.output, "the file was not written")
+
+
+def convert(args: argparse.Namespace, console: Console) -> int:
+    data, problems = import_annotations(args.file, args.layout, args.images, args.key_frames)
+    data.save(args.output)
+    report = args.output.with_suffix(".report.json")
+    save_report(report, data, problems)
     console.print(summary(args.output.stem, data))
     show(console, problems, args.show, report)
     console.print(f"wrote {args.output}", highlight=False)

@@ -15,12 +15,12 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from reporting import exit_status
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from eventful_det.data.synthetic import SceneOptions
 from eventful_det.data.synthetic_tree import TreeOptions, is_complete, make_tree
-from eventful_det.errors import UserError
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,36 +54,29 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    console = Console(soft_wrap=True)
-    try:
-        args.objects, args.object_size = tuple(args.objects), tuple(args.object_size)
-        given = vars(args)
-        scene = SceneOptions(**{f.name: given[f.name] for f in fields(SceneOptions) if f.name in given})
-        options = TreeOptions(scene, **{f.name: given[f.name] for f in fields(TreeOptions) if f.name in given})
-        if is_complete(args.output, options):
-            console.print(f"{args.output} is complete already; nothing to do")
-            return 0
-        columns = (
-            TextColumn("rendering videos"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("", total=options.train_videos + options.val_videos)
-            for _ in make_tree(args.output, options, args.workers):
-                progress.advance(task)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: cannot write {error.filename or args.output}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return 130
+    args, console = parse(argv), Console(soft_wrap=True)
+    return exit_status(lambda: make(args, console), args.output, "run the same command again to go on")
+
+
+def make(args: argparse.Namespace, console: Console) -> int:
+    args.objects, args.object_size = tuple(args.objects), tuple(args.object_size)
+    given = vars(args)
+    scene = SceneOptions(**{f.name: given[f.name] for f in fields(SceneOptions) if f.name in given})
+    options = TreeOptions(scene, **{f.name: given[f.name] for f in fields(TreeOptions) if f.name in given})
+    if is_complete(args.output, options):
+        console.print(f"{args.output} is complete already; nothing to do")
+        return 0
+    columns = (
+        TextColumn("rendering videos"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=options.train_videos + options.val_videos)
+        for _ in make_tree(args.output, options, args.workers):
+            progress.advance(task)
     frames = options.train_videos * options.train_frames + options.val_videos * options.val_frames
     console.print(f"{frames} frames in {args.output}; next: python datasets/prepare_imagenet_vid.py {args.output}")
     return 0

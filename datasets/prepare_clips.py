@@ -23,6 +23,7 @@ from itertools import islice
 from pathlib import Path
 
 import cv2
+from reporting import exit_status
 from rich.console import Console
 from rich.progress import track
 
@@ -54,24 +55,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args, console = parse(argv), Console(soft_wrap=True)
-    try:
-        data = labelled(args, console) if args.sources[0].endswith(".json") else decoded(args, console)
-        for video in data.videos:
-            if not video.frames:
-                raise UserError(f"{video.name} has no frame in the chosen range; see --start and --max-frames")
-        path = args.output / "annotations" / "val.json"
-        data.save(path)
-        frames = sum(len(video.frames) for video in data.videos)
-        console.print(f"{len(data.videos)} videos, {frames} frames: {path}")
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {error.filename or args.output}: {error.strerror}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped; nothing was recorded", file=sys.stderr)
-        return 130
-    return 2
+    return exit_status(lambda: prepare(args, console), args.output, "nothing was recorded")
+
+
+def prepare(args: argparse.Namespace, console: Console) -> int:
+    data = labelled(args, console) if args.sources[0].endswith(".json") else decoded(args, console)
+    for video in data.videos:
+        if not video.frames:
+            raise UserError(f"{video.name} has no frame in the chosen range; see --start and --max-frames")
+    path = args.output / "annotations" / "val.json"
+    data.save(path)
+    console.print(f"{len(data.videos)} videos, {sum(len(video.frames) for video in data.videos)} frames: {path}")
+    return 0
 
 
 def labelled(args: argparse.Namespace, console: Console) -> CocoVideo:

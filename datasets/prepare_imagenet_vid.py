@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from reporting import save_report, show, summary
+from reporting import exit_status, save_report, show, summary
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -48,18 +48,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    console = Console(soft_wrap=True)
-    try:
-        return prepare(args, console)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {error.filename or args.root}: {error.strerror}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped; finished files are whole, the others untouched", file=sys.stderr)
-        return 130
-    return 2
+    args, console = parse(argv), Console(soft_wrap=True)
+    return exit_status(lambda: prepare(args, console), args.root, "finished files are whole, the others untouched")
 
 
 def prepare(args: argparse.Namespace, console: Console) -> int:

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from reporting import exit_status
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -63,21 +64,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        prepare(args, Console(soft_wrap=True))
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {error.filename or args.output}: {error.strerror}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped; finished files are whole, the others untouched", file=sys.stderr)
-        return 130
-    return 2
+    args, console = parse(argv), Console(soft_wrap=True)
+    return exit_status(lambda: prepare(args, console), args.output, "finished files are whole, the others untouched")
 
 
-def prepare(args: argparse.Namespace, console: Console) -> None:
+def prepare(args: argparse.Namespace, console: Console) -> int:
     if not 0 < args.holdout < 1:
         raise UserError(f"--holdout is {args.holdout:g}; expected a share between 0 and 1, for example 0.15")
     if args.seed < 0:
@@ -116,6 +107,7 @@ def prepare(args: argparse.Namespace, console: Console) -> None:
         f"{len(stills)} images in {len(sizes)} groups, the largest of {max(sizes.values())}\nwrote {folder}",
         highlight=False,
     )
+    return 0
 
 
 def read_stills(path: Path, data: CocoVideo) -> list[Still]:

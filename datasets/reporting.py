@@ -1,11 +1,12 @@
-"""What the scripts of this folder say about a data set: a table on the screen, faults on the screen and in a file."""
+"""What the scripts of this folder say: tables and faults of a data set, errors in one line."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +14,27 @@ from rich.table import Table
 
 from eventful_det.data.coco_video import CocoVideo
 from eventful_det.data.imagenet_vid import Problem
+from eventful_det.errors import UserError
+
+
+def exit_status(work: Callable[[], int], place: Path, stopped: str) -> int:
+    """Do the work of a script; what ends it early is said in one line.
+
+    Args:
+        work: returns the exit status.
+        place: where the work is, for errors of the disk that do not tell.
+        stopped: what is left when somebody stops it.
+    """
+    try:
+        return work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.filename or place}: {error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"stopped; {stopped}", file=sys.stderr)
+        return 130
+    return 2
 
 
 def save_report(path: Path, data: CocoVideo, problems: Sequence[Problem]) -> None:
