@@ -332,6 +332,7 @@ def test_metrics_tell_who_is_lost(tiny_detector: Detector) -> None:
     assert not pool.metrics().streams["camera"].lost
     camera.lost = True
     assert pool.metrics().streams["camera"].lost
+    camera.taken.release()  # its thread waits for that
     pool.close()
     assert not pool.metrics().streams["camera"].lost
 

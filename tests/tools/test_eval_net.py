@@ -210,7 +210,15 @@ def test_policies(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
         "eval=policies", "eval.caps=[0.4]", "eval.curves.held_boxes.vary.hold=[2]", "max_videos=1", "max_frames=2"
     )
     names = [row["method"] for row in results_of(tmp_path / "run")["rows"]]
-    gated = ["focus 0.4", "threshold 0.4", "threshold interest 0.4", "paper 0.4", "random 0.4"]
+    gated = [
+        "focus 0.4",
+        "focus renew 0",
+        "focus renew 1",
+        "threshold 0.4",
+        "threshold interest 0.4",
+        "paper 0.4",
+        "random 0.4",
+    ]
     assert names == ["dense", *gated, "held boxes 2", "focus steady 0.2"]
 
 
