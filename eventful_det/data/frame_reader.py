@@ -81,7 +81,7 @@ class _VideoFile:
                 self._wanted.discard(number)
                 image = self._decoded.pop(number, None)
                 if not self._wanted or self._fault:
-                    self.close()
+                    self._release()  # frames decoded before the fault are still asked for by other threads
             assert image is not None  # or it would have raised
             return image
 
@@ -102,8 +102,13 @@ class _VideoFile:
             self._decoded[self._next] = frame.image
         self._next += 1
 
-    def close(self) -> None:
+    def _release(self) -> None:
+        """Let go of the file."""
         if self._source is not None:
             self._source.close()
         self._source = self._frames = None
+
+    def close(self) -> None:
+        """Let go of the file and of the frames that nobody asked for."""
+        self._release()
         self._decoded.clear()

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video, load_coco_video
+from eventful_det.data.frame_reader import FrameReader
 from eventful_det.data.streams import StreamFrame, VideoStreams, plan, share_out
 from eventful_det.data.video_writer import VideoWriter
 from eventful_det.errors import UserError
@@ -209,6 +210,17 @@ def test_a_file_name_of_a_video_whose_frames_are_pictures_means_nothing(clips: P
     data = load_coco_video(clips)
     assert [video.file_name for video in data.videos] == ["", "two.mp4"]
     assert data.videos[0].frames[0].file_name == "1.png"
+
+
+def test_frames_before_a_fault_are_there_for_whoever_asks_later(clips: Path) -> None:
+    """Threads overtake each other: one may find the end of a file before another asks for a frame of it."""
+    data = load_coco_video(clips)
+    video = data.videos[0]
+    video.frames.append(Frame(50, "one.mp4#6", 96, 64, 6))
+    with FrameReader(data) as reader:
+        with pytest.raises(UserError, match="has only 6 frames"):
+            reader.read(video, video.frames[6])
+        assert [round(reader.read(video, frame).mean() / 20) for frame in video.frames[:6]] == list(range(6))
 
 
 def test_broken_video_files(clips: Path, tmp_path: Path) -> None:
