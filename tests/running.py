@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -68,6 +69,14 @@ def import_tool(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A tool as a module."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     return importlib.import_module(name)
+
+
+def script_main(name: str) -> Callable[[list[str]], int]:
+    """What a script of datasets/ does with its arguments; it finds its neighbours as when Python runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "datasets"))
+        main: Callable[[list[str]], int] = runpy.run_path(str(ROOT / "datasets" / name))["main"]
+    return main
 
 
 def make_tree(root: Path, *options: str) -> Path:

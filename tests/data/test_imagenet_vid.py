@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from running import script_main
 
 from eventful_det.data.classes import IMAGENET_VID, classes_json, load_classes
 from eventful_det.data.coco_video import load_coco_video
@@ -19,7 +19,6 @@ from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.synthetic_tree import TreeOptions, make_tree
 from eventful_det.errors import UserError
 
-SCRIPT = Path(__file__).parents[2] / "datasets/prepare_imagenet_vid.py"
 SCENE = SceneOptions(width=128, height=96)
 OPTIONS = TreeOptions(SCENE, train_videos=2, val_videos=2, train_frames=6, val_frames=4)
 VIDEO = "VID/val/ILSVRC2015_val_00000000"
@@ -29,10 +28,7 @@ Main = Callable[[list[str]], int]
 
 @pytest.fixture(scope="module")
 def prepare() -> Main:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        main: Main = runpy.run_path(str(SCRIPT))["main"]
-    return main
+    return script_main("prepare_imagenet_vid.py")
 
 
 @pytest.fixture(scope="module")

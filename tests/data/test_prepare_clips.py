@@ -2,18 +2,16 @@
 
 import contextlib
 import io
-import runpy
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from running import script_main
 
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video, load_coco_video
 from eventful_det.data.streams import VideoStreams
 from eventful_det.data.video_writer import VideoWriter
-
-SCRIPT = Path(__file__).parents[2] / "datasets/prepare_clips.py"
 
 
 @pytest.fixture
@@ -32,7 +30,7 @@ def source(tmp_path: Path) -> Path:
 
 def run(*args: object) -> subprocess.CompletedProcess[str]:
     """What the script does and prints, without the start of another process."""
-    main = runpy.run_path(str(SCRIPT))["main"]
+    main = script_main("prepare_clips.py")
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(list(map(str, args)))

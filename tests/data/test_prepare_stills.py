@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +12,17 @@ import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from running import script_main
 
 from eventful_det.data.coco_video import CocoVideo, load_coco_video
 
-ROOT = Path(__file__).parents[2]
 CLASSES = ["cat", "dog", "owl", "yak"]
 Main = Callable[[list[str]], int]
 
 
 @pytest.fixture(scope="module")
 def prepare() -> Main:
-    main: Main = runpy.run_path(str(ROOT / "datasets/prepare_stills.py"))["main"]
+    main: Main = script_main("prepare_stills.py")
     return main
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import runpy
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,13 +17,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import script_main
 
 from eventful_det.data.classes import SYNTHETIC_SHAPES, load_classes
 from eventful_det.data.synthetic import SceneOptions, render_video, video_facts
 from eventful_det.data.synthetic_shapes import OUTLINES, shape_mask
 from eventful_det.errors import UserError
 
-SCRIPT = Path(__file__).parents[2] / "datasets/make_synthetic_vid.py"
 SMALL = SceneOptions(width=192, height=128, frames=12)
 TINY = ["--width", "128", "--height", "96", "--train-videos", "3", "--val-videos", "2"]
 TINY += ["--train-frames", "3", "--val-frames", "4"]
@@ -37,8 +36,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def make() -> Callable[[list[str]], int]:
-    main: Callable[[list[str]], int] = runpy.run_path(str(SCRIPT))["main"]
-    return main
+    return script_main("make_synthetic_vid.py")
 
 
 def digest(root: Path) -> dict[str, str]:
