@@ -38,7 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args, console = parse(argv), Console(soft_wrap=True)
-    return exit_status(lambda: convert(args, console), args.output, "the file was not written")
+    return exit_status(lambda: convert(args, console), args.output)
 
 
 def convert(args: argparse.Namespace, console: Console) -> int:

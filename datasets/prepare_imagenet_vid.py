@@ -49,7 +49,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args, console = parse(argv), Console(soft_wrap=True)
-    return exit_status(lambda: prepare(args, console), args.root, "finished files are whole, the others untouched")
+    return exit_status(lambda: prepare(args, console), args.root)
 
 
 def prepare(args: argparse.Namespace, console: Console) -> int:

@@ -65,7 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args, console = parse(argv), Console(soft_wrap=True)
-    return exit_status(lambda: prepare(args, console), args.output, "finished files are whole, the others untouched")
+    return exit_status(lambda: prepare(args, console), args.output)
 
 
 def prepare(args: argparse.Namespace, console: Console) -> int:

@@ -17,7 +17,9 @@ from eventful_det.data.imagenet_vid import Problem
 from eventful_det.errors import UserError
 
 
-def exit_status(work: Callable[[], int], place: Path, stopped: str) -> int:
+def exit_status(
+    work: Callable[[], int], place: Path, stopped: str = "finished files are whole, the others untouched"
+) -> int:
     """Do the work of a script; what ends it early is said in one line.
 
     Args:

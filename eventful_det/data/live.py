@@ -115,6 +115,11 @@ class LiveSource(VideoSource):
         self._pause = _PAUSES[0]
         self._closed = threading.Event()
 
+    @property
+    def lost(self) -> bool:
+        """Whether it is lost, and being called again."""
+        return self._lost_at is not None
+
     def _frames(self) -> Iterator[VideoFrame]:
         return self._read()
 
@@ -153,12 +158,12 @@ class LiveSource(VideoSource):
         if self._lost_at is not None:
             self.reconnects += 1
             _LOG.warning("%s: is back after %.1f s", self.name, time.monotonic() - self._lost_at)
-        self.lost, self._lost_at, self._pause = False, None, _PAUSES[0]
+        self._lost_at, self._pause = None, _PAUSES[0]
 
     def _call_again(self, error: UserError | None) -> Connection | None:
         """Another connection; None if the stream is over."""
         if self._lost_at is None:
-            self.lost, self._lost_at = True, time.monotonic()
+            self._lost_at = time.monotonic()
             _LOG.warning("%s; calling again for %g s", error or f"{self.name} ended", self._reconnect)
         while (left := self._lost_at + self._reconnect - time.monotonic()) > 0:
             if self._closed.wait(min(self._pause, left)):

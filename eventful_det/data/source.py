@@ -55,7 +55,6 @@ class VideoSource(Iterable[VideoFrame]):
         skipped: pieces of the source that could not be read or decoded so far.
         dropped: frames of a live source that were overtaken by newer ones so far.
         reconnects: how often a live source was lost and came back.
-        lost: a live source is lost, and being called again.
     """
 
     live = False
@@ -63,9 +62,14 @@ class VideoSource(Iterable[VideoFrame]):
 
     def __init__(self, name: str, fps: float | None = None, frames: int | None = None) -> None:
         self.name, self.fps, self.frames = name, fps, frames
-        self.ahead, self.lost = 0, False
+        self.ahead = 0
         self.skipped = self.dropped = self.reconnects = 0
         self._relay: Relay[Any] | None = None
+
+    @property
+    def lost(self) -> bool:
+        """Whether a live source is lost, and being called again."""
+        return False
 
     def __iter__(self) -> Iterator[VideoFrame]:
         empty = True

@@ -270,6 +270,7 @@ class Camera(VideoSource):
     """Captured its frames half a second ago, and was lost before the third; each is taken before the next one comes."""
 
     live = True
+    lost = False
 
     def __init__(self, images: list[Image]) -> None:
         super().__init__("camera")

@@ -174,6 +174,7 @@ class Unplugged(VideoSource):
     """A camera that shows a frame and is gone."""
 
     live = True
+    lost = False
 
     def _read(self) -> Iterator[VideoFrame]:
         yield VideoFrame(np.zeros((96, 144, 3), np.uint8))
