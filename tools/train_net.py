@@ -63,7 +63,7 @@ def build_model(config: DictConfig, classes: tuple[str, ...]) -> Detector:
 def build_task(config: DictConfig, data: list[CocoVideo], detector: Detector) -> tuple[Samples, nn.Module | None]:
     """What to train on and what to minimise: stills and the detector's losses, or clips with gates on."""
     augmentation = Augmentation(**plain(config.augment))
-    order = config.train.seed, config.data.repeat_threshold
+    order = config.train.seed, config.data.repeat_threshold, plain(config.data.emphasis)
     ratio = [1.0, *(entry.ratio for entry in config.mix)]
     if config.eventful is None:
         stills = [TrainingSet(part, augmentation, *order) for part in data]

@@ -30,7 +30,10 @@ class Augmentation:
         scale: smallest and largest scale relative to the largest that fits into the result.
         aspect: pictures are stretched by up to this factor in either direction; 1 = never.
         flip: probability of a horizontal flip.
+        rotate: every second picture is turned by up to this many degrees; 0 = none. Its boxes become those of the
+            turned ellipses inscribed in them, which fit objects closer than those of the turned corners.
         colour: strength of brightness, contrast and saturation jitter; 0 = none.
+        hue: largest turn of the colour circle, 0.5 = to the opposite colours; 0 = none.
         degrade: probability of each of motion blur, noise and JPEG compression.
         min_visible: boxes of which a crop leaves less than this share are dropped.
         mosaic: probability of a sample made of four pictures (Bochkovskiy et al. 2020, YOLOv4).
@@ -40,7 +43,9 @@ class Augmentation:
     scale: tuple[float, float] = (0.6, 1.6)
     aspect: float = 1.0
     flip: float = 0.5
+    rotate: float = 0.0
     colour: float = 0.3
+    hue: float = 0.0
     degrade: float = 0.0
     min_visible: float = 0.3
     mosaic: float = 0.0
@@ -60,6 +65,8 @@ class Augmentation:
             The picture `(height, width, 3)`, the boxes `(n, 4)` and which of them are kept `(n,)`.
         """
         height, width = size
+        if self.rotate and rng.random() < 0.5:
+            image, boxes = _rotated(image, boxes, float(rng.uniform(-self.rotate, self.rotate)))
         image, boxes = self._jitter_scale(image, boxes, height, width, rng)
         whole = _areas(boxes)
         boxes = np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
@@ -95,6 +102,8 @@ class Augmentation:
         return canvas, boxes + np.array([left, top, left, top], np.float32)
 
     def _jitter_colour(self, image: Image, rng: np.random.Generator) -> Image:
+        if self.hue:
+            image = _turn_hue(image, float(rng.uniform(-self.hue, self.hue)))
         if not self.colour:
             return image
         brightness, contrast, saturation = 1 + rng.uniform(-self.colour, self.colour, 3)
@@ -113,6 +122,23 @@ class Augmentation:
         if noise:
             image = _add_noise(image, float(rng.uniform(*_NOISE)), rng)
         return _compress(image, int(rng.integers(*_JPEG))) if compress else image
+
+
+def _rotated(image: Image, boxes: Boxes, degrees: float) -> tuple[Image, Boxes]:
+    """A picture turned about its middle, grey where it has no content, and the boxes of the turned ellipses."""
+    height, width = image.shape[:2]
+    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.0)
+    turned = cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderValue=(128, 128, 128))
+    middle = (boxes[:, :2] + boxes[:, 2:] - 1) / 2 @ matrix[:, :2].T + matrix[:, 2] + 0.5
+    half = np.sqrt(((boxes[:, 2:] - boxes[:, :2]) / 2) ** 2 @ (matrix[:, :2] ** 2).T)
+    return np.asarray(turned, np.uint8), np.concatenate([middle - half, middle + half], axis=1).astype(np.float32)
+
+
+def _turn_hue(image: Image, turn: float) -> Image:
+    """Colours turned around the circle; 1 is the whole of it."""
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+    hsv[..., 0] += np.uint8(round(turn * 256) % 256)  # wraps around, as the circle does
+    return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL), np.uint8)
 
 
 def _motion_blur(image: Image, length: int, angle: float) -> Image:

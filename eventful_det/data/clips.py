@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +58,7 @@ class ClipSet(TrainingSet):
         data: videos, stills, or both.
         augmentation: of every clip; mosaics are made of stills only.
         options: what clips are like.
-        seed, repeat_threshold: as of `TrainingSet`, whose frames tell which clips are shown.
+        seed, repeat_threshold, emphasis: as of `TrainingSet`, whose frames tell which clips are shown.
 
     Raises:
         UserError: the data set has no labelled frame.
@@ -70,8 +71,9 @@ class ClipSet(TrainingSet):
         options: ClipOptions,
         seed: int = 0,
         repeat_threshold: float = 0.0,
+        emphasis: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(data, augmentation, seed, repeat_threshold)
+        super().__init__(data, augmentation, seed, repeat_threshold, emphasis)
         self.options = options
         self.places = {
             frame.image_id: (video, place) for video in data.videos for place, frame in enumerate(video.frames)

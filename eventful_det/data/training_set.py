@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -41,13 +41,19 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         seed: of the order and the augmentation.
         repeat_threshold: classes on less than this share of the frames are shown more often (repeat factor
             sampling, Gupta et al. 2019, LVIS); 0 = every frame once an epoch.
+        emphasis: factors by which frames with a class are shown more often (or, below 1, less) than that.
 
     Raises:
-        UserError: the data set has no labelled frame.
+        UserError: the data set has no labelled frame, or a class to emphasise is not of it.
     """
 
     def __init__(
-        self, data: CocoVideo, augmentation: Augmentation, seed: int = 0, repeat_threshold: float = 0.0
+        self,
+        data: CocoVideo,
+        augmentation: Augmentation,
+        seed: int = 0,
+        repeat_threshold: float = 0.0,
+        emphasis: Mapping[str, float] | None = None,
     ) -> None:
         self.data, self.augmentation, self.seed = data, augmentation, seed
         self.frames = [frame for frame in data.frames if frame.labelled]
@@ -59,7 +65,11 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         seen = [{a.category_id for a in frame.annotations} for frame in self.frames]
         # A class without a single box cannot be learnt; everything is a negative of it, so that it stays silent.
         self.silent = set(self.label_of) - set().union(*seen)
-        self.repeats = np.cumsum(_repeat_factors(seen, repeat_threshold))
+        ids = {name: category for category, name in data.categories}
+        if unknown := set(emphasis or {}) - set(ids):
+            raise UserError(f"emphasis: no class {', '.join(sorted(unknown))}; there are {', '.join(ids)}")
+        weights = {ids[name]: float(factor) for name, factor in (emphasis or {}).items()}
+        self.repeats = np.cumsum(_repeat_factors(seen, repeat_threshold, weights))
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
         """Sample n of the endless sequence, in one of the sizes of the augmentation.
@@ -120,10 +130,11 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         return [frame.exhaustive is None or c in frame.exhaustive | self.silent for c in self.label_of]
 
 
-def _repeat_factors(seen: Sequence[set[int]], threshold: float) -> NDArray[np.float64]:
-    """How often each frame is shown: the factor of its rarest class, max(1, sqrt(threshold / share of the frames))."""
+def _repeat_factors(seen: Sequence[set[int]], threshold: float, weights: Mapping[int, float]) -> NDArray[np.float64]:
+    """How often each frame is shown: the largest factor of its classes, weight x max(1, sqrt(threshold / share))."""
     share = {c: n / len(seen) for c, n in Counter(c for classes in seen for c in classes).items()}
-    return np.array([max([1.0, *(math.sqrt(threshold / share[c]) for c in classes)]) for classes in seen])
+    factor = {c: weights.get(c, 1.0) * max(1.0, math.sqrt(threshold / share[c])) for c in share}
+    return np.array([max((factor[c] for c in classes), default=1.0) for classes in seen])
 
 
 class _Batches:

@@ -79,7 +79,9 @@ class _Layout:
     place: Tensor
 
 
-def gated_tokens(anatomy: Anatomy, rule: Rows, frames: Tensor, checkpointing: bool = False) -> Tensor:
+def gated_tokens(
+    anatomy: Anatomy, rule: Rows, frames: Tensor, checkpointing: bool = False, interest: Tensor | None = None
+) -> Tensor:
     """The token maps that `rule` gives on the frames of a clip; differentiable.
 
     Args:
@@ -87,6 +89,7 @@ def gated_tokens(anatomy: Anatomy, rule: Rows, frames: Tensor, checkpointing: bo
         rule: selects the tokens of each frame; the first frame is computed in full.
         frames: `(T, C, h, w)`, normalised, in the order of time.
         checkpointing: recompute the activations of the blocks in the backward pass, to save memory.
+        interest: `(T, N)` how much each token matters to the gate on each frame, 0 to 1; None = not told.
 
     Returns:
         `(T, H, W, C)`; drop path is off.
@@ -100,7 +103,7 @@ def gated_tokens(anatomy: Anatomy, rule: Rows, frames: Tensor, checkpointing: bo
     patches = torch.stack([anatomy.patches(frame) for frame in frames])
     with torch.no_grad():
         compared = patches if rule.gate == "patches" else anatomy.embed(patches)
-        plan = ClipPlan.of(select_updates(rule, compared), grid)
+        plan = ClipPlan.of(select_updates(rule, compared, grid, interest), grid)
     layouts = {side: _layout(plan, side) for side in {block.window for block in anatomy.blocks}}
     z = anatomy.embed(patches[plan.frame, plan.token])
     if anatomy.positions is not None:
@@ -111,12 +114,14 @@ def gated_tokens(anatomy: Anatomy, rule: Rows, frames: Tensor, checkpointing: bo
     return anatomy.norm(z)[plan.source].unflatten(1, grid)
 
 
-def select_updates(rule: Rows, compared: Tensor) -> list[Tensor]:
+def select_updates(rule: Rows, compared: Tensor, grid: Grid, interest: Tensor | None = None) -> list[Tensor]:
     """The tokens that `rule` recomputes on each frame of a clip, each `(r,)`.
 
     Args:
         rule: with its policy.
         compared: `(T, N, P)` what the gate compares with its reference.
+        grid: tokens of a frame (H, W).
+        interest: `(T, N)` how much each token matters on each frame, 0 to 1; None = not told.
     """
     reference = torch.zeros_like(compared[0])
     age = torch.ones(compared.shape[1], dtype=torch.int32, device=compared.device)
@@ -124,7 +129,8 @@ def select_updates(rule: Rows, compared: Tensor) -> list[Tensor]:
     for t, values in enumerate(compared):
         everything = t == 0 or (rule.renew_every > 0 and t % rule.renew_every == 0)
         error = torch.linalg.vector_norm(values - reference, dim=1)
-        index = (select_all if everything else rule.policy)(GateInput(error, age, t))
+        gate = GateInput(error, age, t, grid, None if interest is None else interest[t])
+        index = (select_all if everything else rule.policy)(gate)
         reference = reference.index_copy(0, index, values[index])
         age = (age + 1).index_fill(0, index, 1)
         selected.append(index)

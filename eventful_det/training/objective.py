@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from eventful_det.data.training_set import Target
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import anatomy_of
-from eventful_det.gating.policy import Threshold
+from eventful_det.gating.anatomy import Grid, anatomy_of
+from eventful_det.gating.policy import Focus, Policy, Threshold
 from eventful_det.gating.rows import Rows
 from eventful_det.models.detector import DIVISOR, Detector
+from eventful_det.models.interest import token_interest
 from eventful_det.training.eventful import gated_tokens
 
 _SURE = 0.5  # score from which a detection of the dense detector serves as a label
@@ -29,7 +30,9 @@ class EventfulOptions:
         budgets: smallest and largest share of the tokens that a frame may recompute; drawn for every clip, evenly
             in its logarithm.
         thresholds: drawn for every clip, see `Threshold`; with 0 the budget is always spent.
-        age_power: tokens are ordered by change x age^age_power.
+        policy: "threshold", which orders tokens by change x age^age_power, or "focus", to which the true boxes of the
+            frame before are what it found there.
+        age_power: see there.
         supervised: frames of a clip that have a loss: the first, which is dense, and others drawn at random.
         labels: whose boxes the detection losses go by: "truth", the "dense" detector's before training, or "none".
         distil: weight of the squared distance between the pyramid and that of the dense detector before training.
@@ -37,12 +40,15 @@ class EventfulOptions:
 
     budgets: tuple[float, float] = (1 / 16, 1 / 2)
     thresholds: tuple[float, ...] = (0.0, 2.0)
+    policy: str = "threshold"
     age_power: float = 0.5
     supervised: int = 3
     labels: str = "truth"
     distil: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.policy not in ("threshold", "focus"):
+            raise UserError(f"eventful.policy must be 'threshold' or 'focus', got {self.policy!r}")
         if self.labels not in ("truth", "dense", "none"):
             raise UserError(f"eventful.labels must be 'truth', 'dense' or 'none', got {self.labels!r}")
         if self.labels == "none" and not self.distil:
@@ -89,7 +95,7 @@ class EventfulObjective(nn.Module):
             raise UserError(f"clips of {height}x{width} pixels: augment.sizes must be multiples of {DIVISOR}")
         clips = (clips - self.detector.pixel_mean) / self.detector.pixel_std
         chosen = [self._supervised(clips.shape[1]) for _ in clips]
-        tokens = [self._tokens(clip, index) for clip, index in zip(clips, chosen, strict=True)]
+        tokens = [self._tokens(*clip) for clip in zip(clips, chosen, targets, strict=True)]
         levels = self.detector.backbone.pyramid(torch.cat(tokens))
         frames = torch.cat([clip[index] for clip, index in zip(clips, chosen, strict=True)])
         sizes = [(height, width)] * len(frames)
@@ -106,15 +112,27 @@ class EventfulObjective(nn.Module):
             losses["loss_distil"] = self.options.distil * torch.stack(distances).mean()
         return losses
 
-    def _tokens(self, clip: Tensor, chosen: Tensor) -> Tensor:
+    def _tokens(self, clip: Tensor, chosen: Tensor, targets: list[Target]) -> Tensor:
         """Token maps `(n, D, H, W)` of the chosen frames of a clip, under a budget drawn at random."""
         net, options = self.detector.backbone.net, self.options
+        anatomy = anatomy_of(net)
         low, high = (math.log(budget) for budget in options.budgets)
         cap = math.exp(low + (high - low) * float(torch.rand(())))
         threshold = options.thresholds[int(torch.randint(len(options.thresholds), ()))]
-        rule = Rows(Threshold(threshold, cap, age_power=options.age_power))
-        tokens = gated_tokens(anatomy_of(net), rule, clip, net.grad_checkpointing)
+        policy: Policy = Threshold(threshold, cap, age_power=options.age_power)
+        interest = None
+        if options.policy == "focus":
+            policy = Focus(threshold, cap)
+            interest = self._interest(targets, anatomy.grid(clip.shape[-2], clip.shape[-1]))
+        tokens = gated_tokens(anatomy, Rows(policy), clip, net.grad_checkpointing, interest)
         return tokens[chosen].permute(0, 3, 1, 2)
+
+    def _interest(self, targets: list[Target], grid: Grid) -> Tensor:
+        """How much each token of each frame matters `(T, N)`: where there was an object on the frame before."""
+        boxes = [target["boxes"] for target in targets]
+        before = [boxes[0][:0], *boxes[:-1]]
+        patch = self.detector.config.patch
+        return torch.stack([token_interest(box, box.new_ones(len(box)), grid, patch) for box in before])
 
     def _supervised(self, length: int) -> Tensor:
         others = 1 + torch.randperm(length - 1)[: self.options.supervised - 1]

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,6 +28,28 @@ def test_boxes_follow_the_picture(seed: int, aspect: float) -> None:
     rows, columns = np.nonzero(image.min(axis=2) > 190)
     found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     assert np.abs(boxes[0] - found).max() < 2
+
+
+@given(seed=st.integers(0, 10_000))
+def test_boxes_follow_a_turned_ellipse(seed: int) -> None:
+    box = np.array([[20, 30, 60, 50]], np.float32)
+    image = np.zeros((80, 80, 3), np.uint8)
+    cv2.ellipse(image, (39, 39), (19, 9), 0, 0, 360, (255, 255, 255), -1)
+    augment = dataclasses.replace(PLAIN, scale=(1.0, 1.0), rotate=90.0)
+    image, boxes, keep = augment(image, box, (80, 80), np.random.default_rng(seed))
+    assert keep.all()
+    rows, columns = np.nonzero(image.min(axis=2) > 190)
+    found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    assert np.abs(boxes[0] - found).max() < 2
+
+
+def test_hue_turns_colours_and_leaves_grey() -> None:
+    image = np.full((64, 96, 3), (200, 40, 40), np.uint8)
+    image[:, :48] = 90
+    augment = dataclasses.replace(PLAIN, scale=(1.0, 1.0), flip=0.0, hue=0.5)
+    turned = [augment(image, np.zeros((0, 4), np.float32), (64, 96), np.random.default_rng(n))[0] for n in range(6)]
+    assert all(np.abs(t[:, :48].astype(int) - 90).max() <= 1 for t in turned)
+    assert len({tuple(t[0, -1]) for t in turned}) == 6 and all(t[0, -1].max() == 200 for t in turned)
 
 
 @pytest.mark.parametrize("seed", range(8))

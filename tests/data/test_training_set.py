@@ -10,6 +10,7 @@ import pytest
 from eventful_det.data.augmentation import Augmentation
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video, load_coco_video
 from eventful_det.data.training_set import TrainingSet, training_loader
+from eventful_det.errors import UserError
 
 CATEGORIES = [(1, "cat"), (2, "dog"), (3, "unicorn")]
 
@@ -43,6 +44,17 @@ def test_rare_classes_are_shown_by_their_repeat_factor(data: CocoVideo) -> None:
     samples = TrainingSet(data, Augmentation(), repeat_threshold=0.9)  # cat: factor 1; dog: sqrt(0.9 / 0.1) = 3
     shown = Counter(samples._frame(n).annotations[0].category_id for n in range(20 * 24))
     assert shown[2] / shown[1] == pytest.approx(3 * 2 / 18, rel=0.02)
+
+
+def test_emphasised_classes_are_shown_more_often(data: CocoVideo) -> None:
+    samples = TrainingSet(data, Augmentation(), repeat_threshold=0.9, emphasis={"dog": 2, "cat": 0.5})
+    shown = Counter(samples._frame(n).annotations[0].category_id for n in range(20 * 24))
+    assert shown[2] / shown[1] == pytest.approx(4 * 3 * 2 / 18, rel=0.03)
+
+
+def test_emphasis_on_an_unknown_class_is_said(data: CocoVideo) -> None:
+    with pytest.raises(UserError, match="no class wolf; there are cat, dog, unicorn"):
+        TrainingSet(data, Augmentation(), emphasis={"wolf": 2})
 
 
 def test_classes_nobody_looked_for_are_told_apart(data: CocoVideo) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from eventful_det.errors import UserError
 from eventful_det.gating.anatomy import anatomy_of
 from eventful_det.gating.convert import eventify
-from eventful_det.gating.policy import Policy, RandomK, Threshold, TopFraction, TopK, select_all
+from eventful_det.gating.policy import Focus, Policy, RandomK, Threshold, TopFraction, TopK, select_all
 from eventful_det.gating.rows import Rows
 from eventful_det.training.eventful import gated_tokens
 
@@ -40,7 +40,15 @@ def clip(steps: int, height: int = 40, width: int = 40) -> Tensor:
 @pytest.mark.parametrize(("height", "width"), [(40, 40), (28, 52)])
 @pytest.mark.parametrize("gate", ["patches", "embedding"])
 @pytest.mark.parametrize(
-    "policy", [TopFraction(0.1, age_power=0.5), Threshold(1.0, cap=0.2), Threshold(1e9), TopK(0), RandomK(k=7)]
+    "policy",
+    [
+        TopFraction(0.1, age_power=0.5),
+        Threshold(1.0, cap=0.2),
+        Focus(1.0, cap=0.3),
+        Threshold(1e9),
+        TopK(0),
+        RandomK(k=7),
+    ],
 )
 @pytest.mark.parametrize("blocks", [(4, (1, 3)), (4, ()), (0, ())])
 def test_equals_the_rule_at_test_time(
@@ -52,6 +60,21 @@ def test_equals_the_rule_at_test_time(
     expected = [eventful.step(frame[None], state)[0].tokens for frame in frames]
     tokens = gated_tokens(anatomy_of(vit), rule, frames)
     torch.testing.assert_close(tokens, torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_interest_is_that_of_the_stream_at_test_time() -> None:
+    vit, frames, rule = network(), clip(4), Rows(Focus(0.5, cap=0.2, block=1))
+    interest = torch.rand(4, 100, generator=torch.Generator().manual_seed(3)).round()
+    eventful = eventify(vit.eval(), rule)
+    state, expected = eventful.init_state(), []
+    for frame, matters in zip(frames, interest, strict=True):
+        if expected:
+            state.streams[0].interest.copy_(matters)
+        expected.append(eventful.step(frame[None], state)[0].tokens)
+    tokens = gated_tokens(anatomy_of(vit), rule, frames, interest=interest)
+    torch.testing.assert_close(tokens, torch.stack(expected), rtol=1e-4, atol=1e-4)
+    unaware = gated_tokens(anatomy_of(vit), rule, frames)
+    assert not torch.allclose(tokens, unaware, atol=1e-2)
 
 
 def test_everything_selected_is_the_dense_network_and_its_gradient() -> None:

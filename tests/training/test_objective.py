@@ -79,6 +79,22 @@ def test_training_brings_gated_closer_to_dense(tiny_detector: Detector, clips: C
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_focus_recomputes_where_the_object_was(tiny_detector: Detector, clips: Clips) -> None:
+    gated, (images, targets) = objective(tiny_detector, policy="focus"), clips
+    interest = gated._interest(targets[0], (4, 6))
+    assert not interest[0].any() and interest[1].any() and not torch.equal(interest[1], interest[2])
+    loss = gated(images, targets)["loss_distil"]
+    empty = [[{"boxes": t["boxes"][:0], "labels": t["labels"][:0]} for t in target] for target in targets]
+    for policy, same in (("focus", False), ("threshold", True)):
+        losses = []
+        for seen in (targets, empty):
+            torch.manual_seed(0)
+            gated = objective(tiny_detector, policy=policy, budgets=(0.1, 0.1), thresholds=(0.0,), labels="none")
+            losses.append(float(gated(images, seen)["loss_distil"].detach()))
+        assert (losses[0] == losses[1]) == same
+    assert torch.isfinite(loss)
+
+
 def test_bfloat16_gives_about_the_same_distance(tiny_detector: Detector, clips: Clips) -> None:
     gated = objective(tiny_detector, labels="none", budgets=(0.2, 0.2))
     losses = []
@@ -108,6 +124,7 @@ def test_labels_of_the_dense_detector_are_its_sure_detections(tiny_detector: Det
     ("options", "message"),
     [
         ({"labels": "mine"}, "labels must be"),
+        ({"policy": "mine"}, "policy must be"),
         ({"labels": "none", "distil": 0.0}, "nothing to learn from"),
         ({"budgets": (0.0, 0.5)}, "budgets"),
         ({"supervised": 0}, "supervised"),
