@@ -12,7 +12,7 @@ from torch import Tensor
 from eventful_det.data.augmentation import Augmentation
 from eventful_det.data.coco_video import CocoVideo, Frame, Video
 from eventful_det.data.motion import Camera, Sprite, camera_path
-from eventful_det.data.pictures import read_image
+from eventful_det.data.pictures import first_readable, read_image
 from eventful_det.data.training_set import Target, TrainingSet
 from eventful_det.data.transforms import Image
 from eventful_det.errors import UserError
@@ -83,12 +83,15 @@ class ClipSet(TrainingSet):
         """Sample n of the endless sequence: frames `(T, 3, h, w)` uint8, and a target as of `TrainingSet` for each."""
         n, size = key if isinstance(key, tuple) else (key, 0)
         height, width = self.augmentation.sizes[size]
+        frames, targets = first_readable(lambda m: self._clip(m, height, width), n)
+        return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2), targets
+
+    def _clip(self, n: int, height: int, width: int) -> tuple[list[Image], list[Target]]:
+        """Sample n: an excerpt of a video, or a still in motion."""
         video, place = self.places[self._frame(n).image_id]
         if len(video.frames) < self.options.length:
-            frames, targets = self._moving_still(n, height, width)
-        else:
-            frames, targets = self._excerpt(n, video, place, height, width)
-        return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2), targets
+            return self._moving_still(n, height, width)
+        return self._excerpt(n, video, place, height, width)
 
     def _excerpt(self, n: int, video: Video, place: int, height: int, width: int) -> tuple[list[Image], list[Target]]:
         """Frames of a video around a place in it."""

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from eventful_det.data.augmentation import Augmentation
 from eventful_det.data.coco_video import CocoVideo, Frame
-from eventful_det.data.pictures import read_image
+from eventful_det.data.pictures import first_readable, read_image
 from eventful_det.data.transforms import Image
 from eventful_det.errors import UserError
 
@@ -72,7 +72,7 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         self.repeats = np.cumsum(_repeat_factors(seen, repeat_threshold, weights))
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
-        """Sample n of the endless sequence, in one of the sizes of the augmentation.
+        """Sample n of the endless sequence, in one of the sizes of the augmentation; the next if it cannot be read.
 
         Args:
             key: n, or (n, index of the size).
@@ -84,7 +84,7 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         """
         n, size = key if isinstance(key, tuple) else (key, 0)
         height, width = self.augmentation.sizes[size]
-        picture, target = self._sample(n, height, width)
+        picture, target = first_readable(lambda m: self._sample(m, height, width), n)
         return torch.from_numpy(picture).permute(2, 0, 1), target
 
     def size_of_step(self, step: int) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from eventful_det.data.augmentation import Augmentation
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video, load_coco_video
@@ -71,6 +72,19 @@ def test_classes_nobody_looked_for_are_told_apart(data: CocoVideo) -> None:
             ]
             assert known[2], "a class without any box is a negative everywhere"
             assert all(known[label] for label in inside) and not known[:2].all()
+
+
+def test_unreadable_pictures_are_left_out_and_named(data: CocoVideo, caplog: pytest.LogCaptureFixture) -> None:
+    samples = TrainingSet(data, Augmentation(((32, 32),)))
+    bad, kept = samples._frame(3), samples._frame(4)
+    (data.image_root / bad.file_name).write_bytes(b"")
+    assert samples._frame(3).image_id != kept.image_id
+    assert all(torch.equal(a, b) for a, b in zip(samples[3][0], samples[4][0], strict=True))
+    assert caplog.text.count(bad.file_name) == 1
+    for frame in data.frames:
+        (data.image_root / frame.file_name).unlink()
+    with pytest.raises(UserError, match="10 training samples in a row hold unreadable pictures"):
+        samples[0]
 
 
 def test_all_samples_of_a_batch_have_one_size(data: CocoVideo) -> None:

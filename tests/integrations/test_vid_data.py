@@ -88,7 +88,7 @@ def test_batches_hold_the_next_frame_of_each_video(tree: Path) -> None:
 
 
 def test_frames_are_resized_as_by_our_tools(tree: Path) -> None:
-    from eventful_det.data.training_set import read_image
+    from eventful_det.data.pictures import read_image
     from eventful_det.data.transforms import resize
 
     register_imagenet_vid(tree)
