@@ -47,8 +47,11 @@ SAME = ("model", "start", "data", "mix", "augment", "clips", "eventful")  # of t
 
 
 def build_model(config: DictConfig, classes: tuple[str, ...]) -> Detector:
-    """The model to train: that of `start` if given, else that of `model`, its backbone started from `model.init`."""
-    if config.start:
+    """The model to train: that of `start` if given, else that of `model`, its backbone started from `model.init`.
+
+    With gates on, a trained detector is needed: the shipped default, if `start` is not given.
+    """
+    if config.start or config.eventful is not None:
         return load_detector(config.start)
     sizes = dict(plain(config.model))
     name, init = sizes.pop("name"), sizes.pop("init", None)

@@ -102,10 +102,12 @@ def test_training_with_gates_on(tree: Path, tmp_path: Path) -> None:
         ("device=tpu", "cannot be used here"),
         ("+model.headz=3", "unknown option"),
         ("start=vitdet_tiny_vid", "has the classes"),
+        ("experiment=eventful_finetune start=null", "has the classes"),  # the shipped default knows others
+        ("experiment=stills_gated", "emphasis: no class bus, car, dog, person, rabbit"),
     ],
 )
 def test_errors_are_one_line(tree: Path, tmp_path: Path, option: str, message: str) -> None:
-    options = [f"data.root={tree}", *TINY, f"output={tmp_path / 'run'}", option]
+    options = [f"data.root={tree}", *TINY, f"output={tmp_path / 'run'}", *option.split()]
     done = run("tools/train_net.py", *options, check=False)
     assert done.returncode == 2
     assert message in done.stderr
