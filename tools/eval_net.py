@@ -50,7 +50,7 @@ from eventful_det.data.remap import for_classes
 from eventful_det.data.streams import share_out
 from eventful_det.errors import UserError
 from eventful_det.evaluation import report
-from eventful_det.evaluation.detection import labelled_frames
+from eventful_det.evaluation.detection import ENOUGH, labelled_frames
 from eventful_det.evaluation.flushes import ap50_since_flush
 from eventful_det.evaluation.rescored import rescored
 from eventful_det.evaluation.runs import Method, MethodRun
@@ -61,7 +61,6 @@ from eventful_det.models.checkpoints import DEFAULT, find_weights, load_detector
 from eventful_det.models.detector import Detector
 from eventful_det.runtime.rescoring import Rescoring
 
-COMMON = 10  # objects: average precision of a class with fewer is noise
 READERS = 4  # threads that read frames ahead for a GPU; on a CPU they would take time from what is measured
 REASONS = 20  # of skipped frames that results.json quotes
 PATIENCE = timedelta(days=30)  # of a process that is done, with those that are not
@@ -87,13 +86,13 @@ def evaluate_single(config: DictConfig, detector: Detector, data: CocoVideo, dir
     _show([list(line) for line in zip(*report.table([row]), strict=True) if line[1] != "-"])
     lines = [[n, report.percent(ap, 1), str(scores.objects_by_class[n])] for n, ap in scores.ap50_by_class.items()]
     _show([["class", "AP50", "objects"], *lines])
-    common = scores.ap50_of_common(COMMON)
-    console.print(f"AP50 {report.percent(common, 1)} over the classes with {COMMON} or more objects")
+    common = scores.ap50_of_common(ENOUGH)
+    console.print(f"AP50 {report.percent(common, 1)} over the classes with {ENOUGH} or more objects")
     return {
         "rows": [row],
         "ap50_by_class": scores.ap50_by_class,
         "objects_by_class": scores.objects_by_class,
-        f"ap50_of_classes_with_{COMMON}_objects": common,
+        f"ap50_of_classes_with_{ENOUGH}_objects": common,
         "ap50_since_flush": ap50_since_flush(run.data, run.results, run.ages()),
         "efficiency": run.efficiency,
         "videos": _by_video(run),

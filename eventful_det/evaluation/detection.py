@@ -33,6 +33,7 @@ Entry = dict[str, Any]
 _AREAS = [[0.0, 1e10]]  # objects of every size; COCO's small / medium / large are not reported
 _OVERLAPS = np.linspace(0.5, 0.95, 10)
 _AGREED_SCORE = 0.5
+ENOUGH = 10  # boxes of a class from which its average precision says something
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,14 @@ def agreement(dense: Iterable[Entry], ours: Iterable[Entry]) -> float:
         ours: COCO results to judge.
 
     Returns:
-        AP50 of `ours`, averaged over the classes of the truth; `nan` when the dense detector found nothing.
+        AP50 of `ours`, averaged over the classes of which the truth holds `ENOUGH` boxes, or over all where none has so
+        many: one box that blinks must not weigh as much as a thousand that do not. `nan` when dense found nothing.
     """
     truth = [entry | {"area": _area(entry), "iscrowd": 0} for entry in dense if entry["score"] >= _AGREED_SCORE]
     judged = list(ours)
     images = {entry["image_id"] for entry in (*truth, *judged)}
-    categories = sorted({entry["category_id"] for entry in truth})
+    boxes = Counter(entry["category_id"] for entry in truth)
+    categories = sorted(c for c, count in boxes.items() if count >= ENOUGH) or sorted(boxes)
     return _score(len(images), [(c, str(c)) for c in categories], truth, judged).ap50
 
 

@@ -166,6 +166,14 @@ def test_agreement() -> None:
     assert agreement([found(1, BOX)], [found(1, moved(BOX, 60))]) == 0
 
 
+def test_agreement_is_of_classes_with_enough_boxes() -> None:
+    often = [found(image, BOX, category=11) for image in range(1, 11)]
+    blink = found(11, BOX, category=12)
+    assert agreement([*often, blink], often) == pytest.approx(1), "one box of another class"
+    assert agreement([*often, blink], [blink]) == 0
+    assert agreement([*often[1:], blink], often[1:]) == pytest.approx(0.5), "too few of any: all count"
+
+
 def test_rare_classes_can_be_left_out_of_the_mean() -> None:
     data = dataset([Annotation(11, BOX), Annotation(12, BOX)], [Annotation(11, BOX)])
     scores = evaluate(data, [found(1, BOX, 0.5), found(2, BOX, 0.9)])
