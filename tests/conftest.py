@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ import torch
 
 from eventful_det.models.config import vitdet_tiny
 from eventful_det.models.detector import Detector
+
+# A shell that starts a job in the background has it ignore Ctrl-C, and its children inherit that: tests that send one
+# would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
