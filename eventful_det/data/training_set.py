@@ -66,9 +66,10 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         # A class without a single box cannot be learnt; everything is a negative of it, so that it stays silent.
         self.silent = set(self.label_of) - set().union(*seen)
         ids = {name: category for category, name in data.categories}
-        if unknown := set(emphasis or {}) - set(ids):
+        emphasis = emphasis or {}
+        if unknown := set(emphasis) - set(ids):
             raise UserError(f"emphasis: no class {', '.join(sorted(unknown))}; there are {', '.join(ids)}")
-        weights = {ids[name]: float(factor) for name, factor in (emphasis or {}).items()}
+        weights = {ids[name]: factor for name, factor in emphasis.items()}
         self.repeats = np.cumsum(_repeat_factors(seen, repeat_threshold, weights))
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:

@@ -151,9 +151,10 @@ def agreement(dense: Iterable[Entry], ours: Iterable[Entry]) -> float:
     truth = [entry | {"area": _area(entry), "iscrowd": 0} for entry in dense if entry["score"] >= _AGREED_SCORE]
     judged = list(ours)
     images = {entry["image_id"] for entry in (*truth, *judged)}
-    boxes = Counter(entry["category_id"] for entry in truth)
-    categories = sorted(c for c, count in boxes.items() if count >= ENOUGH) or sorted(boxes)
-    return _score(len(images), [(c, str(c)) for c in categories], truth, judged).ap50
+    categories = sorted({entry["category_id"] for entry in truth})
+    scores = _score(len(images), [(c, str(c)) for c in categories], truth, judged)
+    common = scores.ap50_of_common(ENOUGH)
+    return scores.ap50 if math.isnan(common) else common
 
 
 def is_exhaustive(frame: Frame | None, category: int) -> bool:
