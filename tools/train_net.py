@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
+from eventful_det.data.absent import assume_absent
 from eventful_det.data.augmentation import Augmentation
 from eventful_det.data.clips import ClipOptions, ClipSet
 from eventful_det.data.coco_video import CocoVideo, load_coco_video
@@ -95,6 +96,7 @@ def train(config: DictConfig) -> None:
     options = TrainOptions(**plain(config.train))
     paths = [config.data.train, *(entry.train for entry in config.mix)]
     data = [load_coco_video(path) for path in paths]
+    data[0] = assume_absent(data[0], plain(config.data.absent))
     torch.manual_seed(options.seed)
     detector = build_model(config, tuple(name for _, name in data[0].categories)).to(device)
     data = [check_classes(path, part, detector.names) for path, part in zip(paths, data, strict=True)]

@@ -32,6 +32,7 @@ class Augmentation:
         flip: probability of a horizontal flip.
         rotate: every second picture is turned by up to this many degrees; 0 = none. Its boxes become those of the
             turned ellipses inscribed in them, which fit objects closer than those of the turned corners.
+        turn: probability of a quarter turn, to either side, as of cameras that look down; 0 = none.
         colour: strength of brightness, contrast and saturation jitter; 0 = none.
         hue: largest turn of the colour circle, 0.5 = to the opposite colours; 0 = none.
         degrade: probability of each of motion blur, noise and JPEG compression.
@@ -44,6 +45,7 @@ class Augmentation:
     aspect: float = 1.0
     flip: float = 0.5
     rotate: float = 0.0
+    turn: float = 0.0
     colour: float = 0.3
     hue: float = 0.0
     degrade: float = 0.0
@@ -65,6 +67,8 @@ class Augmentation:
             The picture `(height, width, 3)`, the boxes `(n, 4)` and which of them are kept `(n,)`.
         """
         height, width = size
+        if self.turn and rng.random() < self.turn:
+            image, boxes = _quarter_turned(image, boxes, clockwise=bool(rng.random() < 0.5))
         if self.rotate and rng.random() < 0.5:
             image, boxes = _rotated(image, boxes, float(rng.uniform(-self.rotate, self.rotate)))
         image, boxes = self._jitter_scale(image, boxes, height, width, rng)
@@ -132,6 +136,14 @@ def _rotated(image: Image, boxes: Boxes, degrees: float) -> tuple[Image, Boxes]:
     middle = (boxes[:, :2] + boxes[:, 2:] - 1) / 2 @ matrix[:, :2].T + matrix[:, 2] + 0.5
     half = np.sqrt(((boxes[:, 2:] - boxes[:, :2]) / 2) ** 2 @ (matrix[:, :2] ** 2).T)
     return np.asarray(turned, np.uint8), np.concatenate([middle - half, middle + half], axis=1).astype(np.float32)
+
+
+def _quarter_turned(image: Image, boxes: Boxes, clockwise: bool) -> tuple[Image, Boxes]:
+    height, width = image.shape[:2]
+    x1, y1, x2, y2 = boxes.T
+    corners = [height - y2, x1, height - y1, x2] if clockwise else [y1, width - x2, y2, width - x1]
+    turned = np.ascontiguousarray(np.rot90(image, -1 if clockwise else 1))
+    return turned, np.stack(corners, axis=1).astype(np.float32)
 
 
 def _turn_hue(image: Image, turn: float) -> Image:

@@ -43,6 +43,18 @@ def test_boxes_follow_a_turned_ellipse(seed: int) -> None:
     assert np.abs(boxes[0] - found).max() < 2
 
 
+@given(seed=st.integers(0, 10_000))
+def test_boxes_follow_a_quarter_turn(seed: int) -> None:
+    image, boxes = picture_with_a_square()
+    image, boxes = image[:, :70], np.array([[30, 20, 60, 50]], np.float32)
+    augment = dataclasses.replace(PLAIN, scale=(1.0, 1.0), flip=0.0, turn=1.0)
+    image, boxes, keep = augment(image, boxes, (70, 80), np.random.default_rng(seed))
+    assert image.shape == (70, 80, 3) and keep.all()
+    rows, columns = np.nonzero(image.min(axis=2) > 190)
+    assert boxes[0].tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    assert boxes[0].tolist() in ([20, 10, 50, 40], [30, 30, 60, 60])
+
+
 def test_hue_turns_colours_and_leaves_grey() -> None:
     image = np.full((64, 96, 3), (200, 40, 40), np.uint8)
     image[:, :48] = 90
