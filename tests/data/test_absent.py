@@ -11,7 +11,8 @@ from eventful_det.errors import UserError
 
 def still(n: int, name: str, exhaustive: set[int] | None, *classes: int) -> Video:
     objects = [Annotation(c, (0, 0, 8, 8)) for c in classes]
-    frame = Frame(n, name, 16, 16, annotations=objects, exhaustive=None if exhaustive is None else frozenset(exhaustive))
+    frame = Frame(n, name, 16, 16, annotations=objects)
+    frame.exhaustive = None if exhaustive is None else frozenset(exhaustive)
     return Video(n, name, [frame])
 
 
