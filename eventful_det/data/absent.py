@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -24,21 +25,21 @@ def assume_absent(data: CocoVideo, absent: Mapping[str, Sequence[str]]) -> CocoV
     Raises:
         UserError: a class that the data set does not have, or a pattern that no picture fits.
     """
-    ids = {name: category for category, name in data.categories}
-    if unknown := {name for names in absent.values() for name in names} - set(ids):
-        raise UserError(f"data.absent: no class {', '.join(sorted(unknown))}; there are {', '.join(ids)}")
-    frames = [frame for video in data.videos for frame in video.frames]
-    for pattern in absent:
-        if not any(fnmatchcase(frame.file_name, pattern) for frame in frames):
-            raise UserError(f"data.absent: no picture fits {pattern!r}; a file name is {frames[0].file_name!r}")
+    ids = data.category_ids({name for names in absent.values() for name in names}, "data.absent")
+    assumed: defaultdict[int, set[int]] = defaultdict(set)
+    for pattern, names in absent.items():
+        fitting = [frame for frame in data.frames if fnmatchcase(frame.file_name, pattern)]
+        if not fitting:
+            example = next((frame.file_name for frame in data.frames), "")
+            raise UserError(f"data.absent: no picture fits {pattern!r}; a file name is {example!r}")
+        for frame in fitting:
+            assumed[frame.image_id] |= {ids[name] for name in names}
 
     def seen(frame: Frame) -> Frame:
-        if frame.exhaustive is None:
+        if frame.exhaustive is None or frame.image_id not in assumed:
             return frame
-        assumed = {ids[n] for pattern, names in absent.items() if fnmatchcase(frame.file_name, pattern) for n in names}
-        return dataclasses.replace(
-            frame, exhaustive=frame.exhaustive | (assumed - {a.category_id for a in frame.annotations})
-        )
+        more = assumed[frame.image_id] - {a.category_id for a in frame.annotations}
+        return dataclasses.replace(frame, exhaustive=frame.exhaustive | more)
 
     videos = [dataclasses.replace(video, frames=[seen(frame) for frame in video.frames]) for video in data.videos]
     return CocoVideo(data.categories, videos, data.image_root)

@@ -139,11 +139,12 @@ def _rotated(image: Image, boxes: Boxes, degrees: float) -> tuple[Image, Boxes]:
 
 
 def _quarter_turned(image: Image, boxes: Boxes, clockwise: bool) -> tuple[Image, Boxes]:
+    """A picture on its side, whole, so that height and width change places."""
     height, width = image.shape[:2]
     x1, y1, x2, y2 = boxes.T
     corners = [height - y2, x1, height - y1, x2] if clockwise else [y1, width - x2, y2, width - x1]
-    turned = np.ascontiguousarray(np.rot90(image, -1 if clockwise else 1))
-    return turned, np.stack(corners, axis=1).astype(np.float32)
+    turned = cv2.rotate(image, cv2.ROTATE_90_CLOCKWISE if clockwise else cv2.ROTATE_90_COUNTERCLOCKWISE)
+    return np.asarray(turned, np.uint8), np.stack(corners, axis=1).astype(np.float32)
 
 
 def _turn_hue(image: Image, turn: float) -> Image:

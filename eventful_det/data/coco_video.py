@@ -118,6 +118,21 @@ class CocoVideo:
         """All frames, video by video."""
         return (frame for video in self.videos for frame in video.frames)
 
+    def category_ids(self, names: Collection[str], option: str) -> dict[str, int]:
+        """The ids of classes by their names.
+
+        Args:
+            names: of the classes.
+            option: what names them, for the message.
+
+        Raises:
+            UserError: the data set lacks one of them.
+        """
+        ids = {name: category for category, name in self.categories}
+        if unknown := set(names) - set(ids):
+            raise UserError(f"{option}: no class {', '.join(sorted(unknown))}; there are {', '.join(ids)}")
+        return {name: ids[name] for name in names}
+
     def image_path(self, frame: Frame) -> Path:
         return self.image_root / frame.file_name
 

@@ -65,11 +65,8 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         seen = [{a.category_id for a in frame.annotations} for frame in self.frames]
         # A class without a single box cannot be learnt; everything is a negative of it, so that it stays silent.
         self.silent = set(self.label_of) - set().union(*seen)
-        ids = {name: category for category, name in data.categories}
         emphasis = emphasis or {}
-        if unknown := set(emphasis) - set(ids):
-            raise UserError(f"emphasis: no class {', '.join(sorted(unknown))}; there are {', '.join(ids)}")
-        weights = {ids[name]: factor for name, factor in emphasis.items()}
+        weights = {id_: emphasis[name] for name, id_ in data.category_ids(emphasis, "emphasis").items()}
         self.repeats = np.cumsum(_repeat_factors(seen, repeat_threshold, weights))
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
