@@ -88,7 +88,7 @@ class ClipSet(TrainingSet):
 
     def _clip(self, n: int, height: int, width: int) -> tuple[list[Image], list[Target]]:
         """Sample n: an excerpt of a video, or a still in motion."""
-        video, place = self.places[self._frame(n).image_id]
+        video, place = self.places[self.frame_of(n).image_id]
         if len(video.frames) < self.options.length:
             return self._moving_still(n, height, width)
         return self._excerpt(n, video, place, height, width)

@@ -95,7 +95,7 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         canvas = np.empty((height, width, 3), np.uint8)
         boxes, labels, areas, exhaustive = [], [], [], []
         for i, (top, left, bottom, right) in enumerate(self.augmentation.cells((height, width), rng)):
-            frame = self._frame(n if i == 0 else int(rng.integers(n + 1, n + len(self.frames))))
+            frame = self.frame_of(n if i == 0 else int(rng.integers(n + 1, n + len(self.frames))))
             picture = read_image(str(self.data.image_path(frame)))
             box, label = self._truth(frame)
             picture, box, keep = self.augmentation(picture, box, (bottom - top, right - left), rng)
@@ -108,8 +108,11 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         target |= {"areas": torch.tensor(areas, dtype=torch.float32), "exhaustive": torch.tensor(exhaustive)}
         return canvas, target
 
-    def _frame(self, n: int) -> Frame:
-        """Each epoch draws every frame as often as its repeat factor says, rounded up or down at random."""
+    def frame_of(self, n: int) -> Frame:
+        """The frame that sample n is made of.
+
+        Each epoch draws every frame as often as its repeat factor says, rounded up or down at random.
+        """
         epoch, place = divmod(n, len(self.frames))
         rng = np.random.default_rng([self.seed, 1, epoch])
         wanted = (np.arange(len(self.frames)) + rng.random()) / len(self.frames) * self.repeats[-1]

@@ -38,18 +38,18 @@ def test_exhaustive_classes_survive_the_file(data: CocoVideo, tmp_path: Path) ->
 
 def test_every_frame_once_an_epoch_without_balancing(data: CocoVideo) -> None:
     samples = TrainingSet(data, Augmentation())
-    assert sorted(samples._frame(n).image_id for n in range(20, 40)) == list(range(1, 21))
+    assert sorted(samples.frame_of(n).image_id for n in range(20, 40)) == list(range(1, 21))
 
 
 def test_rare_classes_are_shown_by_their_repeat_factor(data: CocoVideo) -> None:
     samples = TrainingSet(data, Augmentation(), repeat_threshold=0.9)  # cat: factor 1; dog: sqrt(0.9 / 0.1) = 3
-    shown = Counter(samples._frame(n).annotations[0].category_id for n in range(20 * 24))
+    shown = Counter(samples.frame_of(n).annotations[0].category_id for n in range(20 * 24))
     assert shown[2] / shown[1] == pytest.approx(3 * 2 / 18, rel=0.02)
 
 
 def test_emphasised_classes_are_shown_more_often(data: CocoVideo) -> None:
     samples = TrainingSet(data, Augmentation(), repeat_threshold=0.9, emphasis={"dog": 2, "cat": 0.5})
-    shown = Counter(samples._frame(n).annotations[0].category_id for n in range(20 * 24))
+    shown = Counter(samples.frame_of(n).annotations[0].category_id for n in range(20 * 24))
     assert shown[2] / shown[1] == pytest.approx(4 * 3 * 2 / 18, rel=0.03)
 
 
@@ -76,9 +76,9 @@ def test_classes_nobody_looked_for_are_told_apart(data: CocoVideo) -> None:
 
 def test_unreadable_pictures_are_left_out_and_named(data: CocoVideo, caplog: pytest.LogCaptureFixture) -> None:
     samples = TrainingSet(data, Augmentation(((32, 32),)))
-    bad, kept = samples._frame(3), samples._frame(4)
+    bad, kept = samples.frame_of(3), samples.frame_of(4)
     (data.image_root / bad.file_name).write_bytes(b"")
-    assert samples._frame(3).image_id != kept.image_id
+    assert samples.frame_of(3).image_id != kept.image_id
     assert all(torch.equal(a, b) for a, b in zip(samples[3][0], samples[4][0], strict=True))
     assert caplog.text.count(bad.file_name) == 1
     for frame in data.frames:
