@@ -86,13 +86,13 @@ def written(n: int, clips: ClipSet, output: Path) -> Video:
     for i, (picture, target) in enumerate(zip(pictures, targets, strict=True)):
         file, (height, width) = f"{video.name}/{i:06d}.jpg", picture.shape[1:]
         write_picture(output / file, picture.permute(1, 2, 0).numpy())
-        objects = annotations(target, categories)
+        objects = objects_of(target, categories)
         frame = Frame(video.id * 1_000_000 + i, file, width, height, i, objects, exhaustive=still.exhaustive)
         video.frames.append(frame)
     return video
 
 
-def annotations(target: Target, categories: Sequence[int]) -> list[Annotation]:
+def objects_of(target: Target, categories: Sequence[int]) -> list[Annotation]:
     """The objects of a frame."""
     found = zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True)
     return [Annotation(categories[label], (x1, y1, x2, y2)) for (x1, y1, x2, y2), label in found]
