@@ -97,7 +97,7 @@ def build_intake(config: DictConfig, detector: Detector) -> Intake:
 
 def build_engine(config: DictConfig, detector: Detector, sources: Sequence[str]) -> Engine:
     """A pool of the sources to watch from the start, and what drives it."""
-    pool = StreamPool(detector, short_side=config.short_side, long_side=config.long_side)
+    pool = StreamPool(detector, short_side=config.short_side, long_side=config.long_side, hold=config.hold)
     engine = Engine(pool, max_streams=config.max_streams, track=config.track, rescore=config.rescore)
     if detector.rule is not None:
         engine.set_budget(str(config.budget))

@@ -10,6 +10,7 @@
                 print(result.stream, result.frame_index, len(result.detections))
 
 Every round takes one frame of each stream that has one. The budget is that of a round, and goes where the changes are.
+With `hold` the detector runs on every n-th frame of a stream only, and the streams take turns.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import copy
 import dataclasses
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,12 +44,20 @@ _PATIENCE = 0.5  # seconds to wait for a frame before looking again whether a st
 
 @dataclass
 class _Member:
-    """A stream of the pool."""
+    """A stream of the pool.
+
+    Attributes:
+        turn: of `hold` rounds the one in which the detector runs.
+        last: what was found last, while it may be held; held: frames since then.
+    """
 
     name: str
     feed: Feed
     cuts: SceneCuts | None
     tally: Tally
+    turn: int = 0
+    last: StreamResult | None = None
+    held: int = 0
     account: Account = field(default_factory=Account)
     memory: DetectorStream | None = None
 
@@ -76,6 +86,11 @@ class StreamPool(Iterator[list[StreamResult]]):
             tokens may grow. Under a policy only the last counts, and only if terms are given.
         short_side, long_side: of the network's input in pixels; the model's own if None.
         scene_cuts: recompute all of a stream when another scene begins in it.
+        hold: run on every n-th frame of a stream only and hold its boxes in between; a scene cut ends that at once. The
+            streams take turns, so that rounds cost alike, and the budget is for those whose turn it is.
+
+    Raises:
+        UserError: `hold` is below 1.
     """
 
     def __init__(
@@ -87,11 +102,14 @@ class StreamPool(Iterator[list[StreamResult]]):
         short_side: int | None = None,
         long_side: int | None = None,
         scene_cuts: bool = True,
+        hold: int = 1,
     ) -> None:
+        if hold < 1:
+            raise UserError(f"hold must be at least 1 (= every frame), got {hold}")
         self.detector = detector.with_rule(copy.copy(detector.rule))
         self._spender = Spender(self.detector, budget, terms)
         self._viewer = Viewer.of(detector.config, short_side, long_side)
-        self._scene_cuts = scene_cuts
+        self._scene_cuts, self._hold, self._rounds = scene_cuts, hold, 0
         self._members: dict[str, _Member] = {}
         self._departed: dict[str, Tally] = {}
         self._lock = threading.Lock()
@@ -130,7 +148,8 @@ class StreamPool(Iterator[list[StreamResult]]):
         with self._lock:
             unique = _unique(name or title, self._members)
             self._departed.pop(unique, None)
-            self._members[unique] = _Member(unique, feed, SceneCuts() if self._scene_cuts else None, Tally())
+            cuts = SceneCuts() if self._scene_cuts else None
+            self._members[unique] = _Member(unique, feed, cuts, Tally(), self._free_turn())
         self._arrived.set()
         return unique
 
@@ -153,18 +172,11 @@ class StreamPool(Iterator[list[StreamResult]]):
         """
         with self._lock:
             members = list(self._members.values())
-        ready = [one for member in members if (one := self._poll(member)) is not None]
-        if not ready:
-            return []
-        state = State([one.member.memory for one in ready])
-        steps = self._spender.step(
-            [one.image for one in ready],
-            state,
-            flush=[one.cut for one in ready],
-            accounts=[one.member.account for one in ready],
-            prepared=[one.seconds for one in ready],
-        )
-        return [self._tell(*one) for one in zip(ready, steps, state.streams, strict=True)]
+        polled = [one for member in members if (one := self._poll(member)) is not None]
+        due = [one for one in polled if isinstance(one, _Ready)]
+        told = iter(self._run(due) if due else ())
+        self._rounds += bool(polled)
+        return [next(told) if isinstance(one, _Ready) else one for one in polled]
 
     def __next__(self) -> list[StreamResult]:
         """The next round in which a stream has a frame; ends when no stream is left."""
@@ -194,14 +206,21 @@ class StreamPool(Iterator[list[StreamResult]]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _poll(self, member: _Member) -> _Ready | None:
-        """The next frame of a stream; None if it has none, which may be because it just left."""
+    def _free_turn(self) -> int:
+        """The turn that the fewest streams have."""
+        taken = Counter(member.turn for member in self._members.values())
+        return min(range(self._hold), key=lambda turn: taken[turn])
+
+    def _poll(self, member: _Member) -> _Ready | StreamResult | None:
+        """The next frame of a stream, or what is held on it; None if it has none, which may be because it just left."""
         try:
             frame = member.feed.poll()
             if frame is None:
                 return None
             began = time.perf_counter()
             cut = member.cuts is not None and member.cuts(frame.image) or frame.resumed
+            if not cut and self._holds(member, frame):
+                return self._held(member, frame)
             image = self._viewer.look(frame.image, self.detector.device)
             return _Ready(member, frame, image, cut, time.perf_counter() - began)
         except StopIteration:
@@ -211,6 +230,32 @@ class StreamPool(Iterator[list[StreamResult]]):
             self._leave(member.name, message)
         return None
 
+    def _holds(self, member: _Member, frame: VideoFrame) -> bool:
+        """Whether a stream waits for its turn; not longer than for n frames, should it have missed one."""
+        if member.last is None or member.last.image.shape != frame.image.shape:
+            return False
+        return self._rounds % self._hold != member.turn and member.held < self._hold - 1
+
+    def _held(self, member: _Member, frame: VideoFrame) -> StreamResult:
+        """The last detections of a stream on its next frame."""
+        assert member.last is not None and member.memory is not None
+        result, dropped = member.last.held_on(frame, member.tally.frames), member.feed.dropped
+        member.held += 1
+        member.tally.count(result.cost, dropped, member.memory.nbytes)
+        return dataclasses.replace(result, frame_age=frame.age, dropped=dropped)
+
+    def _run(self, due: list[_Ready]) -> list[StreamResult]:
+        """One step of the detector on the next frames of some streams."""
+        state = State([one.member.memory for one in due])
+        steps = self._spender.step(
+            [one.image for one in due],
+            state,
+            flush=[one.cut for one in due],
+            accounts=[one.member.account for one in due],
+            prepared=[one.seconds for one in due],
+        )
+        return [self._tell(*one) for one in zip(due, steps, state.streams, strict=True)]
+
     def _tell(self, one: _Ready, step: StepResult, memory: DetectorStream) -> StreamResult:
         """Remember what happened to a stream, and tell it."""
         member, frame = one.member, one.frame
@@ -218,7 +263,9 @@ class StreamPool(Iterator[list[StreamResult]]):
         result = self._viewer.tell(step, frame.image, member.tally.frames, frame.timestamp)
         dropped = member.feed.dropped
         member.tally.count(step.cost, dropped, memory.nbytes)
-        return dataclasses.replace(result, stream=member.name, frame_age=frame.age, dropped=dropped)
+        result = dataclasses.replace(result, stream=member.name, frame_age=frame.age, dropped=dropped)
+        member.last, member.held = (result if self._hold > 1 else None), 0
+        return result
 
     def _leave(self, name: str, error: str | None = None) -> bool:
         """Whether there was such a stream; the reasons are kept."""

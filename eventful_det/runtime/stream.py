@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eventful_det.data.transforms import fit_size, resize, to_tensor
-from eventful_det.data.video import open_source
+from eventful_det.data.video import VideoFrame, open_source
 from eventful_det.errors import UserError
 from eventful_det.gating.policy import Policy
 from eventful_det.models.config import ModelConfig
@@ -62,6 +62,18 @@ class StreamResult:
     frame_age: float | None = None
     dropped: int = 0
     drift: Drift | None = None
+
+    def held_on(self, frame: VideoFrame, index: int) -> StreamResult:
+        """The same detections on a later frame of the same size, on which the detector does not run."""
+        return dataclasses.replace(
+            self,
+            frame_index=index,
+            timestamp=frame.timestamp,
+            cost=self.cost.idle(),
+            work=torch.zeros_like(self.work),
+            image=frame.image,
+            held=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -177,15 +189,7 @@ class Stream(Iterator[StreamResult]):
         cut = self._cuts is not None and self._cuts(frame.image) or frame.resumed
         same_size = self._last is not None and self._last.image.shape == frame.image.shape
         if self._last is not None and same_size and index % self.hold and not cut:
-            result = dataclasses.replace(
-                self._last,
-                frame_index=index,
-                timestamp=frame.timestamp,
-                cost=self._last.cost.idle(),
-                work=self._last.work * 0,
-                image=frame.image,
-                held=True,
-            )
+            result = self._last.held_on(frame, index)
         else:
             result = self._detect(frame.image, index, frame.timestamp, cut)
         source = self._source

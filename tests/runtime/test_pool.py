@@ -73,6 +73,66 @@ def test_a_budget_is_one_for_all(tiny_detector: Detector) -> None:
         assert busy.cost.recomputed > 15
 
 
+def test_streams_take_turns_while_boxes_are_held(tiny_detector: Detector) -> None:
+    """As alone, each runs on every n-th frame, whose cost is the round's; the rounds have equally many of them."""
+    clips = {name: clip(i, 12) for i, name in enumerate("abcdef")}
+    pool = StreamPool(tiny_detector, budget=TopK(5), scene_cuts=False, hold=3)
+    for name, images in clips.items():
+        pool.add(images, name=name)
+    rounds = list(pool)
+    assert [sum(not result.held for result in round) for round in rounds] == [6] + [2] * 11
+    for i, name in enumerate("abcdef"):
+        mine = [round[i] for round in rounds]
+        ran = [result.frame_index for result in mine if not result.held]
+        assert ran == sorted({0, *range(i % 3, 12, 3)})
+        alone = tiny_detector.stream([clips[name][index] for index in ran], budget=TopK(5), scene_cuts=False)
+        seen = dict(zip(ran, alone, strict=True))
+        for index, result in enumerate(mine):
+            assert (result.stream, result.frame_index) == (name, index) and result.image is clips[name][index]
+            source = seen[max(frame for frame in ran if frame <= index)]
+            assert torch.equal(result.detections.boxes, source.detections.boxes)
+            assert result.cost.macs == (source.cost.idle() if result.held else source.cost).macs
+    with pytest.raises(UserError, match="hold must be at least 1"):
+        StreamPool(tiny_detector, hold=0)
+
+
+def test_nothing_is_held_beyond_a_cut_or_a_new_size(tiny_detector: Detector) -> None:
+    first, second = clip(1, 4), clip(2, 4)
+    pool = StreamPool(tiny_detector, budget=TopK(5), hold=4)
+    pool.add([*first[:2], *second[:2]], name="cut")
+    pool.add([*first[:2], *clip(1, 2, 96, 144)], name="size")
+    results = by_stream(pool)
+    assert [result.held for result in results["cut"]] == [False, True, False, True]
+    assert [result.held for result in results["size"]] == [False, False, False, True]
+
+
+def test_a_stream_that_misses_its_turns_waits_no_longer_than_others(
+    tiny_detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Script:
+        """Frames, or none yet."""
+
+        dropped, lost = 0, False
+
+        def __init__(self, frames: list[VideoFrame | None]) -> None:
+            self.frames = iter(frames)
+
+        def poll(self) -> VideoFrame | None:
+            return next(self.frames)
+
+        def close(self) -> None:
+            """Nothing to release."""
+
+    monkeypatch.setattr("eventful_det.runtime.pool.open_feed", lambda source, *_: (Script(source), "script"))
+    frames = [VideoFrame(image, None) for image in clip(1, 12)]
+    pool = StreamPool(tiny_detector, budget=TopK(5), scene_cuts=False, hold=3)
+    pool.add(frames, name="steady")
+    pool.add(
+        [None if i % 3 == 1 else frame for i, frame in enumerate(frames)], name="late"
+    )  # never when it is its turn
+    assert [result.held for result in by_stream(pool)["late"]] == [False, True, True] * 2 + [False, True]
+
+
 def test_join_leave_and_names(tiny_detector: Detector) -> None:
     with StreamPool(tiny_detector, budget=0.3) as pool:
         assert pool.add(clip(1)) == "arrays" and pool.add(clip(2)) == "arrays-2"
