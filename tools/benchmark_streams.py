@@ -2,6 +2,7 @@
 
     python tools/benchmark.py streams=[1,2,4,8,16]                       # a synthetic clip, shipped weights
     python tools/benchmark.py streams=[4] clip=my.mp4 budget=20GMACs threads=1
+    python tools/benchmark.py streams=[8] hold=2                         # and with boxes held, streams taking turns
 
 Every stream plays the same clip from another moment on. The methods take turns round by round, in an order drawn anew
 each time; a round is one frame of every stream.
@@ -35,8 +36,9 @@ from eventful_det.runtime.stream import StreamResult
 _LONGEST = 200  # frames of the clip that are kept in memory
 NOTE = (
     "pool: all streams in one step under one budget. one by one: each alone, in turn, under the same budget (of GMACs "
-    "and seconds its part). dense: the dense detector. GMACs are per frame, in 1e9 multiply-adds; x: how many times "
-    "faster, the median of the ratios round by round. Resizing is included, decoding is not."
+    "and seconds its part). dense: the dense detector. hold n: on every n-th frame of a stream, its boxes held in "
+    "between. GMACs are per frame, in 1e9 multiply-adds; x: how many times faster than dense, and than one by one, the "
+    "median of the ratios round by round; p95: of the time of a round, in medians. Resizing is included, decoding is not."
 )
 DENSE, ALONE, POOL = "dense", "one by one", "pool"
 
@@ -95,6 +97,9 @@ def _bench(
         ALONE: _pools(detector, _part(budget, count), clip, [1] * count),
         POOL: _pools(detector, budget, clip, [count]),
     }
+    if config.hold != 1:
+        methods[f"{DENSE}, hold {config.hold}"] = _pools(detector.with_rule(None), None, clip, [count], config.hold)
+        methods[f"{POOL}, hold {config.hold}"] = _pools(detector, budget, clip, [count], config.hold)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, console=console, auto_refresh=False) as progress:
         task = progress.add_task(f"{count} streams", total=config.warm_up + config.repetitions)
@@ -119,10 +124,10 @@ def _part(budget: Budget, count: int) -> Budget:
 
 
 def _pools(
-    detector: Detector, budget: Budget | None, clip: Sequence[Image], sizes: Sequence[int]
+    detector: Detector, budget: Budget | None, clip: Sequence[Image], sizes: Sequence[int], hold: int = 1
 ) -> Callable[[int], Round]:
     """A callable that runs a round of all streams, in pools of these sizes."""
-    pools = [StreamPool(detector, budget=budget, scene_cuts=False) for _ in sizes]
+    pools = [StreamPool(detector, budget=budget, scene_cuts=False, hold=hold) for _ in sizes]
     homes = [pool for pool, size in zip(pools, sizes, strict=True) for _ in range(size)]
     for i, pool in enumerate(homes):
         pool.add(_play(clip, i * len(clip) // len(homes)), name=str(i))
@@ -143,21 +148,23 @@ def _row(name: str, count: int, timed: dict[str, Timed[Round]]) -> dict[str, Any
     calls = timed[name].calls
     seconds = {method: [call.seconds for call in one.calls] for method, one in timed.items()}
     gmacs, dense = (sum(getattr(c.result, k) for c in calls) / len(calls) for k in ("gmacs", "dense_gmacs"))
+    spread = Spread.of(seconds[name])
     return {
         "streams": count,
         "method": name,
-        "frames_per_second": count / Spread.of(seconds[name]).median,
+        "frames_per_second": count / spread.median,
         "gmacs": gmacs,
         "share_of_dense": gmacs / dense,
         "faster_than_dense": paired_ratios(seconds[DENSE], seconds[name]),
         "faster_than_one_by_one": paired_ratios(seconds[ALONE], seconds[name]),
+        "p95_to_median": spread.p95 / spread.median,
         "state_bytes": calls[-1].result.state_bytes,
     }
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    titles = ("streams", "method", "frames/s", "GMACs", "of dense", "x dense", "x one by one", "state MB")
+    titles = ("streams", "method", "fps", "GMACs", "of dense", "x dense", "x alone", "p95", "MB")
     for title in titles:
         table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
     for row in rows:
@@ -169,6 +176,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['share_of_dense']:.0%}",
             f"{row['faster_than_dense'].median:.2f}",
             f"{row['faster_than_one_by_one'].median:.2f}",
+            f"{row['p95_to_median']:.2f}",
             f"{row['state_bytes'] / 1e6:.1f}",
         )
     return table

@@ -187,16 +187,23 @@ def test_an_error_takes_one_line(tmp_path: Path) -> None:
 
 def test_streams(tiny_detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_streams, "load_detector", lambda _: tiny_detector)
-    options = ("streams=[1,3]", "budget=24", "repetitions=3", "warm_up=1", "device=cpu", f"output={tmp_path}")
+    options = ("streams=[1,3]", "budget=24", "hold=3", "repetitions=6", "warm_up=3", "device=cpu", f"output={tmp_path}")
     benchmark_streams.bench_streams(settings(*options), {"command": "a command"})
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {(row["streams"], row["method"]): row for row in results["streams"]}
-    assert set(rows) == {(n, method) for n in (1, 3) for method in ("dense", "one by one", "pool")}
+    methods = {"dense", "one by one", "pool", "dense, hold 3", "pool, hold 3"}
+    assert set(rows) == {(n, method) for n in (1, 3) for method in methods}
+    for count in (1, 3):  # two whole cycles of three turns
+        assert rows[count, "dense, hold 3"]["share_of_dense"] == pytest.approx(
+            rows[count, "dense"]["share_of_dense"] / 3
+        )
+        assert rows[count, "pool, hold 3"]["share_of_dense"] < rows[count, "pool"]["share_of_dense"]
     assert results["command"] == "a command" and results["budget"] == "24"
     for (count, method), row in rows.items():
         assert row["frames_per_second"] > 0
         assert (row["share_of_dense"] >= 1) == (method == "dense")
         assert row["faster_than_dense"]["median"] > 0 and row["faster_than_one_by_one"]["median"] > 0
+        assert row["p95_to_median"] >= 1
         if method == "pool":
             assert row["state_bytes"] == pytest.approx(count * rows[1, "pool"]["state_bytes"], rel=0.02)
     for bad, message in (("streams=[0]", "whole numbers"), ("budget=fast", "cannot be understood")):

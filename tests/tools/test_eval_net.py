@@ -219,7 +219,7 @@ def test_policies(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
         "paper 0.4",
         "random 0.4",
     ]
-    assert names == ["dense", *gated, "held boxes 2", "focus steady 0.2"]
+    assert names == ["dense", *gated, "held boxes 2", "focus steady 0.2", "focus held 2", "focus held 3"]
 
 
 def test_jobs_of_a_cluster_share_out_a_sweep(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
