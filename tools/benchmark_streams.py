@@ -38,7 +38,7 @@ NOTE = (
     "pool: all streams in one step under one budget. one by one: each alone, in turn, under the same budget (of GMACs "
     "and seconds its part). dense: the dense detector. hold n: on every n-th frame of a stream, its boxes held in "
     "between. GMACs are per frame, in 1e9 multiply-adds; x: how many times faster than dense, and than one by one, the "
-    "median of the ratios round by round; p95: of the time of a round, in medians. Resizing is included, decoding is not."
+    "median of the ratios of n rounds each; p95: of the time of a round, in medians. Resizing is included, decoding not."
 )
 DENSE, ALONE, POOL = "dense", "one by one", "pool"
 
@@ -66,6 +66,8 @@ def bench_streams(config: DictConfig, about: dict[str, Any]) -> None:
     budget = parse_budget(config.budget)
     if budget is None:
         raise UserError("streams need a budget, such as budget=0.25")
+    if not 1 <= config.hold <= config.repetitions:
+        raise UserError(f"hold must lie between 1 and repetitions={config.repetitions}, got {config.hold}")
     detector = load_detector(None if config.clip else SYNTHETIC).to(choose_device(config.device))
     clip = _clip(config.clip or "synthetic:1")
     rows: list[dict[str, Any]] = []
@@ -111,7 +113,7 @@ def _bench(
             config.seed,
             on_repetition=lambda: progress.update(task, advance=1, refresh=True),
         )
-    return [_row(name, count, timed) for name in methods]
+    return [_row(name, count, timed, config.hold) for name in methods]
 
 
 def _part(budget: Budget, count: int) -> Budget:
@@ -143,16 +145,16 @@ def _pools(
     return run
 
 
-def _row(name: str, count: int, timed: dict[str, Timed[Round]]) -> dict[str, Any]:
+def _row(name: str, count: int, timed: dict[str, Timed[Round]], hold: int) -> dict[str, Any]:
     """What a method did, beside the others."""
     calls = timed[name].calls
-    seconds = {method: [call.seconds for call in one.calls] for method, one in timed.items()}
+    seconds = {method: _cycles([call.seconds for call in one.calls], hold) for method, one in timed.items()}
     gmacs, dense = (sum(getattr(c.result, k) for c in calls) / len(calls) for k in ("gmacs", "dense_gmacs"))
-    spread = Spread.of(seconds[name])
+    spread = Spread.of([call.seconds for call in calls])
     return {
         "streams": count,
         "method": name,
-        "frames_per_second": count / spread.median,
+        "frames_per_second": count * hold / Spread.of(seconds[name]).median,
         "gmacs": gmacs,
         "share_of_dense": gmacs / dense,
         "faster_than_dense": paired_ratios(seconds[DENSE], seconds[name]),
@@ -160,6 +162,11 @@ def _row(name: str, count: int, timed: dict[str, Timed[Round]]) -> dict[str, Any
         "p95_to_median": spread.p95 / spread.median,
         "state_bytes": calls[-1].result.state_bytes,
     }
+
+
+def _cycles(seconds: Sequence[float], hold: int) -> list[float]:
+    """The time of every `hold` rounds, in which each stream has its turn once."""
+    return [sum(seconds[i : i + hold]) for i in range(0, len(seconds) - hold + 1, hold)]
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:

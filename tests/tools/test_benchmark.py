@@ -198,6 +198,7 @@ def test_streams(tiny_detector: Detector, tmp_path: Path, monkeypatch: pytest.Mo
             rows[count, "dense"]["share_of_dense"] / 3
         )
         assert rows[count, "pool, hold 3"]["share_of_dense"] < rows[count, "pool"]["share_of_dense"]
+        assert 1 < rows[count, "dense, hold 3"]["faster_than_dense"]["median"] < 10, "idle rounds are not all there is"
     assert results["command"] == "a command" and results["budget"] == "24"
     for (count, method), row in rows.items():
         assert row["frames_per_second"] > 0
@@ -206,7 +207,8 @@ def test_streams(tiny_detector: Detector, tmp_path: Path, monkeypatch: pytest.Mo
         assert row["p95_to_median"] >= 1
         if method == "pool":
             assert row["state_bytes"] == pytest.approx(count * rows[1, "pool"]["state_bytes"], rel=0.02)
-    for bad, message in (("streams=[0]", "whole numbers"), ("budget=fast", "cannot be understood")):
+    wrong = (("streams=[0]", "whole numbers"), ("budget=fast", "cannot be understood"), ("hold=0", "hold must lie"))
+    for bad, message in wrong:
         with pytest.raises(UserError, match=message):
             benchmark_streams.bench_streams(settings("streams=[1]", bad), {})
 
