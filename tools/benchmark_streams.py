@@ -38,7 +38,7 @@ NOTE = (
     "pool: all streams in one step under one budget. one by one: each alone, in turn, under the same budget (of GMACs "
     "and seconds its part). dense: the dense detector. hold n: on every n-th frame of a stream, its boxes held in "
     "between. GMACs are per frame, in 1e9 multiply-adds; x: how many times faster than dense, and than one by one, the "
-    "median of the ratios of n rounds each; p95: of the time of a round, in medians. Resizing is included, decoding not."
+    "median of the ratios of n rounds each; p95: of the time of a round, in medians. Resizing counts, decoding not."
 )
 DENSE, ALONE, POOL = "dense", "one by one", "pool"
 
