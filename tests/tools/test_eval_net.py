@@ -219,7 +219,26 @@ def test_policies(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
         "paper 0.4",
         "random 0.4",
     ]
-    assert names == ["dense", *gated, "held boxes 2", "focus steady 0.2", "focus held 2", "focus held 3"]
+    assert names == ["dense", *gated, "held boxes 2", "focus steady 0.2"]
+
+
+def test_gates_and_holding_together(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
+    evaluate_with("eval=together", "max_videos=1", "max_frames=6")
+    rows = {row["method"]: row for row in results_of(tmp_path / "run")["rows"]}
+    assert list(rows) == [
+        "dense",
+        "focus",
+        "focus held 2",
+        "focus held 3",
+        "held boxes 2",
+        "held boxes 3",
+        "held boxes 4",
+    ]
+    for n in (2, 3):
+        dearer = rows["focus"], rows[f"held boxes {n}"]
+        assert all(
+            rows[f"focus held {n}"]["gmacs_total"] < row["gmacs_total"] < rows["dense"]["gmacs_total"] for row in dearer
+        )
 
 
 def test_jobs_of_a_cluster_share_out_a_sweep(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
