@@ -47,8 +47,8 @@ class _Member:
     """A stream of the pool.
 
     Attributes:
-        turn: of `hold` rounds the one in which the detector runs.
-        last: what was found last, while it may be held; held: frames since then.
+        turn: of `hold` rounds the one in which the detector is to run.
+        last: what was found last, while it may be held; held: frames since then, and those left out to meet the turn.
     """
 
     name: str
@@ -231,10 +231,10 @@ class StreamPool(Iterator[list[StreamResult]]):
         return None
 
     def _holds(self, member: _Member, frame: VideoFrame) -> bool:
-        """Whether a stream waits for its turn; not longer than for n frames, should it have missed one."""
+        """Whether the last boxes of a stream stand for its next frame."""
         if member.last is None or member.last.image.shape != frame.image.shape:
             return False
-        return self._rounds % self._hold != member.turn and member.held < self._hold - 1
+        return member.held < self._hold - 1
 
     def _held(self, member: _Member, frame: VideoFrame) -> StreamResult:
         """The last detections of a stream on its next frame."""
@@ -264,7 +264,9 @@ class StreamPool(Iterator[list[StreamResult]]):
         dropped = member.feed.dropped
         member.tally.count(step.cost, dropped, memory.nbytes)
         result = dataclasses.replace(result, stream=member.name, frame_age=frame.age, dropped=dropped)
-        member.last, member.held = (result if self._hold > 1 else None), 0
+        ahead = (member.turn - self._rounds - 1) % self._hold + 1  # rounds until its turn
+        regular = member.last is not None and member.held == self._hold - 1
+        member.last, member.held = (result if self._hold > 1 else None), (0 if regular else self._hold - ahead)
         return result
 
     def _leave(self, name: str, error: str | None = None) -> bool:
