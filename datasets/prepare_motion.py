@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
 def prepare(args: argparse.Namespace, console: Console) -> int:
     if args.clips < 1 or not 0 < args.scale[0] <= args.scale[1]:
         raise UserError(f"need 1 clip or more and 0 < MIN <= MAX, got --clips {args.clips} --scale {args.scale}")
-    options = ClipOptions(args.frames, 1, args.static, args.pan, args.zoom, args.sprites, args.speed, args.noise)
+    names = ("static", "pan", "zoom", "sprites", "speed", "noise")
+    options = ClipOptions(length=args.frames, **{name: getattr(args, name) for name in names})
     plain = Augmentation(SHAPES, tuple(args.scale), flip=0.0, colour=0.0)
     stills = load_coco_video(args.stills)
     if any(len(video.frames) > 1 for video in stills.videos):

@@ -36,7 +36,7 @@ from eventful_det.runtime.metrics import PoolMetrics, Tally
 from eventful_det.runtime.refresh import SceneCuts
 from eventful_det.runtime.sharing import Terms
 from eventful_det.runtime.spender import Account, Spender
-from eventful_det.runtime.stream import StreamResult, Viewer
+from eventful_det.runtime.stream import StreamResult, Viewer, check_hold
 
 _DEPARTED = 64  # streams that left, of which the metrics are kept
 _PATIENCE = 0.5  # seconds to wait for a frame before looking again whether a stream is left
@@ -104,8 +104,7 @@ class StreamPool(Iterator[list[StreamResult]]):
         scene_cuts: bool = True,
         hold: int = 1,
     ) -> None:
-        if hold < 1:
-            raise UserError(f"hold must be at least 1 (= every frame), got {hold}")
+        check_hold(hold)
         self.detector = detector.with_rule(copy.copy(detector.rule))
         self._spender = Spender(self.detector, budget, terms)
         self._viewer = Viewer.of(detector.config, short_side, long_side)
@@ -238,10 +237,10 @@ class StreamPool(Iterator[list[StreamResult]]):
 
     def _held(self, member: _Member, frame: VideoFrame) -> StreamResult:
         """The last detections of a stream on its next frame."""
-        assert member.last is not None and member.memory is not None
+        assert member.last is not None
         result, dropped = member.last.held_on(frame, member.tally.frames), member.feed.dropped
         member.held += 1
-        member.tally.count(result.cost, dropped, member.memory.nbytes)
+        member.tally.count(result.cost, dropped, member.tally.state_bytes)
         return dataclasses.replace(result, frame_age=frame.age, dropped=dropped)
 
     def _run(self, due: list[_Ready]) -> list[StreamResult]:

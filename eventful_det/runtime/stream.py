@@ -117,6 +117,12 @@ class Viewer:
         )
 
 
+def check_hold(hold: int) -> None:
+    """Raise a UserError unless every `hold`-th frame is something to run on."""
+    if hold < 1:
+        raise UserError(f"hold must be at least 1 (= every frame), got {hold}")
+
+
 class Stream(Iterator[StreamResult]):
     """Iterates over the results of one source. `budget` and `policy` may be set between any two frames."""
 
@@ -135,8 +141,7 @@ class Stream(Iterator[StreamResult]):
         shadow_every: int = 0,
     ) -> None:
         """See `stream`."""
-        if hold < 1:
-            raise UserError(f"hold must be at least 1 (= every frame), got {hold}")
+        check_hold(hold)
         if shadow_every < 0:
             raise UserError(f"shadow_every must be a number of frames, or 0 for never, got {shadow_every}")
         self.detector = detector.with_rule(copy.copy(detector.rule))
