@@ -13,7 +13,7 @@ def make_model():
     model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
     model.update(
         _target_=EventfulRCNN,
-        rule=L(Rows)(policy=L(Focus)(threshold=2.0, cap=0.4)),
+        rule=L(Rows)(policy=L(Focus)(threshold=2.0, cap=0.35, floor=0.25)),
         budget=None,  # instead of the rule's policy: tokens per frame (int) or share of the tokens (float)
         incremental_heads=True,
         max_streams=8,

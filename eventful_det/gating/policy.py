@@ -140,13 +140,13 @@ class Threshold:
 class Focus:
     """Every token whose error exceeds `threshold`; where that is too much, objects first and the rest in turns.
 
-    At most the share `cap`, at least the share `floor`. Each token that changed takes `renew` others along, whose
-    context changed: they were computed among keys and values of long ago. Where nothing changed nothing is renewed.
-    Within these limits tokens go by age x (1 + `interest` x the gate's interest): where something was found on the last
-    frame tokens are refreshed together and often, elsewhere the stalest are next. The size of the error does not
-    count, because when a camera moves everything has changed, most of all background of strong contrast. Blocks of
-    `block` x `block` tokens share their mean order, so that what is chosen is compact: windows are refreshed as
-    wholes, and the heads have fewer borders to recompute.
+    Each token that changed takes `renew` others along, whose context changed: they were computed among keys and values
+    of long ago. At most the share `cap` is selected and at least the share `floor`, so that frames cost alike; where
+    nothing changed, nothing at all. Within these limits tokens go by age x (1 + `interest` x the gate's interest):
+    where something was found on the last frame tokens are refreshed together and often, elsewhere the stalest are next.
+    The size of the error does not count, because when a camera moves everything has changed, most of all background
+    of strong contrast. Blocks of `block` x `block` tokens share their mean order, so that what is chosen is compact:
+    windows are refreshed as wholes, and the heads have fewer borders to recompute.
     """
 
     threshold: float
@@ -169,8 +169,8 @@ class Focus:
         order = _blockwise(_favour(gate.age.float(), gate, self.interest), gate.grid, self.block)
         passes = (gate.error > self.threshold)[order]
         changed = order[passes]
-        count = min(max(low, int((1 + self.renew) * len(changed))), high)
-        return torch.cat([changed, order[~passes]])[:count]
+        wanted = max(low, int((1 + self.renew) * len(changed))) if len(changed) else 0
+        return torch.cat([changed, order[~passes]])[: min(wanted, high)]
 
 
 def _check_bounds(policy: Threshold | Focus) -> None:
@@ -184,8 +184,9 @@ def _blockwise(scores: Tensor, grid: Grid | None, side: int) -> Tensor:
     if grid is None or side == 1:
         return scores.argsort(descending=True, stable=True)
     blocks = windows_of(grid, side, scores.device)
-    total = scores.new_zeros(blocks.count).index_add_(0, blocks.window, scores)
-    mean = total / torch.bincount(blocks.window, minlength=blocks.count)
+    # Sums of 12 and of 16 equal numbers would not give the same mean in float32: a rounding would order the blocks.
+    total = scores.new_zeros(blocks.count, dtype=torch.float64).index_add_(0, blocks.window, scores.double())
+    mean = (total / torch.bincount(blocks.window, minlength=blocks.count)).float()
     rank = mean.argsort(descending=True, stable=True).argsort()
     return rank[blocks.window].argsort(stable=True)
 

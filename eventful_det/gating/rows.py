@@ -72,7 +72,7 @@ class Rows:
             products of other sizes may round differently.
     """
 
-    policy: Policy = Focus(2.0, cap=0.4)
+    policy: Policy = Focus(2.0, cap=0.35, floor=0.25)
     gate: Literal["patches", "embedding"] = "patches"
     renew_every: int = 0
     static: bool | None = None
