@@ -160,6 +160,7 @@ def test_header_tells_age_and_budget() -> None:
         (Threshold(2, 0.5), "threshold 2, at most 50%"),
         (select_all, "all tokens"),
         (Focus(2.0, cap=0.4), "focus, threshold 2, at most 40%"),
+        (Focus(2.0, cap=0.35, floor=0.25), "focus, threshold 2, 25% to 35%"),
         ("40GMACs", "40GMACs"),
     ],
 )

@@ -60,9 +60,13 @@ def budget_text(budget: object) -> str:
             return f"{tokens} tokens"
         case TopFraction(fraction=share) | RandomK(fraction=float(share)) | float(share):
             return f"{share:.0%} of tokens"
-        case Threshold(threshold=threshold, cap=cap):
-            return f"threshold {threshold:g}, at most {cap:.0%}"
-        case Focus(threshold=threshold, cap=cap):
-            return f"focus, threshold {threshold:g}, at most {cap:.0%}"
+        case Threshold(threshold=threshold, cap=cap, floor=floor):
+            return f"threshold {threshold:g}, {_between(floor, cap)}"
+        case Focus(threshold=threshold, cap=cap, floor=floor):
+            return f"focus, threshold {threshold:g}, {_between(floor, cap)}"
         case _:
             return "all tokens" if budget is select_all else str(budget)
+
+
+def _between(floor: float, cap: float) -> str:
+    return f"{floor:.0%} to {cap:.0%}" if floor else f"at most {cap:.0%}"

@@ -24,7 +24,6 @@ from eventful_det.gating.rows import Rows
 from eventful_det.models.checkpoints import load_detector, read_weights, save_detectron2
 from eventful_det.models.config import ModelConfig, vitdet_b_vid, vitdet_tiny
 from eventful_det.models.detector import Detector
-from eventful_det.models.interest import token_interest
 from eventful_det.models.key_maps import NOT_BOXES, from_detectron2
 from eventful_det.models.recognise import config_of
 from eventful_det.models.regions import Detections
@@ -271,19 +270,9 @@ def frames_of(source: str, config: ModelConfig) -> Iterable[Tensor]:
 )
 @pytest.mark.parametrize("incremental", [False, True])
 def test_eventful_rcnn_equals_our_detector_on_a_clip(
-    rule: Rule, source: str, incremental: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rule: Rule, source: str, incremental: bool, tmp_path: Path
 ) -> None:
-    """The shipped weights in both, frame by frame: the same tokens are recomputed, the same objects found.
-
-    Scores that differ in their last bits would reorder blocks of equal interest, and what is recomputed with them; so
-    the gate is told scores of 6 bits, whose sums are exact.
-    """
-
-    def rounded(boxes: Tensor, scores: Tensor, *where: Any) -> Tensor:
-        return token_interest(boxes, (64 * scores).round() / 64, *where)
-
-    for reader in ("models.detector", "integrations.detectron2.rcnn"):
-        monkeypatch.setattr(f"eventful_det.{reader}.token_interest", rounded)
+    """The shipped weights in both, frame by frame: the same tokens are recomputed, the same objects found."""
     ours = load_detector(short_side=160, long_side=288, proposals=60)
     config = dataclasses.replace(ours.config, pixel_mean=(0.5 / 255,) * 3, pixel_std=(0.5 / 255,) * 3)
     theirs = zoo_model(config, EventfulRCNN, {"rule": rule, "incremental_heads": incremental})

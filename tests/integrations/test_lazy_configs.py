@@ -53,7 +53,7 @@ def test_imagenet_vid_model() -> None:
     assert isinstance(model, EventfulRCNN) and model.budget.fraction == 0.5
     assert model.roi_heads.num_classes == 30 and not model.roi_heads.mask_on
     model = instantiate(tiny("vitdet_b_vid_eventful.py", "model.rule.policy.threshold=3").model)
-    assert model.backbone.net.rule == Rows(Focus(3, cap=0.4))
+    assert model.backbone.net.rule == Rows(Focus(3, cap=0.35, floor=0.25))
 
 
 def test_coco_model_differs_from_the_zoos_in_its_backbone_alone(tmp_path: Path) -> None:

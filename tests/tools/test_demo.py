@@ -372,8 +372,8 @@ def test_error_lines(module: ModuleType, weights: str, tmp_path: Path, options: 
 
 def test_build_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     build = import_tool("common", monkeypatch).build_rule
-    assert build(config().gate) == Rows() == Rows(Focus(2.0, 0.4, 0.0, 100.0, 4, 2.0))
-    assert build(config("gate/policy=steady").gate) == Rows(Focus(2.0, cap=0.3, floor=0.2))
+    assert build(config().gate) == Rows() == Rows(Focus(2.0, 0.35, 0.25, 100.0, 4, 2.0))
+    assert build(config("gate/policy=frugal").gate) == Rows(Focus(2.0, cap=0.4))
     chosen = config("gate/policy=topk", "gate.policy.k=7", "gate.renew_every=8", "gate.gate=embedding").gate
     assert build(chosen) == Rows(TopK(7, 0.5, 4.0), "embedding", 8)
     chosen = config("gate=paper", "gate/policy=threshold", "gate.policy.threshold=2", "gate.pool=2").gate
