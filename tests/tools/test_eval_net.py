@@ -211,7 +211,7 @@ def test_policies(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
     )
     gmacs = {row["method"]: row["gmacs_total"] for row in results_of(tmp_path / "run")["rows"]}
     focus = ["focus 0.5", "focus 0.35", "focus 0.25", "focus held 2", "focus held 3"]
-    frugal = ["focus frugal 2", "focus frugal 1", "focus frugal 0"]
+    frugal = ["frugal 2", "frugal 1", "frugal 0", "frugal held 2"]
     others = ["threshold 0.4", "threshold interest 0.4", "paper 0.4", "random 0.4", "held boxes 2", "held boxes 4"]
     assert list(gmacs) == ["dense", *focus, *frugal, *others]
     assert gmacs["focus held 3"] < gmacs["focus held 2"] < gmacs["focus 0.35"] < gmacs["dense"], "both save"
