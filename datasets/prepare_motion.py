@@ -67,11 +67,14 @@ def prepare(args: argparse.Namespace, console: Console) -> int:
     if any(len(video.frames) > 1 for video in stills.videos):
         raise UserError(f"{args.stills} holds videos, which move already; expected stills: a COCO file without videos")
     clips = ClipSet(stills, plain, options, args.seed)
+    path = args.output / "annotations" / "val.json"
+    if path.resolve() == Path(args.stills).resolve():
+        raise UserError(f"{path} would take the place of the stills; choose another --output")
+    path.unlink(missing_ok=True)  # a run that is stopped must not leave labels of an earlier one beside its pictures
     numbers = track(range(args.clips), description="clips", console=console)
     videos = [written(n, clips, args.output) for n in numbers]
     data = CocoVideo(stills.categories, videos, args.output)
     data.renumber()
-    path = args.output / "annotations" / "val.json"
     data.save(path)
     console.print(f"{args.clips} clips, {args.clips * args.frames} frames: {path}")
     return 0

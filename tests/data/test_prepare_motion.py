@@ -67,3 +67,23 @@ def test_what_cannot_be_done_is_said_in_one_line(stills: Path, tmp_path: Path) -
     assert run(stills, "--output", tmp_path / "out", "--clips", 2, "--frames", 3)[0] == 0
     status, told = run(tmp_path / "out/annotations/val.json", "--output", tmp_path / "more")
     assert status == 2 and "move already" in told
+
+
+def test_a_stopped_run_leaves_no_labels_of_another(
+    stills: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert run(stills, "--output", out, "--clips", 2, "--frames", 2)[0] == 0
+    monkeypatch.setattr(cv2, "imwrite", lambda *_: False)  # a full disk
+    status, told = run(stills, "--output", out, "--clips", 2, "--frames", 2, "--seed", 1)
+    assert status == 2 and "is the disk full?" in told
+    assert not (out / "annotations/val.json").exists()
+
+
+def test_the_stills_are_never_overwritten(stills: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "annotations/val.json"
+    labels.parent.mkdir()
+    labels.write_text(stills.read_text().replace('"file_name": "', f'"file_name": "{tmp_path}/'))
+    status, told = run(labels, "--output", tmp_path, "--clips", 1)
+    assert status == 2 and "take the place of the stills" in told and len(told.strip().splitlines()) == 1
+    assert labels.exists()
