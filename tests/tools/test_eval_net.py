@@ -207,15 +207,15 @@ def test_streams_change_no_result(evaluate_with: Callable[..., None], tmp_path: 
 def test_policies(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
     """The sweep of docs/policies.md."""
     evaluate_with(
-        "eval=policies", "eval.caps=[0.4]", "eval.curves.held_boxes.vary.hold=[2,4]", "max_videos=1", "max_frames=6"
+        "eval=policies", "eval.caps=[0.4]", "eval.curves.held_boxes.vary.hold=[2,4]", "max_videos=1", "max_frames=4"
     )
     gmacs = {row["method"]: row["gmacs_total"] for row in results_of(tmp_path / "run")["rows"]}
     focus = ["focus 0.5", "focus 0.35", "focus 0.25", "focus held 2", "focus held 3"]
     frugal = ["frugal 2", "frugal 1", "frugal 0", "frugal held 2"]
     others = ["threshold 0.4", "threshold interest 0.4", "paper 0.4", "random 0.4", "held boxes 2", "held boxes 4"]
     assert list(gmacs) == ["dense", *focus, *frugal, *others]
-    assert gmacs["focus held 3"] < gmacs["focus held 2"] < gmacs["focus 0.35"] < gmacs["dense"], "both save"
-    assert gmacs["focus held 2"] < gmacs["held boxes 2"]
+    assert gmacs["focus held 2"] < min(gmacs["focus 0.35"], gmacs["held boxes 2"]), "both save"
+    assert max(gmacs["focus 0.35"], gmacs["held boxes 2"]) < gmacs["dense"]
 
 
 def test_jobs_of_a_cluster_share_out_a_sweep(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
