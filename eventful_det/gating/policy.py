@@ -166,10 +166,13 @@ class Focus:
     def __call__(self, gate: GateInput) -> Tensor:
         tokens = gate.error.numel()
         low, high = int(self.floor * tokens), int(self.cap * tokens)
+        passes = gate.error > self.threshold
+        if not passes.any():
+            return torch.empty(0, dtype=torch.int64, device=passes.device)
         order = _blockwise(_favour(gate.age.float(), gate, self.interest), gate.grid, self.block)
-        passes = (gate.error > self.threshold)[order]
+        passes = passes[order]
         changed = order[passes]
-        wanted = max(low, int((1 + self.renew) * len(changed))) if len(changed) else 0
+        wanted = max(low, int((1 + self.renew) * len(changed)))
         return torch.cat([changed, order[~passes]])[: min(wanted, high)]
 
 
