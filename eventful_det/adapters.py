@@ -9,7 +9,7 @@ import numpy as np
 
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import coco_results
-from eventful_det.models.regions import Detections
+from eventful_det.models.roi_heads import Detections
 from eventful_det.runtime.stream import StreamResult
 
 if TYPE_CHECKING:

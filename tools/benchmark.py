@@ -39,7 +39,7 @@ from rich.table import Table
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.evaluation.peers import PeerCode
+from eventful_det.evaluation.official_code import PeerCode
 from eventful_det.evaluation.summary import jsonable
 from eventful_det.evaluation.timing import (
     Operation,

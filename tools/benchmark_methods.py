@@ -18,7 +18,7 @@ from eventful_det.data.transforms import resize, to_tensor
 from eventful_det.data.video import open_source
 from eventful_det.errors import UserError
 from eventful_det.evaluation.changes import BLOBS, blob_frames
-from eventful_det.evaluation.peers import PeerBackbone, PeerCode, dense_difference
+from eventful_det.evaluation.official_code import PeerBackbone, PeerCode, dense_difference
 from eventful_det.gating.anatomy import Grid, anatomy_of
 from eventful_det.gating.closed_form import ViTShape, dense_counts
 from eventful_det.gating.convert import eventify

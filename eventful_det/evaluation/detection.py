@@ -27,7 +27,7 @@ except ImportError:
     from pycocotools.cocoeval import COCOeval
 
 if TYPE_CHECKING:
-    from eventful_det.models.regions import Detections
+    from eventful_det.models.roi_heads import Detections
 
 Entry = dict[str, Any]
 _AREAS = [[0.0, 1e10]]  # objects of every size; COCO's small / medium / large are not reported

@@ -9,7 +9,7 @@ import torch
 
 from eventful_det.evaluation.detection import Entry
 from eventful_det.evaluation.runs import MethodRun, VideoRun
-from eventful_det.models.regions import Detections
+from eventful_det.models.roi_heads import Detections
 from eventful_det.runtime.rescoring import Objects, Rescoring, rescore
 
 

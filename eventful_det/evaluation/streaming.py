@@ -21,14 +21,14 @@ from eventful_det.evaluation.efficiency import peak_memory, reset_peak_memory
 from eventful_det.evaluation.runs import Method, VideoRun
 from eventful_det.gating.rows import Rows
 from eventful_det.models.cost import FrameCost
-from eventful_det.runtime.refresh import SceneCuts
+from eventful_det.runtime.scene_cuts import SceneCuts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from eventful_det.gating.convert import Rule
     from eventful_det.models.detector import Detector, StepResult
-    from eventful_det.models.regions import Detections
+    from eventful_det.models.roi_heads import Detections
 
 
 def run_videos(

@@ -9,7 +9,7 @@ from torchvision.ops import clip_boxes_to_image
 from eventful_det.errors import UserError
 from eventful_det.models.boxes import decode
 from eventful_det.models.config import ModelConfig
-from eventful_det.models.regions import BoxHead, BoxPredictor, Detections, Reader, RegionHeads, Regions
+from eventful_det.models.roi_heads import BoxHead, BoxPredictor, Detections, Reader, RegionHeads, Regions
 
 _WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))  # of each stage's deltas
 

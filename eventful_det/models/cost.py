@@ -8,8 +8,8 @@ from torch import nn
 
 from eventful_det.gating.anatomy import Grid
 from eventful_det.gating.closed_form import ViTShape
-from eventful_det.models.proposals import ProposalHead
-from eventful_det.models.regions import Regions
+from eventful_det.models.rpn import ProposalHead
+from eventful_det.models.roi_heads import Regions
 from eventful_det.models.vitdet import ViTDetBackbone
 
 PARTS = ("backbone", "pyramid", "rpn", "roi")

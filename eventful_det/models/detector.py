@@ -31,9 +31,9 @@ from eventful_det.models.incremental import (
     refresh_pyramid,
     refresh_regions,
 )
-from eventful_det.models.interest import token_interest
-from eventful_det.models.proposals import ProposalGenerator
-from eventful_det.models.regions import Detections
+from eventful_det.models.saliency import token_saliency
+from eventful_det.models.rpn import ProposalGenerator
+from eventful_det.models.roi_heads import Detections
 from eventful_det.models.vitdet import ViTDetBackbone
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ class Detector(nn.Module):
         """Tell the gate where something was found on the last frame."""
         backbone, found = stream.backbone.streams[0], stream.detections
         if isinstance(backbone, RowsState) and found is not None:
-            backbone.interest.copy_(token_interest(found.boxes, found.scores, backbone.grid, self.config.patch))
+            backbone.interest.copy_(token_saliency(found.boxes, found.scores, backbone.grid, self.config.patch))
 
     def _dense_update(self, anatomy: Anatomy, image: Tensor, flush: bool) -> Update:
         """Everything, as if all tokens had changed."""

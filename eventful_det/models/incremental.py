@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from eventful_det.gating.anatomy import Grid
 from eventful_det.gating.state import TensorTree
 from eventful_det.models.cost import level_sizes
-from eventful_det.models.maps import Layout, convolve, layout_of
+from eventful_det.models.cells import Layout, convolve, layout_of
 from eventful_det.models.pooling import pool_regions
-from eventful_det.models.proposals import ProposalGenerator
-from eventful_det.models.regions import Regions, level_of
+from eventful_det.models.rpn import ProposalGenerator
+from eventful_det.models.roi_heads import Regions, level_of
 from eventful_det.models.vitdet import ConvNorm, ViTDetBackbone
 
 _STAGES = 4  # p2 to p5 are computed from the token map; p6 is every other cell of p5

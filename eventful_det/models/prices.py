@@ -27,7 +27,7 @@ from eventful_det.gating.windows import windows_of
 from eventful_det.models.cost import roi_macs, stage_macs
 from eventful_det.models.detector import Detector
 from eventful_det.models.incremental import SCALES
-from eventful_det.models.maps import SPARSE_MAC
+from eventful_det.models.cells import SPARSE_MAC
 
 
 @dataclass(frozen=True)

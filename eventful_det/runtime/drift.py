@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torchvision.ops import box_iou
 
 from eventful_det.models.detector import Detector
-from eventful_det.models.regions import Detections
+from eventful_det.models.roi_heads import Detections
 
 if TYPE_CHECKING:
     from eventful_det.runtime.stream import Viewer

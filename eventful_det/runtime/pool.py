@@ -33,7 +33,7 @@ from eventful_det.models.detector import Detector, DetectorStream, StepResult
 from eventful_det.runtime.budget import Budget
 from eventful_det.runtime.feed import Feed, open_feed
 from eventful_det.runtime.metrics import PoolMetrics, Tally
-from eventful_det.runtime.refresh import SceneCuts
+from eventful_det.runtime.scene_cuts import SceneCuts
 from eventful_det.runtime.sharing import Terms
 from eventful_det.runtime.spender import Account, Spender
 from eventful_det.runtime.stream import StreamResult, Viewer, check_hold

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from eventful_det.errors import UserError
-from eventful_det.models.regions import Detections
+from eventful_det.models.roi_heads import Detections
 from eventful_det.runtime.stream import StreamResult
 
 

@@ -21,10 +21,10 @@ from eventful_det.gating.policy import Policy
 from eventful_det.models.config import ModelConfig
 from eventful_det.models.cost import FrameCost
 from eventful_det.models.detector import Detector, StepResult
-from eventful_det.models.regions import Detections
+from eventful_det.models.roi_heads import Detections
 from eventful_det.runtime.budget import Budget
 from eventful_det.runtime.drift import Drift, Shadow
-from eventful_det.runtime.refresh import SceneCuts
+from eventful_det.runtime.scene_cuts import SceneCuts
 from eventful_det.runtime.sharing import Terms
 from eventful_det.runtime.spender import Account, Spender
 

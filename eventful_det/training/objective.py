@@ -16,7 +16,7 @@ from eventful_det.gating.anatomy import Grid, anatomy_of
 from eventful_det.gating.policy import Focus, Policy, Threshold
 from eventful_det.gating.rows import Rows
 from eventful_det.models.detector import DIVISOR, Detector
-from eventful_det.models.interest import token_interest
+from eventful_det.models.saliency import token_saliency
 from eventful_det.training.eventful import gated_tokens
 
 _SURE = 0.5  # score from which a detection of the dense detector serves as a label
@@ -132,7 +132,7 @@ class EventfulObjective(nn.Module):
         boxes = [target["boxes"] for target in targets]
         before = [boxes[0][:0], *boxes[:-1]]
         patch = self.detector.config.patch
-        return torch.stack([token_interest(box, box.new_ones(len(box)), grid, patch) for box in before])
+        return torch.stack([token_saliency(box, box.new_ones(len(box)), grid, patch) for box in before])
 
     def _supervised(self, length: int) -> Tensor:
         others = 1 + torch.randperm(length - 1)[: self.options.supervised - 1]

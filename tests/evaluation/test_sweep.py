@@ -26,7 +26,7 @@ from eventful_det.gating.paper import Paper
 from eventful_det.gating.policy import RandomK, TopFraction
 from eventful_det.gating.rows import Rows
 from eventful_det.models.detector import Detector
-from eventful_det.models.regions import Detections
+from eventful_det.models.roi_heads import Detections
 from eventful_det.runtime.rescoring import Rescoring, rescore
 
 TOKENS, PATCH = 8 * 8, 3 * 16 * 16  # of a frame of 128 x 128 pixels: whole windows of 4 x 4 tokens

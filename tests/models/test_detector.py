@@ -18,7 +18,7 @@ from eventful_det.gating.state import State
 from eventful_det.models.config import MODELS, ModelConfig
 from eventful_det.models.cost import level_sizes
 from eventful_det.models.detector import Detector
-from eventful_det.models.regions import Detections
+from eventful_det.models.roi_heads import Detections
 
 
 def frames(count: int, height: int = 96, width: int = 160, seed: int = 0) -> torch.Tensor:

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from eventful_det.models.config import ModelConfig
 from eventful_det.models.cost import level_sizes
-from eventful_det.models.maps import layout_of
+from eventful_det.models.cells import layout_of
 from eventful_det.models.pooling import pool_regions
-from eventful_det.models.regions import RegionHeads
+from eventful_det.models.roi_heads import RegionHeads
 
 
 @settings(deadline=None, max_examples=40)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.errors import UserError
 from eventful_det.models.detector import Detector
-from eventful_det.models.regions import Detections
+from eventful_det.models.roi_heads import Detections
 from eventful_det.runtime import drift
 from eventful_det.runtime.drift import Drift, compare
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from eventful_det.errors import UserError
 from eventful_det.models.cost import FrameCost
-from eventful_det.models.regions import Detections
+from eventful_det.models.roi_heads import Detections
 from eventful_det.runtime.rescoring import Objects, Rescorer, Rescoring, rescore
 from eventful_det.runtime.stream import StreamResult
 

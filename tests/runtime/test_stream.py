@@ -17,7 +17,7 @@ from eventful_det.data.video import VideoFrame, VideoSource
 from eventful_det.errors import UserError
 from eventful_det.gating.policy import TopK
 from eventful_det.models.detector import Detector
-from eventful_det.runtime.refresh import SceneCuts
+from eventful_det.runtime.scene_cuts import SceneCuts
 from eventful_det.runtime.stream import StreamResult
 
 Image = NDArray[np.uint8]

@@ -10,7 +10,7 @@ import torch
 
 from eventful_det.errors import UserError
 from eventful_det.models.cost import FrameCost
-from eventful_det.models.regions import Detections
+from eventful_det.models.roi_heads import Detections
 from eventful_det.runtime.stream import StreamResult
 from eventful_det.runtime.tracking import Tracker
 

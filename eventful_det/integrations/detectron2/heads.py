@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eventful_det.errors import UserError
 from eventful_det.gating.update import Update
 from eventful_det.models.incremental import HeadsState, init_heads, refresh_proposals, refresh_pyramid
-from eventful_det.models.proposals import ProposalHead
+from eventful_det.models.rpn import ProposalHead
 
 Features = dict[str, Tensor]
 

@@ -25,7 +25,7 @@ from eventful_det.integrations.detectron2.heads import IncrementalHeads, pyramid
 from eventful_det.integrations.video_states import VideoStates
 from eventful_det.models.cost import FrameCost
 from eventful_det.models.incremental import HeadsState
-from eventful_det.models.interest import token_interest
+from eventful_det.models.saliency import token_saliency
 from eventful_det.runtime.budget import policy_for
 
 Input = dict[str, Any]
@@ -191,7 +191,7 @@ class EventfulRCNN(GeneralizedRCNN):
         backbone, found = stream.backbone, stream.instances
         if isinstance(backbone, RowsState) and found is not None:
             patch = self._net.anatomy.patch
-            backbone.interest.copy_(token_interest(found.pred_boxes.tensor, found.scores, backbone.grid, patch))
+            backbone.interest.copy_(token_saliency(found.pred_boxes.tensor, found.scores, backbone.grid, patch))
 
     def _find(self, update: Update, stream: RCNNStream, image: ImageList) -> Instances:
         """The objects on a token map, in pixels of the network's input."""

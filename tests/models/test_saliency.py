@@ -10,7 +10,7 @@ from torch import Tensor
 from eventful_det.gating.policy import GateInput, select_all
 from eventful_det.gating.rows import Rows
 from eventful_det.models.detector import Detector
-from eventful_det.models.interest import REACH, token_interest
+from eventful_det.models.saliency import REACH, token_saliency
 
 PATCH = 16
 sides = st.integers(1, 8)
@@ -21,7 +21,7 @@ boxes = st.lists(st.tuples(*[st.floats(0, 140)] * 2, *[st.floats(0, 80)] * 2, st
 @given(sides, sides, boxes)
 def test_map_is_the_best_score_that_reaches_a_token(height: int, width: int, found: list[tuple[float, ...]]) -> None:
     xyxys = torch.tensor([[x, y, x + w, y + h, score] for x, y, w, h, score in found]).view(-1, 5)
-    interest = token_interest(xyxys[:, :4], xyxys[:, 4], (height, width), PATCH)
+    interest = token_saliency(xyxys[:, :4], xyxys[:, 4], (height, width), PATCH)
     assert interest.shape == (height * width,)
     for token, value in enumerate(interest.tolist()):
         y, x = divmod(token, width)
@@ -51,4 +51,4 @@ def test_the_gate_is_told_what_was_found_on_the_last_frame(tiny_detector: Detect
     assert len(told) == 2 and len(found[0]) > 0  # the first frame is a flush
     for gate, detections in zip(told, found, strict=False):
         assert gate.grid == (6, 10) and gate.interest is not None
-        assert torch.equal(gate.interest, token_interest(detections.boxes, detections.scores, (6, 10), PATCH))
+        assert torch.equal(gate.interest, token_saliency(detections.boxes, detections.scores, (6, 10), PATCH))
