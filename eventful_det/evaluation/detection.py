@@ -11,12 +11,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame
+from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
 
 try:
@@ -25,9 +26,6 @@ try:
 except ImportError:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
-
-if TYPE_CHECKING:
-    from eventful_det.models.roi_heads import Detections
 
 Entry = dict[str, Any]
 _AREAS = [[0.0, 1e10]]  # objects of every size; COCO's small / medium / large are not reported

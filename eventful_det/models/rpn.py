@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
-from eventful_det.gating.anatomy import Grid
+from eventful_det.gating.windows import Grid
 from eventful_det.models.boxes import area_of, cell_anchors, decode, encode, grid_anchors, match, sample
 from eventful_det.models.config import ModelConfig
 from eventful_det.models.vitdet import STRIDES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eventful_det.gating.anatomy import Grid
+from eventful_det.gating.windows import Grid
 
 REACH = 0.5  # tokens by which boxes are widened: objects move, and their borders matter
 

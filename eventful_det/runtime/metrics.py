@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from eventful_det.models.cost import FrameCost
+from eventful_det.detectors.results import FrameCost
 
 _RECENT = 100  # frames that rates and means are taken over
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from eventful_det.errors import UserError
-from eventful_det.models.roi_heads import Detections
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.detectors.results import Detections
+from eventful_det.runtime.session import StreamResult
 
 
 @dataclass(frozen=True)
