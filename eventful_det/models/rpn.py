@@ -113,7 +113,7 @@ class ProposalGenerator(nn.Module):
             deltas: `(n, 4)` of the same.
             size: (height, width) in pixels without padding.
         """
-        config = self.config
+        config, logits, deltas = self.config, logits.float(), deltas.float()
         candidates = config.nms_candidates_train if self.training else config.nms_candidates
         keep = config.proposals_train if self.training else config.proposals
         ratios = len(config.anchor_ratios)
