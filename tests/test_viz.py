@@ -12,8 +12,8 @@ import torch
 
 from eventful_det.gating.policy import Focus, RandomK, Threshold, TopFraction, TopK, select_all
 from eventful_det.models.cost import PARTS, FrameCost
-from eventful_det.models.roi_heads import Detections
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.detectors.results import Detections
+from eventful_det.runtime.session import StreamResult
 from eventful_det.viz import (
     PART_COLOURS,
     Caption,

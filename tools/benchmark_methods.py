@@ -18,7 +18,7 @@ from eventful_det.data.transforms import resize, to_tensor
 from eventful_det.data.video import open_source
 from eventful_det.errors import UserError
 from eventful_det.evaluation.changes import BLOBS, blob_frames
-from eventful_det.evaluation.official_code import PeerBackbone, PeerCode, dense_difference
+from eventful_det.evaluation.official_code import OfficialBackbone, OfficialCode, dense_difference
 from eventful_det.gating.anatomy import Grid, anatomy_of
 from eventful_det.gating.closed_form import ViTShape, dense_counts
 from eventful_det.gating.convert import eventify
@@ -86,7 +86,7 @@ def gated_backbone(net: Any, rule: str, k: int) -> Method:
     return Method(run, lambda: state.nbytes, state.reset)
 
 
-def peer_backbone(peer: PeerBackbone, frames: Sequence[Tensor]) -> Method:
+def peer_backbone(peer: OfficialBackbone, frames: Sequence[Tensor]) -> Method:
     """The official backbone. It counts its operations beforehand, because counting takes its time."""
     peer.count(frames[0])
     step = Step({"backbone": peer.count(frames[1]).macs})
@@ -146,7 +146,7 @@ class Setting:
     notes: list[str]
 
 
-def prepare(case: Case, config: DictConfig, count: int, device: torch.device, code: PeerCode | None) -> Setting:
+def prepare(case: Case, config: DictConfig, count: int, device: torch.device, code: OfficialCode | None) -> Setting:
     """Build a case's model, methods and first `count` frames; checks that a peer computes what ours does."""
     detector = build_detector(case, config.classes, config.seed).to(device)
     patch = detector.config.patch
@@ -187,7 +187,7 @@ def make_frames(case: Case, patch: int, k: int, count: int, clip: Any, seed: int
 
 
 def backbone_methods(
-    case: Case, detector: Detector, frames: Sequence[Tensor], k: int, code: PeerCode | None
+    case: Case, detector: Detector, frames: Sequence[Tensor], k: int, code: OfficialCode | None
 ) -> dict[str, Method]:
     """The methods of a case of the backbone alone; `frames` are normalised."""
     net = detector.backbone.net
@@ -199,12 +199,12 @@ def backbone_methods(
         elif name in GATED:
             methods[name] = gated_backbone(net, name, k)
         elif code is not None:
-            peer = PeerBackbone(code, net, grid, k if name == "peer" else None)
+            peer = OfficialBackbone(code, net, grid, k if name == "peer" else None)
             methods[name] = peer_backbone(peer, frames)
     return methods
 
 
-def check_peer(code: PeerCode, detector: Detector, frame: Tensor) -> str:
+def check_peer(code: OfficialCode, detector: Detector, frame: Tensor) -> str:
     """Whether the official dense backbone computes what ours does, in words; `frame` is normalised.
 
     Raises:

@@ -27,6 +27,8 @@ S = TypeVar("S", bound=TensorTree)
 AnyRule = Rows | Paper | Dense
 """How the tokens of a frame are recomputed."""
 
+DEFAULT_RULE: AnyRule = Rows()
+
 
 def exactly(rule: AnyRule) -> AnyRule:
     """The rule, with results that do not depend by a bit on which streams share a step."""
@@ -152,7 +154,7 @@ class VideoDetector(Protocol[S]):
         frames: Sequence[Tensor],
         state: State[S],
         *,
-        rule: AnyRule = Rows(),
+        rule: AnyRule = DEFAULT_RULE,
         selector: Select = DEFAULT,
         flush: Sequence[bool] | bool = False,
         timing: bool = False,

@@ -41,7 +41,7 @@ _NAMES = (  # of parameters: ours, theirs
 )
 
 
-class PeerCode:
+class OfficialCode:
     """The modules of a checkout.
 
     Args:
@@ -66,7 +66,7 @@ class PeerCode:
                 raise UserError(f"peer={folder} cannot be imported ({error}); install what it needs") from error
 
 
-class PeerBackbone:
+class OfficialBackbone:
     """The official backbone with the parameters of one of ours, which it shares; one stream, in float32.
 
     Relative positions of global blocks are resized to the grid beforehand, as ours are: the official code resizes
@@ -79,7 +79,7 @@ class PeerBackbone:
         k: tokens that every gate lets through; None = its dense backbone.
     """
 
-    def __init__(self, code: PeerCode, net: WindowedViT, grid: Grid, k: int | None = None) -> None:
+    def __init__(self, code: OfficialCode, net: WindowedViT, grid: Grid, k: int | None = None) -> None:
         self._embed = cast(nn.Conv2d, net.patch_embed.proj)
         self._net = _build(code, net, grid, gated=k is not None)
         self._net.load_state_dict(_parameters(net, grid), assign=True)
@@ -114,14 +114,14 @@ class PeerBackbone:
 
 
 @torch.no_grad()
-def dense_difference(code: PeerCode, net: WindowedViT, frame: Tensor) -> float:
+def dense_difference(code: OfficialCode, net: WindowedViT, frame: Tensor) -> float:
     """Largest difference of the dense token maps of a normalised frame `(3, h, w)`, relative to our largest value."""
     ours = net(frame[None])[0].flatten(1).T
     grid = spec_of(net).grid(*frame.shape[-2:])
-    return float((PeerBackbone(code, net, grid)(frame) - ours).abs().max() / ours.abs().max())
+    return float((OfficialBackbone(code, net, grid)(frame) - ours).abs().max() / ours.abs().max())
 
 
-def _build(code: PeerCode, net: WindowedViT, grid: Grid, gated: bool) -> Any:
+def _build(code: OfficialCode, net: WindowedViT, grid: Grid, gated: bool) -> Any:
     """The official backbone in the sizes of ours, without parameters of its own."""
     blocks = spec_of(net).blocks
     windowed = [i for i, block in enumerate(blocks) if block.window]
@@ -130,7 +130,7 @@ def _build(code: PeerCode, net: WindowedViT, grid: Grid, gated: bool) -> Any:
             block_config={
                 "dim": blocks[0].dim,
                 "heads": blocks[0].heads,
-                "mlp_ratio": blocks[0].fc1.out_features // blocks[0].dim,
+                "mlp_ratio": blocks[0].layers[2][0].out_features // blocks[0].dim,
                 "relative_embedding_size": grid,
                 "window_size": max(block.window for block in blocks) or None,
             },

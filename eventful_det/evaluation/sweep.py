@@ -65,9 +65,7 @@ def run_methods(
         UserError: not one frame can be read, or the detector knows other classes.
     """
     store = MemoryStore() if store is None else store
-    complete(
-        detector, data, methods, store, streams=streams, workers=workers, scene_cuts=scene_cuts, on_frame=on_frame
-    )
+    complete(detector, data, methods, store, streams=streams, workers=workers, scene_cuts=scene_cuts, on_frame=on_frame)
     return [collect(store, method, data) for method in methods]
 
 

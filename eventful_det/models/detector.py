@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eventful_det.detectors.protocol import AnyRule, InputTransform
+from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import Rule, per_stream, step_streams
@@ -139,7 +139,7 @@ class Detector(nn.Module):
         frames: Tensor | Sequence[Tensor],
         state: State[DetectorStream],
         *,
-        rule: AnyRule = Rows(),
+        rule: AnyRule = DEFAULT_RULE,
         selector: Select = DEFAULT,
         flush: Sequence[bool] | bool = False,
         timing: bool = False,
@@ -159,10 +159,10 @@ class Detector(nn.Module):
         """
         if any(module.training for module in self.modules()):
             raise UserError("Detector.step is for inference, and the detector or a part of it trains; call .eval()")
-        flushes = per_stream("flush flags", [flush] * len(state) if isinstance(flush, bool) else flush, state)
+        flushes = [flush] * len(state) if isinstance(flush, bool) else list(flush)
         stopwatch = _Stopwatch(self.device, timing)
         images, streams = [], []
-        for i, frame in enumerate(per_stream("frames", frames, state)):
+        for i, frame in enumerate(per_stream("frames", list(frames), state)):
             size = (frame.shape[-2], frame.shape[-1])
             stream = state.streams[i]
             if stream is None or stream.size != size:
@@ -212,7 +212,7 @@ class Detector(nn.Module):
         *,
         budget: Budget | Selector = None,
         options: BudgetOptions | None = None,
-        rule: AnyRule = Rows(),
+        rule: AnyRule = DEFAULT_RULE,
         max_frames: int | None = None,
         short_side: int | None = None,
         long_side: int | None = None,
@@ -221,7 +221,7 @@ class Detector(nn.Module):
         shadow_every: int = 0,
         shadow_score: float = 0.5,
         timing: bool = False,
-    ) -> Stream[DetectorStream]:
+    ) -> Stream:
         """Detect in a video, lazily and in constant memory; see `eventful_det.runtime.stream.Stream`."""
         from eventful_det.runtime.stream import Stream
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
-from eventful_det.gating.windows import Grid
 from eventful_det.gating.state import TensorTree
+from eventful_det.gating.windows import Grid
 from eventful_det.models.cells import Layout, cells_run, convolve, layout_of
 from eventful_det.models.macs import level_sizes
 from eventful_det.models.pooling import pool_regions
@@ -26,6 +26,8 @@ from eventful_det.models.vitdet import SCALES, ConvNorm, ViTDetBackbone
 
 _STAGES = 4  # p2 to p5 are computed from the token map; p6 is every other cell of p5
 TOKEN = 16  # pixels along a side of a token
+
+
 @dataclass
 class HeadsState(TensorTree):
     """What the heads remember of a stream: maps of the levels p2 to p6, and the last proposals.
@@ -99,9 +101,7 @@ class ProposalsUpdate:
     predicted: int
 
 
-def refresh_pyramid(
-    backbone: ViTDetBackbone, tokens: Tensor, changed: Tensor, state: HeadsState
-) -> PyramidUpdate:
+def refresh_pyramid(backbone: ViTDetBackbone, tokens: Tensor, changed: Tensor, state: HeadsState) -> PyramidUpdate:
     """Recompute the cells of p2 to p6 that changed tokens reach.
 
     Args:

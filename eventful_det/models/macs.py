@@ -80,16 +80,9 @@ class HeadWeights:
 
     def macs(self, sizes: HeadSizes[N]) -> dict[str, N]:
         """MACs by part."""
-        rpn = sum(weight * size for weight, size in zip(self.rpn, sizes.rpn, strict=True))
-        pyramid = sum(
-            weight * size
-            for weight, size in zip(
-                self.sources + self.pyramid, sizes.sources + sizes.pyramid, strict=True
-            )
-        )
         return {
-            "pyramid": cast(N, pyramid),
-            "rpn": cast(N, rpn + self.predicted * sizes.predicted),
+            "pyramid": _total(self.sources + self.pyramid, sizes.sources + sizes.pyramid),
+            "rpn": _total(self.rpn, sizes.rpn) + self.predicted * sizes.predicted,
             "roi": self.regions * sizes.regions,
         }
 
@@ -99,6 +92,14 @@ class HeadWeights:
         tokens, cells = levels[2], sum(levels)
         sources = (tokens, tokens, tokens, levels[3])
         return self.macs(HeadSizes(sources, tuple(levels[:4]), (cells,) * len(self.rpn), cells, proposals))
+
+
+def _total(weights: tuple[int, ...], sizes: tuple[N, ...]) -> N:
+    """The sum of weights x sizes."""
+    total = weights[0] * sizes[0]
+    for weight, size in zip(weights[1:], sizes[1:], strict=True):
+        total = total + weight * size
+    return total
 
 
 def _stage_macs(stage: nn.Sequential) -> int:
@@ -167,7 +168,9 @@ class DetectorCosts:
         """The sizes, each `(n + 1,)`, from the ranks `(H, W)` of the tokens."""
         halved = -F.max_pool2d(-rank[None].float(), 2)[0].int()
         starts = (rank, rank, rank, halved)
-        spread = [start.repeat_interleave(s, 0).repeat_interleave(s, 1) for start, s in zip(starts, SCALES, strict=True)]
+        spread = [
+            start.repeat_interleave(s, 0).repeat_interleave(s, 1) for start, s in zip(starts, SCALES, strict=True)
+        ]
         levels = [_around(level) for level in spread]
         pyramid = tuple(_convolved(level, count) for level in levels)
         levels.append(levels[-1][::2, ::2])  # p6

@@ -127,14 +127,14 @@ class RoIHeads(nn.Module, ABC):
 
     def pool(self, levels: list[Tensor], proposals: list[Tensor]) -> Tensor:
         """Read each proposal from the level that suits its size, `(n, C, 7, 7)` (detectron2's ROIPooler)."""
-        rois = torch.cat([F.pad(boxes, (1, 0), value=float(i)) for i, boxes in enumerate(proposals)])
+        rois = torch.cat([F.pad(boxes.float(), (1, 0), value=float(i)) for i, boxes in enumerate(proposals)])
         level = level_of(rois[:, 1:], self.config.canonical_box)
         pooled = levels[0].new_zeros(rois.shape[0], levels[0].shape[1], POOL, POOL)
         for i in range(_POOLED_LEVELS):
             here = (level == i).nonzero().squeeze(1)
             if here.numel():
                 scale = 1.0 / STRIDES[i]
-                values = roi_align(levels[i], rois[here], POOL, scale, sampling_ratio=0, aligned=True)
+                values = roi_align(levels[i].float(), rois[here], POOL, scale, sampling_ratio=0, aligned=True)
                 pooled = pooled.index_copy(0, here, values.to(pooled.dtype))
         return pooled
 

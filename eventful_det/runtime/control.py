@@ -209,9 +209,7 @@ class Stepper(Generic[S]):
 class _Plan(Generic[S]):
     """Selects the tokens of one step, where the selector alone cannot."""
 
-    def __init__(
-        self, stepper: Stepper[S], due: Sequence[Due[S]], selector: Selector, bucket: TokenBucket
-    ) -> None:
+    def __init__(self, stepper: Stepper[S], due: Sequence[Due[S]], selector: Selector, bucket: TokenBucket) -> None:
         self.stepper, self.selector, self.bucket, self.options = stepper, selector, bucket, stepper.options
         self.sessions = [session for session, _ in due]
         self.priced = isinstance(selector.budget, (Gmacs, Latency))

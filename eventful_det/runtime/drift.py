@@ -98,9 +98,7 @@ class DriftMonitor(Generic[S]):
         self._detector, self._transform, self._every, self._score = detector, transform, every, score
         self.total = Drift()
 
-    def compare(
-        self, index: int, image: NDArray[np.uint8], detections: Detections, cost: FrameCost
-    ) -> Drift | None:
+    def compare(self, index: int, image: NDArray[np.uint8], detections: Detections, cost: FrameCost) -> Drift | None:
         """Compare a frame if it is one of those.
 
         Args:

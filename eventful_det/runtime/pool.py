@@ -19,11 +19,10 @@ import threading
 from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any
 
-from eventful_det.detectors.protocol import AnyRule, S, VideoDetector
+from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, S, VideoDetector
 from eventful_det.errors import UserError
-from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.control import Stepper
@@ -37,16 +36,16 @@ _PATIENCE = 0.5  # seconds to wait for a frame before looking again whether a st
 
 
 @dataclass
-class _Member(Generic[S]):
+class _Member:
     """A stream of the pool; its key frames come in the rounds r for which r modulo `hold` is `turn`."""
 
-    session: StreamSession[S]
+    session: StreamSession[Any]
     feed: Feed
     tally: Tally
     turn: int = 0
 
 
-class StreamPool(Iterator[list[StreamResult]], Generic[S]):
+class StreamPool(Iterator[list[StreamResult]]):
     """Detects in many streams at once. Streams may join and leave, and the budget may change, between any two rounds.
 
     `add`, `remove`, `metrics` and `budget` may be used from other threads than the one that runs the rounds.
@@ -74,20 +73,21 @@ class StreamPool(Iterator[list[StreamResult]], Generic[S]):
         *,
         budget: Budget | Selector = None,
         options: BudgetOptions | None = None,
-        rule: AnyRule = Rows(),
+        rule: AnyRule = DEFAULT_RULE,
         short_side: int | None = None,
         long_side: int | None = None,
         scene_cuts: bool = True,
         hold: int = 1,
         timing: bool = False,
     ) -> None:
-        self.detector, self.rule = detector, rule
+        self._detector: VideoDetector[Any] = detector
+        self.rule = rule
         self._transform = detector.input_transform.with_sides(short_side, long_side)
         self._scene_cuts, self._hold = scene_cuts, hold
         self._session("")  # raises where an option is out of its range
-        self._stepper = Stepper(detector, rule=rule, budget=budget, options=options, timing=timing)
+        self._stepper: Stepper[Any] = Stepper(detector, rule=rule, budget=budget, options=options, timing=timing)
         self._rounds = 0
-        self._members: dict[str, _Member[S]] = {}
+        self._members: dict[str, _Member] = {}
         self._departed: dict[str, Tally] = {}
         self._lock = threading.Lock()
         self._arrived = threading.Event()
@@ -181,23 +181,21 @@ class StreamPool(Iterator[list[StreamResult]], Generic[S]):
         for name in self.names:
             self._leave(name)
 
-    def __enter__(self) -> StreamPool[S]:
+    def __enter__(self) -> StreamPool:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _session(self, name: str) -> StreamSession[S]:
-        return StreamSession(
-            self.detector, self._transform, name=name, scene_cuts=self._scene_cuts, hold=self._hold
-        )
+    def _session(self, name: str) -> StreamSession[Any]:
+        return StreamSession(self._detector, self._transform, name=name, scene_cuts=self._scene_cuts, hold=self._hold)
 
     def _free_turn(self) -> int:
         """The turn that the fewest streams have."""
         taken = Counter(member.turn for member in self._members.values())
         return min(range(self._hold), key=lambda turn: taken[turn])
 
-    def _begin(self, member: _Member[S]) -> KeyFrame | StreamResult | None:
+    def _begin(self, member: _Member) -> KeyFrame | StreamResult | None:
         """The next frame of a stream; None if it has none, which may be because it just left."""
         try:
             frame = member.feed.poll()

@@ -5,28 +5,26 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator
-from typing import Generic
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eventful_det.data.video import VideoSource, open_source
-from eventful_det.detectors.protocol import AnyRule, S, VideoDetector
+from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, S, VideoDetector
 from eventful_det.errors import UserError
-from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.control import Stepper
 from eventful_det.runtime.drift import Drift, DriftMonitor
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
-
 Source = int | str | os.PathLike[str] | Iterable[NDArray[np.uint8]] | VideoSource
 """A video file, webcam number, RTSP or HTTP URL, image folder or glob, an iterable of `(h, w, 3)` uint8 RGB arrays, or
 an open `VideoSource`."""
 
 
-class Stream(Iterator[StreamResult], Generic[S]):
+class Stream(Iterator[StreamResult]):
     """Iterates over the results of one source, lazily; `budget` may be set between any two frames.
 
     Args:
@@ -55,7 +53,7 @@ class Stream(Iterator[StreamResult], Generic[S]):
         *,
         budget: Budget | Selector = None,
         options: BudgetOptions | None = None,
-        rule: AnyRule = Rows(),
+        rule: AnyRule = DEFAULT_RULE,
         max_frames: int | None = None,
         short_side: int | None = None,
         long_side: int | None = None,
@@ -67,11 +65,13 @@ class Stream(Iterator[StreamResult], Generic[S]):
     ) -> None:
         if shadow_every < 0:
             raise UserError(f"shadow_every must be a number of frames, or 0 for never, got {shadow_every}")
-        self.detector, self.rule, self.max_frames = detector, rule, max_frames
+        self.rule, self.max_frames = rule, max_frames
         transform = detector.input_transform.with_sides(short_side, long_side)
-        self._session = StreamSession(detector, transform, scene_cuts=scene_cuts, hold=hold)
-        self._stepper = Stepper(detector, rule=rule, budget=budget, options=options, timing=timing)
-        self._monitor = DriftMonitor(detector, transform, shadow_every, shadow_score) if shadow_every else None
+        self._session: StreamSession[Any] = StreamSession(detector, transform, scene_cuts=scene_cuts, hold=hold)
+        self._stepper: Stepper[Any] = Stepper(detector, rule=rule, budget=budget, options=options, timing=timing)
+        self._monitor: DriftMonitor[Any] | None = None
+        if shadow_every:
+            self._monitor = DriftMonitor(detector, transform, shadow_every, shadow_score)
         self._source = open_source(source)
         self._session.name = self._source.name
         self._frames = iter(self._source)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from eventful_det.errors import UserError
-from eventful_det.models.cost import FrameCost
-from eventful_det.models.roi_heads import Detections
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.detectors.results import FrameCost
+from eventful_det.detectors.results import Detections
+from eventful_det.runtime.session import StreamResult
 from eventful_det.runtime.tracking import Tracker
 
 COST = FrameCost({"backbone": 1}, {"backbone": 1}, 1, 1, False)
