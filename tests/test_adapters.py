@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from eventful_det.adapters import to_coco, to_record, to_supervision
+from eventful_det.detectors.results import Detections, FrameCost
 from eventful_det.errors import UserError
-from eventful_det.detectors.results import FrameCost
-from eventful_det.detectors.results import Detections
 from eventful_det.runtime.session import StreamResult
 
 NAMES = ("cat", "dog")

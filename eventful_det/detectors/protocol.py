@@ -165,7 +165,7 @@ class VideoDetector(Protocol[S]):
             frames: `(3, h, w)` of each stream, RGB in [0, 1]; sizes may differ.
             state: of the streams, updated in place. A frame of a new size flushes its stream alone.
             rule: how tokens are recomputed.
-            selector: which tokens are recomputed.
+            selector: which tokens are recomputed; asked about all streams together that are not recomputed in full.
             flush: streams to recompute in full.
             timing: measure the seconds of each part, for which a GPU is waited for once per step.
         """

@@ -106,7 +106,7 @@ def due_tokens(age: Tensor, max_age: int) -> Tensor:
     In the last S = `max_age` / 4 frames before their time tokens are renewed oldest first, N / S at once, so that even
     if all N are equally old, as after a flush, the last are just in time.
 
-    Example: of six tokens, all 9 frames old, with `max_age` 12, two are due on each of the next three frames.
+    Example: of six tokens, all 10 frames old, with `max_age` 12, two are due on each of the next three frames.
     """
     due = torch.zeros_like(age, dtype=torch.bool)
     if max_age:

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from eventful_det.gating.anatomy import anatomy_of, relative_table, resize_positions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import plain, sam
@@ -17,7 +18,6 @@ from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 from torch import nn
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import anatomy_of, relative_table, resize_positions
 from eventful_det.gating.windows import relative_bias, relative_places, relative_terms, windows_of
 
 CPU = torch.device("cpu")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from eventful_det.gating.policy import Focus, GateInput, Policy, RandomK, Threshold, TopFraction, TopK, select_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.policy import Focus, GateInput, Policy, RandomK, Threshold, TopFraction, TopK, select_all
 
 QUICK = settings(max_examples=80, deadline=None)
 # Few distinct values, so that ties are common.

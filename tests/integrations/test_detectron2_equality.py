@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from eventful_det.gating.policy import Threshold, TopFraction
 from torch import Tensor, nn
 from zoo_files import Zoo, official_tensors
 
@@ -19,7 +20,6 @@ from eventful_det.data.transforms import fit_size, resize, to_tensor
 from eventful_det.data.video import open_source
 from eventful_det.gating.convert import Rule
 from eventful_det.gating.paper import Paper
-from eventful_det.gating.policy import Threshold, TopFraction
 from eventful_det.gating.rows import Rows
 from eventful_det.models.checkpoints import load_detector, read_weights, save_detectron2
 from eventful_det.models.config import ModelConfig, vitdet_b_vid, vitdet_tiny

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from eventful_det.gating.policy import GateInput, Threshold, TopFraction, select_all
 from torch import Tensor
 
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import Rule
 from eventful_det.gating.paper import Paper
-from eventful_det.gating.policy import GateInput, Threshold, TopFraction, select_all
 from eventful_det.gating.rows import Rows
 from eventful_det.models.config import vitdet_tiny
 from eventful_det.models.saliency import token_saliency

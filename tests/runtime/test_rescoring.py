@@ -10,9 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eventful_det.detectors.results import Detections, FrameCost
 from eventful_det.errors import UserError
-from eventful_det.detectors.results import FrameCost
-from eventful_det.detectors.results import Detections
 from eventful_det.runtime.rescoring import Objects, Rescorer, Rescoring, rescore
 from eventful_det.runtime.session import StreamResult
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from eventful_det.detectors.results import Detections, FrameCost
 from eventful_det.errors import UserError
-from eventful_det.detectors.results import FrameCost
-from eventful_det.detectors.results import Detections
 from eventful_det.runtime.session import StreamResult
 from eventful_det.runtime.tracking import Tracker
 

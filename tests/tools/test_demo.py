@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from eventful_det.gating.policy import Focus, RandomK, Threshold, TopK
 from omegaconf import DictConfig, OmegaConf
 from running import ENVIRONMENT, ROOT, compose_config, import_tool
 from servers import Server, why_not
@@ -31,7 +32,6 @@ from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoFrame, VideoSource, open_source
 from eventful_det.errors import UserError
 from eventful_det.gating.paper import Paper
-from eventful_det.gating.policy import Focus, RandomK, Threshold, TopK
 from eventful_det.gating.rows import Rows
 from eventful_det.models.checkpoints import save_detector
 from eventful_det.models.detector import Detector

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from eventful_det.gating.anatomy import anatomy_of
+from eventful_det.gating.policy import Focus, Policy, RandomK, Threshold, TopFraction, TopK, select_all
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import anatomy_of
 from eventful_det.gating.convert import eventify
-from eventful_det.gating.policy import Focus, Policy, RandomK, Threshold, TopFraction, TopK, select_all
 from eventful_det.gating.rows import Rows
 from eventful_det.training.eventful import gated_tokens
 
