@@ -6,6 +6,7 @@ the same functions, and equal what `torch.utils.flop_counter` sees. Sums without
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from typing import Literal
@@ -236,7 +237,7 @@ class PaperSizes:
 def paper_macs(
     shape: ViTShape,
     grid: Grid,
-    blocks: tuple[PaperSizes, ...],
+    blocks: Sequence[PaperSizes],
     ablation: Ablation = "full",
     pool: int = 1,
     flush: bool = False,
@@ -250,39 +251,35 @@ def paper_macs(
         ablation, pool: as for `Paper`.
         flush: whether everything was computed and nothing compared.
     """
-    tokens, dim = grid[0] * grid[1], shape.dim
-    macs = Macs(linear=tokens * shape.pixels * dim)
+    macs = Macs(linear=grid[0] * grid[1] * shape.pixels * shape.dim)
     for i, sizes in enumerate(blocks):
-        linear = (3 * sizes.qkv + sizes.proj) * dim**2 + sizes.mlp * (shape.weights - 4 * dim**2)
-        compared = 0 if flush else 3 * (shape.prefix + tokens) * dim
-        macs += Macs(linear=linear, gate=compared)
-        if shape.is_windowed(i):
-            slots = padded_tokens(shape, grid)
-            macs += window_attention_macs(shape, slots, slots)
-        else:
-            macs += paper_attention_macs(shape, grid, sizes, ablation, pool, flush)
+        macs += paper_block_macs(shape, grid, shape.is_windowed(i), sizes, ablation, pool, flush)
     return macs
 
 
-def paper_attention_macs(
-    shape: ViTShape, grid: Grid, sizes: PaperSizes, ablation: Ablation, pool: int, flush: bool
+def paper_block_macs(
+    shape: ViTShape, grid: Grid, windowed: bool, sizes: PaperSizes, ablation: Ablation, pool: int, flush: bool
 ) -> Macs:
-    """Attention of one global block of the `Paper` rule (section 4.2)."""
-    length = shape.prefix + grid[0] * grid[1]
+    """The cost of one block of the `Paper` rule; see `paper_macs`."""
+    length, dim = shape.prefix + grid[0] * grid[1], shape.dim
+    linear = (3 * sizes.qkv + sizes.proj) * dim**2 + sizes.mlp * (shape.weights - 4 * dim**2)
+    macs = Macs(linear=linear, gate=0 if flush else 3 * length * dim)
+    if windowed:
+        slots = padded_tokens(shape, grid)
+        return macs + window_attention_macs(shape, slots, slots)
     keys = length // pool**2
-    whole = length * keys
-    scores = mixed = whole
+    scores = mixed = length * keys
     if ablation != "tokenwise" and not flush:
         scores = sizes.qkv * keys + sizes.cells * length  # rows and columns of QK^T
-        mixed = whole if ablation == "qk" else 2 * sizes.cells * length  # A_new dV + dA V_old
-    return attention_macs(shape, scores, mixed, length, (grid[0] // pool, grid[1] // pool))
+        mixed = length * keys if ablation == "qk" else 2 * sizes.cells * length  # A_new dv + dA v_old
+    return macs + attention_macs(shape, scores, mixed, length, (grid[0] // pool, grid[1] // pool))
 
 
-def paper_sizes(grid: Grid, selected: int, pool: int = 1, prefix: int = 0) -> PaperSizes:
-    """What the `Paper` rule will do in a block if every gate lets `selected` tokens through, scattered at random."""
-    selected = min(selected, prefix + grid[0] * grid[1])
+def paper_sizes(shape: ViTShape, grid: Grid, selected: int, pool: int = 1) -> tuple[PaperSizes, ...]:
+    """What the `Paper` rule will do if every gate lets `selected` tokens through, scattered at random."""
+    selected = min(selected, shape.prefix + grid[0] * grid[1])
     cells = selected if pool == 1 else round(expected_cells(grid, selected, pool))
-    return PaperSizes(selected, selected, selected, cells)
+    return (PaperSizes(selected, selected, selected, cells),) * shape.depth
 
 
 def expected_cells(grid: Grid, selected: int, pool: int) -> float:

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from eventful_det.gating.policy import GateInput, Policy, Threshold, TopFraction, TopK, select_all
 from networks import clip, dense_tokens, error, plain, sam
 from torch import nn
 
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import EventfulViT, Rule, eventify
 from eventful_det.gating.paper import Paper
+from eventful_det.gating.policy import GateInput, Policy, Threshold, TopFraction, TopK, select_all
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.update import Update
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from eventful_det.gating.anatomy import anatomy_of
-from eventful_det.gating.policy import Threshold, TopK, select_all
 from networks import clip, error, randomise, run
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
+from eventful_det.gating.anatomy import anatomy_of
 from eventful_det.gating.convert import Rule, eventify
 from eventful_det.gating.paper import Paper
+from eventful_det.gating.policy import Threshold, TopK, select_all
 from eventful_det.gating.rows import Rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

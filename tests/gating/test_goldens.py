@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from eventful_det.gating.closed_form import ViTShape, dense_counts, paper_counts
-from eventful_det.gating.policy import GateInput, Threshold, TopK
 from running import run
 from torch import Tensor
 
+from eventful_det.gating.closed_form import ViTShape, dense_counts, paper_counts
+from eventful_det.gating.policy import GateInput, Threshold, TopK
 from eventful_det.testing.check_goldens import main
 from eventful_det.testing.goldens import Recorded
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from eventful_det.gating.anatomy import Anatomy, Block, anatomy_of, relative_table
-from eventful_det.gating.paper_attention import attend_windows
-from eventful_det.gating.paper_products import accumulate, empty_mixture, empty_products, multiply
-from eventful_det.gating.paper_scores import Scores
-from eventful_det.gating.policy import GateInput, Policy, RandomK, Threshold, TopFraction, TopK, select_all
 from networks import randomise
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
+from eventful_det.gating.anatomy import Anatomy, Block, anatomy_of, relative_table
 from eventful_det.gating.convert import eventify
 from eventful_det.gating.paper import Paper, PaperState
+from eventful_det.gating.paper_attention import attend_windows
+from eventful_det.gating.paper_products import accumulate, empty_mixture, empty_products, multiply
+from eventful_det.gating.paper_scores import Scores
+from eventful_det.gating.policy import GateInput, Policy, RandomK, Threshold, TopFraction, TopK, select_all
 from eventful_det.gating.state import State
 
 ABLATIONS = ("full", "qk", "tokenwise")

@@ -7,9 +7,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from eventful_det.gating.anatomy import anatomy_of
-from eventful_det.gating.policy import GateInput, Policy, RandomK, Threshold, TopFraction, TopK, select_all
-from eventful_det.gating.rows_attention import Queries, most_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import clip, dense_tokens, error, plain, randomise, run, sam
@@ -20,8 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from eventful_det.errors import UserError
+from eventful_det.gating.anatomy import anatomy_of
 from eventful_det.gating.convert import eventify
+from eventful_det.gating.policy import GateInput, Policy, RandomK, Threshold, TopFraction, TopK, select_all
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.rows_attention import Queries, most_tiles
 from eventful_det.gating.windows import windows_of
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {

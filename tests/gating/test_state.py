@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from eventful_det.gating.policy import Threshold, TopK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import clip, plain, sam
@@ -16,6 +15,7 @@ from torch import Tensor
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import Rule, eventify
 from eventful_det.gating.paper import Paper
+from eventful_det.gating.policy import Threshold, TopK
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.state import State, TensorTree
 

@@ -94,34 +94,40 @@ def _update_scores(
     scores: Tensor, q: Tensor, k: Tensor, terms: Tensor | None, keys: Grid, rows: Tensor, columns: Tensor
 ) -> None:
     """The query-key product: compute the rows of refreshed queries and the columns of refreshed keys anew."""
-    scale = q.shape[-1] ** -0.5
-    new = scale * q.index_select(1, rows) @ k.mT  # (heads, r, M)
+    q = q * q.shape[-1] ** -0.5
+    new = q.index_select(1, rows) @ k.mT  # (heads, r, M)
     if terms is not None:
         new += relative_bias(terms.index_select(1, rows), keys)
     scores.index_copy_(1, rows, new.to(scores.dtype))
-    new = scale * q @ k.index_select(1, columns).mT  # (heads, L, c)
+    new = q @ k.index_select(1, columns).mT  # (heads, L, c)
     if terms is not None:
         along_y, along_x = terms.split(list(keys), dim=-1)
-        new += along_y.index_select(2, columns // keys[1]) + along_x.index_select(2, columns % keys[1])
+        new += _columns(along_y, columns // keys[1]) + _columns(along_x, columns % keys[1])
     scores.index_copy_(2, columns, new.to(scores.dtype))
 
 
 def _mix(state: ProductState, v: Tensor, columns: Tensor, flush: bool) -> Tensor:
     """The attention-value product, by accumulating differences: A v += A_new dv + dA v_old."""
-    weights = state.scores.softmax(-1)
     if state.weights is None or state.values is None or state.product is None:
-        return weights @ v
+        return state.scores.softmax(-1) @ v
     if flush:
-        state.weights.copy_(weights)
+        state.weights.copy_(state.scores.softmax(-1))
         state.values.copy_(v)
-        state.product.copy_(weights @ v)
+        state.product.copy_(state.weights @ v)
         return state.product
-    new_weights, new_values = weights.index_select(2, columns), v.index_select(1, columns)
-    old_weights, old_values = state.weights.index_select(2, columns), state.values.index_select(1, columns)
+    # The softmax of the columns of refreshed keys alone. Head by head, intermediate results stay in the CPU's cache.
+    normaliser = torch.stack([head.logsumexp(-1, keepdim=True) for head in state.scores])  # (heads, L, 1)
+    new_weights, new_values = (_columns(state.scores, columns) - normaliser).exp(), v.index_select(1, columns)
+    old_weights, old_values = _columns(state.weights, columns), state.values.index_select(1, columns)
     state.product += new_weights @ (new_values - old_values) + (new_weights - old_weights) @ old_values
     state.weights.index_copy_(2, columns, new_weights)
     state.values.index_copy_(1, columns, new_values)
     return state.product
+
+
+def _columns(x: Tensor, index: Tensor) -> Tensor:
+    """Columns `(heads, L, c)` of `(heads, L, M)`; much faster than `index_select` along the last axis."""
+    return x.gather(2, index.expand(*x.shape[:2], -1))
 
 
 def position_terms(q: Tensor, block: Block, shape: Grid, pool: int) -> Tensor | None:

@@ -6,17 +6,6 @@ import math
 
 import pytest
 import torch
-from eventful_det.gating.anatomy import Anatomy, anatomy_of
-from eventful_det.gating.closed_form import (
-    ViTShape,
-    WindowLoad,
-    dense_counts,
-    paper_counts,
-    rows_counts,
-    spared_windows,
-)
-from eventful_det.gating.cost import Counts
-from eventful_det.gating.policy import GateInput, RandomK, select_all
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
@@ -27,7 +16,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eventful_det.errors import UserError
 from eventful_det.gating import closed_form
+from eventful_det.gating.anatomy import Anatomy, anatomy_of
+from eventful_det.gating.closed_form import (
+    ViTShape,
+    WindowLoad,
+    dense_counts,
+    paper_counts,
+    rows_counts,
+    spared_windows,
+)
+from eventful_det.gating.cost import Counts
 from eventful_det.gating.paper import Paper
+from eventful_det.gating.policy import GateInput, RandomK, select_all
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.update import Update
 from eventful_det.gating.windows import windows_of
