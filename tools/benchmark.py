@@ -39,11 +39,11 @@ from rich.table import Table
 from torch import Tensor
 
 from eventful_det.errors import UserError
+from eventful_det.evaluation.efficiency import Spread
 from eventful_det.evaluation.official_code import OfficialCode
 from eventful_det.evaluation.summary import jsonable
 from eventful_det.evaluation.timing import (
     Operation,
-    Spread,
     Timed,
     attention_kernels,
     paired_ratios,

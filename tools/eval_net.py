@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from typing import Any
 import hydra
 import torch
 import torch.distributed as dist
-from common import build_rule, choose_device, console, tool, write_results
+from common import build_gate, choose_device, console, tool, write_results
 from eval_methods import chosen, sweep_methods
 from omegaconf import DictConfig
 from rich import box
@@ -52,14 +53,12 @@ from eventful_det.errors import UserError
 from eventful_det.evaluation import report
 from eventful_det.evaluation.detection import ENOUGH, labelled_frames
 from eventful_det.evaluation.flushes import ap50_since_flush
-from eventful_det.evaluation.rescored import rescored
 from eventful_det.evaluation.runs import Method, MethodRun
 from eventful_det.evaluation.store import ResultStore, file_hash
 from eventful_det.evaluation.summary import Row, jsonable, row_of
 from eventful_det.evaluation.sweep import collect, complete, first
 from eventful_det.models.checkpoints import DEFAULT, find_weights, load_detector
 from eventful_det.models.detector import Detector
-from eventful_det.runtime.rescoring import Rescoring
 
 READERS = 4  # threads that read frames ahead for a GPU; on a CPU they would take time from what is measured
 REASONS = 20  # of skipped frames that results.json quotes
@@ -76,10 +75,10 @@ NOTE = (
 def evaluate_single(config: DictConfig, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
     """Evaluate the rule of the gate group."""
     labelled_frames(data)
-    rule, options = build_rule(config.gate), config.eval
-    name = "dense" if rule is None else config.gate.rule
-    method = Method(name, None, rule, options.hold, options.scale, options.square)
-    run = gather(config, complete_all(config, detector, data, [method]), method, data)
+    gate, options = build_gate(config.gate), config.eval
+    ways = {"hold": options.hold, "scale": options.scale, "square": options.square, "rescore": config.rescore}
+    method = Method(config.gate.rule, None, gate.rule, gate.selector, **ways)
+    run = collect(complete_all(config, detector, data, [method]), method, data)
     scores = run.scores()
     row = row_of(run, scores)
     (directory / "coco_results.json").write_text(json.dumps(run.results) + "\n")
@@ -102,18 +101,18 @@ def evaluate_single(config: DictConfig, detector: Detector, data: CocoVideo, dir
 
 def evaluate_sweep(config: DictConfig, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
     """Evaluate all curves in one run."""
-    methods = sweep_methods(config.eval)
+    methods = [replace(method, rescore=config.rescore) for method in sweep_methods(config.eval)]
     if config.eval.only is not None:
         complete_all(config, detector, data, chosen(methods, config.eval.only))
         console.print(f"{config.eval.only}: kept in {directory}; the command without eval.only makes the table")
         return {}
     store = complete_all(config, detector, data, methods)
     dense = next((method for method in methods if method.is_dense), None)
-    reference = None if dense is None else gather(config, store, dense, data)
+    reference = None if dense is None else collect(store, dense, data)
     rows: list[Row] = []
     skipped: dict[int, str] = {}
     for method in track(methods, "scoring", console=console, transient=True):  # one by one, for the memory's sake
-        run = reference if method is dense and reference else gather(config, store, method, data)
+        run = reference if method is dense and reference else collect(store, method, data)
         rows.append(row_of(run, run.scores(), reference))
         skipped |= run.skipped
     report.write_csv(rows, directory / "sweep.csv")
@@ -162,12 +161,6 @@ def complete_all(config: DictConfig, detector: Detector, data: CocoVideo, method
             sys.exit()
         complete(detector, data, methods, store, **options)  # what another process could not keep
     return store
-
-
-def gather(config: DictConfig, store: ResultStore, method: Method, data: CocoVideo) -> MethodRun:
-    """What a method did, with the scores that the config asks for."""
-    run = collect(store, method, data)
-    return rescored(run, Rescoring()) if config.rescore else run
 
 
 def _by_video(run: MethodRun) -> list[dict[str, Any]]:

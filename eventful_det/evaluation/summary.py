@@ -101,7 +101,7 @@ def evaluate_detector(
     workers: int = 0,
     scene_cuts: bool = True,
     on_frame: Callable[[Method], None] | None = None,
-) -> dict[str, float | int | str | None | dict[str, float]]:
+) -> dict[str, Any]:
     """Run and score a detector in one way.
 
     Args:
