@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 from common import write_results
-from eventful_det.detectors.results import FrameCost
 from numpy.typing import NDArray
 
 from eventful_det.adapters import to_record
 from eventful_det.data.video_writer import VideoWriter
+from eventful_det.detectors.results import FrameCost
 from eventful_det.errors import UserError
 from eventful_det.runtime.session import StreamResult
 from eventful_det.viz import Caption, annotate, cost_row, plot_cost

@@ -22,7 +22,6 @@ import json
 import os
 import platform
 import sys
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -76,9 +75,9 @@ def evaluate_single(config: DictConfig, detector: Detector, data: CocoVideo, dir
     """Evaluate the rule of the gate group."""
     labelled_frames(data)
     gate, options = build_gate(config.gate), config.eval
-    ways = {"hold": options.hold, "scale": options.scale, "square": options.square, "rescore": config.rescore}
+    ways = {"hold": options.hold, "scale": options.scale, "square": options.square}
     method = Method(config.gate.rule, None, gate.rule, gate.selector, **ways)
-    run = collect(complete_all(config, detector, data, [method]), method, data)
+    run = gather(config, complete_all(config, detector, data, [method]), method, data)
     scores = run.scores()
     row = row_of(run, scores)
     (directory / "coco_results.json").write_text(json.dumps(run.results) + "\n")
@@ -101,18 +100,18 @@ def evaluate_single(config: DictConfig, detector: Detector, data: CocoVideo, dir
 
 def evaluate_sweep(config: DictConfig, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
     """Evaluate all curves in one run."""
-    methods = [replace(method, rescore=config.rescore) for method in sweep_methods(config.eval)]
+    methods = sweep_methods(config.eval)
     if config.eval.only is not None:
         complete_all(config, detector, data, chosen(methods, config.eval.only))
         console.print(f"{config.eval.only}: kept in {directory}; the command without eval.only makes the table")
         return {}
     store = complete_all(config, detector, data, methods)
     dense = next((method for method in methods if method.is_dense), None)
-    reference = None if dense is None else collect(store, dense, data)
+    reference = None if dense is None else gather(config, store, dense, data)
     rows: list[Row] = []
     skipped: dict[int, str] = {}
     for method in track(methods, "scoring", console=console, transient=True):  # one by one, for the memory's sake
-        run = reference if method is dense and reference else collect(store, method, data)
+        run = reference if method is dense and reference else gather(config, store, method, data)
         rows.append(row_of(run, run.scores(), reference))
         skipped |= run.skipped
     report.write_csv(rows, directory / "sweep.csv")
@@ -161,6 +160,12 @@ def complete_all(config: DictConfig, detector: Detector, data: CocoVideo, method
             sys.exit()
         complete(detector, data, methods, store, **options)  # what another process could not keep
     return store
+
+
+def gather(config: DictConfig, store: ResultStore, method: Method, data: CocoVideo) -> MethodRun:
+    """What a method did, with the scores that the config asks for."""
+    run = collect(store, method, data)
+    return run.rescored() if config.rescore else run
 
 
 def _by_video(run: MethodRun) -> list[dict[str, Any]]:

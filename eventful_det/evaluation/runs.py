@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from eventful_det.data.coco_video import CocoVideo, Video
 from eventful_det.detectors.protocol import AnyRule
 from eventful_det.detectors.results import FrameCost
-from eventful_det.evaluation.detection import DetectionScores, Entry, evaluate
+from eventful_det.evaluation.detection import DetectionScores, Entry, detections_of, evaluate
 from eventful_det.evaluation.efficiency import Efficiency, summarise
 from eventful_det.evaluation.flushes import frames_since_flush
 from eventful_det.evaluation.ilsvrc import VidScores, vid_scores
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import Budget, Selector
+from eventful_det.runtime.rescoring import Objects, Rescoring, rescore
 
 DENSE = "dense"  # the curve that all others are compared with
 SESSION = uuid.uuid4().hex  # of this process; times are compared only within one
@@ -32,7 +35,6 @@ class Method:
         hold: run on every n-th frame only and hold its boxes in between.
         scale: of the network's input, relative to the model's own.
         square: frames are padded to a square, as the official code of Eventful Transformers does.
-        rescore: judge boxes by the last frames, see `eventful_det.runtime.rescoring`.
     """
 
     curve: str
@@ -42,7 +44,6 @@ class Method:
     hold: int = 1
     scale: float = 1.0
     square: bool = False
-    rescore: bool = False
 
     @property
     def name(self) -> str:
@@ -139,3 +140,23 @@ class MethodRun:
             since = frames_since_flush(cost.flush for cost in run.costs)
             ages |= {frame.image_id: age for frame, age in zip(run.video.frames, since, strict=True)}
         return ages
+
+    def rescored(self) -> MethodRun:
+        """The same run with the scores that `eventful_det.runtime.rescoring` gives, video by video."""
+        return dataclasses.replace(self, videos=[_rescored(run) for run in self.videos])
+
+
+def _rescored(run: VideoRun) -> VideoRun:
+    by_image: dict[int, list[Entry]] = defaultdict(list)
+    for entry in run.results:
+        by_image[entry["image_id"]].append(entry)
+    results: list[Entry] = []
+    objects: Objects | None = None
+    scores: list[float] = []
+    for frame, cost, latency in zip(run.video.frames, run.costs, run.latencies, strict=True):
+        entries = by_image[frame.image_id]
+        if latency:  # the detector ran
+            new, objects = rescore(detections_of(entries), None if cost.flush else objects, Rescoring())
+            scores = new.tolist()
+        results += [entry | {"score": score} for entry, score in zip(entries, scores, strict=True)]
+    return dataclasses.replace(run, results=results)

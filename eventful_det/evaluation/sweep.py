@@ -27,7 +27,6 @@ from eventful_det.evaluation.store import MemoryStore, Store
 from eventful_det.gating.selector import Gmacs, Latency
 from eventful_det.runtime.budget import selector_for
 from eventful_det.runtime.control import Stepper
-from eventful_det.runtime.rescoring import Rescorer
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
 _WARM_UP = 2  # frames run before anything is timed: one flush, one update
@@ -156,7 +155,7 @@ def run_videos(
             for item in batch:
                 if item.is_first:
                     session = StreamSession(detector, transform, scene_cuts=scene_cuts, hold=method.hold)
-                    running[item.slot] = _Running(item.video, session, categories, method.rescore)
+                    running[item.slot] = _Running(item.video, session, categories)
                 run = running[item.slot]
                 if item.image is None:
                     run.skipped[item.frame.image_id] = item.fault
@@ -183,9 +182,8 @@ def run_videos(
 class _Running(Generic[S]):
     """A video on its way. Numbers, not tensors, outlive a frame: they would fragment the heap."""
 
-    def __init__(self, video: Video, session: StreamSession[S], categories: Sequence[int], rescore: bool) -> None:
+    def __init__(self, video: Video, session: StreamSession[S], categories: Sequence[int]) -> None:
         self.video, self.session, self.categories = video, session, categories
-        self.rescorer = Rescorer() if rescore else None
         self.frames: list[Frame] = []
         self.results: list[Entry] = []
         self.costs: list[FrameCost] = []
@@ -194,9 +192,8 @@ class _Running(Generic[S]):
 
     def add(self, frame: Frame, result: StreamResult, cost: FrameCost, latency: float = 0.0) -> None:
         """Record a frame."""
-        detections = (result if self.rescorer is None else self.rescorer(result)).detections
         self.frames.append(frame)
-        self.results += coco_results({frame.image_id: detections}, self.categories)
+        self.results += coco_results({frame.image_id: result.detections}, self.categories)
         self.costs.append(cost)
         self.latencies.append(latency)
 

@@ -35,7 +35,6 @@ METHODS = [
     Method("random", 0.25, Rows(), Selector(RandomOrder(), 0.25)),
     Method("paper", 0.25, Paper(), TopFraction(0.25)),
     Method("held", 2, Rows(), TopFraction(0.5), hold=2),
-    Method("rescored", 0.25, Rows(), budget=0.25, rescore=True),
     Method("small", 0.5, scale=0.5),
 ]
 SQUARE = Method("square", None, Rows(), TopFraction(0.5), square=True)
@@ -86,7 +85,7 @@ def test_equals_the_stream_of_the_library(tiny_detector: Detector, data: CocoVid
             rule=method.rule,
             budget=method.budget,
         )
-        found = list(map(Rescorer(), stream) if method.rescore else stream)
+        found = list(stream)
         detections = {f.image_id: r.detections for f, r in zip(video.frames, found, strict=True)}
         costs = [dataclasses.replace(result.cost, seconds={}) for result in found]
         run = runs[video.id]
@@ -101,6 +100,22 @@ def test_videos_do_not_share_a_budget_of_a_step(tiny_detector: Detector, data: C
     assert all(cost.flush or cost.total <= 0.03e9 for cost in costs)
     with pytest.raises(UserError, match="streams=1"):
         next(run_videos(tiny_detector, data, method, streams=2))
+
+
+@pytest.mark.parametrize("hold", [1, 2])
+def test_rescored_runs_equal_what_a_stream_would_have_shown(
+    tiny_detector: Detector, data: CocoVideo, hold: int
+) -> None:
+    (run,) = run_methods(tiny_detector, data, [Method("default", 0.25, Rows(), 0.25, hold=hold)])
+    after = run.rescored()
+    for old, new, video in zip(run.videos, after.videos, data.videos, strict=True):
+        images = [cv2.imread(str(data.image_path(frame)))[..., ::-1].copy() for frame in video.frames]
+        shown = map(Rescorer(), tiny_detector.stream(images, budget=0.25, hold=hold))
+        for frame, result in zip(video.frames, shown, strict=True):
+            scores = sorted((e["score"] for e in new.results if e["image_id"] == frame.image_id), reverse=True)
+            assert scores == pytest.approx(result.detections.scores.tolist(), abs=1e-3)
+        assert [entry["bbox"] for entry in new.results] == [entry["bbox"] for entry in old.results]
+    assert after.results != run.results
 
 
 def test_boxes_of_a_square_lie_in_the_frame(tiny_detector: Detector, data: CocoVideo) -> None:
