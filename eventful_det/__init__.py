@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from eventful_det.gating.selector import Latency as Latency
     from eventful_det.gating.selector import RandomOrder as RandomOrder
     from eventful_det.gating.selector import Selector as Selector
+    from eventful_det.gating.selector import Threshold as Threshold
+    from eventful_det.gating.selector import TopFraction as TopFraction
+    from eventful_det.gating.selector import TopK as TopK
     from eventful_det.models.checkpoints import load_detector as load_detector
     from eventful_det.models.detector import Detector as Detector
     from eventful_det.runtime.budget import BudgetOptions as BudgetOptions
@@ -53,6 +56,9 @@ _PUBLIC = {
     "Latency": "eventful_det.gating.selector",
     "RandomOrder": "eventful_det.gating.selector",
     "Selector": "eventful_det.gating.selector",
+    "Threshold": "eventful_det.gating.selector",
+    "TopFraction": "eventful_det.gating.selector",
+    "TopK": "eventful_det.gating.selector",
     "load_detector": "eventful_det.models.checkpoints",
     "Detector": "eventful_det.models.detector",
     "BudgetOptions": "eventful_det.runtime.budget",

@@ -67,13 +67,9 @@ class InputTransform:
         """The same transform to squares."""
         return dataclasses.replace(self, square=True)
 
-    def resize(self, image: Image) -> Image:
-        """A frame `(h, w, 3)` in the size of the input, before it is padded."""
-        return resize(image, *self._size(image))
-
     def __call__(self, image: Image) -> Tensor:
         """A frame `(h, w, 3)` as input `(3, h', w')`, RGB in [0, 1]. Resized frames are not resized again."""
-        frame = to_tensor(self.resize(image))
+        frame = to_tensor(resize(image, *self._size(image)))
         if not self.square:
             return frame
         height, width = frame.shape[1:]

@@ -55,8 +55,8 @@ class IncrementalHeads:
         if state is None:
             state = init_heads(self._pyramid, self._proposals, update.tokens)
             changed = torch.arange(len(update.work), device=update.tokens.device)
-        cells, _ = refresh_pyramid(self._pyramid, update.tokens, changed, state)
-        refresh_proposals(self._proposals, state, cells)
+        pyramid = refresh_pyramid(self._pyramid, update.tokens, changed, state)
+        refresh_proposals(self._proposals, state, pyramid.cells)
         return state
 
     def read(self, state: HeadsState, images: ImageList) -> tuple[Features, list[Instances]]:
