@@ -156,7 +156,7 @@ class Rows:
             rows = now.index_select(0, index)  # (r, P or D)
             state.frame += 1
             state.age.add_(1).index_fill_(0, index, 1)
-            state.reference.index_copy_(0, index, rows)
+            state.reference.index_copy_(0, index, rows.to(state.reference.dtype))
             selections.append(_Selection(vit, index, rows, state, static))
         busy = [selection for selection in selections if len(selection.index)]
         for group in [[one] for one in busy] if self.exact else [busy] if busy else []:

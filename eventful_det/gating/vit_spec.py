@@ -60,7 +60,8 @@ class Block:
 
     def padding_qkv(self) -> Tensor:
         """qkv of a padded token, which is zero after the norm, `(3, heads, d)`."""
-        return self.qkv(self.weight.new_zeros(1, self.dim))[0]
+        biases = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach() for x in self.layers[0]]
+        return torch.cat(biases).view(3, self.heads, -1)
 
     def tables(self, shape: Grid) -> list[Tensor]:
         """Relative position tables along y and x for windows of `shape` tokens; or none. See `resize_table`."""

@@ -25,13 +25,15 @@ class PaperBlockState(TensorTree):
 
     Attributes:
         qkv, proj, mlp: its three gated operations.
-        products: what is remembered of the attention of a global block, or None.
+        products: what is remembered of the attention of a global block; None in windowed blocks, or if nothing is.
+        padding: `(3 D,)` qkv of padded tokens of windows, taken from the network at a flush.
     """
 
     qkv: GateState
     proj: GateState
     mlp: GateState
     products: ProductState | None
+    padding: Tensor
 
 
 @dataclass
@@ -113,6 +115,7 @@ class Paper:
                     products=None
                     if block.window
                     else init_products(block, length, length // self.pool**2, self.ablation),
+                    padding=zeros(3 * block.dim),
                 )
                 for block in blocks
             ],
@@ -191,9 +194,11 @@ class Paper:
             return index
 
         operations = (block.qkv, block.proj, block.mlp)
+        if stream.frame == 0:
+            state.padding.copy_(block.padding_qkv().flatten())
         index = gated(0, state.qkv, x, block.norm1)
         if block.window:
-            attended, cells = attend_windows(block, state.qkv.buffer, stream.grid), 0
+            attended, cells = attend_windows(block, state.qkv.buffer, state.padding, stream.grid), 0
         else:
             attended, cells = attend_frame(
                 block, state.qkv.buffer, state.products, index, stream.grid, self.pool, flush=stream.frame == 0
