@@ -54,6 +54,11 @@ class Block:
         return self.layers[0][0].in_features
 
     @property
+    def weights(self) -> tuple[int, ...]:
+        """Weights of the linear layers of qkv, proj and mlp."""
+        return tuple(sum(layer.weight.numel() for layer in layers) for layers in self.layers)
+
+    @property
     def weight(self) -> Tensor:
         """A parameter, for its device and type."""
         return self.layers[0][0].weight
@@ -126,13 +131,13 @@ class ViTSpec:
         Raises:
             UserError: the blocks differ in more than being windowed or global.
         """
-        sizes = {(b.heads, _weights(b), b.rel_pos is None) for b in self.blocks}
+        sizes = {(b.heads, b.weights, b.rel_pos is None) for b in self.blocks}
         _require(len(sizes) == 1, "a network whose blocks differ in more than their windows")
         return ViTShape(
             depth=len(self.blocks),
             dim=self.dim,
             heads=self.blocks[0].heads,
-            linear=sum(_weights(self.blocks[0])),
+            linear=sum(self.blocks[0].weights),
             window=self.window,
             global_blocks=tuple(i for i, block in enumerate(self.blocks) if not block.window),
             patch=self.patch,
@@ -245,10 +250,6 @@ def _require(condition: bool, what: str) -> None:
 
 def _identity(module: object) -> bool:
     return module is None or isinstance(module, nn.Identity)
-
-
-def _weights(block: Block) -> tuple[int, ...]:
-    return tuple(sum(layer.weight.numel() for layer in layers) for layers in block.layers)
 
 
 def _checked(vit: ViTSpec) -> ViTSpec:
