@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eventful_det.gating.macs import ViTShape, rows_macs, rows_sizes
-from eventful_det.gating.windows import Grid, most_tiles, queries_per_tile, windows_of
+from eventful_det.gating.macs import RowsCosts, ViTShape
+from eventful_det.gating.windows import Grid
 from eventful_det.models.cells import SPARSE_MAC
 from eventful_det.models.roi_heads import POOL, RoIHeads
 from eventful_det.models.rpn import ProposalHead
@@ -144,25 +144,13 @@ class DetectorCosts:
         rank = torch.full((tokens,), count, dtype=torch.int32, device=order.device)
         rank[order] = torch.arange(count, dtype=torch.int32, device=order.device)
         heads = self.weights.macs(self._sizes(rank.view(grid), count))
-        total = self._backbone(grid, order) + heads["pyramid"] + heads["rpn"]
+        total = RowsCosts(self.shape, self.static).macs(grid, order) + heads["pyramid"] + heads["rpn"]
         total[1:] += int(heads["roi"].max()) if variable is None else variable
         return total
 
     def everything(self, grid: Grid) -> int:
         """See `CostModel.everything`."""
         return _everything(self, grid)
-
-    def _backbone(self, grid: Grid, order: Tensor) -> Tensor:
-        """`(n + 1,)` MACs of the backbone."""
-        nothing, one, token, tile = _backbone_terms(self.shape, grid)
-        taken = torch.arange(len(order) + 1, device=order.device)
-        total = one + token * (taken - 1)
-        if self.shape.windowed:
-            side = self.shape.window
-            tiles = _most_tiles(grid, side, order.device)[taken] if self.static else _tiles(grid, side, order)
-            total += tile * (tiles - 1)
-        total[0] = nothing
-        return total
 
     def _sizes(self, rank: Tensor, count: int) -> HeadSizes[Tensor]:
         """The sizes, each `(n + 1,)`, from the ranks `(H, W)` of the tokens."""
@@ -190,38 +178,6 @@ class DetectorCosts:
 @lru_cache(maxsize=64)
 def _everything(costs: DetectorCosts, grid: Grid) -> int:
     return int(costs.macs(grid, torch.arange(grid[0] * grid[1]))[-1])
-
-
-@lru_cache(maxsize=64)
-def _backbone_terms(shape: ViTShape, grid: Grid) -> tuple[int, int, int, int]:
-    """MACs for no token, for one, for each more, and for each more tile of queries in windows."""
-    tile = queries_per_tile(shape.window**2)
-
-    def macs(selected: int, tiles: int) -> int:
-        return rows_macs(shape, grid, rows_sizes(shape, grid, selected, tiles * tile)).total
-
-    one = macs(1, 1)
-    return macs(0, 0), one, macs(2, 1) - one, macs(1, 2) - one
-
-
-def _tiles(grid: Grid, side: int, order: Tensor) -> Tensor:
-    """`(n + 1,)` tiles that the queries of windows fill, when the first 0, 1, ... n tokens are taken."""
-    windows, count = windows_of(grid, side, order.device), len(order)
-    window = windows.window[order]
-    held = torch.bincount(window, minlength=windows.count)
-    by_window = window.argsort(stable=True)
-    place = torch.empty_like(window)  # how many tokens of its window come before each
-    place[by_window] = torch.arange(count, device=order.device) - (held.cumsum(0) - held)[window[by_window]]
-    begins = place % queries_per_tile(windows.slots) == 0
-    return F.pad(begins.cumsum(0), (1, 0))
-
-
-@lru_cache(maxsize=64)
-def _most_tiles(grid: Grid, side: int, device: torch.device) -> Tensor:
-    """`(N + 1,)` the most tiles that 0, 1, ... N tokens fill."""
-    windows = windows_of(grid, side, torch.device("cpu"))
-    most = [most_tiles(count, windows.count, windows.slots) for count in range(grid[0] * grid[1] + 1)]
-    return torch.tensor(most, device=device)
 
 
 def _convolved(rank: Tensor, count: int) -> Tensor:
