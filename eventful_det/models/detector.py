@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
+from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import Rule, per_stream, step_streams
 from eventful_det.gating.dense import Dense
@@ -160,7 +160,7 @@ class Detector(nn.Module):
         if any(module.training for module in self.modules()):
             raise UserError("Detector.step is for inference, and the detector or a part of it trains; call .eval()")
         flushes = [flush] * len(state) if isinstance(flush, bool) else list(flush)
-        stopwatch = _Stopwatch(self.device, timing)
+        stopwatch = Stopwatch(self.device, timing)
         images, streams = [], []
         for i, frame in enumerate(per_stream("frames", list(frames), state)):
             size = (frame.shape[-2], frame.shape[-1])
@@ -184,7 +184,7 @@ class Detector(nn.Module):
         for stream, backbone in zip(streams, backbones.streams, strict=True):
             stream.backbone.streams[0] = backbone
         stopwatch.lap("backbone")
-        heads = [_Stopwatch(self.device, timing) for _ in streams]
+        heads = [Stopwatch(self.device, timing) for _ in streams]
         results = []
         with torch.autocast(self.device.type, enabled=False):  # the heads compute in the type of their parameters
             for update, stream, watch in zip(updates, streams, heads, strict=True):
@@ -264,7 +264,7 @@ class Detector(nn.Module):
             return None
         return token_saliency(found.boxes, found.scores, self.spec.grid(*image.shape[-2:]), self.config.patch)
 
-    def _step_heads(self, update: Update, stream: DetectorStream, dense: bool, watch: _Stopwatch) -> StepResult:
+    def _step_heads(self, update: Update, stream: DetectorStream, dense: bool, watch: Stopwatch) -> StepResult:
         """Detections from the token map of one stream."""
         grid = (update.tokens.shape[0], update.tokens.shape[1])
         weights = self.head_weights
@@ -283,7 +283,7 @@ class Detector(nn.Module):
         assert stream.detections is not None
         return StepResult(stream.detections.clone(), cost, update.work.view(grid))
 
-    def _run_heads(self, tokens: Tensor, size: tuple[int, int], watch: _Stopwatch) -> tuple[Detections, int]:
+    def _run_heads(self, tokens: Tensor, size: tuple[int, int], watch: Stopwatch) -> tuple[Detections, int]:
         """All heads in full, from the token map `(H, W, D)`; also the number of proposals."""
         levels = self.backbone.pyramid(tokens.permute(2, 0, 1)[None])  # (1, C, h, w) each
         watch.lap("pyramid")
@@ -294,7 +294,7 @@ class Detector(nn.Module):
         return detections, len(proposals[0])
 
     def _refresh_heads(
-        self, update: Update, stream: DetectorStream, watch: _Stopwatch
+        self, update: Update, stream: DetectorStream, watch: Stopwatch
     ) -> tuple[Detections, HeadSizes[int]]:
         """The heads where changed tokens reach; also at how many places they ran."""
         tokens, changed, generator = update.tokens, update.changed, self.proposal_generator
@@ -311,34 +311,3 @@ class Detector(nn.Module):
         detections = self.roi_heads.select(regions, stream.size)
         watch.lap("roi")
         return detections, HeadSizes(pyramid.sources, pyramid.convolved, rpn.convolved, rpn.predicted, computed)
-
-
-class _Stopwatch:
-    """Seconds between laps, by name. A GPU is not waited for until they are asked for."""
-
-    def __init__(self, device: torch.device, timing: bool) -> None:
-        self._timing, self._cuda = timing, device.type == "cuda"
-        self._laps: list[tuple[str, float | torch.cuda.Event]] = []
-        self.lap("")
-
-    def lap(self, name: str) -> None:
-        if not self._timing:
-            return
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._laps.append((name, event))
-        else:
-            self._laps.append((name, time.perf_counter()))
-
-    def seconds(self) -> dict[str, float]:
-        if self._cuda and self._laps:
-            torch.cuda.synchronize()
-        pairs = zip(self._laps, self._laps[1:], strict=False)
-        return {name: _seconds(before, after) for (_, before), (name, after) in pairs}
-
-
-def _seconds(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
-    if isinstance(before, float) or isinstance(after, float):
-        return cast(float, after) - cast(float, before)
-    return before.elapsed_time(after) / 1e3

@@ -159,18 +159,18 @@ class DetectorCosts:
         spread = [
             start.repeat_interleave(s, 0).repeat_interleave(s, 1) for start, s in zip(starts, SCALES, strict=True)
         ]
-        levels = [_around(level) for level in spread]
-        pyramid = tuple(_convolved(level, count) for level in levels)
+        levels = [around(level) for level in spread]
+        pyramid = tuple(convolved(level, count) for level in levels)
         levels.append(levels[-1][::2, ::2])  # p6
         rpn = []
         for _ in self.weights.rpn:
-            levels = [_around(level) for level in levels]  # each convolution reaches one cell further
-            rpn.append(torch.stack([_convolved(level, count) for level in levels]).sum(0))
+            levels = [around(level) for level in levels]  # each convolution reaches one cell further
+            rpn.append(torch.stack([convolved(level, count) for level in levels]).sum(0))
         return HeadSizes(
-            sources=tuple(_reached(start, count) for start in starts),
+            sources=tuple(reached(start, count) for start in starts),
             pyramid=pyramid,
             rpn=tuple(rpn),
-            predicted=torch.stack([_reached(level, count) for level in levels]).sum(0),
+            predicted=torch.stack([reached(level, count) for level in levels]).sum(0),
             regions=torch.tensor([self.proposals], device=rank.device),
         )
 
@@ -180,18 +180,18 @@ def _everything(costs: DetectorCosts, grid: Grid) -> int:
     return int(costs.macs(grid, torch.arange(grid[0] * grid[1]))[-1])
 
 
-def _convolved(rank: Tensor, count: int) -> Tensor:
+def convolved(rank: Tensor, count: int) -> Tensor:
     """`(n + 1,)` at how many cells of a level a convolution runs for those that are reached, see `cells_run`."""
-    reached = _reached(rank, count)
-    return torch.where(reached.double() * SPARSE_MAC > rank.numel(), rank.numel(), reached)
+    cells = reached(rank, count)
+    return torch.where(cells.double() * SPARSE_MAC > rank.numel(), rank.numel(), cells)
 
 
-def _reached(rank: Tensor, count: int) -> Tensor:
+def reached(rank: Tensor, count: int) -> Tensor:
     """`(n + 1,)` how many cells have a rank below 0, 1, ... n."""
     return F.pad(torch.bincount(rank.flatten(), minlength=count + 1)[:count].cumsum(0), (1, 0))
 
 
-def _around(rank: Tensor) -> Tensor:
+def around(rank: Tensor) -> Tensor:
     """The smallest rank within one cell of each, `(h, w)`."""
     for dim in (0, 1):
         least, length = rank.clone(), rank.shape[dim] - 1

@@ -74,7 +74,7 @@ def test_the_examples_of_index_maps() -> None:
 def test_the_example_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eventful_det.gating.windows._LEAST_TILE", 2)  # two queries to a tile of four places
     windows = windows_of((2, 3), 2, CPU)
-    tiles = Tiles.of(windows.window[torch.tensor([0, 1, 3, 2])], windows)
+    tiles = Tiles.of(windows.window[torch.tensor([0, 1, 3, 2])], windows.count, windows.slots)
     assert (tiles.count, tiles.size) == (3, 2)
     assert tiles.window is not None and tiles.window.tolist() == [0, 0, 1]
     assert tiles.place.tolist() == [0, 1, 2, 4] and tiles.source.tolist() == [0, 1, 2, 0, 3, 0]
