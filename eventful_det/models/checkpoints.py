@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from eventful_det.detectors.rf_detr.loading import Name, is_rf_detr, load_rf_detr
+from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.errors import UserError
 from eventful_det.models.config import ModelConfig
 from eventful_det.models.detector import Detector
@@ -101,18 +103,31 @@ def save_detectron2(
     _finish(part, path)
 
 
+@overload
+def load_detector(source: Name) -> EventfulRFDETR: ...  # type: ignore[overload-overlap]
+
+
+@overload
 def load_detector(
     source: str | os.PathLike[str] | None = None,
     labels: LabelMap | str | os.PathLike[str] | None = None,
     allow: Sequence[str] = (),
     **changes: Any,
-) -> Detector:
+) -> Detector: ...
+
+
+def load_detector(
+    source: str | os.PathLike[str] | None = None,
+    labels: LabelMap | str | os.PathLike[str] | None = None,
+    allow: Sequence[str] = (),
+    **changes: Any,
+) -> Detector | EventfulRFDETR:
     """A detector ready for inference, on the CPU in float32.
 
     Args:
         source: the name of shipped weights (the default ones if None), or a file: written by `save_detector`; a
             ViTDet of detectron2 (`.pkl` of its model zoo, `.pth`); or the official eventful code's conversion of one.
-            The format is detected.
+            The format is detected. Or an RF-DETR, see `load_rf_detr`, which has none of the following options.
         labels: names of classes to change, or None as a name to drop the class; a mapping, or a JSON file of one.
         allow: patterns such as "roi_heads.box_predictor.*" of keys that may be missing, unexpected or of another
             shape; what is not in the file keeps its initial values. All other keys have to fit.
@@ -122,6 +137,10 @@ def load_detector(
     Raises:
         UserError: no such file or name; the file is of no known format, or asks for more than data; or keys do not fit.
     """
+    if source is not None and is_rf_detr(source):
+        if labels is not None or allow or changes:
+            raise UserError(f"{source}: labels, allow and changes are for ViTDet; RF-DETR has none of them")
+        return load_rf_detr(source)
     path = find_weights(source)
     weights = read_weights(path)
     config = ModelConfig.from_dict({**asdict(weights.config), **changes})
