@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +29,11 @@ from eventful_det.gating.convert import Rule, per_stream, step_streams
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
 from eventful_det.gating.rows import Rows
-from eventful_det.gating.selector import DEFAULT, Budget, Select, Selector
+from eventful_det.gating.selector import DEFAULT, Select
 from eventful_det.gating.state import State, StreamState, TensorTree
 from eventful_det.gating.update import Update
 from eventful_det.gating.vit_spec import spec_of
 from eventful_det.models.saliency import token_saliency
-
-if TYPE_CHECKING:
-    from eventful_det.runtime.budget import BudgetOptions
-    from eventful_det.runtime.stream import Source, Stream
 
 
 @dataclass
@@ -102,7 +98,7 @@ class EventfulRFDETR(nn.Module):
       - none of its modules or parameters: it is `model` here, left intact;
       - `step` replaces `forward` for video: it takes and updates an explicit `State`.
 
-    The decoder runs in full whenever a token changed; nothing runs on a still frame.
+    `Stream(detector, source)` runs it over a video. The decoder runs in full whenever a token changed; nothing runs on a still frame.
 
     Args:
         model: `transformers.RfDetrForObjectDetection`, a model of the package `rfdetr` (`RFDETRNano()`) or its network.
@@ -221,40 +217,6 @@ class EventfulRFDETR(nn.Module):
             raise UserError("costs are known in advance under the rows rule with the patch gate only")
         static = self.device.type != "cpu" if rule.static is None else rule.static
         return RFDETRCosts(self.spec.shape, static, self.parts.projector, self.parts.decoder)
-
-    def stream(
-        self,
-        source: Source,
-        *,
-        budget: Budget | Selector = None,
-        options: BudgetOptions | None = None,
-        rule: AnyRule = DEFAULT_RULE,
-        max_frames: int | None = None,
-        short_side: int | None = None,
-        scene_cuts: bool = True,
-        hold: int = 1,
-        shadow_every: int = 0,
-        shadow_score: float = 0.5,
-        timing: bool = False,
-    ) -> Stream:
-        """Detect in a video, lazily and in constant memory; see `eventful_det.runtime.stream.Stream`."""
-        from eventful_det.runtime.stream import Stream
-
-        return Stream(
-            self,
-            source,
-            budget=budget,
-            options=options,
-            rule=rule,
-            max_frames=max_frames,
-            short_side=short_side,
-            long_side=short_side,
-            scene_cuts=scene_cuts,
-            hold=hold,
-            shadow_every=shadow_every,
-            shadow_score=shadow_score,
-            timing=timing,
-        )
 
     def _saliency(self, stream: RFDETRStream) -> Tensor | None:
         """How much each token matters, `(N,)`: by what was detected on the frame before."""
