@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from av.error import ExitError, FFmpegError
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from eventful_det.data.live import LiveClock, Shot
+from eventful_det.data.live import CapturedFrame, LiveClock
 from eventful_det.data.source import VideoFrame, VideoSource, public_name
 from eventful_det.errors import UserError
 
@@ -54,13 +55,12 @@ class Decoder:
             )
         except (FFmpegError, OSError, ValueError) as error:
             raise UserError(f"cannot open {self.name} as a video: {_reason(error)}") from error
+        weakref.finalize(self, self._container.close)
         videos = self._container.streams.video
         if not videos or self._container.format.name == "tty":  # FFmpeg renders text files as pictures
-            self._container.close()
             raise UserError(f"{self.name} holds no video")
         self._stream = videos[0]
         if self._stream.codec_context is None:
-            self._container.close()
             raise UserError(f"{self.name}: there is no decoder for its video")
         self._clock = float(self._stream.time_base or 0)
         seconds = None if self._container.duration is None else self._container.duration / av.time_base
@@ -79,25 +79,26 @@ class Decoder:
                 timed = first is not None and frame.pts is not None
                 yield VideoFrame(picture(frame), (frame.pts - first) * self._clock if timed else None)
 
-    def shots(self, skip: Skip) -> Iterator[Shot | None]:
+    def read_live(self, skip: Skip) -> Iterator[CapturedFrame | None]:
         """The frames of a live stream as they come; None in place of one that came too late to be worth decoding."""
         clock, picture = LiveClock(), _Painter()
-        captured, seen = None, time.monotonic()
+        captured, asked = None, time.monotonic()
+        seen = asked
         for packet in self._packets(skip):
             if packet is not None:
                 stamp = None if packet.dts is None else packet.dts * self._clock
-                captured = clock.admit(stamp, packet.is_keyframe)
+                captured = clock.admit(stamp, packet.is_keyframe, asked)
+            frames = [] if captured is None else self._decode(packet, skip)
             if captured is None:
                 yield None
-                seen = time.monotonic()
-                continue
-            frames = self._decode(packet, skip)
-            for frame in frames:
-                yield Shot(captured, partial(picture, frame))
-            if frames:
+            else:
+                for frame in frames:
+                    yield CapturedFrame(captured, partial(picture, frame))
+            if frames or captured is None:
                 seen = time.monotonic()
             elif time.monotonic() - seen > self._silence:
                 raise UserError(f"{self.name} sends nothing that can be decoded")
+            asked = time.monotonic()
 
     def close(self) -> None:
         """Close the file or connection."""

@@ -249,7 +249,7 @@ def test_nothing_is_left_behind(tiny_detector: Detector, clip: Path) -> None:
         assert directory.is_dir()
     assert not directory.exists()
     deadline = time.monotonic() + 10
-    while any(thread.name == "detector" or thread.name == "relay" for thread in threading.enumerate()):
+    while any(thread.name == "detector" or thread.name == "background-reader" for thread in threading.enumerate()):
         assert time.monotonic() < deadline, threading.enumerate()
         time.sleep(0.02)
 
