@@ -37,10 +37,13 @@ class Guard:
         app: what is guarded.
         token: None = none is asked for.
         hosts: names, besides localhost and bare addresses, under which the server may be reached.
+        root_path: of the page, where a proxy passes the whole path on.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None = None, hosts: Collection[str] = ()) -> None:
-        self.app, self.token = app, token
+    def __init__(
+        self, app: ASGIApp, token: str | None = None, hosts: Collection[str] = (), root_path: str = ""
+    ) -> None:
+        self.app, self.token, self.root_path = app, token, root_path
         self.hosts = {"localhost", *(host.lower() for host in hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,15 +67,17 @@ class Guard:
         origin = request.headers.get("origin")
         if origin is not None and _place(origin) != host.lower():
             return _refuse(403, "requests from other pages are not answered")
-        visit = request.scope.get("method") == "GET" and request.scope["path"] == "/"
+        visit = request.scope.get("method") == "GET" and request.scope["path"] in ("/", f"{self.root_path}/")
         if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not visit:
             return _refuse(403, "requests from other pages are not answered")
         if self.token is None:
             return None
         given = parse_qs(request.scope.get("query_string", b"").decode("latin-1")).get("token", [""])[0]
         if visit and self._is_token(given):
-            answer = RedirectResponse("/", 303)
-            answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
+            answer = RedirectResponse(
+                "./", 303
+            )  # relative, as is the cookie's path: a proxy may have the page elsewhere
+            answer.set_cookie(COOKIE, self.token, path=None, httponly=True, samesite="strict")
             return answer
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
         if self._is_token(request.cookies.get(COOKIE, "")) or (scheme.lower() == "bearer" and self._is_token(bearer)):
