@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import av
@@ -18,6 +19,7 @@ from eventful_det.data.live import CapturedFrame, LiveClock
 from eventful_det.data.source import VideoFrame, VideoSource, public_name
 from eventful_det.errors import UserError
 
+MAX_PIXELS = 8192 * 8192  # of a frame; larger ones are attacks rather than videos
 SILENCE = 10.0  # seconds to wait for an address to open, and for more of its data
 _SEGMENTED = {"hls", "dash"}  # come in bursts of seconds, of which the newest frame alone would be a slide show
 _OPTIONS = {
@@ -35,8 +37,11 @@ class Decoder:
     Args:
         url: a file or an address.
         silence: seconds to wait for an address to open, and for more of its data.
+        options: of FFmpeg, for opening it.
+        max_pixels: of a frame; larger ones are not decoded, so that they take no memory.
 
     Attributes:
+        pixels: of a frame, as the header says; 0 if it does not.
         fps: frames per second, or None if unknown.
         frames: estimate of their number, or None if unknown.
         remote: it is behind an address.
@@ -46,9 +51,18 @@ class Decoder:
         UserError: it cannot be opened, or holds no video.
     """
 
-    def __init__(self, url: str, silence: float = SILENCE) -> None:
+    def __init__(
+        self,
+        url: str,
+        silence: float = SILENCE,
+        *,
+        options: Mapping[str, str] = MappingProxyType({}),
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
         self.name, self.remote, self._silence = public_name(url), "://" in url, silence
-        options = _OPTIONS.get(url.partition("://")[0].lower(), {}) if self.remote else {}
+        limit = {"max_pixels": str(max_pixels)}
+        transport = _OPTIONS.get(url.partition("://")[0].lower(), {}) if self.remote else {}
+        options = {**transport, **options, **limit}
         try:
             self._container = av.open(
                 url, timeout=silence if self.remote else None, options=options, metadata_errors="replace"
@@ -62,6 +76,8 @@ class Decoder:
         self._stream = videos[0]
         if self._stream.codec_context is None:
             raise UserError(f"{self.name}: there is no decoder for its video")
+        self._stream.codec_context.options = limit
+        self.pixels = self._stream.width * self._stream.height
         self._clock = float(self._stream.time_base or 0)
         seconds = None if self._container.duration is None else self._container.duration / av.time_base
         rate = self._stream.average_rate or self._stream.guessed_rate
@@ -133,7 +149,7 @@ class VideoFile(VideoSource):
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder.name, decoder.fps, decoder.frames)
-        self.remote = decoder.remote
+        self.remote, self.pixels = decoder.remote, decoder.pixels
         self._decoder = decoder
 
     def _read(self) -> Iterator[VideoFrame]:
