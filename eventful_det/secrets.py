@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 # From "://" to the last "@" before white space or another address: passwords hold "/", "?", "#" and "@" unescaped.
-_LOGIN = re.compile(r"://((?:(?!://)\S)*)@(?=([^\s/?#]*))")
+_LOGIN = re.compile(r"(:/(?:/|(?=[^\s/:]*:)))((?:(?!://)\S)*)@(?=([^\s/?#]*))")
 _PARAMETER = re.compile(
     r"(?i)((?:^|[?&;\s,'\"{\[/=])[+~]*(?:[\w.-]*(?:passw(?:or)?d|passphrase|pwd|token|secret|credentials?|signature|api[_-]?key)"
     r"|(?:[\w.-]*[._-])?(?:pass|psw|pw|key|auth|sig|session(?:id)?)))=[^\s&]+"
@@ -24,8 +24,8 @@ def mask_secrets(text: str) -> str:
 
 
 def _mask_login(match: re.Match[str]) -> str:
-    login, host = match.groups()
+    slashes, login, host = match.groups()
     if _HOST.match(login) and not re.search(r"[.:\]]|^localhost$", host):
         return match[0]  # rtsp://host:554/a@b: the @ is one of the path
     user, colon, _ = login.partition(":")
-    return f"://{user}:{_HIDDEN}@" if colon else f"://{_HIDDEN}@"
+    return f"{slashes}{user}:{_HIDDEN}@" if colon else f"{slashes}{_HIDDEN}@"

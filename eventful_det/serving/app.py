@@ -74,7 +74,6 @@ def create_app(
         hosts: names, besides localhost and bare addresses, under which the server may be reached.
         root_path: under which a proxy that passes the whole path on has the page, such as "/cameras".
     """
-    root_path = f"/{root_path.strip('/')}".rstrip("/")
     notifier = Notifier()
 
     @asynccontextmanager
@@ -90,7 +89,7 @@ def create_app(
         await asyncio.to_thread(runner.close)
         opener.close()
 
-    app = FastAPI(root_path=root_path, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyLimits, max_upload=opener.max_bytes)
     app.add_middleware(Guard, token=token, hosts=hosts, root_path=root_path)
     _answer_errors(app)

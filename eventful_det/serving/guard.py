@@ -43,7 +43,7 @@ class Guard:
     def __init__(
         self, app: ASGIApp, token: str | None = None, hosts: Collection[str] = (), root_path: str = ""
     ) -> None:
-        self.app, self.token, self.root_path = app, token, root_path
+        self.app, self.token, self.root_path = app, token, f"/{root_path.strip('/')}".rstrip("/")
         self.hosts = {"localhost", *(host.lower() for host in hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,6 +51,8 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
+        if scope["path"].startswith(f"{self.root_path}/"):
+            scope = {**scope, "path": scope["path"].removeprefix(self.root_path)}
         answer = self._answer(HTTPConnection(scope))
         if answer is None:
             await self.app(scope, receive, _with_headers(send))
@@ -67,7 +69,7 @@ class Guard:
         origin = request.headers.get("origin")
         if origin is not None and _place(origin) != host.lower():
             return _refuse(403, "requests from other pages are not answered")
-        visit = request.scope.get("method") == "GET" and request.scope["path"] in ("/", f"{self.root_path}/")
+        visit = request.scope.get("method") == "GET" and request.scope["path"] == "/"
         if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not visit:
             return _refuse(403, "requests from other pages are not answered")
         if self.token is None:

@@ -141,7 +141,7 @@ def test_binary_messages_are_declined(server: Server) -> None:
 
 def test_passwords_are_shown_to_nobody(server: Server) -> None:
     with jpeg_camera(rate=20, count=200) as (url, _):
-        name = server.watch(url.replace("//", "//admin:S3/cret@") + "?pwd=S3cret")
+        name = server.watch(url.replace("//", "//admin:S3%23cret@") + "?pwd=S3cret")
         shown = [server.client.get(path).text for path in ("/api/state", f"/api/streams/{name}/detections", "/metrics")]
         with server.page() as page:
             shown.append(page.receive_text())

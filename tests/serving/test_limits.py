@@ -103,7 +103,7 @@ def test_small_bodies_say_what_is_wrong(server: Server) -> None:
     assert answer.status_code == 413 and "64 KiB" in answer.json()["error"]
     for name in ("nan", "-1", "2", "inf", "x"):
         assert server.client.get(f"/api/streams/a/frame.jpg?show={name}").status_code == 422
-    for budget in ("nan%", "inf GMACs", "1e999ms", "", "0%"):
+    for budget in ("nan%", "inf GMACs", "1e999ms", ""):
         answer = server.client.put("/api/budget", json={"budget": budget})
         assert answer.status_code == 400, budget
     for path, name in (("streams", "source"), ("budget", "budget")):
