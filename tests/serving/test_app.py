@@ -59,17 +59,16 @@ def test_a_dense_detector_stays_dense(tiny_detector: Detector) -> None:
         assert server.runner.pool.detector.rule is None
 
 
-def test_a_frame_that_cannot_be_shown_stops_nobody_else(tiny_detector: Detector) -> None:
-    with serving(tiny_detector) as server:
-        broken = server.watch("synthetic:1")
+def test_a_frame_that_cannot_be_shown_stops_nobody_else(server: Server) -> None:
+    broken = server.watch("clip.mp4")
 
-        def fail(_: object) -> Any:
-            raise ValueError("no such box")
+    def fail(_: object) -> Any:
+        raise ValueError("no such box")
 
-        with server.runner.lock:
-            server.runner.views[broken].followers = (fail,)
-        server.wait(lambda s: any("no such box" in (one["error"] or "") for one in s["streams"]))
-        server.watch("synthetic:2")
+    with server.runner.lock:
+        server.runner.views[broken].followers = (fail,)
+    server.wait(lambda s: any("no such box" in (one["error"] or "") for one in s["streams"]))
+    server.watch("clip.mp4")
 
 
 def test_the_budget_acts_on_the_next_frames(server: Server) -> None:
