@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import av
@@ -132,6 +134,14 @@ def test_only_files_of_the_media_folder_are_opened(tiny_detector: Detector, tree
             assert answer.status_code == 400, source
             assert SECRET not in answer.text
         assert len(server.state()["streams"]) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems have no such names")
+def test_names_that_are_no_text_are_shown_and_opened(tiny_detector: Detector, tmp_path: Path, clip: Path) -> None:
+    Path(os.fsdecode(bytes(tmp_path) + b"/b\xff.mp4")).write_bytes(clip.read_bytes())
+    with serving(tiny_detector, media=tmp_path) as server:
+        assert server.client.get("/api/sources").json()["files"] == ["b\ufffd.mp4"]
+        assert server.watch("b\ufffd.mp4") == "b-.mp4"
 
 
 def test_without_a_media_folder_there_are_no_files(clip: Path) -> None:
