@@ -101,7 +101,6 @@ def test_training_with_gates_on(tree: Path, tmp_path: Path) -> None:
         ("model.init=nothing.safetensors", "no backbone weights"),
         ("device=tpu", "cannot be used here"),
         ("+model.headz=3", "unknown option"),
-        ("start=vitdet_tiny_vid", "has the classes"),
         ("experiment=eventful_finetune start=null", "has the classes"),  # the shipped default knows others
         ("experiment=stills_gated", "emphasis: no class bus, car, dog, person, rabbit"),
         ("train=stills_absent", "data.absent: no class airplane, bear, bicycle,"),
