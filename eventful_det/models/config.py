@@ -15,6 +15,7 @@ from eventful_det.options import Natural, NonNegative, Positive, Range, Share, c
 Layers = Annotated[int, Range(0, 64)]
 Tokens = Annotated[int, Range(0, 4096)]  # along a side
 Pixels = Annotated[int, Range(1, 65536)]
+Side = Annotated[int, Range(1, 8192)]  # of a frame
 Width = Annotated[int, Range(1, 65536)]
 Several = Annotated[int, Range(1, 1_000_000)]  # proposals, candidates, detections
 
@@ -78,9 +79,9 @@ class ModelConfig:
     score_threshold: Share = 0.05
     nms_threshold: Share = 0.5
     max_detections: Several = 100
-    short_side: Pixels = 256
-    long_side: Pixels = 512
-    square_pad: Annotated[int, Range(0, 65536)] = 0
+    short_side: Side = 256
+    long_side: Side = 512
+    square_pad: Annotated[int, Range(0, 8192)] = 0
     pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     pixel_std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
 
