@@ -194,7 +194,7 @@ def read_pickle(file: Stream, storages: dict[str, Storage] | None = None) -> Any
     raise ValueError("it has no end")
 
 
-_LONGEST = 2_000_000  # steps of a pickle; a checkpoint of 1,000 tensors with its optimiser takes about 50,000
+_LONGEST = 1_000_000  # steps of a pickle; a checkpoint of 1,000 tensors with its optimiser takes about 50,000
 _MOST = 8  # dimensions of a tensor, and arguments of a call
 _PLAIN = ("int", "int_or_bool", "bool", "float", "str", "bytes", "bytearray", "bytes_or_str")  # what needs no call
 
