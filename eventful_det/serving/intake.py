@@ -18,6 +18,7 @@ from av.error import FFmpegError
 
 from eventful_det.data.video import VideoSource, open_source
 from eventful_det.errors import UserError
+from eventful_det.printable import printable
 from eventful_det.serving.playback import Playback
 
 # Containers that hold their own video. Playlists, scripts and session descriptions, which would make FFmpeg read
@@ -237,4 +238,4 @@ def check_video(path: Path, title: str) -> None:
 
 def public_name(source: str) -> str:
     """What a source is called: the name of a file, an address without its password."""
-    return re.sub(r"//[^/?#]*@", "//", source) if "://" in source else Path(source).name
+    return printable(source if "://" in source else Path(source).name)
