@@ -25,7 +25,6 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -183,9 +182,13 @@ def _alternatives(kind: Any) -> list[Any]:
     return [get_args(kind)[0]] if get_origin(kind) is Annotated else [kind]
 
 
-@cache
+_HINTS: dict[Any, dict[str, Any]] = {}
+
+
 def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
+    if kind not in _HINTS:
+        _HINTS[kind] = get_type_hints(kind, include_extras=True)
+    return _HINTS[kind]
 
 
 def _convert_union(kind: Any, value: Any, name: str) -> Any:
@@ -225,7 +228,7 @@ def _convert_plain(kind: Any, value: Any) -> Any:
             raise ValueError
         return found
     if get_origin(kind) is Literal:
-        return next(_or_fail(choice for choice in get_args(kind) if str(choice) == str(value)))
+        return next((choice for choice in get_args(kind) if str(choice) == str(value)), None) or _fail()
     if kind is bool:
         word = str(value).strip().lower()
         return True if word in _TRUE else False if word in _FALSE else _fail()
@@ -247,11 +250,6 @@ def _convert_number(kind: type[int] | type[float], value: Any) -> int | float:
         return int(number) if number.is_integer() and abs(number) < sys.maxsize else _fail()
     number = float(value)
     return number if math.isfinite(number) else _fail()
-
-
-def _or_fail(found: Iterable[Any]) -> Iterable[Any]:
-    yield from found
-    _fail()
 
 
 def _fail() -> Any:

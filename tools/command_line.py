@@ -26,7 +26,6 @@ from types import ModuleType
 from typing import Any
 
 import hydra
-from antlr4.error.Errors import ParseCancellationException
 from common import print_error
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -49,6 +48,8 @@ COMMANDS = {
     "benchmark": "benchmark",
     "convert": "convert_weights",
 }
+_PAGE = "fastapi uvicorn websockets"
+_PACKAGES = {"cv2": "opencv-python-headless", "fastapi": _PAGE, "uvicorn": _PAGE, "websockets": _PAGE}  # by module
 _BARE = {"-m", "--multirun", "-i", "--info", "--hydra-help", "--resolve"}  # flags of Hydra
 _WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-cn", "--config-name", "-cd", "--config-dir"}
 _KEY = re.compile(r"(~|\+{0,2})([\w.@/-]+)(?:=(.*))?", re.DOTALL)
@@ -90,6 +91,13 @@ def guard(work: Callable[[], None]) -> None:
     except UserError as error:
         message = str(error).rpartition("UserError: ")[2]  # of a data loader's process: without its traceback
         print_error(message)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if not name or name in sys.stdlib_module_names or name == "eventful_det":
+            raise
+        packages = _PACKAGES.get(name, name)
+        print_error(f"there is no {name} here, which this needs: python -m pip install {packages}")
         sys.exit(2)
     except OSError as error:
         print_error(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
@@ -237,7 +245,7 @@ def _override(module: ModuleType, argument: str, literal: bool) -> str:
     text = f"{sign}{name}" + ("" if value is None else f"={value}")
     try:
         OverridesParser.create().parse_override(text)
-    except (HydraException, ParseCancellationException):
+    except HydraException:
         raise UserError(f"{printable(argument)} cannot be understood; see the examples of --help") from None
     return text
 

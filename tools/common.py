@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from eventful_det.gating.convert import RULES, Rule
 from eventful_det.gating.policy import Focus, Policy, RandomK, Threshold, TopFraction, TopK
 from eventful_det.models.checkpoints import SYNTHETIC, load_detector
 from eventful_det.models.detector import Detector
-from eventful_det.options import Range, nearest, read
+from eventful_det.options import NotNegative, Positive, Range, nearest, read
 from eventful_det.outputs import write_json
 from eventful_det.printable import printable
 
@@ -33,6 +34,19 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "focus": Focus,
     "random": RandomK,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """A data set; configs/data explains it."""
+
+    root: str
+    val: str
+    train: str | None = None
+    repeat_threshold: NotNegative = 0.0
+    emphasis: dict[str, Positive] = field(default_factory=dict)
+    absent: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    weights: str | None = None
 
 
 class _Stdout:
@@ -77,6 +91,11 @@ def print_error(text: str, kind: str = "error: ") -> None:
     """Print an error in one line."""
     with contextlib.suppress(OSError, ValueError):
         print(f"{kind}{' '.join(printable(text).split())}", file=sys.stderr, flush=True)
+
+
+def as_list(texts: Texts | None) -> list[str]:
+    """None, one or several texts as a list."""
+    return [texts] if isinstance(texts, str) else list(texts or ())
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from common import Texts, say, write_results
+from common import Texts, as_list, say, write_results
 
 from eventful_det.errors import UserError
 from eventful_det.models.checkpoints import find_weights, load_detector, read_weights, save_detector, save_detectron2
@@ -48,7 +48,7 @@ def run(config: Options) -> None:
     dtype = config.dtype or ("float16" if ours else "float32")
     source = find_weights(config.input)
     weights = read_weights(source)
-    detector = load_detector(source, allow=[config.allow] if isinstance(config.allow, str) else config.allow, **config.model)
+    detector = load_detector(source, allow=as_list(config.allow), **config.model)
     notes = {key: value for key, value in weights.notes.items() if key not in ("format", "config")}
     notes |= config.notes
     (save_detector if ours else save_detectron2)(detector, path, DTYPES[dtype], notes)

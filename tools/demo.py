@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-from common import Side, Texts, command, console, open_detector, say, uninterrupted, write_results
+from common import Side, Texts, as_list, command, console, open_detector, say, uninterrupted, write_results
 from demo_compare import Comparison
 from demo_files import Outputs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -113,7 +113,7 @@ def build_detector(options: Options, sources: Sequence[str | Path]) -> Detector:
     detector = open_detector(options.weights, options.labels, options.device, options.gate, sources)
     if options.classes is None:
         return detector
-    return keep_classes(detector, [options.classes] if isinstance(options.classes, str) else options.classes)
+    return keep_classes(detector, as_list(options.classes))
 
 
 def keep_classes(detector: Detector, classes: Sequence[str]) -> Detector:
@@ -158,14 +158,14 @@ class Run:
         self, options: Options, budget: Budget | None, detector: Detector, source: VideoSource, directory: Path
     ) -> None:
         self.source, self.directory = source, directory
-        self._sizes = {"short_side": options.short_side, "long_side": options.long_side}
-        stream = {"budget": budget, "scene_cuts": options.scene_cuts, "hold": options.hold}
+        self._sizes: dict[str, Any] = {"short_side": options.short_side, "long_side": options.long_side}
+        stream: dict[str, Any] = {"budget": budget, "scene_cuts": options.scene_cuts, "hold": options.hold}
         stream |= {"shadow_every": options.shadow_every, "terms": build_terms(options)}
         self.stream: Stream = detector.stream(source, max_frames=options.max_frames, **stream, **self._sizes)
-        compared = {"show": options.show, "rescore": options.rescore, "scene_cuts": False, **self._sizes}
-        self.comparison = Comparison(detector, **compared) if options.compare else None
-        self._look = {"show": options.show, "width": options.width}
-        self._limit = options.max_frames
+        self.comparison: Comparison | None = None
+        if options.compare:
+            self.comparison = Comparison(detector, options.show, options.rescore, scene_cuts=False, **self._sizes)
+        self.options = options
         self._results: Iterator[StreamResult] = map(Rescorer(), self.stream) if options.rescore else self.stream
         if options.track:
             self._results = map(Tracker(source.fps), self._results)
@@ -180,7 +180,8 @@ class Run:
         first = next(self._results)  # the outputs of an earlier run stay until the source has proved to work
         self._dense_seconds = time_dense(self.stream.detector, first, self._sizes)
         fps = self.source.fps if self.source.fps and 1 <= self.source.fps <= 240 else 25.0
-        began, stopped, outputs = time.perf_counter(), None, Outputs(self.directory, fps, **self._look)
+        outputs = Outputs(self.directory, fps, show=self.options.show, width=self.options.width)
+        began, stopped = time.perf_counter(), None
         try:
             with uninterrupted():
                 outputs.open()
@@ -201,7 +202,7 @@ class Run:
     def _carry(self, results: Iterator[StreamResult], outputs: Outputs) -> None:
         """Take every frame to the files, and show how far they are."""
         columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")]
-        total = min((n for n in (self.source.frames, self._limit) if n), default=None)
+        total = min((n for n in (self.source.frames, self.options.max_frames) if n), default=None)
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
             task, began = progress.add_task("", total=total, rate=""), time.perf_counter()
             for count, result in enumerate(results, start=1):
@@ -272,9 +273,7 @@ def run(options: Options) -> None:
         run_all(options, budget, detector, dict(zip(name_folders(output, sources), sources, strict=True)))
 
 
-def run_all(
-    options: Options, budget: Budget | None, detector: Detector, sources: dict[Path, str | Path]
-) -> None:
+def run_all(options: Options, budget: Budget | None, detector: Detector, sources: dict[Path, str | Path]) -> None:
     """Run each source into its folder."""
     runs: dict[str, Any] = {}
     failed: list[str] = []

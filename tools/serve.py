@@ -18,7 +18,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from common import Side, Texts, console, open_detector
+import uvicorn
+from common import Side, Texts, as_list, console, open_detector
 
 from eventful_det.data.classes import SYNTHETIC_SHAPES
 from eventful_det.errors import UserError
@@ -26,15 +27,9 @@ from eventful_det.models.detector import Detector
 from eventful_det.options import Count, Positive, Range
 from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.pool import StreamPool
-
-try:
-    import uvicorn
-
-    from eventful_det.serving.app import create_app
-    from eventful_det.serving.engine import Engine
-    from eventful_det.serving.intake import Intake, play, public_name
-except ImportError as error:
-    raise UserError(f"the page needs more libraries: python -m pip install fastapi uvicorn websockets ({error})") from None
+from eventful_det.serving.app import create_app
+from eventful_det.serving.engine import Engine
+from eventful_det.serving.intake import Intake, play, public_name
 
 _TOKEN = 16  # characters of the shortest token that is accepted
 
@@ -66,11 +61,6 @@ class Options:
     urls: bool | None
     upload_mb: Positive
     max_streams: Count
-
-
-def as_list(texts: Texts | None) -> list[str]:
-    """None, one or several texts as a list."""
-    return [texts] if isinstance(texts, str) else list(texts or ())
 
 
 def token_of(options: Options) -> str | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import convert_weights
 import pytest
 import torch
-from running import ROOT, compose_config, run
+from running import options_of, run
 from safetensors.torch import load_file
 
 from eventful_det.errors import UserError
@@ -18,11 +18,7 @@ from eventful_det.models.detector import Detector
 
 def convert(tmp_path: Path, *options: str) -> dict[str, object]:
     """Run the tool in this process; returns its results."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    import convert_weights
-
-    config = compose_config("convert_weights", *options, f"results={tmp_path / 'results'}")
-    convert_weights.convert(config)
+    convert_weights.run(options_of("convert_weights", *options, f"results={tmp_path / 'results'}"))
     return json.loads((tmp_path / "results/results.json").read_text())
 
 
