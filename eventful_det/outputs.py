@@ -1,17 +1,19 @@
-"""Files that a run leaves behind: whole or not there, and of one run only."""
+"""What a run leaves behind: in a folder of its own, whole or not there, without passwords."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eventful_det.errors import UserError
-from eventful_det.printable import printable_values
+from eventful_det.errors import UserError, printable
+from eventful_det.files import written_whole
 
 try:
     import fcntl
@@ -19,6 +21,7 @@ except ImportError:  # Windows: nobody is kept out
     fcntl = None  # type: ignore[assignment]
 
 _LOCK = ".in_use"
+_LONGEST = 100  # characters of the name of a folder
 
 
 @contextmanager
@@ -84,32 +87,13 @@ def reporting(place: Path) -> Iterator[None]:
         raise UserError(f"cannot write {error.filename or place}: {error.strerror or error}") from error
 
 
-@contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; when the block is over, what was written replaces `path`.
-
-    If it fails, nothing is left and an earlier file stays.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    part = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        with reporting(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield part
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all.
 
     Raises:
         UserError: it cannot be written.
     """
-    with aside(path) as part:
+    with written_whole(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
@@ -120,3 +104,30 @@ def write_json(path: Path, values: Any, indent: int | None = 1) -> None:
         UserError: it cannot be written.
     """
     write_text(path, json.dumps(printable_values(values), indent=indent) + "\n")
+
+
+def printable_values(values: Any) -> Any:
+    """The same values, nested ones too, with every text `printable`."""
+    if isinstance(values, str):
+        return printable(values)
+    if isinstance(values, dict):
+        return {printable_values(key): printable_values(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [printable_values(value) for value in values]
+    return values
+
+
+def file_names(titles: Iterable[str], reserved: Iterable[str] = ()) -> list[str]:
+    """Names for files or folders, one for each title and all different, wherever letters' case makes none.
+
+    They hold letters, digits, `-`, `_` and inner dots only, and are none of those `reserved`.
+    """
+    names: list[str] = []
+    taken = set(reserved)
+    for title in titles:
+        name = re.sub(r"[^\w.-]", "_", printable(title)).strip(". ")[:_LONGEST] or "source"
+        numbered: Iterable[str] = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+        name = next(one for one in numbered if one.lower() not in taken)
+        taken.add(name.lower())
+        names.append(name)
+    return names

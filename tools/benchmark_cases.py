@@ -13,7 +13,7 @@ from eventful_det.errors import UserError
 from eventful_det.gating.convert import RULES, Rule
 from eventful_det.gating.rows import Rows
 from eventful_det.models.detector import DIVISOR
-from eventful_det.options import Count, Range, Seed, Share, read
+from eventful_det.options import Count, Range, Seed, Share, from_values
 
 DENSE = "dense"  # what all other methods are compared with
 GATED: dict[str, Callable[[], Rule]] = {**RULES, "rows_half": partial(Rows, cache_dtype="float16")}
@@ -100,7 +100,7 @@ def cases_of(config: Options) -> tuple[list[Case], list[str]]:
         UserError: a case is not written as in configs/benchmark.yaml, or none is left.
     """
     entries = [{"changes": config.changes, **entry} for entry in config.cases]
-    cases = [read(Case, entry, f"cases[{i}].") for i, entry in enumerate(entries)]
+    cases = [from_values(Case, entry, f"cases[{i}]") for i, entry in enumerate(entries)]
     wanted = [case for case in cases if config.only is None or config.only in case.name]
     usable = [
         case

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_origin
 
 import hydra
 from common import print_error
@@ -35,8 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from eventful_det.errors import UserError
-from eventful_det.options import convert, field_type, is_scalar, is_switch_word, nearest, read, takes_text
-from eventful_det.printable import printable
+from eventful_det.options import alternatives, find_type, from_values, nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 COMMANDS = {
@@ -50,6 +49,7 @@ COMMANDS = {
 }
 _PAGE = "fastapi uvicorn websockets"
 _PACKAGES = {"cv2": "opencv-python-headless", "fastapi": _PAGE, "uvicorn": _PAGE, "websockets": _PAGE}  # by module
+_SWITCH = ("true", "yes", "on", "1", "false", "no", "off", "0")
 _BARE = {"-m", "--multirun", "-i", "--info", "--hydra-help", "--resolve"}  # flags of Hydra
 _WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-cn", "--config-name", "-cd", "--config-dir"}
 _KEY = re.compile(r"(~|\+{0,2})([\w.@/-]+)(?:=(.*))?", re.DOTALL)
@@ -154,7 +154,7 @@ def _run_hydra(tool: str, arguments: list[str]) -> None:
 
 
 def _typed(module: ModuleType, config: DictConfig) -> Any:
-    return read(module.Options, _in_one_line(lambda: OmegaConf.to_container(config, resolve=True)))
+    return from_values(module.Options, _in_one_line(lambda: OmegaConf.to_container(config, resolve=True)), "")
 
 
 def _in_one_line(work: Callable[[], Any]) -> Any:
@@ -182,7 +182,10 @@ def overrides(module: ModuleType, arguments: Sequence[str], literal: bool = True
     while left:
         argument = left.popleft()
         name = argument.partition("=")[0]
-        if argument in _BARE:
+        if argument == "--":  # names follow, whatever they look like
+            positional += left
+            left.clear()
+        elif argument in _BARE:
             given.append(argument)
         elif name in _WITH_VALUE:
             given += [argument] if "=" in argument else [argument, _value_of(argument, left)]
@@ -207,8 +210,8 @@ def _joined(module: ModuleType, option: str, left: deque[str]) -> str:
     name = name if "/" in name else name.replace("-", "_")
     if equals:
         return f"{name}={value}"
-    switch = not _is_group(name) and field_type(module.Options, name) is bool
-    if switch and not (left and is_switch_word(left[0])):
+    switch = not _is_group(name) and find_type(module.Options, name) is bool
+    if switch and not (left and left[0].lower() in _SWITCH):
         return f"{name}=true"
     return f"{name}={_value_of(f'--{option}', left)}"
 
@@ -219,7 +222,7 @@ def _is_override(module: ModuleType, argument: str) -> bool:
     if found is None or (found[3] is None and found[1] != "~"):
         return False
     try:
-        field_type(module.Options, found[2])
+        find_type(module.Options, found[2])
     except UserError:
         return not os.path.lexists(argument)
     return True
@@ -233,30 +236,43 @@ def _override(module: ModuleType, argument: str, literal: bool) -> str:
     """An override as Hydra reads it. Which options there are is checked here, and by the schema, but not by Hydra."""
     found = _KEY.fullmatch(argument)
     if found is None:
-        raise UserError(f"{printable(argument)} cannot be understood; expected option=value")
+        raise UserError(f"{argument} cannot be understood; expected option=value")
     sign, name, value = found.groups()
     if _is_group(name) or name.partition(".")[0] == "hydra":
         return argument
-    kind = field_type(module.Options, name)
+    kind = find_type(module.Options, name)
     if sign != "~":
         sign = "++"  # also values that the config has not; the schema says which there are
         if literal and value != "null":
             value = _value(kind, name, value)
     text = f"{sign}{name}" + ("" if value is None else f"={value}")
-    try:
-        OverridesParser.create().parse_override(text)
-    except HydraException:
-        raise UserError(f"{printable(argument)} cannot be understood; see the examples of --help") from None
+    if not _is_readable(text) and literal and value is not None:
+        text = f"{sign}{name}={_quoted(value)}"  # the schema says what is expected
+    if not _is_readable(text):
+        raise UserError(f"{argument} cannot be understood; see the examples of --help")
     return text
 
 
+def _is_readable(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
+
+
 def _value(kind: Any, name: str, value: str) -> str:
-    """A value as Hydra reads it: literally, unless it is quoted, a list or a mapping, and no file is called so."""
+    """A value as Hydra reads it: text literally, unless it is quoted or a list and no file is called so."""
     around = value[:1] + value[-1:] if len(value) > 1 and not os.path.lexists(value) else ""
-    if is_scalar(kind) and not value:
-        convert(kind, value, name)  # says what is expected
-    literally = is_scalar(kind) or (takes_text(kind) and around != "[]")
-    return _quoted(value) if literally and around not in ("''", '""') else value
+    if not value:
+        raise UserError(f"{name} needs a value")
+    if around in ("''", '""') or str not in alternatives(kind):
+        return value
+    return value if around == "[]" and not _is_scalar(kind) else _quoted(value)
+
+
+def _is_scalar(kind: Any) -> bool:
+    return not any(get_origin(option) is tuple for option in alternatives(kind))
 
 
 def _quoted(text: str) -> str:
@@ -267,10 +283,10 @@ def _quoted(text: str) -> str:
 def _positional(module: ModuleType, values: list[str]) -> list[str]:
     """The options that are given without their names."""
     names: tuple[str, ...] = getattr(module.Options, "positional", ())
-    several = len(names) == 1 and not is_scalar(field_type(module.Options, names[0]))
+    several = len(names) == 1 and not _is_scalar(find_type(module.Options, names[0]))
     if several and len(values) > 1:
         return [f"++{names[0]}=[{','.join(map(_quoted, values))}]"]
     if len(values) > len(names):
         extra = values[len(names)]
-        raise UserError(f"{printable(extra)!r} cannot be understood; expected option=value or --option value")
+        raise UserError(f"{extra!r} cannot be understood; expected option=value or --option value")
     return [f"++{name}={_quoted(value)}" for name, value in zip(names, values, strict=False)]

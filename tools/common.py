@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,16 +16,15 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from eventful_det.errors import UserError
+from eventful_det.errors import UserError, printable
 from eventful_det.gating.convert import RULES, Rule
 from eventful_det.gating.policy import Focus, Policy, RandomK, Threshold, TopFraction, TopK
 from eventful_det.models.checkpoints import SYNTHETIC, load_detector
 from eventful_det.models.detector import Detector
-from eventful_det.options import NotNegative, Positive, Range, nearest, read
+from eventful_det.options import NonNegative, Positive, Range, from_values, nearest
 from eventful_det.outputs import write_json
-from eventful_det.printable import printable
 
-Texts = str | tuple[str, ...]
+Texts = str | int | tuple[str | int, ...]  # several names, or one; some are numbers
 Side = Annotated[int, Range(32, 16384)]  # of the network's input in pixels
 POLICIES: dict[str, Callable[..., Policy]] = {
     "topk": TopK,
@@ -43,7 +42,7 @@ class Data:
     root: str
     val: str
     train: str | None = None
-    repeat_threshold: NotNegative = 0.0
+    repeat_threshold: NonNegative = 0.0
     emphasis: dict[str, Positive] = field(default_factory=dict)
     absent: dict[str, tuple[str, ...]] = field(default_factory=dict)
     weights: str | None = None
@@ -95,7 +94,8 @@ def print_error(text: str, kind: str = "error: ") -> None:
 
 def as_list(texts: Texts | None) -> list[str]:
     """None, one or several texts as a list."""
-    return [texts] if isinstance(texts, str) else list(texts or ())
+    several = texts if isinstance(texts, tuple) else () if texts is None else (texts,)
+    return [str(text) for text in several]
 
 
 @contextmanager
@@ -170,15 +170,16 @@ def build_rule(gate: Mapping[str, Any]) -> Rule | None:
         if unknown := sorted(options):
             raise UserError(f"unknown option gate.{unknown[0]}; gate=dense has none")
         return None
-    if policy is not None:
-        if not isinstance(policy, Mapping):
-            raise UserError(f"gate.policy must be a group of options, got {policy!r}; choose with gate/policy={policy}")
-        policy = dict(policy)
-        options["policy"] = _build("policy", POLICIES, policy.pop("name", None), policy, "gate.policy.")
-    return _build("rule", {**RULES, "dense": None}, rule, options, "gate.")
+    made = _build("rule", {**RULES, "dense": None}, rule, options, "gate")
+    if policy is None:
+        return made
+    if not isinstance(policy, Mapping):
+        raise UserError(f"gate.policy must be a group of options, got {policy!r}; choose with gate/policy={policy}")
+    policy = dict(policy)
+    return replace(made, policy=_build("policy", POLICIES, policy.pop("name", None), policy, "gate.policy"))
 
 
 def _build(kind: str, table: Mapping[str, Any], name: Any, options: dict[str, Any], where: str) -> Any:
     if name not in table:
-        raise UserError(f"unknown {kind} {name!r}; {nearest(str(name), table)}")
-    return read(table[name], options, where)
+        raise UserError(f"unknown {kind} {name!r}; {nearest(name, table)}")
+    return from_values(table[name], options, where)

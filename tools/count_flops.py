@@ -41,7 +41,7 @@ from eventful_det.gating.paper import Ablation
 from eventful_det.models.config import MODELS, ModelConfig
 from eventful_det.models.cost import pyramid_macs, roi_macs, rpn_macs
 from eventful_det.models.detector import DIVISOR, Detector
-from eventful_det.options import Count, Range, Share, nearest, read
+from eventful_det.options import Count, Range, Share, from_values, nearest
 from eventful_det.outputs import owned
 
 RuleName = Literal["dense", "paper", "rows"]
@@ -106,10 +106,10 @@ class Network:
         changes = {key: value for key, value in model.items() if key not in ("name", "init")}
         name = model["name"]
         if name not in MODELS:
-            raise UserError(f"unknown model {name!r}; {nearest(str(name), MODELS)}")
+            raise UserError(f"unknown model {name!r}; {nearest(name, MODELS)}")
         config = MODELS[name](tuple(f"class{i}" for i in range(classes)))
         self.name = str(name)
-        self.config = read(ModelConfig, {**dataclasses.asdict(config), **changes}, "model.")
+        self.config = from_values(ModelConfig, {**dataclasses.asdict(config), **changes}, "model")
         with torch.device("meta"):
             self.detector = Detector(self.config)
         self.shape = ViTShape.of(anatomy_of(self.detector.backbone.net))

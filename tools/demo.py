@@ -31,13 +31,12 @@ from demo_files import Outputs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, open_source
-from eventful_det.errors import UserError
+from eventful_det.errors import UserError, printable
 from eventful_det.evaluation.efficiency import peak_memory
 from eventful_det.models.detector import Detector
 from eventful_det.models.labels import relabel
-from eventful_det.options import Count, Natural, NotNegative, Positive, Range, Share
-from eventful_det.outputs import owned
-from eventful_det.printable import file_names, printable
+from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Share
+from eventful_det.outputs import file_names, owned
 from eventful_det.runtime.budget import Budget, parse_budget
 from eventful_det.runtime.rescoring import Rescorer
 from eventful_det.runtime.sharing import Terms
@@ -63,7 +62,7 @@ class Options:
     max_frames: Count | None
     budget: float | int | str | None
     max_age: Natural | None
-    bank: NotNegative | None
+    bank: NonNegative | None
     show: Share
     width: Annotated[int, Range(320, 7680)]
     short_side: Side | None
@@ -73,19 +72,21 @@ class Options:
     shadow_every: Natural
     rescore: bool
     track: bool
-    reconnect: NotNegative
+    reconnect: NonNegative
     silence: Positive
     compare: bool
     device: str
 
 
-def find_sources(source: Texts) -> list[str | Path]:
+def find_sources(sources: Sequence[str]) -> list[str | Path]:
     """The sources that a config names: those of a list, the videos of a folder or glob, or one of any other kind.
 
     What is there is a path, whatever its name means otherwise.
     """
-    if isinstance(source, tuple):
-        return [found for one in source for found in find_sources(one)]
+    return [found for source in sources for found in _find(source)]
+
+
+def _find(source: str) -> list[str | Path]:
     if "://" in source:
         return [source]
     path = Path(source).expanduser()
@@ -267,7 +268,7 @@ def print_summary(results: dict[str, Any]) -> None:
 def run(options: Options) -> None:
     """Run every source. One that fails does not keep the others from running."""
     budget = parse_budget(options.budget)
-    sources, output = find_sources(options.source), Path(options.output)
+    sources, output = find_sources(as_list(options.source)), Path(options.output)
     detector = build_detector(options, sources)
     with owned(output):
         run_all(options, budget, detector, dict(zip(name_folders(output, sources), sources, strict=True)))

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from eventful_det.adapters import to_record
 from eventful_det.data.video_writer import VideoWriter
 from eventful_det.errors import UserError
+from eventful_det.files import written_whole
 from eventful_det.models.cost import FrameCost
-from eventful_det.outputs import aside, reporting
-from eventful_det.printable import printable_values
+from eventful_det.outputs import printable_values, reporting
 from eventful_det.runtime.stream import StreamResult
 from eventful_det.viz import Caption, annotate, cost_row, plot_cost
 
@@ -115,7 +115,7 @@ class Outputs:
             UserError: they cannot be written. Nothing of them is left; those of an earlier run are.
         """
         try:
-            with aside(self.directory / "results.json") as part:
+            with written_whole(self.directory / "results.json") as part:
                 part.write_text(json.dumps(printable_values(results), indent=1) + "\n", encoding="utf-8")
                 for name in _NAMES:
                     if _part(self.directory / name).exists():

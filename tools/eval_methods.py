@@ -11,7 +11,7 @@ from common import Texts, build_rule
 from eventful_det.errors import UserError
 from eventful_det.evaluation.runs import Method
 from eventful_det.gating.convert import Rule
-from eventful_det.options import Count, NotNegative, Range, Share, convert
+from eventful_det.options import Count, NonNegative, Range, Share, convert
 
 Scale = Annotated[float, Range(0.05, 8)]  # of the network's input
 
@@ -33,7 +33,7 @@ class EvalOptions:
     scale: Scale = 1.0
     square: bool = False
     fractions: tuple[Share, ...] = ()
-    thresholds: tuple[NotNegative, ...] = ()
+    thresholds: tuple[NonNegative, ...] = ()
     caps: tuple[Share, ...] = ()
     only: Texts | None = None
     curves: dict[str, Curve] | None = None

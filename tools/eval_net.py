@@ -56,10 +56,11 @@ from eventful_det.evaluation.runs import Method, MethodRun
 from eventful_det.evaluation.store import ResultStore, file_hash
 from eventful_det.evaluation.summary import Row, jsonable, row_of
 from eventful_det.evaluation.sweep import collect, complete, first
+from eventful_det.files import written_whole
 from eventful_det.models.checkpoints import DEFAULT, find_weights, load_detector
 from eventful_det.models.detector import Detector
 from eventful_det.options import Count, Natural
-from eventful_det.outputs import aside, owned, write_json, write_text
+from eventful_det.outputs import owned, write_json, write_text
 from eventful_det.runtime.rescoring import Rescoring
 
 READERS = 4  # threads that read frames ahead for a GPU; on a CPU they would take time from what is measured
@@ -138,13 +139,13 @@ def evaluate_sweep(config: Options, detector: Detector, data: CocoVideo, directo
         run = reference if method is dense and reference else gather(config, store, method, data)
         rows.append(row_of(run, run.scores(), reference))
         skipped |= run.skipped
-    with aside(directory / "sweep.csv") as part:
+    with written_whole(directory / "sweep.csv") as part:
         report.write_csv(rows, part)
     write_json(directory / "sweep.json", jsonable(rows))
     write_text(directory / "sweep.md", report.markdown(rows))
     title = f"Average precision against cost: {rows[0].videos} videos, {rows[0].frames} frames"
     for suffix in ("png", "pdf"):
-        with aside(directory / f"sweep.{suffix}") as part:
+        with written_whole(directory / f"sweep.{suffix}") as part:
             report.plot(rows, part, title)
     header, *lines = report.table(rows)
     _show([list(TERMINAL), *([line[header.index(name)] for name in TERMINAL] for line in lines)])

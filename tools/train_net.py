@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,7 @@ from eventful_det.models.checkpoints import load_detector
 from eventful_det.models.config import MODELS, ModelConfig
 from eventful_det.models.detector import Detector
 from eventful_det.models.pretrained import init_backbone
-from eventful_det.options import Count, Positive, nearest, read
+from eventful_det.options import Count, Positive, from_values, nearest
 from eventful_det.outputs import owned, write_text
 from eventful_det.training.objective import EventfulObjective, EventfulOptions
 from eventful_det.training.options import TrainOptions
@@ -91,8 +91,8 @@ def build_model(config: Options, classes: tuple[str, ...]) -> Detector:
     sizes = dict(config.model)
     name, init = sizes.pop("name"), sizes.pop("init", None)
     if name not in MODELS:
-        raise UserError(f"unknown model {name!r}; {nearest(str(name), MODELS)}")
-    detector = Detector(read(ModelConfig, {**asdict(MODELS[name](classes)), **sizes}, "model."))
+        raise UserError(f"unknown model {name!r}; {nearest(name, MODELS)}")
+    detector = Detector(from_values(ModelConfig, {**asdict(MODELS[name](classes)), **sizes}, "model"))
     if init:
         init_backbone(detector.backbone.net, init)
     return detector
@@ -190,8 +190,8 @@ def check_same(config: Options, path: Path) -> None:
     if not path.is_file():
         return
     try:
-        begun = read(Options, OmegaConf.to_container(OmegaConf.load(path))).made_of()
-    except (UserError, OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        begun = from_values(Options, cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path))), "").made_of()
+    except (OSError, ValueError, TypeError, AttributeError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} does not say what the run was begun with ({error}); choose another output") from error
     changed = [name for name, value in config.made_of().items() if value != begun[name]]
     if changed:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from eventful_det.data.transforms import Image, resize
 from eventful_det.errors import UserError
-from eventful_det.options import Positive, Range, Share, check
+from eventful_det.options import Positive, Range, Share, convert_fields
 
 _Side = Annotated[int, Range(32, 8192)]
 Boxes = NDArray[np.float32]
@@ -57,7 +57,7 @@ class Augmentation:
     mosaic: Share = 0.0
 
     def __post_init__(self) -> None:
-        check(self, "augment.")
+        convert_fields(self, "augment")
         if not self.sizes or self.scale[0] > self.scale[1]:
             raise UserError("augment: sizes must name one, and scale be [smallest, largest]")
 

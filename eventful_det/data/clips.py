@@ -16,7 +16,7 @@ from eventful_det.data.motion import Camera, Sprite, camera_path
 from eventful_det.data.pictures import first_readable, read_image
 from eventful_det.data.training_set import Target, TrainingSet
 from eventful_det.data.transforms import Image
-from eventful_det.options import Count, Range, Share, check
+from eventful_det.options import Count, Range, Share, convert_fields
 
 _MARGIN = 1.25  # sides of the picture that a camera moves over, relative to those of a frame
 _SPRITE = (0.003, 0.2)  # smallest and largest area of a pasted object, as a share of the frame
@@ -46,7 +46,7 @@ class ClipOptions:
     noise: Annotated[float, Range(0, 255)] = 3.0
 
     def __post_init__(self) -> None:
-        check(self, "clips.")
+        convert_fields(self, "clips")
 
 
 class ClipSet(TrainingSet):

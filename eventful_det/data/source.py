@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eventful_det.data.relay import Relay
-from eventful_det.errors import UserError
-from eventful_det.printable import printable
+from eventful_det.errors import UserError, printable
 
 _LOG = logging.getLogger(__name__)
 

@@ -17,8 +17,7 @@ import av
 from av.error import FFmpegError
 
 from eventful_det.data.video import VideoSource, open_source
-from eventful_det.errors import UserError
-from eventful_det.printable import printable
+from eventful_det.errors import UserError, printable
 from eventful_det.serving.playback import Playback
 
 # Containers that hold their own video. Playlists, scripts and session descriptions, which would make FFmpeg read

@@ -18,7 +18,7 @@ from eventful_det.gating.policy import Focus, Policy, Threshold
 from eventful_det.gating.rows import Rows
 from eventful_det.models.detector import DIVISOR, Detector
 from eventful_det.models.interest import token_interest
-from eventful_det.options import Count, NotNegative, Share, check
+from eventful_det.options import Count, NonNegative, Share, convert_fields
 from eventful_det.training.eventful import gated_tokens
 
 _SURE = 0.5  # score from which a detection of the dense detector serves as a label
@@ -41,15 +41,15 @@ class EventfulOptions:
     """
 
     budgets: tuple[Share, Share] = (1 / 16, 1 / 2)
-    thresholds: tuple[NotNegative, ...] = (0.0, 2.0)
+    thresholds: tuple[NonNegative, ...] = (0.0, 2.0)
     policy: Literal["threshold", "focus"] = "threshold"
-    age_power: NotNegative = 0.5
+    age_power: NonNegative = 0.5
     supervised: Count = 3
     labels: Literal["truth", "dense", "none"] = "truth"
-    distil: NotNegative = 1.0
+    distil: NonNegative = 1.0
 
     def __post_init__(self) -> None:
-        check(self, "eventful.")
+        convert_fields(self, "eventful")
         if self.labels == "none" and not self.distil:
             raise UserError("eventful: labels=none needs distil above 0, or there is nothing to learn from")
         if not 0 < self.budgets[0] <= self.budgets[1] <= 1:

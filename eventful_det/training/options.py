@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from eventful_det.errors import UserError
-from eventful_det.options import Count, Natural, NotNegative, Positive, Range, Seed, Share, check
+from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Seed, Share, convert_fields
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class TrainOptions:
     warmup: Natural = 100
     schedule: Literal["cosine", "step"] = "cosine"
     milestones: tuple[Share, ...] = (0.89, 0.96)
-    weight_decay: NotNegative = 0.05
+    weight_decay: NonNegative = 0.05
     layer_decay: Annotated[float, Range(0, 1, above=True)] = 0.8
-    clip: NotNegative = 1.0
+    clip: NonNegative = 1.0
     ema: Share = 0.998
     amp: str = "auto"
     checkpointing: bool = False
@@ -49,7 +49,7 @@ class TrainOptions:
     eval_every: Natural = 0
 
     def __post_init__(self) -> None:
-        check(self, "train.")
+        convert_fields(self, "train")
 
     def shares(self, ranks: int) -> tuple[int, int]:
         """Images per step of each of `ranks` processes, and how many of them it works off at once.

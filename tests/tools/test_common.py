@@ -50,19 +50,17 @@ def test_errors_are_one_line(error: Exception, line: str, capsys: pytest.Capture
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_are_taken_literally(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert options_of("demo", f"output={name}").output == name or name[0] + name[-1] in ("''", '""')
     monkeypatch.chdir(tmp_path)
     (tmp_path / name.replace("/", "_")).touch()
     name = name.replace("/", "_")
-    for arguments in ([f"source={name}"], [name], ["--source", name], [f"--source={name}"]):
-        if not (arguments == [name] and name.startswith("-")):
-            assert options_of("demo", *arguments).source == name
-    assert options_of("demo", name, name).source == (name, name) if name != "-1" else True
+    (given,) = options_of("demo", "--", name, name).source[:1]
+    assert given == name
+    assert options_of("demo", f"source={name}", "--output", name).source == name
 
 
 def test_lists_and_null() -> None:
-    assert options_of("demo", "source=[0,a.mp4]").source == ("0", "a.mp4")
-    assert options_of("demo", "classes=[7]").classes == ("7",)
+    assert options_of("demo", "source=[0,a.mp4]").source == (0, "a.mp4")
+    assert options_of("demo", "classes=[7]").classes == (7,)
     assert options_of("demo", "weights=null").weights is None
     assert options_of("demo", "source='a b'").source == "a b"
     assert options_of("convert_weights", "a.pkl", "b.pth").output == "b.pth"
@@ -86,38 +84,38 @@ def test_switches(text: str) -> None:
         ("demo", "max_frames=(", "max_frames must be a whole number"),
         ("demo", "hold=1.5", "hold must be a whole number of at least 1"),
         ("demo", "short_side=-5", "short_side must be a whole number from 32"),
-        ("demo", "width=100000", "width must be a whole number from 320 to 7680, got '100000'"),
+        ("demo", "width=100000", "width must be a whole number from 320 to 7680, got 100000"),
         ("demo", "show=nan", "show must be a number from 0 to 1"),
         ("demo", "silence=0", "silence must be a number above 0"),
         ("demo", "reconnect=-1", "reconnect must be a number of at least 0"),
         ("demo", "compare=maybe", "compare must be true or false, got 'maybe'"),
-        ("demo", "output=", "output must be text, got ''"),
-        ("demo", "sorce=a.mp4", "unknown option sorce; did you mean source?"),
-        ("demo", "+sorce=a.mp4", "unknown option sorce; did you mean source?"),
-        ("demo", "--max-frame=3", "unknown option max_frame; did you mean max_frames?"),
+        ("demo", "output=", "output needs a value"),
+        ("demo", "sorce=a.mp4", "unknown option 'sorce'; did you mean source?"),
+        ("demo", "+sorce=a.mp4", "unknown option 'sorce'; did you mean source?"),
+        ("demo", "--max-frame=3", "unknown option 'max_frame'; did you mean max_frames?"),
         ("demo", "gate=row", "gate/row"),
         ("demo", "gate/policy=top", "gate/policy/top"),
         ("demo", "source.x=1", "unknown option source.x; source holds no further options"),
-        ("demo", "~source", "source is missing"),
-        ("demo", "classes=[a,{]", "cannot be understood"),
+        ("demo", "~source", "give source as well"),
+        ("train_net", "mix=[{", "mix must be a list, each a group of options"),
         ("demo", "--output", "--output needs a value"),
         ("serve", "port=abc", "port must be a whole number from 0 to 65535, got 'abc'"),
-        ("serve", "expose=2", "expose must be true or false, got '2'"),
+        ("serve", "expose=2", "expose must be true or false, got 2"),
         ("serve", "upload_mb=0", "upload_mb must be a number above 0"),
-        ("convert_weights", "dtype=int8", "dtype must be one of float32, float16, bfloat16"),
+        ("convert_weights", "dtype=int8", "dtype must be 'float32' or 'float16' or 'bfloat16'"),
         ("convert_weights", "notes=5", "notes must be a group of options"),
         ("eval_net", "eval.hold=0", "eval.hold must be a whole number of at least 1"),
         ("eval_net", "eval.scale=nan", "eval.scale must be a number from 0.05"),
         ("eval_net", "streams=many", "streams must be a whole number"),
-        ("eval_net", "data.rot=a", "unknown option data.rot; did you mean data.root?"),
-        ("train_net", "train.lr=-1", "train.lr must be a number above 0, got '-1'"),
-        ("train_net", "train.stepz=1", "unknown option train.stepz; did you mean train.steps?"),
+        ("eval_net", "data.rot=a", "data: unknown option 'rot'; did you mean root?"),
+        ("train_net", "train.lr=-1", "train.lr must be a number above 0, got -1"),
+        ("train_net", "train.stepz=1", "train: unknown option 'stepz'; did you mean steps?"),
         ("train_net", "val_every=0", "val_every must be a whole number of at least 1"),
         ("train_net", "mix=[{train: a, ratio: 0}]", "mix[0].ratio must be a number above 0"),
         ("train_net", "augment.sizes=[[0,5]]", "augment.sizes[0][0] must be a whole number from 32"),
         ("count_flops", "classes=0", "classes must be a whole number"),
         ("benchmark", "threads=0", "threads must be a whole number from 1"),
-        ("benchmark", "streams=4", "streams must be a list whose entries are each a whole number"),
+        ("benchmark", "streams=4", "streams must be a list, each a whole number"),
         ("benchmark", "demo.mp4", "'demo.mp4' cannot be understood; expected option=value"),
     ],
 )

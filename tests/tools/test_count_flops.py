@@ -90,15 +90,15 @@ def test_assumptions() -> None:
     [
         (["k=641", "size=[320,512]"], "1 to 640 tokens"),
         (["k=many"], "whole number"),
-        (["fraction=25"], "fraction must be a number above 0, at most 1"),
-        (["size=320"], "size must be [a whole number, a whole number]"),
-        (["rule=fast"], "rule must be one of dense, paper, rows or a list"),
+        (["fraction=25"], "fraction must be a number above 0 and up to 1"),
+        (["size=320"], "size must be a list of 2"),
+        (["rule=fast"], "rule must be 'dense' or 'paper' or 'rows' or a list"),
         (["rule=rows", "pool=2"], "does not pool keys"),
         (["rule=paper", "pool=7"], "does not divide a grid of 16 x 30 tokens"),
-        (["rule=paper", "ablation=all"], "ablation must be one of full, "),
+        (["rule=paper", "ablation=all"], "ablation must be '"),
         (["assume.scatter=2"], "scatter"),
         (["assume.padding=0.5"], "padding"),
-        (["+model.sides=7"], "unknown option model.sides"),
+        (["+model.sides=7"], "model: unknown option 'sides'"),
     ],
 )
 def test_errors(overrides: list[str], message: str) -> None:

@@ -370,5 +370,5 @@ def test_build_rule() -> None:
         build({"rule": "row"})
     with pytest.raises(UserError, match="unknown policy 'best'"):
         build({"rule": "rows", "policy": {"name": "best"}})
-    with pytest.raises(UserError, match="unknown option gate.policy.age_pover; did you mean gate.policy.age_power"):
+    with pytest.raises(UserError, match="gate.policy: unknown option 'age_pover'; did you mean age_power"):
         build({"rule": "rows", "policy": {"name": "topk", "k": 3, "age_pover": 1}})

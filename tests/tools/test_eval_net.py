@@ -153,7 +153,7 @@ def test_errors_are_one_line(options: list[str], tree: Path, tmp_path: Path) -> 
         (["data.val={tmp}/unlabelled.json"], "no labelled frame"),
         (["data.val={tmp}/no_images.json"], "cannot read the image"),
         (["eval=sweep", "+eval.curves.a={vary:{fraction:[1]}}"], "the curve has no gate"),
-        (["eval=sweep", "+eval.curves.a={very:{hold:[1]}}"], "unknown option eval.curves.a.very; did you mean"),
+        (["eval=sweep", "+eval.curves.a={very:{hold:[1]}}"], "eval.curves.a: unknown option 'very'; did you mean vary"),
         (["max_frames=0"], "max_frames must be a whole number of at least 1"),
         (["streams=0"], "streams must be a whole number of at least 1"),
         (["eval=sweep", "eval.only=nothing"], "there is no curve nothing; there are dense, rows"),
