@@ -1,6 +1,6 @@
 """Dependencies, each with its reason, and where packages lie. All other metadata is in pyproject.toml."""
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 PLOTS = ["matplotlib>=3.8"]  # cost.png of detect, plots of sweeps
 TRAIN = ["tensorboard>=2.15"]  # training curves
@@ -9,14 +9,18 @@ SERVE = [
     "uvicorn>=0.30",  # the HTTP server
     "websockets>=13",  # pictures to the browser, over one connection for all streams
 ]
+CONFIGS = [
+    "eventful_det.configs",
+    *(f"eventful_det.configs.{folder}" for folder in find_namespace_packages("configs", exclude=["detectron2*"])),
+]
 
 setup(
-    # A wheel holds the tools and their configs beside the code; in a checkout they lie beside the package.
-    packages=[*find_packages(include=["eventful_det*"]), "eventful_det.tools", "eventful_det.configs"],
+    # A wheel holds the tools and their configs inside the package; in a checkout they lie beside it.
+    packages=[*find_namespace_packages(include=["eventful_det*"]), "eventful_det.tools", *CONFIGS],
     package_dir={"eventful_det.tools": "tools", "eventful_det.configs": "configs"},
     package_data={
         "eventful_det": ["py.typed", "weights/*.safetensors", "serving/*.html"],
-        "eventful_det.configs": ["**/*.yaml"],
+        **dict.fromkeys(CONFIGS, ["*.yaml"]),
     },
     install_requires=[
         "torch>=2.4",  # the networks

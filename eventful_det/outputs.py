@@ -68,8 +68,9 @@ def _take(path: Path) -> int:
         except FileNotFoundError:
             current = False
         if current:
-            os.ftruncate(file, 0)
-            os.write(file, f"{os.getpid()}\n".encode())
+            with contextlib.suppress(OSError):  # of a full disk, about which the results have to say more
+                os.ftruncate(file, 0)
+                os.write(file, f"{os.getpid()}\n".encode())
             return file
         os.close(file)  # its owner was just removing it
 

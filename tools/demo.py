@@ -189,13 +189,16 @@ class Run:
             self._carry(itertools.chain([first], self._results), outputs)
         except BaseException as error:
             stopped = error
+        seconds, source = time.perf_counter() - began, self.source
+        counts = {"skipped": source.skipped, "dropped": source.dropped, "reconnects": source.reconnects}
         with uninterrupted():
             outputs.drain()
             if stopped is not None and not outputs.frames:
                 outputs.discard()
                 raise stopped
-            results = self._finish(outputs, began, stopped)
+            results = self._finish(outputs, seconds, counts, stopped)
         print_summary(results)
+        say(f"results: {self.directory / 'results.json'}")
         if stopped is not None:
             raise stopped
         return results
@@ -214,8 +217,9 @@ class Run:
                 rate = count / (time.perf_counter() - began)
                 progress.update(task, completed=count, rate=f"{rate:.1f} frames/s")
 
-    def _finish(self, outputs: Outputs, began: float, stopped: BaseException | None) -> dict[str, Any]:
-        seconds = time.perf_counter() - began
+    def _finish(
+        self, outputs: Outputs, seconds: float, counts: dict[str, int], stopped: BaseException | None
+    ) -> dict[str, Any]:
         summary = outputs.finish()
         results = {
             "command": command(),
@@ -226,9 +230,7 @@ class Run:
             "frames_per_second": summary["frames"] / seconds,
             "state_bytes": self.stream.state_bytes,
             "peak_memory_mb": round(peak_memory(torch.device("cpu")) / 1e6),
-            "skipped": self.source.skipped,
-            "dropped": self.source.dropped,
-            "reconnects": self.source.reconnects,
+            **counts,
             "stopped": _ending(stopped),
             **({"compare": self.comparison.summary()} if self.comparison else {}),
             **({"drift": self.stream.drift.summary()} if self.stream.drift else {}),

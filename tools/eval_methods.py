@@ -55,7 +55,7 @@ def sweep_methods(curves: Mapping[str, Curve]) -> list[Method]:
         for option, values in curve.vary.items():
             own = {"hold": Count, "scale": Scale}.get(option)
             for value in values:
-                value = convert(own or float, value, f"{where}.vary.{option}")
+                value = convert(value, own or float, f"{where}.vary.{option}")
                 rule = _rule_with(where, curve.gate, **({} if own else {option: value}))
                 settings: dict[str, Any] = {option: value} if own else {}
                 methods.append(Method(name, float(value), rule, square=curve.square, **settings))

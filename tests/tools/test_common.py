@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import command_line
 import common
 import pytest
-from running import options_of
+from running import ROOT, options_of
 
 from eventful_det.errors import UserError
 
@@ -176,3 +178,11 @@ def test_multirun_keeps_hydras_grammar(tmp_path: Path) -> None:
 
     given = command_line.overrides(demo, ["-m", "hold=1,2", f"output={os.fspath(tmp_path)}/${{hold}}"], literal=False)
     assert given == ["-m", "++hold=1,2", f"++output={tmp_path}/${{hold}}"]
+
+
+def test_the_console_command_works_anywhere(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "eventful_det", "count", "--model", "vitdet_tiny", "--k", "[8]", "--output", "a b"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a b/results.json").is_file()
