@@ -53,6 +53,7 @@ Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 
+_ENTRIES = 100_000  # of a list
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -146,6 +147,8 @@ def convert(value: Any, hint: Any, name: str) -> Any:
         return value
     if origin in (Union, types.UnionType):
         return _convert_union(value, arguments, name, hint)
+    if isinstance(value, (list, tuple, Mapping)) and len(value) > _ENTRIES:
+        raise UserError(f"{name} has {len(value)} entries, more than {_ENTRIES}")
     if origin is tuple and isinstance(value, (list, tuple)):
         inner = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(inner) == len(value):

@@ -22,32 +22,9 @@ with owned(Path(sys.argv[1])):
 """
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("rtsp://admin:S3cret@cam:554/s", "rtsp://admin:***@cam:554/s"),
-        ("rtsp://admin:S3#cret@cam/s", "rtsp://admin:***@cam/s"),
-        ("rtsp://admin:S3/cret@cam/s", "rtsp://admin:***@cam/s"),
-        ("rtsp://admin:S3?cr@et@cam/s", "rtsp://admin:***@cam/s"),
-        ("rtsp://admin:S3 cret@cam/s", "rtsp://admin:***@cam/s"),
-        ("http://S3cretToken@cam/s", "http://***@cam/s"),
-        ("http://cam/v.cgi?usr=admin&pwd=S3cret", "http://cam/v.cgi?usr=admin&pwd=***"),
-        ("http://cam/v?user=a&password=S3#cr/et&x=1", "http://cam/v?user=a&password=***&x=1"),
-        ("http://cam/v?AUTH_TOKEN=S3cret", "http://cam/v?AUTH_TOKEN=***"),
-        ("rtsp://cam:554/user=admin_password=S3cret_channel=1.sdp", "rtsp://cam:554/user=admin_password=***"),
-        ("source=[0,rtsp://a:S3cret@b/c]", "source=[0,rtsp://a:***@b/c]"),
-        ("cannot open rtsp://a:S3cret@b/c: timed out", "cannot open rtsp://a:***@b/c: timed out"),
-        ("rtsp://a:S3cret@b/c and rtsp://d:S3cret@e/f", "rtsp://a:***@b/c and rtsp://d:***@e/f"),
-        ("RTSP://a:S3cret@b", "RTSP://a:***@b"),
-        ("rtsp://host:554/a:b@c", "rtsp://host:554/a:b@c"),
-        ("C:b@c.mp4", "C:b@c.mp4"),
-        ("token=abc.mp4", "token=abc.mp4"),
-        ("two\nlines\tand \x1b[31m \udcff", "two lines and \ufffd[31m \ufffd"),
-    ],
-)
-def test_nothing_secret_is_shown(text: str, shown: str) -> None:
-    assert printable(text) == shown
-    assert str(UserError(text)) == shown
+def test_text_can_be_shown_anywhere() -> None:
+    text = "two\nlines\tand \x1b[31m \udcff of rtsp://admin:S3#cr/et@cam/s"
+    assert printable(text) == str(UserError(text)) == "two lines and \ufffd[31m \ufffd of rtsp://admin:***@cam/s"
 
 
 def test_files_hold_no_secret(tmp_path: Path) -> None:

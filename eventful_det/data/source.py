@@ -8,12 +8,13 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eventful_det.data.relay import Relay
-from eventful_det.errors import UserError, printable
+from eventful_det.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 
@@ -112,5 +113,9 @@ class VideoSource(Iterable[VideoFrame]):
 
 
 def public_name(url: str) -> str:
-    """What a source is called wherever it is shown, see `printable`."""
-    return printable(url)
+    """An address without the password that it may hold; one that is none, without all of it."""
+    try:
+        password = urlsplit(url).password if "://" in url else None
+    except ValueError:
+        return f"{url.partition('://')[0]}://***"
+    return url.replace(f":{password}@", ":***@", 1) if password else url

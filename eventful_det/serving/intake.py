@@ -17,7 +17,7 @@ import av
 from av.error import FFmpegError
 
 from eventful_det.data.video import VideoSource, open_source
-from eventful_det.errors import UserError, printable
+from eventful_det.errors import UserError
 from eventful_det.serving.playback import Playback
 
 # Containers that hold their own video. Playlists, scripts and session descriptions, which would make FFmpeg read
@@ -237,4 +237,4 @@ def check_video(path: Path, title: str) -> None:
 
 def public_name(source: str) -> str:
     """What a source is called: the name of a file, an address without its password."""
-    return printable(source if "://" in source else Path(source).name)
+    return re.sub(r"//[^/?#]*@", "//", source) if "://" in source else Path(source).name

@@ -13,7 +13,7 @@ import pytest
 from eventful_det.models.detector import Detector
 from eventful_det.runtime.pool import StreamPool
 
-pytest.importorskip("fastapi", reason="fastapi is not installed (python -m pip install fastapi uvicorn websockets)")
+pytest.importorskip("fastapi", reason="fastapi is not installed (pip install 'eventful_det[serve]')")
 pytest.importorskip("httpx2", reason="httpx2, which FastAPI's TestClient needs, is not installed")
 
 from fastapi.testclient import TestClient
