@@ -33,6 +33,7 @@ from eventful_det.data.frame_reader import FrameReader
 from eventful_det.data.transforms import Image
 from eventful_det.data.video import open_source
 from eventful_det.errors import UserError
+from eventful_det.options import Count, convert
 
 QUALITY = 95  # of the JPEG frames
 
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(args: argparse.Namespace, console: Console) -> int:
+    convert(args.max_frames, Count | None, "--max-frames")
     data = labelled(args, console) if args.sources[0].endswith(".json") else decoded(args, console)
     for video in data.videos:
         if not video.frames:
