@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from eventful_det.data.coco_video import CocoVideo, Frame, Video
-from eventful_det.data.pictures import read_image
+from eventful_det.data.pictures import check_size, read_image
 from eventful_det.data.transforms import Image
 from eventful_det.data.video import VideoFrame, VideoSource, open_source
 from eventful_det.errors import UserError
@@ -37,12 +37,8 @@ class FrameReader:
                     self._files[video.id] = _VideoFile(self._data.image_root / video.file_name, video)
             image = self._files[video.id].read(frame.frame_id)
         else:
-            image = read_image(str(self._data.image_path(frame)))
-        height, width = image.shape[:2]
-        if (width, height) != (frame.width, frame.height):
-            told = f"{frame.width}x{frame.height}"
-            raise UserError(f"{frame.file_name} is {width}x{height}, but the data set says {told}; prepare it again")
-        return image
+            image = read_image(self._data.image_path(frame))
+        return check_size(image, frame)
 
     def close(self) -> None:
         """Close all video files."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eventful_det.data.relay import Relay
-from eventful_det.errors import UserError
+from eventful_det.errors import UserError, printable
 
 _LOG = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class VideoSource(Iterable[VideoFrame]):
     remote = False
 
     def __init__(self, name: str, fps: float | None = None, frames: int | None = None) -> None:
-        self.name, self.fps, self.frames = name, fps, frames
+        self.name, self.fps, self.frames = printable(name), fps, frames
         self.ahead = 0
         self.skipped = self.dropped = self.reconnects = 0
         self._relay: Relay[Any] | None = None
