@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
 from av.error import FFmpegError
 
+from eventful_det.data.decoder import best_video, open_container
 from eventful_det.data.video import VideoSource, open_source
 from eventful_det.errors import UserError
 from eventful_det.serving.playback import Playback
@@ -221,12 +221,8 @@ def check_video(path: Path, title: str) -> None:
     """
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
     try:
-        with av.open(str(path), options=options, metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise UserError(f"{title} holds no video")
-            video = container.streams.video[0]
-            if video.codec_context is None:
-                raise UserError(f"{title}: there is no decoder for its video")
+        with open_container(str(path), options) as container:
+            video = best_video(container, title)
             if video.width * video.height > _MAX_PIXELS:
                 raise UserError(f"{title} has frames of {video.width}x{video.height} pixels; that is too large")
             if next(container.decode(video), None) is None:
