@@ -15,10 +15,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from reporting import exit_status, save_report, show, summary
+from reporting import exit_status, plain_console, save_report, show, summary
 from rich.console import Console
 
 from eventful_det.data.other_layouts import LAYOUTS, import_annotations
+from eventful_det.errors import printable
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,7 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, console = parse(argv), Console(soft_wrap=True)
+    args, console = parse(argv), plain_console()
     return exit_status(lambda: convert(args, console), args.output)
 
 
@@ -48,7 +49,7 @@ def convert(args: argparse.Namespace, console: Console) -> int:
     save_report(report, data, problems)
     console.print(summary(args.output.stem, data))
     show(console, problems, args.show, report)
-    console.print(f"wrote {args.output}", highlight=False)
+    console.print(printable(f"wrote {args.output}"))
     return int(args.strict and bool(problems))
 
 

@@ -324,12 +324,6 @@ def _track(value: Any) -> int | str | None:
         return _text(value)
 
 
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
-
-
 class _Field(NamedTuple):
     """What a value must be: `convert` raises for anything else. `default` stands for absent and null; ... for none."""
 
@@ -370,7 +364,6 @@ _SCHEMA: dict[str, dict[str, _Field]] = {
         "generated": _Field(_flag, _YES_NO, False),
         "track_id": _Field(_track, "a number or a name", None),
         "instance_id": _Field(_track, "a number or a name", None),  # mmtracking's name for it
-        "attributes": _Field(_object, "an object", None),  # CVAT has tracks in there
     },
 }
 """What a COCO-video file holds. Numbers and flags may be text; unknown fields are passed over."""
@@ -401,15 +394,11 @@ class _Reader:
                 if inside is None:
                     self.problems.append(Problem(fault, frame.file_name, f"{where}, {_box_text(row['bbox'])}"))
                     continue
-                more = row["attributes"] or {}
-                track = next((t for t in (row["track_id"], row["instance_id"]) if t is not None), None)
-                track = self.convert(where, "track_id", more.get("track_id")) if track is None else track
+                track = row["instance_id"] if row["track_id"] is None else row["track_id"]
                 if isinstance(track, str):
                     track = tracks.setdefault((video.id, track), next(free))
-                flags = [row[f] or self.convert(where, f, more.get(f)) for f in ("occluded", "generated")]
-                frame.annotations.append(
-                    Annotation(row["category_id"], row["bbox"], track, *flags, row["iscrowd"], row["area"], row["id"])
-                )
+                more = (row["occluded"], row["generated"], row["iscrowd"], row["area"], row["id"])
+                frame.annotations.append(Annotation(row["category_id"], row["bbox"], track, *more))
         return self.merged(categories, videos), videos
 
     def entries(self, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -421,17 +410,11 @@ class _Reader:
             missing = [name for name, field in fields if field.default is ... and row.get(name) is None]
             if missing:
                 raise UserError(f"{self.path}: {where} lacks {', '.join(missing)}; expected an object with it")
-            values = {}
-            for name, field in fields:
-                value = row.get(name)
-                try:
-                    values[name] = field.default if value is None else field.convert(value)
-                except (TypeError, ValueError, OverflowError):
-                    raise self.error(where, f"{name} {reprlib.repr(value)}", field.expected) from None
+            values = {name: self.convert(where, name, field, row.get(name)) for name, field in fields}
             if values["id"] in seen:
                 raise self.error(where, f"the id {values['id']}", "every id once")
             seen.add(values["id"])
-            yield f"{where}, id {values['id']}", values
+            yield f"{where} (id {values['id']})", values
 
     def videos(self, categories: Collection[int]) -> list[Video]:
         """The videos with their frames in order; every picture is a video of its own where the file has none."""
@@ -490,9 +473,8 @@ class _Reader:
             raise self.error(where, f"{what}_id {i}", f"the id of a listed {what}")
         self.problems.append(Problem(f"unknown_{what}", where, f"{what}_id {i}"))
 
-    def convert(self, where: str, name: str, value: Any) -> Any:
-        """The value of a field that stands among the attributes of an annotation."""
-        field = _SCHEMA["annotations"][name]
+    def convert(self, where: str, name: str, field: _Field, value: Any) -> Any:
+        """What a field should be, of what it is."""
         try:
             return field.default if value is None else field.convert(value)
         except (TypeError, ValueError, OverflowError):

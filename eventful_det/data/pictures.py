@@ -37,6 +37,15 @@ def read_image(path: str | Path) -> Image:
     Raises:
         UnreadablePicture: the file is missing, empty, cut short or no picture, or claims to be huge.
     """
+    return np.asarray(cv2.cvtColor(_decode(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB), dtype=np.uint8)
+
+
+def read_grey(path: str | Path) -> Image:
+    """Read a picture as `(h, w)` uint8; see `read_image`."""
+    return _decode(path, cv2.IMREAD_GRAYSCALE)
+
+
+def _decode(path: str | Path, flags: int) -> Image:
     try:
         if not Path(path).is_file() and Path(path).exists():
             raise UnreadablePicture(f"cannot read the image {path}: it is no regular file")
@@ -46,14 +55,14 @@ def read_image(path: str | Path) -> Image:
         if data.startswith(_JPEG) and not _is_whole(data):
             raise ValueError("it is cut short")  # OpenCV decodes half of it without complaint and leaves the rest grey
         picture_size(io.BytesIO(data))
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if image is None:
             raise ValueError("not a readable picture")
     except UnreadablePicture:
         raise
     except (OSError, ValueError, cv2.error) as error:
         raise UnreadablePicture(f"cannot read the image {path}: {_reason(error)}") from None
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+    return np.asarray(image, dtype=np.uint8)
 
 
 def read_labelled(path: str | Path, frame: Frame) -> Image:
