@@ -66,9 +66,8 @@ def prepare(args: argparse.Namespace, console: Console) -> int:
             raise UserError(f"{video.name} has no frame in the chosen range; see --start and --max-frames")
     path = args.output / "annotations" / "val.json"
     data.save(path)
-    console.print(
-        f"{len(data.videos)} videos, {sum(len(video.frames) for video in data.videos)} frames: {printable(path)}"
-    )
+    frames = sum(len(video.frames) for video in data.videos)
+    console.print(printable(f"{len(data.videos)} videos, {frames} frames: {path}"))
     return 0
 
 

@@ -183,7 +183,7 @@ def _files(
         faults: gets those of each folder.
     """
     found: dict[str, dict[str, str]] = {}
-    visited: set[str] = set()
+    visited = set(map(str, Path(os.path.realpath(top)).parents))
     waiting, links = [top], deque[Path]()  # links come last, so that what they lead to is found in its own place
     while waiting or links:
         folder = waiting.pop() if waiting else links.popleft()
@@ -194,7 +194,7 @@ def _files(
 
         real = os.path.realpath(folder)
         if real in visited:
-            report("linked_folder", str(folder), f"leads to {real}, which is in the tree already")
+            report("linked_folder", str(folder), f"leads to {real}, which holds it or is in the tree already")
             continue
         visited.add(real)
         try:

@@ -204,9 +204,10 @@ def test_a_class_listed_twice_is_one_class_if_only_one_has_boxes(tmp_path: Path)
     [
         ("{", "not valid JSON"),
         ("[]", "expected a JSON object"),
-        ("[" * 99_999, "not valid"),
-        ('{"a": 1' + "0" * 9999, "not valid"),
+        ("[" * 99_999, "not valid JSON"),
+        ('{"a": 1' + "0" * 9999 + "}", "not valid JSON"),
     ],
+    ids=["cut", "list", "deep", "long"],
 )
 def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "x.json"
