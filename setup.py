@@ -13,6 +13,7 @@ setup(
         "pycocotools>=2.0.8",  # average precision, as everyone computes it
         "hydra-core>=1.3",  # configs of the tools
         "safetensors>=0.4",  # weights without pickle
+        "pyyaml>=6",  # names of classes beside labels of YOLO
         "rich>=13",  # progress bars and tables
         "matplotlib>=3.8",  # plots
         "tensorboard>=2.15",  # training curves

@@ -332,6 +332,7 @@ class _Field(NamedTuple):
     default: Any = ...
 
 
+_FRAME = ("id", "file_name", "width", "height", "frame_id")
 _ID, _YES_NO = _Field(_whole, "a whole number"), "true or false"
 _SIDE = _Field(_side, "a number of whole pixels", 0)
 _SCHEMA: dict[str, dict[str, _Field]] = {
@@ -443,8 +444,8 @@ class _Reader:
             exhaustive = image["labelled_category_ids"]
             if exhaustive is not None and not exhaustive <= set(categories):
                 raise self.error(where, f"labelled_category_ids {sorted(exhaustive)}", "a list of category ids")
-            names = ("id", "file_name", "width", "height", "frame_id")
-            video.frames.append(Frame(*(image[name] for name in names), [], image["labelled"], exhaustive))
+            i, file_name, width, height, frame_id = (image[name] for name in _FRAME)
+            video.frames.append(Frame(i, file_name, width, height, frame_id, [], image["labelled"], exhaustive))
         for video in videos.values():
             video.frames.sort(key=lambda f: f.frame_id)
             for one, other in itertools.pairwise(video.frames):

@@ -176,7 +176,8 @@ class _Painter:
     def __call__(self, frame: Any) -> NDArray[np.uint8]:
         """`(h, w, 3)` uint8 RGB."""
         width, height = round(frame.width * max(1, self._aspect)), round(frame.height * max(1, 1 / self._aspect))
-        image = self._reformatter.reformat(frame, width=width, height=height, format="rgb24").to_ndarray()
+        scaled = self._reformatter.reformat(frame, width=width, height=height, format="rgb24")
+        image = np.asarray(scaled.to_ndarray(), np.uint8)
         matrix = frame.side_data.get("DISPLAYMATRIX")
         return np.ascontiguousarray(image if matrix is None else _displayed(image, np.frombuffer(matrix, np.int32)))
 

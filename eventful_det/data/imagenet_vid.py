@@ -250,10 +250,10 @@ def _read_frame(source: Source, folder: str, entry: Entry, problems: list[Proble
         problems.append(Problem(kind, file.relative_to(source.tree).as_posix(), detail))
 
     told: tuple[int, int] | None = None
-    raw: list[_RawObject] = []
+    raw: list[RawObject] = []
     labelled = True
     try:
-        told, raw = _parse_xml(xml)
+        told, raw = parse_xml(xml)
     except FileNotFoundError:
         labelled = False
         report("missing_xml", xml, "no annotation for this image")
@@ -309,7 +309,7 @@ def _untangle_tracks(frame: Frame) -> list[tuple[str, str]]:
     return faults
 
 
-class _RawObject(NamedTuple):
+class RawObject(NamedTuple):
     wnid: str
     box: tuple[float, float, float, float]
     track_id: int | None
@@ -317,7 +317,7 @@ class _RawObject(NamedTuple):
     generated: bool
 
 
-def _parse_xml(path: Path) -> tuple[tuple[int, int], list[_RawObject]]:
+def parse_xml(path: Path) -> tuple[tuple[int, int], list[RawObject]]:
     """(width, height) and the objects as written; ValueError where an element is missing or no number."""
     root = ElementTree.parse(path).getroot()
 
@@ -342,5 +342,5 @@ def _parse_xml(path: Path) -> tuple[tuple[int, int], list[_RawObject]]:
         x1, y1, x2, y2 = (number(element, f"bndbox/{tag}") for tag in ("xmin", "ymin", "xmax", "ymax"))
         track = int(number(element, "trackid")) if element.find("trackid") is not None else None
         occluded, generated = (bool(number(element, tag, "0")) for tag in ("occluded", "generated"))
-        objects.append(_RawObject(name.strip(), (x1, y1, x2, y2), track, occluded, generated))
+        objects.append(RawObject(name.strip(), (x1, y1, x2, y2), track, occluded, generated))
     return size, objects
