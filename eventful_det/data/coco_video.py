@@ -268,7 +268,7 @@ def clip_box(box: Box, width: int, height: int) -> tuple[Box | None, str]:
 
 
 def _whole(value: Any) -> int:
-    number = int(value)
+    number = value if type(value) is int else int(value)
     if (isinstance(value, float) and value != number) or abs(number) >= 1 << 53:
         raise ValueError
     return number
@@ -290,6 +290,8 @@ def _number(value: Any) -> float:
 
 def _flag(value: Any) -> bool:
     """Also as spreadsheets and other programs write it."""
+    if value is False or value is True:
+        return value
     text = str(value).strip().lower()
     if text not in _FLAGS:
         raise ValueError
@@ -411,7 +413,12 @@ class _Reader:
             missing = [name for name, field in fields if field.default is ... and row.get(name) is None]
             if missing:
                 raise UserError(f"{self.path}: {where} lacks {', '.join(missing)}; expected an object with it")
-            values = {name: self.convert(where, name, field, row.get(name)) for name, field in fields}
+            try:
+                values = {
+                    name: field.default if row.get(name) is None else field.convert(row[name]) for name, field in fields
+                }
+            except (TypeError, ValueError, OverflowError):
+                raise self.fault(where, row, key) from None
             if values["id"] in seen:
                 raise self.error(where, f"the id {values['id']}", "every id once")
             seen.add(values["id"])
@@ -474,12 +481,15 @@ class _Reader:
             raise self.error(where, f"{what}_id {i}", f"the id of a listed {what}")
         self.problems.append(Problem(f"unknown_{what}", where, f"{what}_id {i}"))
 
-    def convert(self, where: str, name: str, field: _Field, value: Any) -> Any:
-        """What a field should be, of what it is."""
-        try:
-            return field.default if value is None else field.convert(value)
-        except (TypeError, ValueError, OverflowError):
-            raise self.error(where, f"{name} {reprlib.repr(value)}", field.expected) from None
+    def fault(self, where: str, row: dict[str, Any], key: str) -> UserError:
+        """Which value of an entry cannot be converted."""
+        for name, told in _SCHEMA[key].items():
+            try:
+                if row.get(name) is not None:
+                    told.convert(row[name])
+            except (TypeError, ValueError, OverflowError):
+                break
+        return self.error(where, f"{name} {reprlib.repr(row[name])}", told.expected)
 
     def error(self, where: str, found: str, expected: str) -> UserError:
         return UserError(f"{self.path}: {where} has {found}; expected {expected}. Correct the file or prepare it again")

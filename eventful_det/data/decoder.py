@@ -215,7 +215,7 @@ def best_video(container: Any, name: str) -> Any:
     Raises:
         UserError: there is none, or no decoder for it.
     """
-    videos = [v for v in container.streams.video if not int(v.disposition) & int(Disposition.attached_pic)]
+    videos = [v for v in container.streams.video if not Disposition(v.disposition) & Disposition.attached_pic]
     if not videos or container.format.name == "tty":  # FFmpeg renders text files as pictures
         raise UserError(f"{name} holds no video")
     decodable = [video for video in videos if video.codec_context is not None]
@@ -223,7 +223,7 @@ def best_video(container: Any, name: str) -> Any:
         raise UserError(f"{name}: there is no decoder for its video")
 
     def rank(video: Any) -> tuple[bool, int]:
-        return bool(int(video.disposition) & int(Disposition.default)), video.width * video.height
+        return bool(Disposition(video.disposition) & Disposition.default), video.width * video.height
 
     return max(decodable, key=rank)
 
