@@ -83,7 +83,7 @@ def encode_side_by_side(path: Path, streams: list[tuple[list[Image], Disposition
             stream: Any = container.add_stream("png" if cover else "mpeg4", rate=25)
             stream.height, stream.width = images[0].shape[:2]
             stream.pix_fmt = "rgb24" if cover else "yuv420p"
-            stream.disposition, stream.bit_rate = disposition, 4_000_000
+            stream.disposition, stream.bit_rate = disposition.value, 4_000_000
             pairs.append((stream, images))
         for stream, images in pairs:
             for image in images:

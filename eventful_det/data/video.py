@@ -105,9 +105,9 @@ class _Webcam:
     """A connection to a webcam."""
 
     def __init__(self, index: int) -> None:
-        log = cv2.utils.logging
+        log = getattr(cv2.utils, "logging", cv2)  # OpenCV 4.9 has it one level up
         level = log.getLogLevel()
-        log.setLogLevel(log.LOG_LEVEL_SILENT)  # or a page of warnings about every backend that was tried
+        log.setLogLevel(0)  # or a page of warnings about every backend that was tried
         self._capture = cv2.VideoCapture(index)
         log.setLogLevel(level)
         if not self._capture.isOpened():
