@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import io
-import logging
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO
 
 import cv2
 import numpy as np
 import PIL.Image
 
-from eventful_det.data.coco_video import Frame
 from eventful_det.data.transforms import Image
 from eventful_det.errors import UserError
 
 MAX_PIXELS = 1 << 27  # of a picture; more is taken for a damaged or malicious header
-_LOG = logging.getLogger(__name__)
 _JPEG, _END = b"\xff\xd8", b"\xd9"
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # all but escaped bytes, restarts and padding
-_ATTEMPTS = 10  # samples in a row that may hold an unreadable picture
-
-Sample = TypeVar("Sample")
 
 
 class UnreadablePicture(UserError):
@@ -65,30 +58,6 @@ def _decode(path: str | Path, flags: int) -> Image:
     return np.asarray(image, dtype=np.uint8)
 
 
-def read_labelled(path: str | Path, frame: Frame) -> Image:
-    """Read a picture of a data set, see `read_image`.
-
-    Raises:
-        UnreadablePicture: it cannot be read, or has another size than the data set says: its labels would not fit.
-    """
-    return check_size(read_image(path), frame)
-
-
-def check_size(image: Image, frame: Frame) -> Image:
-    """The picture of a frame, if it has the size that the data set says.
-
-    Raises:
-        UnreadablePicture: it has not; for example because it was resized, or turned where EXIF data asks for it.
-    """
-    height, width = image.shape[:2]
-    if (width, height) != (frame.width, frame.height):
-        told = f"{frame.width}x{frame.height}"
-        raise UnreadablePicture(
-            f"{frame.file_name} is {width}x{height}, but the data set says {told}; prepare it again"
-        )
-    return image
-
-
 def picture_size(file: str | Path | IO[bytes]) -> tuple[int, int]:
     """Width and height that the header of a picture states, as stored: EXIF data may ask for a turn.
 
@@ -109,21 +78,6 @@ def picture_size(file: str | Path | IO[bytes]) -> tuple[int, int]:
     if width * height > MAX_PIXELS:
         raise ValueError(f"it claims more than {MAX_PIXELS:,} pixels")
     return width, height
-
-
-def first_readable(make: Callable[[int], Sample], n: int) -> Sample:
-    """`make(n)`; where a picture of it cannot be read, `make(n + 1)`, and so on: one bad file must not end a training.
-
-    Raises:
-        UnreadablePicture: none of ten in a row can be read.
-    """
-    for attempt in range(n, n + _ATTEMPTS):
-        try:
-            return make(attempt)
-        except UnreadablePicture as error:
-            last = error
-            _LOG.warning("%s; sample %d is left out", error, attempt)
-    raise UnreadablePicture(f"{_ATTEMPTS} training samples in a row hold unreadable pictures, the last: {last}")
 
 
 def _is_whole(data: bytes) -> bool:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from eventful_det.data.augmentation import Augmentation
 from eventful_det.data.coco_video import CocoVideo, Frame
-from eventful_det.data.pictures import first_readable, read_labelled
+from eventful_det.data.frame_reader import first_readable, read_labelled
 from eventful_det.data.transforms import Image
 from eventful_det.errors import UserError
 
