@@ -25,13 +25,14 @@ setup(
     install_requires=[
         "torch>=2.4",  # the networks
         "torchvision>=0.19",  # region operators: roi_align, non-maximum suppression
-        "timm>=1.0.9",  # ViT blocks, ImageNet weights, layer-wise decay
+        "timm>=1.0.22",  # ViT blocks, ImageNet weights, layer-wise decay
         "numpy>=1.26",  # pictures and boxes outside the network
-        "opencv-python-headless>=4.9",  # resizing, drawing, webcams; headless: servers lack the GUI's libraries
+        "opencv-python-headless>=4.9.0.80",  # resizing, drawing, webcams; headless: servers lack the GUI's libraries
         "av>=17",  # decode any video; write H.264 that survives a crash (FFmpeg 7.1) in true colours (17)
         "pycocotools>=2.0.8",  # average precision, as everyone computes it
         "hydra-core>=1.3",  # configs of the tools
         "safetensors>=0.4",  # weights without pickle
+        "pyyaml>=6",  # names of classes beside labels of YOLO
         "rich>=13",  # progress bars and tables
     ],
     extras_require={

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from eventful_det.data.augmentation import Augmentation
 from eventful_det.data.coco_video import CocoVideo, Frame, Video
+from eventful_det.data.frame_reader import first_readable, read_labelled
 from eventful_det.data.motion import Camera, Sprite, camera_path
-from eventful_det.data.pictures import first_readable, read_image
 from eventful_det.data.training_set import Target, TrainingSet
 from eventful_det.data.transforms import Image
 from eventful_det.options import Count, Range, Share, convert_fields
@@ -109,7 +109,7 @@ class ClipSet(TrainingSet):
         """A frame of clip n; all its frames draw the same random numbers."""
         rng = np.random.default_rng([self.seed, 2, n])
         boxes, labels = self._truth(frame)
-        picture = read_image(str(self.data.image_path(frame)))
+        picture = read_labelled(self.data.image_path(frame), frame)
         picture, boxes, keep = self.augmentation(picture, boxes, (height, width), rng)
         target = {"boxes": torch.from_numpy(boxes[keep]), "labels": torch.from_numpy(labels[keep])}
         areas = torch.tensor([[0.0, 0.0, width, height]])
