@@ -69,16 +69,10 @@ class Decoder:
         options = {**transport, **options, **limit}
         try:
             self._container = open_container(url, options, silence if self.remote else None)
-            try:
-                self._stream = best_video(self._container, self.name)
-            except UserError:
-                self._container.close()
-                raise
         except (FFmpegError, OSError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(f"cannot open {self.name} as a video: {_reason(error)}") from error
         weakref.finalize(self, self._container.close)
+        self._stream = best_video(self._container, self.name)
         self._stream.codec_context.options = limit
         self.pixels = self._stream.width * self._stream.height
         self._clock = float(self._stream.time_base or 0)
