@@ -218,12 +218,13 @@ def _choose(
         for stream, (now, state, weight) in enumerate(zip(compared, states, saliency, strict=True))
         if not full[stream]
     ]
-    chosen = iter(select(gates) if gates else ())
-    indices = []
-    for state, whole in zip(states, full, strict=True):
-        index = torch.arange(len(state.age), device=state.age.device) if whole else next(chosen)
-        indices.append(windows_of(state.grid, vit.window, index.device).sort(index))
-    return indices
+    indices = [torch.arange(len(state.age), device=state.age.device) for state in states]
+    for gate, index in zip(gates, select(gates) if gates else (), strict=True):
+        indices[gate.stream] = index
+    return [
+        windows_of(state.grid, vit.window, index.device).sort(index)
+        for state, index in zip(states, indices, strict=True)
+    ]
 
 
 class _Selection:

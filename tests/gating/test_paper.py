@@ -105,7 +105,7 @@ def test_windows_attend_in_full() -> None:
     spec, stream = steps(TopK(9), "full", 3)
     block, qkv = spec.blocks[0], stream.blocks[0].qkv.buffer
     padding = block.padding_qkv().flatten()
-    ours, padded = attend_windows(block, qkv, padding, (10, 10)).view(10, 10, 24), padding.repeat(12, 12, 1)
+    ours, padded = attend_windows(block, qkv, (10, 10)).view(10, 10, 24), padding.repeat(12, 12, 1)
     padded[:10, :10] = qkv.view(10, 10, -1)
     for top in range(0, 12, 4):
         for left in range(0, 12, 4):

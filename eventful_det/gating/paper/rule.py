@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eventful_det.errors import UserError
 from eventful_det.gating.macs import Ablation, PaperSizes, paper_macs
 from eventful_det.gating.paper.attention import ProductState, attend_frame, attend_windows, init_products
-from eventful_det.gating.paper.gates import GateState, open_gate
+from eventful_det.gating.paper.gates import GateState, gated
 from eventful_det.gating.selector import Select
 from eventful_det.gating.state import StreamState, TensorTree
 from eventful_det.gating.update import Update
@@ -27,14 +27,12 @@ class PaperBlockState(TensorTree):
     Attributes:
         qkv, proj, mlp: its three gated operations.
         products: what is remembered of the attention of a global block; None in windowed blocks, or if nothing is.
-        padding: `(3 D,)` qkv of padded tokens of windows, taken from the network at a flush.
     """
 
     qkv: GateState
     proj: GateState
     mlp: GateState
     products: ProductState | None
-    padding: Tensor
 
 
 @dataclass
@@ -112,7 +110,7 @@ class Paper:
         qkv, proj, mlp = (GateState(zeros(length, dim), zeros(length, out)) for out in (3 * dim, dim, dim))
         keys = length // self.pool**2
         products = None if block.window else init_products(block, length, keys, self.ablation)
-        return PaperBlockState(qkv, proj, mlp, products, padding=zeros(3 * dim))
+        return PaperBlockState(qkv, proj, mlp, products)
 
     def step(
         self,
@@ -174,32 +172,15 @@ class Paper:
         self, block: Block, x: Tensor, state: PaperBlockState, stream: PaperState, select: Select
     ) -> tuple[Tensor, list[Tensor], int]:
         """One block on `x (L, D)`; also the tokens refreshed at its three gates, and the number of refreshed keys."""
-        gated, flush = partial(self._gated, select=select, frame=stream.frame), stream.frame == 0
-        if flush:
-            state.padding.copy_(block.padding_qkv().flatten())
-        qkv = gated(state.qkv, x, block.qkv, block.norm1)
+        gate = partial(gated, select=select, frame=stream.frame, norm_behind=self.gate_before_norm, stgt=self.stgt)
+        qkv = gate(state.qkv, x, block.qkv, block.norm1)
         if block.window:
-            attended, cells = attend_windows(block, state.qkv.buffer, state.padding, stream.grid), 0
+            attended, cells = attend_windows(block, state.qkv.buffer, stream.grid), 0
         else:
-            attended, cells = attend_frame(block, state.qkv.buffer, state.products, qkv, stream.grid, self.pool, flush)
-        proj = gated(state.proj, attended, block.proj, nn.Identity())
+            attended, cells = attend_frame(
+                block, state.qkv.buffer, state.products, qkv, stream.grid, self.pool, flush=stream.frame == 0
+            )
+        proj = gate(state.proj, attended, block.proj, None)
         x = x + state.proj.buffer
-        mlp = gated(state.mlp, x, block.mlp, block.norm2)
+        mlp = gate(state.mlp, x, block.mlp, block.norm2)
         return x + state.mlp.buffer, [qkv, proj, mlp], cells
-
-    def _gated(
-        self,
-        state: GateState,
-        x: Tensor,
-        operation: Callable[[Tensor], Tensor],
-        norm: nn.Module,
-        select: Select,
-        frame: int,
-    ) -> Tensor:
-        """Section 4.1: a gate, the operation on what it lets through, and its buffer; the refreshed tokens `(r,)`."""
-        before, after = (nn.Identity(), norm) if self.gate_before_norm else (norm, nn.Identity())
-        x = before(x)
-        index = open_gate(state, x, select, frame, self.stgt)
-        result = operation(after(x.index_select(0, index))).flatten(1)  # (r, out)
-        state.buffer.index_copy_(0, index, result.to(state.buffer.dtype))
-        return index
