@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from common import Side
 
+from eventful_det.detectors.protocol import AnyRule
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import RULES, Rule
+from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.models.detector import DIVISOR
 from eventful_det.options import Count, Range, Seed, Share, from_values
 
 DENSE = "dense"  # what all other methods are compared with
-GATED: dict[str, Callable[[], Rule]] = {**RULES, "rows_half": partial(Rows, cache_dtype="float16")}
+GATED: dict[str, AnyRule] = {"rows": Rows(), "paper": Paper(), "rows_half": Rows(cache_dtype="float16")}
 OURS, PEERS = (DENSE, *GATED), ("peer_dense", "peer")
-USUAL = (DENSE, *RULES)  # of a case that names no methods
+USUAL = (DENSE, "rows", "paper")  # of a case that names no methods
 Changes = Literal["synthetic", "clip", "still"]
 PARTS = {"backbone": ("backbone",), "detector": ("backbone", "heads", "total")}
 

@@ -6,32 +6,104 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.text import Text
 
+from eventful_det.detectors.protocol import AnyRule
 from eventful_det.errors import UserError, printable
-from eventful_det.gating.convert import RULES, Rule
-from eventful_det.gating.policy import Focus, Policy, RandomK, Threshold, TopFraction, TopK
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.paper import Paper
+from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import DEFAULT, Focus, LargestError, RandomOrder, Selector
 from eventful_det.models.checkpoints import SYNTHETIC, load_detector
 from eventful_det.models.detector import Detector
-from eventful_det.options import NonNegative, Positive, Range, from_values, nearest
+from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Share, from_values, nearest
 from eventful_det.outputs import write_json
 
 Texts = str | int | tuple[str | int, ...]  # several names, or one; some are numbers
 Side = Annotated[int, Range(32, 16384)]  # of the network's input in pixels
-POLICIES: dict[str, Callable[..., Policy]] = {
-    "topk": TopK,
-    "fraction": TopFraction,
-    "threshold": Threshold,
-    "focus": Focus,
-    "random": RandomK,
+RULES: dict[str, type[AnyRule]] = {"rows": Rows, "paper": Paper, "dense": Dense}
+
+
+class Gate(NamedTuple):
+    """How tokens are recomputed, and which."""
+
+    rule: AnyRule
+    selector: Selector
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Largest:
+    """Tokens by their change; see configs/gate/policy."""
+
+    age_power: NonNegative = 0.0
+    saliency: NonNegative = 0.0
+
+    def within(self, budget: float | int, threshold: float | None = None) -> Selector:
+        return Selector(LargestError(threshold, self.age_power, self.saliency), budget)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TopK(_Largest):
+    k: Natural
+
+    def selector(self) -> Selector:
+        return self.within(self.k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fraction(_Largest):
+    fraction: Share = 0.25
+
+    def selector(self) -> Selector:
+        return self.within(self.fraction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Threshold(_Largest):
+    threshold: float
+    cap: Share = 1.0
+
+    def selector(self) -> Selector:
+        return self.within(self.cap, self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Focus:
+    threshold: float
+    cap: Share = 1.0
+    floor: Share = 0.0
+    saliency: NonNegative = 100.0
+    block: Count = 4
+    renew: NonNegative = 2.0
+
+    def selector(self) -> Selector:
+        return Selector(Focus(self.threshold, self.floor, self.saliency, self.block, self.renew), self.cap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Random:
+    k: Natural | None = None
+    fraction: Share | None = None
+    seed: Natural = 0
+
+    def selector(self) -> Selector:
+        return Selector(RandomOrder(self.seed), self.k if self.fraction is None else self.fraction)
+
+
+POLICIES: dict[str, type[_TopK | _Fraction | _Threshold | _Focus | _Random]] = {
+    "topk": _TopK,
+    "fraction": _Fraction,
+    "threshold": _Threshold,
+    "focus": _Focus,
+    "random": _Random,
 }
 
 
@@ -144,39 +216,33 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"device={name} cannot be used here ({str(error).splitlines()[0]}); try device=cpu") from error
 
 
-def open_detector(
-    weights: str | None, labels: str | None, device: str, gate: Mapping[str, Any], sources: Sequence[Any]
-) -> Detector:
-    """A detector with its rule; without a name of weights, the shipped ones that know the sources."""
-    rule = build_rule(gate)
+def open_detector(weights: str | None, labels: str | None, device: str, sources: Sequence[Any]) -> Detector:
+    """A detector; without a name of weights, the shipped ones that know the sources."""
     synthetic = bool(sources) and all(str(source).startswith("synthetic") for source in sources)
-    detector = load_detector(weights or (SYNTHETIC if synthetic else None), labels)
-    return detector.to(choose_device(device)).with_rule(rule)
+    return load_detector(weights or (SYNTHETIC if synthetic else None), labels).to(choose_device(device))
 
 
-def build_rule(gate: Mapping[str, Any]) -> Rule | None:
-    """The update rule of a `gate` config (configs/gate/*.yaml), or None for dense.
+def build_gate(gate: Mapping[str, Any]) -> Gate:
+    """The rule and the selector of a `gate` config (configs/gate/*.yaml).
 
     Args:
         gate: "rule" ("rows", "paper" or "dense"), "policy" with its "name" ("topk", "fraction", "threshold",
-            "focus", "random") and its options, and the options of the rule. Options are named as in the code.
+            "focus", "random") and its options, and the options of the rule.
 
     Raises:
         UserError: a name is unknown, or an option does not belong to the rule or policy it was given to.
     """
     options = dict(gate)
     rule, policy = options.pop("rule", None), options.pop("policy", None)
-    if rule == "dense":
-        if unknown := sorted(options):
-            raise UserError(f"unknown option gate.{unknown[0]}; gate=dense has none")
-        return None
-    made = _build("rule", {**RULES, "dense": None}, rule, options, "gate")
+    made = _build("rule", RULES, rule, options, "gate")
     if policy is None:
-        return made
+        return Gate(made, DEFAULT)
+    if rule == "dense":
+        raise UserError("unknown option gate.policy; gate=dense has none")
     if not isinstance(policy, Mapping):
         raise UserError(f"gate.policy must be a group of options, got {policy!r}; choose with gate/policy={policy}")
     policy = dict(policy)
-    return replace(made, policy=_build("policy", POLICIES, policy.pop("name", None), policy, "gate.policy"))
+    return Gate(made, _build("policy", POLICIES, policy.pop("name", None), policy, "gate.policy").selector())
 
 
 def _build(kind: str, table: Mapping[str, Any], name: Any, options: dict[str, Any], where: str) -> Any:

@@ -25,22 +25,23 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-from common import Side, Texts, as_list, command, console, open_detector, say, uninterrupted, write_results
-from demo_compare import Comparison
+from common import Side, Texts, as_list, build_gate, command, console, open_detector, say, uninterrupted, write_results
 from demo_files import Outputs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, open_source
 from eventful_det.errors import UserError, printable
 from eventful_det.evaluation.efficiency import peak_memory
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.selector import Budget
 from eventful_det.models.detector import Detector
 from eventful_det.models.labels import relabel
 from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Share
 from eventful_det.outputs import file_names, owned
-from eventful_det.runtime.budget import Budget, parse_budget
+from eventful_det.runtime.budget import BudgetOptions, parse_budget
 from eventful_det.runtime.rescoring import Rescorer
-from eventful_det.runtime.sharing import Terms
-from eventful_det.runtime.stream import Stream, StreamResult
+from eventful_det.runtime.session import StreamResult
+from eventful_det.runtime.stream import Stream
 from eventful_det.runtime.tracking import Tracker
 from eventful_det.viz import Caption, budget_text
 
@@ -61,8 +62,8 @@ class Options:
     classes: Texts | None
     max_frames: Count | None
     budget: float | int | str | None
-    max_age: Natural | None
-    bank: NonNegative | None
+    max_age: Natural
+    bucket: NonNegative
     show: Share
     width: Annotated[int, Range(320, 7680)]
     short_side: Side | None
@@ -111,7 +112,7 @@ def build_detector(options: Options, sources: Sequence[str | Path]) -> Detector:
     """The detector of a config, with the classes that it asks for."""
     if options.gate.get("rule") == "dense" and options.budget is not None:
         raise UserError("gate=dense recomputes everything; leave budget out, or choose gate=rows or gate=paper")
-    detector = open_detector(options.weights, options.labels, options.device, options.gate, sources)
+    detector = open_detector(options.weights, options.labels, options.device, sources)
     if options.classes is None:
         return detector
     return keep_classes(detector, as_list(options.classes))
@@ -124,19 +125,12 @@ def keep_classes(detector: Detector, classes: Sequence[str]) -> Detector:
         raise UserError(f"classes: no class {', '.join(unknown)}; the weights know {', '.join(detector.names)}")
     kept = Detector(relabel(detector.config, {name: None for name in detector.names if name not in classes}))
     kept.load_state_dict(detector.state_dict())
-    return kept.eval().to(detector.device).with_rule(detector.rule)
-
-
-def build_terms(options: Options) -> Terms | None:
-    """The terms of a budget; None where none are given."""
-    given: dict[str, Any] = {"max_age": options.max_age, "bank": options.bank}
-    given = {name: value for name, value in given.items() if value is not None}
-    return Terms(**given) if given else None
+    return kept.eval().to(detector.device)
 
 
 def time_dense(detector: Detector, first: StreamResult, sizes: dict[str, Any]) -> float:
     """Seconds that the dense detector takes for such a frame: the median of as many runs as fit into a second."""
-    runs = detector.with_rule(None).stream(itertools.repeat(first.image), scene_cuts=False, **sizes)
+    runs = detector.stream(itertools.repeat(first.image), rule=Dense(), scene_cuts=False, timing=True, **sizes)
     next(runs)  # warms up
     seconds = [next(runs).cost.latency]
     while sum(seconds) < 1 and len(seconds) < 9:
@@ -150,22 +144,30 @@ class Run:
     Args:
         options: of the tool.
         budget: that they ask for.
-        detector: its rule is that of the stream.
+        detector: whose stream it is.
         source: open.
         directory: for the outputs.
     """
 
     def __init__(
-        self, options: Options, budget: Budget | None, detector: Detector, source: VideoSource, directory: Path
+        self, options: Options, budget: Budget, detector: Detector, source: VideoSource, directory: Path
     ) -> None:
-        self.source, self.directory = source, directory
+        self.source, self.directory, self.detector = source, directory, detector
         self._sizes: dict[str, Any] = {"short_side": options.short_side, "long_side": options.long_side}
-        stream: dict[str, Any] = {"budget": budget, "scene_cuts": options.scene_cuts, "hold": options.hold}
-        stream |= {"shadow_every": options.shadow_every, "terms": build_terms(options)}
-        self.stream: Stream = detector.stream(source, max_frames=options.max_frames, **stream, **self._sizes)
-        self.comparison: Comparison | None = None
-        if options.compare:
-            self.comparison = Comparison(detector, options.show, options.rescore, scene_cuts=False, **self._sizes)
+        gate = build_gate(options.gate)
+        self.stream: Stream = detector.stream(
+            source,
+            budget=gate.selector if budget is None else budget,
+            options=BudgetOptions(max_age=options.max_age, bucket=options.bucket),
+            rule=gate.rule,
+            max_frames=options.max_frames,
+            scene_cuts=options.scene_cuts,
+            hold=options.hold,
+            shadow_every=1 if options.compare else options.shadow_every,
+            shadow_score=options.show,
+            timing=True,
+            **self._sizes,
+        )
         self.options = options
         self._results: Iterator[StreamResult] = map(Rescorer(), self.stream) if options.rescore else self.stream
         if options.track:
@@ -179,7 +181,7 @@ class Run:
             KeyboardInterrupt: someone wanted it to stop.
         """
         first = next(self._results)  # the outputs of an earlier run stay until the source has proved to work
-        self._dense_seconds = time_dense(self.stream.detector, first, self._sizes)
+        self._dense_seconds = time_dense(self.detector, first, self._sizes)
         fps = self.source.fps if self.source.fps and 1 <= self.source.fps <= 240 else 25.0
         outputs = Outputs(self.directory, fps, show=self.options.show, width=self.options.width)
         began, stopped = time.perf_counter(), None
@@ -210,10 +212,8 @@ class Run:
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
             task, began = progress.add_task("", total=total, rate=""), time.perf_counter()
             for count, result in enumerate(results, start=1):
-                budget = self.stream.budget if self.stream.budget is not None else self.stream.policy
-                outputs.write(result, Caption(budget_text(budget), self._dense_seconds))
-                if self.comparison is not None:
-                    self.comparison.add(result)
+                budget = "dense" if self.stream.rule == Dense() else budget_text(self.stream.budget)
+                outputs.write(result, Caption(budget, self._dense_seconds))
                 rate = count / (time.perf_counter() - began)
                 progress.update(task, completed=count, rate=f"{rate:.1f} frames/s")
 
@@ -224,7 +224,7 @@ class Run:
         results = {
             "command": command(),
             "source": self.source.name,
-            "rule": str(self.stream.detector.rule or "dense"),
+            "rule": str(self.stream.rule),
             **summary,
             "dense_latency_ms": 1e3 * self._dense_seconds,
             "frames_per_second": summary["frames"] / seconds,
@@ -232,7 +232,6 @@ class Run:
             "peak_memory_mb": round(peak_memory(torch.device("cpu")) / 1e6),
             **counts,
             "stopped": _ending(stopped),
-            **({"compare": self.comparison.summary()} if self.comparison else {}),
             **({"drift": self.stream.drift.summary()} if self.stream.drift else {}),
         }
         outputs.publish(results)

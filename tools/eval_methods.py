@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from common import Texts, build_rule
+from common import Gate, Texts, build_gate
 
 from eventful_det.errors import UserError
 from eventful_det.evaluation.runs import Method
-from eventful_det.gating.convert import Rule
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.selector import DEFAULT
 from eventful_det.options import Count, NonNegative, Range, Share, convert
 
 Scale = Annotated[float, Range(0.05, 8)]  # of the network's input
@@ -51,14 +52,14 @@ def sweep_methods(curves: Mapping[str, Curve]) -> list[Method]:
         if len(curve.vary) > 1:
             raise UserError(f"{where}: vary has to name one option, got {', '.join(curve.vary)}")
         if not curve.vary:
-            methods.append(Method(name, rule=_rule_with(where, curve.gate), square=curve.square))
+            methods.append(Method(name, None, *_gate_with(where, curve.gate), square=curve.square))
         for option, values in curve.vary.items():
             own = {"hold": Count, "scale": Scale}.get(option)
             for value in values:
                 value = convert(value, own or float, f"{where}.vary.{option}")
-                rule = _rule_with(where, curve.gate, **({} if own else {option: value}))
+                gate = _gate_with(where, curve.gate, **({} if own else {option: value}))
                 settings: dict[str, Any] = {option: value} if own else {}
-                methods.append(Method(name, float(value), rule, square=curve.square, **settings))
+                methods.append(Method(name, float(value), *gate, square=curve.square, **settings))
     return methods
 
 
@@ -75,9 +76,9 @@ def chosen(methods: list[Method], only: Sequence[str]) -> list[Method]:
     return [method for method in methods if method.curve in only]
 
 
-def _rule_with(where: str, gate: Mapping[str, Any] | None, **policy: Any) -> Rule | None:
+def _gate_with(where: str, gate: Mapping[str, Any] | None, **policy: Any) -> Gate:
     if gate is None:
         if policy:
             raise UserError(f"{where}: {', '.join(policy)} varies a policy, but the curve has no gate")
-        return None
-    return build_rule({**gate, "policy": {**(gate.get("policy") or {}), **policy}} if policy else gate)
+        return Gate(Dense(), DEFAULT)
+    return build_gate({**gate, "policy": {**(gate.get("policy") or {}), **policy}} if policy else gate)

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import Data, as_list, build_rule, choose_device, command, console, say, warn, write_results
+from common import Data, as_list, build_gate, choose_device, command, console, say, warn, write_results
 from eval_methods import EvalOptions, chosen, sweep_methods
 from rich import box
 from rich.progress import (
@@ -51,7 +51,6 @@ from eventful_det.errors import UserError
 from eventful_det.evaluation import report
 from eventful_det.evaluation.detection import ENOUGH, labelled_frames
 from eventful_det.evaluation.flushes import ap50_since_flush
-from eventful_det.evaluation.rescored import rescored
 from eventful_det.evaluation.runs import Method, MethodRun
 from eventful_det.evaluation.store import ResultStore, file_hash
 from eventful_det.evaluation.summary import Row, jsonable, row_of
@@ -61,7 +60,6 @@ from eventful_det.models.checkpoints import DEFAULT, find_weights, load_detector
 from eventful_det.models.detector import Detector
 from eventful_det.options import Count, Natural
 from eventful_det.outputs import owned, write_json, write_text
-from eventful_det.runtime.rescoring import Rescoring
 
 READERS = 4  # threads that read frames ahead for a GPU; on a CPU they would take time from what is measured
 REASONS = 20  # of skipped frames that results.json quotes
@@ -98,11 +96,12 @@ class Options:
 def evaluate_single(config: Options, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
     """Evaluate the rule of the gate group."""
     labelled_frames(data)
-    rule, options = build_rule(config.gate), config.eval
-    method = Method(str(config.gate["rule"]), None, rule, options.hold, options.scale, options.square)
+    gate, options = build_gate(config.gate), config.eval
+    ways: dict[str, Any] = {"hold": options.hold, "scale": options.scale, "square": options.square}
+    method = Method(str(config.gate["rule"]), None, gate.rule, gate.selector, **ways)
     run = gather(config, complete_all(config, detector, data, [method]), method, data)
     scores = run.scores()
-    row = row_of(run, scores)
+    row = row_of(run)
     write_json(directory / "coco_results.json", run.results, indent=None)
     _show([list(line) for line in zip(*report.table([row]), strict=True) if line[1] != "-"])
     lines = [[n, report.percent(ap, 1), str(scores.objects_by_class[n])] for n, ap in scores.ap50_by_class.items()]
@@ -137,7 +136,7 @@ def evaluate_sweep(config: Options, detector: Detector, data: CocoVideo, directo
     skipped: dict[int, str] = {}
     for method in track(methods, "scoring", console=console, transient=True):  # one by one, for the memory's sake
         run = reference if method is dense and reference else gather(config, store, method, data)
-        rows.append(row_of(run, run.scores(), reference))
+        rows.append(row_of(run, reference))
         skipped |= run.skipped
     with written_whole(directory / "sweep.csv") as part:
         report.write_csv(rows, part)
@@ -192,7 +191,7 @@ def complete_all(config: Options, detector: Detector, data: CocoVideo, methods: 
 def gather(config: Options, store: ResultStore, method: Method, data: CocoVideo) -> MethodRun:
     """What a method did, with the scores that the config asks for."""
     run = collect(store, method, data)
-    return rescored(run, Rescoring()) if config.rescore else run
+    return run.rescored() if config.rescore else run
 
 
 def _by_video(run: MethodRun) -> list[dict[str, Any]]:
@@ -249,7 +248,7 @@ def load_data(config: Options) -> CocoVideo:
 
 def evaluate_all(config: Options) -> None:
     """Evaluate, then write the results."""
-    build_rule(config.gate)
+    build_gate(config.gate)
     data = load_data(config)
     device = choose_device(config.device)
     detector = load_detector(config.weights, config.labels).to(device)

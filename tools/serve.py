@@ -18,10 +18,11 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from common import Side, Texts, as_list, console, open_detector
+from common import Side, Texts, as_list, build_gate, console, open_detector
 
 from eventful_det.data.classes import SYNTHETIC_SHAPES
 from eventful_det.errors import UserError
+from eventful_det.gating.dense import Dense
 from eventful_det.models.detector import Detector
 from eventful_det.options import Count, Positive, Range
 from eventful_det.runtime.budget import parse_budget
@@ -117,9 +118,18 @@ def build_opener(options: Options, detector: Detector) -> SourceOpener:
 
 def build_runner(options: Options, detector: Detector, sources: Sequence[str]) -> PoolRunner:
     """A pool of the sources to watch from the start, and what drives it."""
-    pool = StreamPool(detector, short_side=options.short_side, long_side=options.long_side, hold=options.hold)
+    gate = build_gate(options.gate)
+    pool = StreamPool(
+        detector,
+        budget=gate.selector,
+        rule=gate.rule,
+        short_side=options.short_side,
+        long_side=options.long_side,
+        hold=options.hold,
+        timing=True,
+    )
     runner = PoolRunner(pool, max_streams=options.max_streams, track=options.track, rescore=options.rescore)
-    if detector.rule is not None:
+    if gate.rule != Dense():
         runner.set_budget(str(options.budget))
     for opened in [play(source, public_name(source)) for source in sources]:
         runner.add(opened)
@@ -131,7 +141,7 @@ def run(options: Options) -> None:
     token, sources = token_of(options), as_list(options.source)
     if options.budget != "auto":
         parse_budget(options.budget)
-    detector = open_detector(options.weights, options.labels, options.device, options.gate, sources)
+    detector = open_detector(options.weights, options.labels, options.device, sources)
     opener = build_opener(options, detector)
     port = listen(options.host, options.port)
     runner = build_runner(options, detector, sources)

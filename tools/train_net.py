@@ -205,7 +205,7 @@ def evaluate(data: CocoVideo, path: str, detector: Detector) -> dict[str, Any]:
     columns = [TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=sum(len(video.frames) for video in data.videos))
-        scores = evaluate_detector(detector, data, on_frame=lambda _: progress.advance(task))
+        scores = evaluate_detector(detector.eval(), data, on_frame=lambda _: progress.advance(task))
     say(f"AP50 {100 * scores['ap50']:.1f}, AP {100 * scores['ap']:.1f} on {path}")
     return jsonable(scores)
 
@@ -215,7 +215,9 @@ def make_judge(data: CocoVideo, every: int) -> Callable[[Detector], dict[str, fl
     part = CocoVideo(data.categories, data.videos[::every], data.image_root)
 
     def judge(detector: Detector) -> dict[str, float]:
-        scores = evaluate_detector(detector, part)
+        training = detector.training
+        scores = evaluate_detector(detector.eval(), part)
+        detector.train(training)
         return {name: scores[name] for name in ("ap", "ap50", "ap75")}
 
     return judge

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from eventful_det.data.coco_video import CocoVideo, Video
+from eventful_det.detectors.results import FrameCost
 from eventful_det.evaluation.runs import Method, VideoRun
-from eventful_det.models.cost import FrameCost
 from eventful_det.outputs import write_text
 
 _PLAIN = ("results", "latencies", "state_bytes", "peak_bytes", "session")  # what JSON holds as it is
@@ -93,7 +93,7 @@ class ResultStore:
         write_text(path, json.dumps(record))
 
     def _path(self, method: Method, video: Video) -> Path:
-        options = [repr(method.rule), method.hold, method.scale, method.square]
+        options = repr(dataclasses.replace(method, curve="", setting=None))
         about = {**self.about, "method": options, "files": self._files_hash(video)}
         spec = json.dumps(about, sort_keys=True)
         name = re.sub(r"[^\w.]+", "_", method.name)

@@ -140,7 +140,7 @@ def test_every_option_has_a_default_and_a_type() -> None:
             assert options_of(tool, f"{group}={choice}")
     for rule in ("gate=rows", "gate=paper"):
         for policy in (path.stem for path in (command_line.CONFIGS / "gate/policy").glob("*.yaml")):
-            assert common.build_rule(options_of("demo", rule, f"gate/policy={policy}").gate)
+            assert common.build_gate(options_of("demo", rule, f"gate/policy={policy}").gate)
 
 
 def test_a_closed_pipe_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
