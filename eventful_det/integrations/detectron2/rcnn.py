@@ -95,6 +95,8 @@ class EventfulRCNN(GeneralizedRCNN):
         self._heads = IncrementalHeads(self.backbone, self.proposal_generator) if incremental_heads else None
         self.states = VideoStates(RCNNStream, max_streams, max_gap)
         self.register_load_state_dict_post_hook(_forget)
+        # Constants; DDP would exchange them before each forward, and wait for processes that have fewer frames.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
