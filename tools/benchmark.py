@@ -39,11 +39,11 @@ from rich.table import Table
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.evaluation.peers import PeerCode
+from eventful_det.evaluation.efficiency import Spread
+from eventful_det.evaluation.official_code import OfficialCode
 from eventful_det.evaluation.summary import jsonable
 from eventful_det.evaluation.timing import (
     Operation,
-    Spread,
     Timed,
     attention_kernels,
     paired_ratios,
@@ -82,7 +82,7 @@ def run_alone(method: Method, frames: Sequence[Tensor], device: torch.device, pr
     return Alone(peak, kernels, operations)
 
 
-def run_case(case: Case, config: DictConfig, code: PeerCode | None) -> dict[str, Any]:
+def run_case(case: Case, config: DictConfig, code: OfficialCode | None) -> dict[str, Any]:
     """A case's entry in `results.json`."""
     device = choose_device(config.device)
     count = max(config.warm_up + config.repetitions, _ALONE)
@@ -251,7 +251,7 @@ def main(config: DictConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
-    code = None if config.peer is None else PeerCode(config.peer)
+    code = None if config.peer is None else OfficialCode(config.peer)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = {
         "command": " ".join(sys.argv),

@@ -25,13 +25,17 @@ from rich.table import Table
 from eventful_det.data.transforms import Image
 from eventful_det.data.video import open_source
 from eventful_det.errors import UserError
+from eventful_det.evaluation.efficiency import Spread
 from eventful_det.evaluation.summary import jsonable
-from eventful_det.evaluation.timing import Spread, Timed, paired_ratios, time_together
+from eventful_det.evaluation.timing import Timed, paired_ratios, time_together
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import Budget
 from eventful_det.models.checkpoints import SYNTHETIC, load_detector
 from eventful_det.models.detector import Detector
-from eventful_det.runtime.budget import Budget, parse_budget
+from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.pool import StreamPool
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.runtime.session import StreamResult
 
 _LONGEST = 200  # frames of the clip that are kept in memory
 NOTE = (
@@ -95,12 +99,12 @@ def _bench(
 ) -> list[dict[str, Any]]:
     """The rows of a number of streams."""
     methods = {
-        DENSE: _pools(detector.with_rule(None), None, clip, [count]),
+        DENSE: _pools(detector, None, clip, [count]),
         ALONE: _pools(detector, _part(budget, count), clip, [1] * count),
         POOL: _pools(detector, budget, clip, [count]),
     }
     if config.hold != 1:
-        methods[f"{DENSE}, hold {config.hold}"] = _pools(detector.with_rule(None), None, clip, [count], config.hold)
+        methods[f"{DENSE}, hold {config.hold}"] = _pools(detector, None, clip, [count], config.hold)
         methods[f"{POOL}, hold {config.hold}"] = _pools(detector, budget, clip, [count], config.hold)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, console=console, auto_refresh=False) as progress:
@@ -118,7 +122,7 @@ def _bench(
 
 def _part(budget: Budget, count: int) -> Budget:
     """Of a budget for a round of so many streams, what each has when it is alone."""
-    if isinstance(budget, float) or callable(budget):
+    if budget is None or isinstance(budget, float):
         return budget
     if isinstance(budget, int):
         return budget // count
@@ -126,10 +130,11 @@ def _part(budget: Budget, count: int) -> Budget:
 
 
 def _pools(
-    detector: Detector, budget: Budget | None, clip: Sequence[Image], sizes: Sequence[int], hold: int = 1
+    detector: Detector, budget: Budget, clip: Sequence[Image], sizes: Sequence[int], hold: int = 1
 ) -> Callable[[int], Round]:
-    """A callable that runs a round of all streams, in pools of these sizes."""
-    pools = [StreamPool(detector, budget=budget, scene_cuts=False, hold=hold) for _ in sizes]
+    """A callable that runs a round of all streams, in pools of these sizes; without a budget, of the dense detector."""
+    rule = Dense() if budget is None else Rows()
+    pools = [StreamPool(detector, budget=budget, rule=rule, scene_cuts=False, hold=hold) for _ in sizes]
     homes = [pool for pool, size in zip(pools, sizes, strict=True) for _ in range(size)]
     for i, pool in enumerate(homes):
         pool.add(_play(clip, i * len(clip) // len(homes)), name=str(i))

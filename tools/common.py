@@ -10,26 +10,61 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from eventful_det.detectors.protocol import AnyRule
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import RULES, Rule
-from eventful_det.gating.policy import Focus, Policy, RandomK, Threshold, TopFraction, TopK
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.paper import Paper
+from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import DEFAULT, Focus, LargestError, RandomOrder, Selector
 from eventful_det.models.checkpoints import SYNTHETIC, load_detector
 from eventful_det.models.detector import Detector
 
 console = Console()
 
-POLICIES: dict[str, Callable[..., Policy]] = {
-    "topk": TopK,
-    "fraction": TopFraction,
-    "threshold": Threshold,
-    "focus": Focus,
-    "random": RandomK,
+RULES: dict[str, Callable[..., AnyRule]] = {"rows": Rows, "paper": Paper, "dense": Dense}
+
+
+class Gate(NamedTuple):
+    """How tokens are recomputed, and which."""
+
+    rule: AnyRule
+    selector: Selector
+
+
+def _largest(
+    k: int | None = None,
+    fraction: float | None = None,
+    threshold: float | None = None,
+    cap: float = 1.0,
+    age_power: float = 0.0,
+    saliency: float = 0.0,
+) -> Selector:
+    budget = k if k is not None else float(cap if fraction is None else fraction)
+    return Selector(LargestError(threshold, age_power, saliency), budget)
+
+
+def _focus(
+    threshold: float, cap: float = 1.0, floor: float = 0.0, saliency: float = 100.0, block: int = 4, renew: float = 2.0
+) -> Selector:
+    return Selector(Focus(threshold, floor, saliency, block, renew), float(cap))
+
+
+def _random(k: int | None = None, fraction: float | None = None, seed: int = 0) -> Selector:
+    return Selector(RandomOrder(seed), k if fraction is None else float(fraction))
+
+
+SELECTORS: dict[str, Callable[..., Selector]] = {
+    "topk": _largest,
+    "fraction": _largest,
+    "threshold": _largest,
+    "focus": _focus,
+    "random": _random,
 }
 
 
@@ -113,38 +148,36 @@ def open_detector(config: DictConfig, sources: Sequence[Any]) -> Detector:
     """The detector of a config; without a name, the shipped weights that know the sources.
 
     Args:
-        config: "weights", "labels", "device" and "gate".
+        config: "weights", "labels" and "device".
         sources: what it is to watch.
     """
     synthetic = bool(sources) and all(str(source).startswith("synthetic") for source in sources)
     detector = load_detector(config.weights or (SYNTHETIC if synthetic else None), config.labels)
-    return detector.to(choose_device(config.device)).with_rule(build_rule(config.gate))
+    return detector.to(choose_device(config.device))
 
 
-def build_rule(gate: DictConfig) -> Rule | None:
-    """The update rule of a `gate` config (configs/gate/*.yaml), or None for dense.
+def build_gate(gate: DictConfig) -> Gate:
+    """The rule and the selector of a `gate` config (configs/gate/*.yaml).
 
     Args:
         gate: "rule" ("rows", "paper" or "dense"), "policy" with its "name" ("topk", "fraction", "threshold",
-            "focus", "random") and its options, and the options of the rule. Options are named as in the code.
+            "focus", "random") and its options, and the options of the rule.
 
     Raises:
         UserError: a name is unknown, or an option does not belong to the rule or policy it was given to.
     """
     options = plain(gate)
     rule, policy = options.pop("rule"), options.pop("policy", None)
-    if rule == "dense":
-        return None
+    selector = DEFAULT
     if policy is not None:
         policy = dict(policy)
-        options["policy"] = _build("policy", POLICIES, policy.pop("name"), policy)
-    return _build("rule", RULES, rule, options)
+        selector = _build("policy", SELECTORS, policy.pop("name"), policy)
+    return Gate(_build("rule", RULES, rule, options), selector)
 
 
 def _build(kind: str, table: Mapping[str, Callable[..., Any]], name: str, options: dict[str, Any]) -> Any:
     if name not in table:
-        extra = " or dense" if kind == "rule" else ""
-        raise UserError(f"unknown {kind} {name!r}; known: {', '.join(table)}{extra}")
+        raise UserError(f"unknown {kind} {name!r}; known: {', '.join(table)}")
     try:
         return table[name](**options)
     except TypeError as error:

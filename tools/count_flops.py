@@ -29,21 +29,20 @@ from rich.table import Table
 
 from eventful_det.data.transforms import fit_size
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import Grid, anatomy_of
-from eventful_det.gating.closed_form import (
+from eventful_det.gating.macs import (
+    Ablation,
     ViTShape,
-    WindowLoad,
-    dense_counts,
     expected_cells,
-    paper_counts,
-    rows_counts,
-    window_load_bound,
+    most_window_queries,
+    paper_macs,
+    paper_sizes,
+    rows_macs,
+    rows_sizes,
 )
-from eventful_det.gating.cost import Counts
-from eventful_det.gating.paper import Ablation
+from eventful_det.gating.windows import Grid
 from eventful_det.models.config import MODELS, ModelConfig
-from eventful_det.models.cost import pyramid_macs, roi_macs, rpn_macs
 from eventful_det.models.detector import DIVISOR, Detector
+from eventful_det.testing.official import official_counts
 
 RULES = ("dense", "paper", "rows")
 AXES = ("size", "rule", "k", "fraction", "ablation", "pool")
@@ -94,7 +93,7 @@ class Network:
         self.config = ModelConfig.from_dict({**dataclasses.asdict(config), **changes})
         with torch.device("meta"):
             self.detector = Detector(self.config)
-        self.shape = ViTShape.of(anatomy_of(self.detector.backbone.net))
+        self.shape = self.detector.spec.shape
 
     @property
     def usual_size(self) -> tuple[int, int]:
@@ -108,11 +107,7 @@ class Network:
 
     def heads(self, grid: Grid) -> dict[str, int]:
         """MACs of the parts behind the backbone."""
-        return {
-            "pyramid": pyramid_macs(self.detector.backbone, grid),
-            "rpn": rpn_macs(self.detector.proposal_generator.rpn_head, grid),
-            "roi": roi_macs(self.detector.roi_heads, self.config.proposals),
-        }
+        return self.detector.head_weights.dense(grid, self.config.proposals)
 
 
 def expand(wish: Mapping[str, Any], network: Network) -> Iterator[Case]:
@@ -134,55 +129,49 @@ def expand(wish: Mapping[str, Any], network: Network) -> Iterator[Case]:
 def count(case: Case, network: Network, assume: Assumptions) -> dict[str, Any]:
     """A case's entry in `results.json`; counts in GMACs."""
     grid = network.grid(case.height, case.width)
-    counts, embedding, assumed = _count_backbone(case, network.shape, grid, assume)
-    parts = {"backbone": counts.macs, **network.heads(grid)}
+    official, backbone, assumed = _count_backbone(case, network.shape, grid, assume)
+    parts = {"backbone": backbone, **network.heads(grid)}
     return {
         **dataclasses.asdict(case),
         "pool": None if case.pool == 1 else case.pool,
         "tokens": grid[0] * grid[1],
-        "official_gmacs": (counts.official - embedding) / 1e9,
+        "official_gmacs": None if official is None else official / 1e9,
         **{part: macs / 1e9 for part, macs in parts.items()},
         "total": sum(parts.values()) / 1e9,
         "assumed": assumed,
     }
 
 
-def _count_backbone(case: Case, shape: ViTShape, grid: Grid, assume: Assumptions) -> tuple[Counts, int, str | None]:
-    """Operations of the backbone; those of them that embed patches; what was assumed, if anything."""
+def _count_backbone(case: Case, shape: ViTShape, grid: Grid, assume: Assumptions) -> tuple[int | None, int, str | None]:
+    """Operations of the backbone as the official code counts them; its MACs; what was assumed, if anything."""
     tokens = grid[0] * grid[1]
     if case.pool < 1 or grid[0] % case.pool or grid[1] % case.pool:
         raise UserError(f"pool={case.pool} does not divide a grid of {grid[0]} x {grid[1]} tokens")
-    if case.k is None:
-        return dense_counts(shape, grid, case.pool), _embedding(shape, tokens), None
-    if case.rule == "rows":
-        load, assumed = _load(shape, grid, case.k, assume.padding)
-        return rows_counts(shape, grid, case.k, load), _embedding(shape, case.k), assumed
-    cells, assumed = _cells(grid, case.k, case.pool, assume.scatter)
-    counts = paper_counts(shape, grid, case.k, case.ablation or "full", case.pool, cells)
-    return counts, _embedding(shape, tokens), assumed
+    if case.rule == "rows" and case.k is not None:
+        queries, assumed = _queries(shape, grid, case.k, assume.padding)
+        return None, rows_macs(shape, grid, rows_sizes(shape, grid, case.k, queries)).total, assumed
+    sizes, assumed = paper_sizes(shape, grid, tokens), None
+    if case.k is not None:
+        cells, assumed = _cells(grid, case.k, case.pool, assume.scatter)
+        sizes = tuple(dataclasses.replace(block, cells=cells) for block in paper_sizes(shape, grid, case.k))
+    how = (case.ablation or "full", case.pool, case.k is None)
+    return official_counts(shape, grid, sizes, *how).total, paper_macs(shape, grid, sizes, *how).total, assumed
 
 
-def _embedding(shape: ViTShape, tokens: int) -> int:
-    """Operations of the patch embedding, which the official code does not count."""
-    return tokens * shape.dim * (shape.channels * shape.patch**2 + 1)
-
-
-def _load(shape: ViTShape, grid: Grid, k: int, padding: float | None) -> tuple[WindowLoad | None, str | None]:
-    """How the tokens fall into windows; only the product of the two numbers matters."""
+def _queries(shape: ViTShape, grid: Grid, k: int, padding: float | None) -> tuple[int | None, str | None]:
+    """Queries that the tokens make in windows; None = the most there can be."""
     if not shape.windowed:
         return None, None
-    bound = window_load_bound(grid, shape.window, k)
-    most = bound.tiles * bound.tile
     if padding is None:
-        return bound, "selected tokens fall into windows the costliest way"
+        return None, "selected tokens fall into windows the costliest way"
     assumed = f"windowed attention pads its queries to {padding} per selected token (assume.padding)"
-    return WindowLoad(1, min(round(padding * k), most)), assumed
+    return min(round(padding * k), most_window_queries(grid, shape.window, k)), assumed
 
 
-def _cells(grid: Grid, k: int, pool: int, scatter: float) -> tuple[int | None, str | None]:
+def _cells(grid: Grid, k: int, pool: int, scatter: float) -> tuple[int, str | None]:
     """Pooled cells that the tokens fall in."""
     if pool == 1:
-        return None, None
+        return k, None
     compact, scattered = k / pool**2, expected_cells(grid, k, pool)
     cells = round(compact + scatter * (scattered - compact))
     among = f"{compact:.0f} if compact, {scattered:.0f} if scattered; assume.scatter={scatter}"
@@ -228,7 +217,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         for column in ("k", "official", "backbone", "pyramid", "rpn", "roi", "total", "share"):
             table.add_column(column, justify="right", no_wrap=True)
         for row in group:
-            numbers = [f"{row[part]:.2f}" for part in ("official_gmacs", "backbone", "pyramid", "rpn", "roi", "total")]
+            parts = ("official_gmacs", "backbone", "pyramid", "rpn", "roi", "total")
+            numbers = ["" if row[part] is None else f"{row[part]:.2f}" for part in parts]
             share = f"{row['total'] / dense:.0%}" if dense else ""
             table.add_row(_label(row), "" if row["k"] is None else str(row["k"]), *numbers, share)
         console.print(table)

@@ -25,8 +25,7 @@ from typing import Any
 
 import hydra
 import torch
-from common import console, open_detector, tool, uninterrupted, write_results
-from demo_compare import Comparison
+from common import build_gate, console, open_detector, tool, uninterrupted, write_results
 from demo_files import Outputs
 from omegaconf import DictConfig, ListConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -34,12 +33,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, open_source
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import peak_memory
+from eventful_det.gating.dense import Dense
 from eventful_det.models.detector import Detector
 from eventful_det.models.labels import relabel
-from eventful_det.runtime.budget import parse_budget
+from eventful_det.runtime.budget import BudgetOptions, parse_budget
 from eventful_det.runtime.rescoring import Rescorer
-from eventful_det.runtime.sharing import Terms
-from eventful_det.runtime.stream import Stream, StreamResult
+from eventful_det.runtime.session import StreamResult
+from eventful_det.runtime.stream import Stream
 from eventful_det.runtime.tracking import Tracker
 from eventful_det.viz import Caption, budget_text
 
@@ -73,7 +73,7 @@ def name_folders(output: Path, sources: Sequence[Any]) -> list[Path]:
 def build_detector(config: DictConfig, sources: Sequence[Any]) -> Detector:
     """The detector of a config, with the classes that it asks for."""
     detector = open_detector(config, sources)
-    if detector.rule is None and config.budget is not None:
+    if config.gate.rule == "dense" and config.budget is not None:
         raise UserError("gate=dense recomputes everything; leave budget out, or choose gate=rows or gate=paper")
     if config.classes is None:
         return detector
@@ -87,18 +87,17 @@ def keep_classes(detector: Detector, classes: Sequence[str]) -> Detector:
         raise UserError(f"classes: no class {', '.join(unknown)}; the weights know {', '.join(detector.names)}")
     kept = Detector(relabel(detector.config, {name: None for name in detector.names if name not in classes}))
     kept.load_state_dict(detector.state_dict())
-    return kept.eval().to(detector.device).with_rule(detector.rule)
+    return kept.eval().to(detector.device)
 
 
-def build_terms(config: DictConfig) -> Terms | None:
-    """The terms of a budget; None where none are given."""
-    given = {name: config[name] for name in ("max_age", "bank") if config[name] is not None}
-    return Terms(**given) if given else None
+def build_options(config: DictConfig) -> BudgetOptions:
+    """What is made of a budget."""
+    return BudgetOptions(max_age=config.max_age, bucket=config.bucket)
 
 
 def time_dense(detector: Detector, first: StreamResult, sizes: dict[str, Any]) -> float:
     """Seconds that the dense detector takes for such a frame: the median of as many runs as fit into a second."""
-    runs = detector.with_rule(None).stream(itertools.repeat(first.image), scene_cuts=False, **sizes)
+    runs = detector.stream(itertools.repeat(first.image), rule=Dense(), scene_cuts=False, timing=True, **sizes)
     next(runs)  # warms up
     seconds = [next(runs).cost.latency]
     while sum(seconds) < 1 and len(seconds) < 9:
@@ -111,19 +110,28 @@ class Run:
 
     Args:
         config: of the tool.
-        detector: its rule is that of the stream.
+        detector: whose stream it is.
         source: open.
         directory: for the outputs.
     """
 
     def __init__(self, config: DictConfig, detector: Detector, source: VideoSource, directory: Path) -> None:
-        self.source, self.directory = source, directory
+        self.source, self.directory, self.detector = source, directory, detector
         self._sizes = {"short_side": config.short_side, "long_side": config.long_side}
-        options = {"budget": parse_budget(config.budget), "scene_cuts": config.scene_cuts, "hold": config.hold}
-        options |= {"shadow_every": config.shadow_every, "terms": build_terms(config)}
-        self.stream: Stream = detector.stream(source, max_frames=config.max_frames, **options, **self._sizes)
-        compared = {"show": config.show, "rescore": config.rescore, "scene_cuts": False, **self._sizes}
-        self.comparison = Comparison(detector, **compared) if config.compare else None
+        gate, budget = build_gate(config.gate), parse_budget(config.budget)
+        self.stream: Stream = detector.stream(
+            source,
+            budget=gate.selector if budget is None else budget,
+            options=build_options(config),
+            rule=gate.rule,
+            max_frames=config.max_frames,
+            scene_cuts=config.scene_cuts,
+            hold=config.hold,
+            shadow_every=1 if config.compare else config.shadow_every,
+            shadow_score=config.show,
+            timing=True,
+            **self._sizes,
+        )
         self._look = {"show": config.show, "width": config.width}
         self._limit = config.max_frames
         self._results: Iterator[StreamResult] = map(Rescorer(), self.stream) if config.rescore else self.stream
@@ -138,7 +146,7 @@ class Run:
             KeyboardInterrupt: someone wanted it to stop.
         """
         first = next(self._results)  # the outputs of an earlier run stay until the source has proved to work
-        self._dense_seconds = time_dense(self.stream.detector, first, self._sizes)
+        self._dense_seconds = time_dense(self.detector, first, self._sizes)
         began, stopped, outputs = time.perf_counter(), None, None
         try:
             with uninterrupted():
@@ -162,10 +170,8 @@ class Run:
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
             task, began = progress.add_task("", total=total, rate=""), time.perf_counter()
             for count, result in enumerate(results, start=1):
-                budget = self.stream.budget if self.stream.budget is not None else self.stream.policy
-                outputs.write(result, Caption(budget_text(budget), self._dense_seconds))
-                if self.comparison is not None:
-                    self.comparison.add(result)
+                budget = "dense" if self.stream.rule == Dense() else budget_text(self.stream.budget)
+                outputs.write(result, Caption(budget, self._dense_seconds))
                 rate = count / (time.perf_counter() - began)
                 progress.update(task, completed=count, rate=f"{rate:.1f} frames/s")
 
@@ -176,7 +182,7 @@ class Run:
         results = {
             "command": " ".join(sys.argv),
             "source": self.source.name,
-            "rule": str(self.stream.detector.rule or "dense"),
+            "rule": str(self.stream.rule),
             **summary,
             "dense_latency_ms": 1e3 * self._dense_seconds,
             "frames_per_second": summary["frames"] / seconds,
@@ -186,7 +192,6 @@ class Run:
             "dropped": self.source.dropped,
             "reconnects": self.source.reconnects,
             "stopped": _ending(stopped),
-            **({"compare": self.comparison.summary()} if self.comparison else {}),
             **({"drift": self.stream.drift.summary()} if self.stream.drift else {}),
         }
         print_summary(results)

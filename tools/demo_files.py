@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from eventful_det.adapters import to_record
 from eventful_det.data.video_writer import VideoWriter
+from eventful_det.detectors.results import FrameCost
 from eventful_det.errors import UserError
-from eventful_det.models.cost import FrameCost
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.runtime.session import StreamResult
 from eventful_det.viz import Caption, annotate, cost_row, plot_cost
 
 HISTORY = 100  # frames in the strip charts

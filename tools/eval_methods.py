@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from common import build_rule
+from common import Gate, build_gate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from eventful_det.errors import UserError
 from eventful_det.evaluation.runs import Method
-from eventful_det.gating.convert import Rule
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.selector import DEFAULT
 
 
 def sweep_methods(config: DictConfig) -> list[Method]:
@@ -28,12 +29,12 @@ def sweep_methods(config: DictConfig) -> list[Method]:
             raise UserError(f"eval.curves.{curve}: expected {expected}; got {dict(entry)}")
         square = bool(entry.get("square", False))
         if not vary:
-            methods.append(Method(curve, rule=_rule_with(entry.get("gate")), square=square))
+            methods.append(Method(curve, None, *_gate_with(entry.get("gate")), square=square))
         for option, values in vary.items():
             for value in values:
                 own = {option: value} if option in ("hold", "scale") else {}
-                rule = _rule_with(entry.get("gate"), **({} if own else {option: value}))
-                methods.append(Method(curve, float(value), rule, square=square, **own))
+                gate = _gate_with(entry.get("gate"), **({} if own else {option: value}))
+                methods.append(Method(curve, float(value), *gate, square=square, **own))
     return methods
 
 
@@ -51,10 +52,10 @@ def chosen(methods: list[Method], only: str | Sequence[str]) -> list[Method]:
     return [method for method in methods if method.curve in names]
 
 
-def _rule_with(gate: DictConfig | None, **policy: Any) -> Rule | None:
+def _gate_with(gate: DictConfig | None, **policy: Any) -> Gate:
     if gate is None:
         if policy:
             raise UserError(f"eval.curves: {', '.join(policy)} varies a policy, but the curve has no gate")
-        return None
+        return Gate(Dense(), DEFAULT)
     with open_dict(gate):
-        return build_rule(cast(DictConfig, OmegaConf.merge(gate, {"policy": policy} if policy else {})))
+        return build_gate(cast(DictConfig, OmegaConf.merge(gate, {"policy": policy} if policy else {})))

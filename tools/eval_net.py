@@ -29,7 +29,7 @@ from typing import Any
 import hydra
 import torch
 import torch.distributed as dist
-from common import build_rule, choose_device, console, tool, write_results
+from common import build_gate, choose_device, console, tool, write_results
 from eval_methods import chosen, sweep_methods
 from omegaconf import DictConfig
 from rich import box
@@ -52,14 +52,12 @@ from eventful_det.errors import UserError
 from eventful_det.evaluation import report
 from eventful_det.evaluation.detection import ENOUGH, labelled_frames
 from eventful_det.evaluation.flushes import ap50_since_flush
-from eventful_det.evaluation.rescored import rescored
 from eventful_det.evaluation.runs import Method, MethodRun
 from eventful_det.evaluation.store import ResultStore, file_hash
 from eventful_det.evaluation.summary import Row, jsonable, row_of
 from eventful_det.evaluation.sweep import collect, complete, first
 from eventful_det.models.checkpoints import DEFAULT, find_weights, load_detector
 from eventful_det.models.detector import Detector
-from eventful_det.runtime.rescoring import Rescoring
 
 READERS = 4  # threads that read frames ahead for a GPU; on a CPU they would take time from what is measured
 REASONS = 20  # of skipped frames that results.json quotes
@@ -76,9 +74,9 @@ NOTE = (
 def evaluate_single(config: DictConfig, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
     """Evaluate the rule of the gate group."""
     labelled_frames(data)
-    rule, options = build_rule(config.gate), config.eval
-    name = "dense" if rule is None else config.gate.rule
-    method = Method(name, None, rule, options.hold, options.scale, options.square)
+    gate, options = build_gate(config.gate), config.eval
+    ways = {"hold": options.hold, "scale": options.scale, "square": options.square}
+    method = Method(config.gate.rule, None, gate.rule, gate.selector, **ways)
     run = gather(config, complete_all(config, detector, data, [method]), method, data)
     scores = run.scores()
     row = row_of(run, scores)
@@ -167,7 +165,7 @@ def complete_all(config: DictConfig, detector: Detector, data: CocoVideo, method
 def gather(config: DictConfig, store: ResultStore, method: Method, data: CocoVideo) -> MethodRun:
     """What a method did, with the scores that the config asks for."""
     run = collect(store, method, data)
-    return rescored(run, Rescoring()) if config.rescore else run
+    return run.rescored() if config.rescore else run
 
 
 def _by_video(run: MethodRun) -> list[dict[str, Any]]:

@@ -17,11 +17,12 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import hydra
-from common import console, open_detector, tool
+from common import build_gate, console, open_detector, tool
 from omegaconf import DictConfig, ListConfig
 
 from eventful_det.data.classes import SYNTHETIC_SHAPES
 from eventful_det.errors import UserError
+from eventful_det.gating.dense import Dense
 from eventful_det.models.detector import Detector
 from eventful_det.runtime.pool import StreamPool
 
@@ -97,9 +98,10 @@ def build_intake(config: DictConfig, detector: Detector) -> Intake:
 
 def build_engine(config: DictConfig, detector: Detector, sources: Sequence[str]) -> Engine:
     """A pool of the sources to watch from the start, and what drives it."""
-    pool = StreamPool(detector, short_side=config.short_side, long_side=config.long_side, hold=config.hold)
+    gate, sides = build_gate(config.gate), {"short_side": config.short_side, "long_side": config.long_side}
+    pool = StreamPool(detector, budget=gate.selector, rule=gate.rule, hold=config.hold, timing=True, **sides)
     engine = Engine(pool, max_streams=config.max_streams, track=config.track, rescore=config.rescore)
-    if detector.rule is not None:
+    if gate.rule != Dense():
         engine.set_budget(str(config.budget))
     for opened in [play(source, public_name(source)) for source in sources]:
         engine.add(opened)

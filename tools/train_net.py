@@ -153,7 +153,7 @@ def evaluate(config: DictConfig, detector: Detector) -> dict[str, Any]:
     columns = [TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=sum(len(video.frames) for video in data.videos))
-        scores = evaluate_detector(detector, data, on_frame=lambda _: progress.advance(task))
+        scores = evaluate_detector(detector.eval(), data, on_frame=lambda _: progress.advance(task))
     console.print(f"AP50 {100 * scores['ap50']:.1f}, AP {100 * scores['ap']:.1f} on {config.data.val}")
     return jsonable(scores)
 
@@ -164,7 +164,9 @@ def make_judge(config: DictConfig) -> Callable[[Detector], dict[str, float]]:
     data = CocoVideo(whole.categories, whole.videos[:: config.val_every], whole.image_root)
 
     def judge(detector: Detector) -> dict[str, float]:
-        scores = evaluate_detector(detector, check_classes(config.data.val, data, detector.names))
+        training = detector.training
+        scores = evaluate_detector(detector.eval(), check_classes(config.data.val, data, detector.names))
+        detector.train(training)
         return {name: scores[name] for name in ("ap", "ap50", "ap75")}
 
     return judge

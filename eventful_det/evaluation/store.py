@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from eventful_det.data.coco_video import Video
+from eventful_det.detectors.results import FrameCost
 from eventful_det.evaluation.runs import Method, VideoRun
-from eventful_det.models.cost import FrameCost
 
 _PLAIN = ("results", "latencies", "state_bytes", "peak_bytes", "session")  # what JSON holds as it is
 
@@ -92,7 +92,7 @@ class ResultStore:
         os.replace(part, path)
 
     def _path(self, method: Method, video: Video) -> Path:
-        options = [repr(method.rule), method.hold, method.scale, method.square]
+        options = repr(dataclasses.replace(method, curve="", setting=None))
         spec = json.dumps({**self.about, "method": options}, sort_keys=True)
         name = re.sub(r"[^\w.]+", "_", method.name)
         return self.directory / f"{name}-{hashlib.sha256(spec.encode()).hexdigest()[:12]}" / f"{video.id}.json"

@@ -5,23 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from eventful_det.data.coco_video import CocoVideo
+from eventful_det.detectors.protocol import S, VideoDetector
 from eventful_det.evaluation.consistency import flicker, found_share, likeness
 from eventful_det.evaluation.detection import DetectionScores, agreement, labelled_frames
-from eventful_det.evaluation.efficiency import TOTAL, Milliseconds
+from eventful_det.evaluation.efficiency import TOTAL, Spread
 from eventful_det.evaluation.runs import DENSE, Method, MethodRun
-from eventful_det.evaluation.sweep import run_method
+from eventful_det.evaluation.sweep import run_methods
 
-if TYPE_CHECKING:
-    from eventful_det.models.detector import Detector
-
-_NO_TIME = Milliseconds(math.nan, math.nan, math.nan)
+_NO_TIME = Spread(math.nan, math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,7 @@ class Row:
     found: float
     flicker: float
     gmacs_backbone: float
-    gmacs_pyramid: float
-    gmacs_rpn: float
-    gmacs_roi: float
+    gmacs_heads: float
     gmacs_total: float
     gmacs_backbone_steady: float
     gmacs_total_steady: float
@@ -97,15 +93,22 @@ class Row:
 
 
 def evaluate_detector(
-    detector: Detector, data: CocoVideo, method: Method | None = None, **options: Any
+    detector: VideoDetector[S],
+    data: CocoVideo,
+    method: Method | None = None,
+    *,
+    streams: int = 1,
+    workers: int = 0,
+    scene_cuts: bool = True,
+    on_frame: Callable[[Method], None] | None = None,
 ) -> dict[str, Any]:
     """Run and score a detector in one way.
 
     Args:
-        detector: what to evaluate, in any mode.
+        detector: what to evaluate, in evaluation mode.
         data: what to evaluate on; see `first` for a part of it.
         method: how to run it; dense by default.
-        options: as in `run_methods`.
+        streams, workers, scene_cuts, on_frame: see `complete`.
 
     Returns:
         The fields of `Row`, and "ap50_by_class"; undefined numbers are `nan`, see `jsonable`.
@@ -114,7 +117,15 @@ def evaluate_detector(
         UserError: no frame is labelled.
     """
     labelled_frames(data)
-    run = run_method(detector, data, method or Method(DENSE), **options)
+    (run,) = run_methods(
+        detector,
+        data,
+        [method or Method(DENSE)],
+        streams=streams,
+        workers=workers,
+        scene_cuts=scene_cuts,
+        on_frame=on_frame,
+    )
     scores = run.scores()
     return vars(row_of(run, scores)) | {"ap50_by_class": scores.ap50_by_class}
 
@@ -155,9 +166,7 @@ def row_of(run: MethodRun, scores: DetectionScores, dense: MethodRun | None = No
         found=found_share(run.data, run.results),
         flicker=flicker(run.data, run.results),
         gmacs_backbone=cost.gmacs["backbone"],
-        gmacs_pyramid=cost.gmacs["pyramid"],
-        gmacs_rpn=cost.gmacs["rpn"],
-        gmacs_roi=cost.gmacs["roi"],
+        gmacs_heads=cost.gmacs[TOTAL] - cost.gmacs["backbone"],
         gmacs_total=cost.gmacs[TOTAL],
         gmacs_backbone_steady=cost.gmacs_steady.get("backbone", math.nan),
         gmacs_total_steady=cost.gmacs_steady.get(TOTAL, math.nan),

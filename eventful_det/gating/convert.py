@@ -3,181 +3,191 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol, cast
+from collections.abc import Sequence, Sized
+from typing import Generic, Protocol, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import Anatomy, Grid, anatomy_of
-from eventful_det.gating.paper import Paper
-from eventful_det.gating.policy import JointPolicy, Policy
-from eventful_det.gating.rows import Rows
-from eventful_det.gating.state import State
+from eventful_det.gating.rows import Rows, RowsState
+from eventful_det.gating.selector import DEFAULT, Select
+from eventful_det.gating.state import State, StreamState
 from eventful_det.gating.update import Update
+from eventful_det.gating.vit_spec import ViTSpec, spec_of
+from eventful_det.gating.windows import Grid
+
+S = TypeVar("S", bound=StreamState)
 
 
-class Rule(Protocol):
-    """An update rule: how a frame's tokens are recomputed."""
-
-    policy: Policy
+class Rule(Protocol[S]):
+    """An update rule: how a frame's tokens are recomputed. A frozen value."""
 
     @property
     def layout(self) -> tuple[str | int, ...]:
         """What the form of the state depends on: a stream's state is of use only to rules of the same layout."""
 
-    def init_stream(self, anatomy: Anatomy, grid: Grid) -> Any:
+    def init_stream(self, vit: ViTSpec, grid: Grid) -> S:
         """Allocate the state of one stream."""
 
     def step(
-        self, anatomy: Anatomy, patches: Sequence[Tensor], states: Sequence[Any], joint: JointPolicy | None = None
+        self,
+        vit: ViTSpec,
+        frames: Sequence[Tensor],
+        states: Sequence[S],
+        select: Select,
+        saliency: Sequence[Tensor | None],
     ) -> list[Update]:
-        """Process the next frame `(N, P)` of every stream, updating the states in place."""
+        """Process the next frame `(3, h, w)` of every stream, updating the states in place.
+
+        `saliency` is of each stream, `(N,)` or None; see `GateInput`.
+        """
 
 
-RULES: dict[str, type[Rule]] = {"rows": Rows, "paper": Paper}
-
-
-class EventfulViT(nn.Module):
+class EventfulViT(nn.Module, Generic[S]):
     """A dense ViT and the rule by which it is updated from frame to frame.
 
     Modifications against the dense network:
       - none of its modules or parameters: they are registered here under their own names, so state dicts fit both;
-      - `step` replaces `forward` for video: it takes and updates an explicit `State`;
-      - `policy` and `rule` may be exchanged between any two frames; a rule of another kind flushes the streams.
+      - `step` replaces `forward` for video: it takes and updates an explicit `State`.
 
     Args:
         vit: the dense network, shared and left intact.
-        rule: an update rule.
+        rule: how a frame's tokens are recomputed.
+        selector: which tokens are, unless `step` is given another.
+
+    Attributes:
+        spec: the network as the rules see it.
     """
 
-    def __init__(self, vit: nn.Module, rule: Rule) -> None:
+    def __init__(self, vit: nn.Module, rule: Rule[S], selector: Select = DEFAULT) -> None:
         super().__init__()
-        anatomy_of(vit)  # raises on unsupported networks
+        self.spec = spec_of(vit)
         self._dense = [vit]  # in a list, so that its parameters are not registered twice
         for name, parameter in vit.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         for name, module in vit.named_children():
             self.add_module(name, module)
         self.rule = rule
+        self.selector = selector
 
     @property
     def dense(self) -> nn.Module:
         """The dense network that this one shares all parameters with."""
         return self._dense[0]
 
-    @property
-    def anatomy(self) -> Anatomy:
-        """The network as the rules see it."""
-        return anatomy_of(self.dense)
-
-    @property
-    def policy(self) -> Policy:
-        """Which tokens are recomputed; settable between any two frames."""
-        return self.rule.policy
-
-    @policy.setter
-    def policy(self, policy: Policy) -> None:
-        self.rule.policy = policy
-
-    def init_state(self, batch: int = 1) -> State:
+    def init_state(self, batch: int = 1) -> State[S]:
         """An empty state for `batch` streams; buffers are allocated at each stream's first frame."""
         return State([None] * batch)
 
-    @torch.no_grad()
     def step(
         self,
         frames: Tensor | Sequence[Tensor],
-        state: State,
+        state: State[S],
+        *,
+        selector: Select | None = None,
         flush: Sequence[bool] | bool = False,
-        joint: JointPolicy | None = None,
+        saliency: Sequence[Tensor | None] | None = None,
     ) -> list[Update]:
         """Process the next frame of every stream.
 
         Args:
             frames: `(B, 3, h, w)` or B tensors `(3, h, w)`, normalised as the network expects; sizes may differ.
             state: of the B streams, updated in place. A frame of a new size flushes its stream alone.
+            selector: which tokens are recomputed on this frame; None = that of the network.
             flush: streams to recompute in full.
-            joint: selects the tokens of all streams together; by default `policy` is asked about each alone.
+            saliency: for each stream `(N,)` how much each token matters on this frame, 0 to 1, or None.
 
         Raises:
-            UserError: the numbers of frames and streams differ, or a frame is no `(3, h, w)` of the network's type.
+            UserError: the numbers of frames and streams differ, or a frame is no `(3, h, w)` of floating point.
         """
-        flushes = flush_flags(frames, state, flush)
-        anatomy = self.anatomy
-        for frame in frames:
-            _check_frame(frame, anatomy)
-        updates = step_streams(self.rule, anatomy, frames, state, flushes, joint)
-        return [dataclasses.replace(update, tokens=update.tokens.clone()) for update in updates]
+        selector = self.selector if selector is None else selector
+        updates = step_streams(
+            self.spec, frames, state, rule=self.rule, selector=selector, flush=flush, saliency=saliency
+        )
+        return [
+            dataclasses.replace(
+                update, tokens=update.tokens.clone(), prefix=None if update.prefix is None else update.prefix.clone()
+            )
+            for update in updates
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         """The dense network, as it was."""
         return cast(Tensor, self.dense(x))
 
 
+@torch.inference_mode(False)  # so that the state can go on in and outside of inference mode
+@torch.no_grad()
 def step_streams(
-    rule: Rule,
-    anatomy: Anatomy,
+    vit: ViTSpec,
     frames: Tensor | Sequence[Tensor],
-    state: State,
-    flushes: Sequence[bool],
-    joint: JointPolicy | None = None,
+    state: State[S],
+    *,
+    rule: Rule[S],
+    selector: Select = DEFAULT,
+    flush: Sequence[bool] | bool = False,
+    saliency: Sequence[Tensor | None] | None = None,
 ) -> list[Update]:
-    """Process the next frame `(3, h, w)` of every stream.
+    """Process the next frame of every stream by a rule; see `EventfulViT.step`, whose tokens are copies.
 
-    A new size, a rule of another kind or its flag in `flushes` recompute all tokens of a stream.
+    A new size, a rule of another layout or its flag in `flush` recompute all tokens of a stream.
     """
-    for i, (frame, flush) in enumerate(zip(frames, flushes, strict=True)):
-        grid = anatomy.grid(*frame.shape[-2:])
-        stream = state.streams[i]
+    flushes = per_stream("flush flags", [flush] * len(state) if isinstance(flush, bool) else flush, state)
+    weights = per_stream("saliency maps", [None] * len(state) if saliency is None else saliency, state)
+    frames, streams = per_stream("frames", list(frames), state), []
+    for i, (frame, new) in enumerate(zip(frames, flushes, strict=True)):
+        _check_frame(frame, vit)
+        grid, stream = vit.grid(*frame.shape[-2:]), state.streams[i]
         if stream is None or (stream.layout, stream.grid) != (rule.layout, grid):
-            with torch.inference_mode(False):  # so that the stream can go on outside of inference mode
-                state.streams[i] = stream = rule.init_stream(anatomy, grid)
-        if flush:
+            state.streams[i] = stream = rule.init_stream(vit, grid)
+        if new:
             stream.frame = 0
-    return rule.step(anatomy, [anatomy.patches(frame) for frame in frames], state.streams, joint)
+        streams.append(stream)
+    return rule.step(vit, frames, streams, selector, weights)
 
 
-def flush_flags(frames: Tensor | Sequence[Tensor], state: State, flush: Sequence[bool] | bool) -> list[bool]:
-    """One flush flag per stream.
+T = TypeVar("T")
+
+
+def per_stream(what: str, items: Sequence[T], state: Sized) -> Sequence[T]:
+    """The items, one for each stream.
 
     Raises:
-        UserError: the numbers of frames, streams and flags differ.
+        UserError: they are not as many as the streams.
     """
-    if len(frames) != len(state):
-        raise UserError(f"got {len(frames)} frames for a state of {len(state)} streams; give one frame per stream")
-    flushes = [flush] * len(frames) if isinstance(flush, bool) else list(flush)
-    if len(flushes) != len(frames):
-        raise UserError(f"got {len(flushes)} flush flags for {len(frames)} frames; give one flag per frame, or one")
-    return flushes
+    if len(items) != len(state):
+        raise UserError(f"got {len(items)} {what} for a state of {len(state)} streams; give one for each")
+    return items
 
 
-def _check_frame(frame: Tensor, anatomy: Anatomy) -> None:
-    channels = anatomy.projection.in_channels
+def _check_frame(frame: Tensor, vit: ViTSpec) -> None:
+    channels = vit.projection.in_channels
     if frame.dim() != 3 or frame.shape[0] != channels:
         raise UserError(f"got a frame of shape {tuple(frame.shape)}; frames are ({channels}, height, width)")
-    if frame.dtype != anatomy.dtype:
-        raise UserError(f"got a frame of {frame.dtype} for a network of {anatomy.dtype}; normalise and convert it")
+    if not frame.is_floating_point():
+        raise UserError(f"got a frame of {frame.dtype} for a network of {vit.dtype}; normalise and convert it")
 
 
-def eventify(
-    vit: nn.Module, rule: Rule | Literal["rows", "paper"] = "rows", policy: Policy | None = None
-) -> EventfulViT:
+@overload
+def eventify(vit: nn.Module, *, selector: Select = DEFAULT) -> EventfulViT[RowsState]: ...
+
+
+@overload
+def eventify(vit: nn.Module, rule: Rule[S], selector: Select = DEFAULT) -> EventfulViT[S]: ...
+
+
+def eventify(vit: nn.Module, rule: Rule[S] | None = None, selector: Select = DEFAULT) -> EventfulViT[S]:
     """Make a dense ViT eventful; its parameters are shared, nothing is copied or re-trained.
 
     Args:
         vit: timm `VisionTransformerSAM` or `VisionTransformer`, or detectron2 `ViT`.
-        rule: "rows" (default), "paper", or a configured `Rows` or `Paper`.
-        policy: which tokens to recompute; the rule's own by default.
+        rule: how tokens are recomputed, a `Rows` (the default), `Paper` or `Dense`.
+        selector: which tokens are recomputed.
 
     Raises:
-        UserError: the network or the rule is not supported.
+        UserError: the network is not supported, or the rule is none.
     """
-    if isinstance(rule, str):
-        if rule not in RULES:
-            raise UserError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
-        rule = RULES[rule]()
-    if policy is not None:
-        rule.policy = policy
-    return EventfulViT(vit, rule)
+    if rule is not None and not callable(getattr(rule, "init_stream", None)):
+        raise UserError(f"rule must be Rows(), Paper() or Dense() with their options, got {rule!r}")
+    return EventfulViT(vit, cast(Rule[S], Rows()) if rule is None else rule, selector)

@@ -1,7 +1,7 @@
-"""The `rows` rule: one gate per frame, selected rows through all blocks, key and value caches.
+"""The `rows` rule, from gate to block to attention to cache: one gate per frame, and the selected rows alone.
 
-Think of the key/value cache of a language model, made for video. Nothing inside the blocks touches the tokens
-that were not selected, and nothing is N x N. With every token selected it equals the dense network.
+Think of the key/value cache of a language model, made for video. Nothing inside the blocks touches the tokens that were
+not selected, and nothing is N x N. With every token selected it equals the dense network.
 """
 
 from __future__ import annotations
@@ -11,68 +11,62 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import Anatomy, Block, Grid, resize_table
-from eventful_det.gating.cost import Counts
-from eventful_det.gating.policy import Focus, GateInput, JointPolicy, Policy, select_all
-from eventful_det.gating.rows_blocks import Selection, joined, run_blocks
-from eventful_det.gating.state import TensorTree
+from eventful_det.gating.macs import RowsSizes, rows_macs
+from eventful_det.gating.selector import GateInput, Select, token_errors
+from eventful_det.gating.state import StreamState
 from eventful_det.gating.update import Update
-from eventful_det.gating.windows import windows_of
+from eventful_det.gating.vit_spec import Block, ViTSpec
+from eventful_det.gating.windows import Grid, Tiles, relative_bias, relative_places, relative_terms, windows_of
+
+_BIAS_ELEMENTS = 1 << 23  # largest attention bias held at once; longer query lists are cut into pieces
+_CACHE_ELEMENTS = 1 << 22  # keys and values gathered at once; longer tile lists are cut into pieces
 
 
 @dataclass
-class RowsState(TensorTree):
+class RowsState(StreamState):
     """State of one stream under `Rows`.
 
     Attributes:
-        layout: of the rule that it was made for.
-        grid: token grid (H, W), N = H * W.
-        frame: frames since the last flush; 0 = the next frame is a flush.
         reference: `(N, P)` patches or `(N, D)` embeddings last let through.
         age: `(N,)` frames since each token was let through.
-        interest: `(N,)` how much each token matters on the next frame, 0 to 1: for the policy, and filled in by
-            whoever reads the tokens.
         caches: per block the keys and values `(windows, slots, 2, heads, d)`; slots of padded tokens hold the bias.
             The one window of a global block starts with the slots of the prefix tokens.
         output: `(N, C)` the last computed output of every token.
+        prefix: `(p, C)` the same of the prefix tokens, or None.
         positions: `(N, D)` position encoding at this grid, or None. Like the tables, it is worked out at a flush.
         tables: per block its relative positions at this grid, see `relative_terms`; or None.
     """
 
-    layout: tuple[str, ...]
-    grid: Grid
-    frame: int
     reference: Tensor
     age: Tensor
-    interest: Tensor
     caches: list[Tensor]
     output: Tensor
+    prefix: Tensor | None
     positions: Tensor | None = None
     tables: list[Tensor | None] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rows:
     """One gate per frame.
 
     Args:
-        policy: selects the tokens of a frame.
         gate: what is compared with the reference: pixel "patches", which saves the embedding of tokens that are
             not selected, or the patch "embedding".
         renew_every: recompute everything on every n-th frame; 0 = never.
         static: shapes depend on the number of selected tokens alone, and the host never waits for the device unless
-            the policy does; it costs some empty attention tiles. None = on all devices but CPUs.
+            the selector does; it costs some empty attention tiles. None = on all devices but CPUs.
         cache_dtype: of cached keys and values, "float16" or "bfloat16", to halve most of the state; they are
-            converted whenever they are read. None = that of the network, exact.
+            converted whenever they are read. None = that of the network, or of autocast: exact.
         exact: each stream has matrix products of its own, so that no bit of what it gives depends on which others share
             the step. Otherwise the rows of all streams pass through the linear layers together, which is quicker, and
             products of other sizes may round differently.
     """
 
-    policy: Policy = Focus(2.0, cap=0.35, floor=0.25)
     gate: Literal["patches", "embedding"] = "patches"
     renew_every: int = 0
     static: bool | None = None
@@ -92,157 +86,300 @@ class Rows:
         """What the form of the state depends on."""
         return "rows", self.gate, self.cache_dtype or "same"
 
-    def init_stream(self, anatomy: Anatomy, grid: Grid) -> RowsState:
+    def init_stream(self, vit: ViTSpec, grid: Grid) -> RowsState:
         """Allocate the state of a stream whose frames have `grid` tokens."""
-        tokens = grid[0] * grid[1]
-        width = anatomy.projection.weight[0].numel() if self.gate == "patches" else anatomy.dim
-        dtype = anatomy.dtype if self.cache_dtype is None else getattr(torch, self.cache_dtype)
+        tokens, zeros = grid[0] * grid[1], vit.projection.weight.new_zeros
+        dtype = _compute_dtype(vit) if self.cache_dtype is None else getattr(torch, self.cache_dtype)
         return RowsState(
-            layout=self.layout,
-            grid=grid,
-            frame=0,
-            reference=anatomy.projection.weight.new_zeros(tokens, width),
-            age=torch.ones(tokens, dtype=torch.int32, device=anatomy.device),
-            caches=[_empty_cache(block, grid, anatomy.prefix_count, dtype) for block in anatomy.blocks],
-            interest=anatomy.projection.weight.new_zeros(tokens),
-            output=anatomy.projection.weight.new_zeros(tokens, anatomy.blocks[-1].dim),
+            self.layout,
+            grid,
+            reference=zeros(tokens, vit.shape.pixels if self.gate == "patches" else vit.dim),
+            age=torch.ones(tokens, dtype=torch.int32, device=vit.device),
+            caches=[_empty_cache(block, grid, vit.prefix_count, dtype) for block in vit.blocks],
+            output=zeros(tokens, vit.dim),
+            prefix=zeros(vit.prefix_count, vit.dim) if vit.prefix_count else None,
         )
 
-    @torch.no_grad()
     def step(
-        self, anatomy: Anatomy, patches: Sequence[Tensor], states: Sequence[RowsState], joint: JointPolicy | None = None
+        self,
+        vit: ViTSpec,
+        frames: Sequence[Tensor],
+        states: Sequence[RowsState],
+        select: Select,
+        saliency: Sequence[Tensor | None],
     ) -> list[Update]:
         """Process the next frame of every stream.
 
         Args:
-            anatomy: the network.
-            patches: `(N, P)` pixel patches of each stream's frame.
+            vit: the network.
+            frames: `(3, h, w)` of each stream, normalised.
             states: of the streams, updated in place.
-            joint: selects the tokens of all streams together; by default each stream is asked about alone.
+            select: selects the tokens of the streams that are not recomputed in full.
+            saliency: `(N,)` of each stream, see `GateInput`; or None.
         """
         flushes = [state.frame == 0 for state in states]
         for state, flush in zip(states, flushes, strict=True):
             if flush:
-                _prepare(anatomy, state)
-        compared = [frame if self.gate == "patches" else anatomy.embed(frame) for frame in patches]
-        gated = [not self._renews(state) for state in states]
-        chosen = self._select(compared, states, joint)
-        indices = [_by_window(anatomy, index, state.grid) for index, state in zip(chosen, states, strict=True)]
-        counts = self._recompute(anatomy, compared, indices, states)
+                _prepare(vit, state)
+        patches = [vit.patches(frame) for frame in frames]
+        compared = patches if self.gate == "patches" else [vit.embed(frame) for frame in patches]
+        full = [flush or self._renews(state) for state, flush in zip(states, flushes, strict=True)]
+        indices = _choose(vit, compared, states, full, select, saliency)
+        sizes = self._recompute(vit, compared, indices, states, full)
         return [
             Update(
                 tokens=state.output.unflatten(0, state.grid),
+                prefix=state.prefix,
                 changed=index,
-                work=torch.zeros(len(now), device=now.device).index_fill_(0, index, 1.0),
+                work=torch.zeros(len(state.age), device=index.device).index_fill_(0, index, 1.0),
                 flush=flush,
-                counts=count + Counts(gate=gate * now.numel()),
+                macs=rows_macs(vit.shape, state.grid, size),
             )
-            for now, index, state, flush, gate, count in zip(
-                compared, indices, states, flushes, gated, counts, strict=True
-            )
+            for index, state, flush, size in zip(indices, states, flushes, sizes, strict=True)
         ]
 
     def _renews(self, state: RowsState) -> bool:
-        """Whether everything is recomputed on this frame."""
-        return state.frame == 0 or (self.renew_every > 0 and state.frame % self.renew_every == 0)
-
-    def _select(
-        self, compared: Sequence[Tensor], states: Sequence[RowsState], joint: JointPolicy | None
-    ) -> list[Tensor]:
-        """The only decision of the frame: for each stream the indices `(r,)` of its tokens, in any order."""
-        gates = [
-            GateInput(
-                error=torch.linalg.vector_norm(now - state.reference, dim=1),
-                age=state.age,
-                frame=state.frame,
-                stream=stream,
-                grid=state.grid,
-                interest=state.interest,
-            )
-            for stream, (now, state) in enumerate(zip(compared, states, strict=True))
-        ]
-        asked = [i for i, state in enumerate(states) if not self._renews(state)]
-        indices = [select_all(gate) for gate in gates]
-        some = [gates[i] for i in asked]
-        for i, index in zip(asked, joint(some) if joint else map(self.policy, some), strict=True):
-            indices[i] = index
-        return indices
+        return self.renew_every > 0 and state.frame % self.renew_every == 0
 
     def _recompute(
-        self, anatomy: Anatomy, compared: Sequence[Tensor], indices: Sequence[Tensor], states: Sequence[RowsState]
-    ) -> list[Counts]:
-        """Recompute the tokens `(r,)` of each stream, updating its state; returns what each stream took."""
-        rows = [now.index_select(0, index) for now, index in zip(compared, indices, strict=True)]
-        for state in states:
-            state.age.add_(1)
+        self,
+        vit: ViTSpec,
+        compared: Sequence[Tensor],
+        indices: Sequence[Tensor],
+        states: Sequence[RowsState],
+        full: Sequence[bool],
+    ) -> list[RowsSizes]:
+        """Recompute the tokens `(r,)` of each stream, updating its state."""
+        static = vit.device.type != "cpu" if self.static is None else self.static
+        selections = []
+        for now, index, state in zip(compared, indices, states, strict=True):
+            rows = now.index_select(0, index)  # (r, P or D)
             state.frame += 1
-        embedded = [len(some if self.gate == "patches" else all_) for some, all_ in zip(rows, compared, strict=True)]
-        counts = [_embedding_counts(anatomy, *sizes) for sizes in zip(embedded, map(len, rows), strict=True)]
-        busy = [i for i, index in enumerate(indices) if len(index)]
-        for i in busy:
-            states[i].reference.index_copy_(0, indices[i], rows[i])
-            states[i].age.index_fill_(0, indices[i], 1)
-        groups = [[i] for i in busy] if self.exact else [busy] if busy else []
-        for group in groups:
-            more = self._run(anatomy, [rows[i] for i in group], [indices[i] for i in group], [states[i] for i in group])
-            for i, count in zip(group, more, strict=True):
-                counts[i] += count
-        return counts
-
-    def _run(
-        self, anatomy: Anatomy, rows: Sequence[Tensor], indices: Sequence[Tensor], states: Sequence[RowsState]
-    ) -> list[Counts]:
-        """Carry rows of some streams through the network together, updating their states; what each took."""
-        z = joined(rows)
-        z = anatomy.embed(z) if self.gate == "patches" else z
-        if anatomy.positions is not None:
-            z = z + joined([_positions(*stream) for stream in zip(states, indices, strict=True)])
-        selections = [Selection(index, s.grid, s.caches, s.tables) for index, s in zip(indices, states, strict=True)]
-        static = anatomy.device.type != "cpu" if self.static is None else self.static
-        outputs, counts = run_blocks(anatomy, z, selections, static)
-        for state, index, output in zip(states, indices, outputs, strict=True):
-            state.output.index_copy_(0, index, output)
-        return counts
+            state.age.add_(1).index_fill_(0, index, 1)
+            state.reference.index_copy_(0, index, rows)
+            selections.append(_Selection(vit, index, rows, state, static))
+        busy = [selection for selection in selections if len(selection.index)]
+        for group in [[one] for one in busy] if self.exact else [busy] if busy else []:
+            _run(vit, group, embed=self.gate == "patches")
+        return [
+            RowsSizes(
+                compared=0 if whole else now.numel(),
+                embedded=len(one.index) if self.gate == "patches" else len(now),
+                rows=one.length,
+                queries=one.window_queries,
+            )
+            for now, one, whole in zip(compared, selections, full, strict=True)
+        ]
 
 
-def _by_window(anatomy: Anatomy, index: Tensor, grid: Grid) -> Tensor:
-    """Tokens `(r,)` in the order of the windows, and row-major in each."""
-    windows = windows_of(grid, max(block.window for block in anatomy.blocks), index.device)
-    return windows.token.index_select(0, windows.place.index_select(0, index).sort().values)
-
-
-def _positions(state: RowsState, index: Tensor) -> Tensor:
-    """Position encoding of some tokens, `(r, D)`."""
-    assert state.positions is not None
-    return state.positions.index_select(0, index)
-
-
-def _embedding_counts(anatomy: Anatomy, embedded: int, selected: int) -> Counts:
-    """Operations of patch embedding and position encoding on so many tokens."""
-    return Counts(
-        linear=embedded * anatomy.projection.weight.numel(),
-        bias=embedded * anatomy.dim,
-        add=0 if anatomy.positions is None else selected * anatomy.dim,
-    )
+def _compute_dtype(vit: ViTSpec) -> torch.dtype:
+    """The type in which linear layers give keys and values."""
+    autocast = torch.is_autocast_enabled(vit.device.type) and vit.dtype == torch.float32
+    return torch.get_autocast_dtype(vit.device.type) if autocast else vit.dtype
 
 
 def _empty_cache(block: Block, grid: Grid, prefix: int, dtype: torch.dtype) -> Tensor:
     """Keys and values of a block, `(windows, slots, 2, heads, d)`."""
-    windows = windows_of(grid, block.window, block.qkv.weight.device)
+    windows = windows_of(grid, block.window, block.weight.device)
     shape = (windows.count, windows.slots + prefix, 2, block.heads, block.dim // block.heads)
-    return block.qkv.weight.new_zeros(shape, dtype=dtype)
+    return block.weight.new_zeros(shape, dtype=dtype)
 
 
-def _prepare(anatomy: Anatomy, state: RowsState) -> None:
+def _prepare(vit: ViTSpec, state: RowsState) -> None:
     """What depends on the weights and the grid alone: positions, and the keys and values of padded tokens.
 
     Every slot is given those of a padded token; nothing else writes the slots of padded tokens.
     """
-    state.positions = None if anatomy.positions is None else anatomy.positions(state.grid).detach().clone()
+    state.positions = None if vit.positions is None else vit.positions(state.grid).detach().clone()
     state.tables = []
-    for block, cache in zip(anatomy.blocks, state.caches, strict=True):
-        cache.copy_(block.padding_qkv.view(3, block.heads, -1)[1:])
-        shape = windows_of(state.grid, block.window, cache.device).shape
-        both = zip(block.rel_pos or (), shape, strict=False)
-        tables = [resize_table(table.detach(), size) for table, size in both]
+    for block, cache in zip(vit.blocks, state.caches, strict=True):
+        cache.copy_(block.padding_qkv()[1:])  # (2, heads, d) to every slot
+        tables = block.tables(windows_of(state.grid, block.window, cache.device).shape)
         state.tables.append(torch.cat(tables) if tables else None)
+
+
+def _choose(
+    vit: ViTSpec,
+    compared: Sequence[Tensor],
+    states: Sequence[RowsState],
+    full: Sequence[bool],
+    select: Select,
+    saliency: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """The only decision of the frame: for each stream the indices `(r,)` of its tokens, window by window."""
+    gates = [
+        GateInput(
+            error=token_errors(now, state.reference),
+            age=state.age,
+            frame=state.frame,
+            grid=state.grid,
+            saliency=weight,
+            stream=stream,
+        )
+        for stream, (now, state, weight) in enumerate(zip(compared, states, saliency, strict=True))
+        if not full[stream]
+    ]
+    chosen = iter(select(gates) if gates else ())
+    indices = []
+    for state, whole in zip(states, full, strict=True):
+        index = torch.arange(len(state.age), device=state.age.device) if whole else next(chosen)
+        indices.append(windows_of(state.grid, vit.window, index.device).sort(index))
+    return indices
+
+
+class _Selection:
+    """What is recomputed of one stream, and where its rows stand in the attention.
+
+    Attributes:
+        index: `(r,)` tokens, window by window.
+        rows: `(r, P or D)` their patches or embeddings.
+        state: of the stream.
+        length: rows through the blocks, prefix tokens included.
+        queries: where the rows stand, for every size of windows.
+    """
+
+    def __init__(self, vit: ViTSpec, index: Tensor, rows: Tensor, state: RowsState, static: bool) -> None:
+        self.index, self.rows, self.state = index, rows, state
+        self.length = vit.prefix_count + len(index) if len(index) else 0
+        self.queries = {
+            side: Queries.of(index, state.grid, side, vit.prefix_count, vit.shape.rel_pos, static)
+            for side in {block.window for block in vit.blocks if len(index)}
+        }
+
+    @property
+    def window_queries(self) -> int:
+        """Queries of a windowed block, those that fill up tiles included."""
+        tiles = [queries.tiles for queries in self.queries.values()]
+        return sum(tile.count * tile.size for tile in tiles if tile is not None)
+
+
+def _run(vit: ViTSpec, streams: Sequence[_Selection], embed: bool) -> None:
+    """Carry rows of some streams through the network, updating caches and outputs.
+
+    Norms, linear layers and MLPs do not care where a row comes from: the rows of all streams pass through them as one
+    matrix. Attention is each stream's own.
+    """
+    z = torch.cat([one.rows for one in streams])  # (R, P or D), R = sum of r
+    z = vit.embed(z) if embed else z  # (R, D)
+    positions = [(one.state.positions, one.index) for one in streams]
+    if vit.positions is not None:
+        z = z + torch.cat([encoding.index_select(0, index) for encoding, index in positions if encoding is not None])
+    if vit.prefix is not None:
+        own = z.split([len(one.index) for one in streams])
+        z = torch.cat([part for rows in own for part in (vit.prefix(), rows)])  # (R + streams * p, D)
+    lengths = [one.length for one in streams]
+    for i, block in enumerate(vit.blocks):
+        qkv = block.qkv(block.norm1(z)).split(lengths)  # (p + r, 3, heads, d) of each stream
+        attended = [
+            attend(rows, one.state.caches[i], one.queries[block.window], one.state.tables[i])
+            for rows, one in zip(qkv, streams, strict=True)
+        ]
+        z = z + block.proj(torch.cat(attended))
+        z = z + block.mlp(block.norm2(z))
+    for one, rows in zip(streams, vit.norm(z).split(lengths), strict=True):
+        prefix, tokens = rows.tensor_split([vit.prefix_count])  # (p, D) and (r, D)
+        one.state.output.index_copy_(0, one.index, tokens.to(one.state.output.dtype))
+        if one.state.prefix is not None:
+            one.state.prefix.copy_(prefix)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Where the rows of a stream stand in the attention of blocks of one window size.
+
+    Attributes:
+        shape: tokens of a window.
+        cached: `(r,)` row of each query in the caches, flattened to `(windows * slots, 2, heads, d)`.
+        relative: `(r, rows + columns)`, see `relative_places`; None without relative positions.
+        tiles: in windows; None = there is one window, of the whole frame.
+    """
+
+    shape: Grid
+    cached: Tensor
+    relative: Tensor | None
+    tiles: Tiles | None
+
+    @classmethod
+    def of(
+        cls, index: Tensor, grid: Grid, side: int, prefix: int = 0, relative: bool = True, static: bool = False
+    ) -> Queries:
+        """Where some tokens stand.
+
+        Args:
+            index: `(r,)` flat indices of the tokens, window by window.
+            grid: tokens of the frame.
+            side: of the windows in tokens; 0 = global attention.
+            prefix: number of class and register tokens, which are always there, before all others.
+            relative: whether there are relative positions.
+            static: as for `Tiles.of`.
+        """
+        windows = windows_of(grid, side, index.device)
+        slot = windows.slot.index_select(0, index)
+        places = relative_places(slot // windows.shape[1], slot % windows.shape[1], windows.shape) if relative else None
+        if not side:
+            cached = torch.cat([torch.arange(prefix, device=index.device), slot + prefix])
+            return cls(windows.shape, cached, places, None)
+        window = windows.window.index_select(0, index)
+        return cls(windows.shape, window * windows.slots + slot, places, Tiles.of(window, windows, static))
+
+
+def attend(qkv: Tensor, cache: Tensor, queries: Queries, table: Tensor | None) -> Tensor:
+    """Refresh the cache and attend to the cached keys of the frame, or of each query's window.
+
+    Args:
+        qkv: `(r, 3, heads, d)` of the selected rows, prefix tokens first.
+        cache: `(windows, slots, 2, heads, d)` keys and values, updated in place.
+        queries: where the rows stand.
+        table: relative positions of the block, see `relative_terms`; or None.
+
+    Returns:
+        `(r, D)`.
+    """
+    q, kv = qkv[:, 0], qkv[:, 1:]  # (r, heads, d), (r, 2, heads, d)
+    cache.flatten(0, 1).index_copy_(0, queries.cached, kv.to(cache.dtype))
+    terms = None
+    if table is not None and queries.relative is not None:
+        terms = relative_terms(q, queries.relative, table)  # (r, heads, rows + columns)
+    rows = _attend_frame if queries.tiles is None else _attend_tiles
+    return rows(q, cache, terms, queries).flatten(1)  # (r, heads, d) to (r, D)
+
+
+def _attend_frame(q: Tensor, cache: Tensor, terms: Tensor | None, queries: Queries) -> Tensor:
+    """Queries `(r, heads, d)` with their relative terms against the one window of the cache; as many rows out."""
+    step = len(q) if terms is None else max(1, _BIAS_ELEMENTS // (q.shape[1] * cache.shape[1]))
+    pieces = []
+    for first in range(0, len(q), step):
+        part = slice(first, first + step)
+        pieces.append(_attention(q[None, part], cache, None if terms is None else terms[None, part], queries.shape)[0])
+    return torch.cat(pieces)
+
+
+def _attend_tiles(q: Tensor, cache: Tensor, terms: Tensor | None, queries: Queries) -> Tensor:
+    """Queries `(r, heads, d)` with their relative terms against the windows of their tiles; as many rows out."""
+    tiles = queries.tiles
+    assert tiles is not None
+    step = tiles.count if tiles.window is None else max(1, _CACHE_ELEMENTS // cache[0].numel())
+    pieces = []
+    for first in range(0, tiles.count, step):
+        count = min(step, tiles.count - first)
+        windows = cache if tiles.window is None else cache.index_select(0, tiles.window[first : first + count])
+        bias = None if terms is None else tiles.spread(terms, first, count)
+        pieces.append(_attention(tiles.spread(q, first, count), windows, bias, queries.shape))
+    return torch.cat(pieces).flatten(0, 1).index_select(0, tiles.place)  # (tiles * size, heads, d) to (r, heads, d)
+
+
+def _attention(q: Tensor, cache: Tensor, terms: Tensor | None, shape: Grid) -> Tensor:
+    """Attention.
+
+    Args:
+        q: `(g, n, heads, d)` queries.
+        cache: `(g, slots, 2, heads, d)` keys and values.
+        terms: `(g, n, heads, rows + columns)` relative positions, or None.
+        shape: tokens of a window, (rows, columns).
+
+    Returns:
+        `(g, n, heads, d)`.
+    """
+    keys, values = cache.to(q.dtype).transpose(1, 3).unbind(2)  # (g, heads, slots, d) each
+    bias = None if terms is None else relative_bias(terms.transpose(1, 2), shape)  # (g, heads, n, slots)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=bias).transpose(1, 2)

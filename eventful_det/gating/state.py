@@ -8,14 +8,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from eventful_det.errors import UserError
+from eventful_det.gating.windows import Grid
 
 T = TypeVar("T", bound="TensorTree")
+S = TypeVar("S", bound="TensorTree")
 
 
 class TensorTree:
@@ -64,15 +66,30 @@ class TensorTree:
 
 
 @dataclasses.dataclass
-class State(TensorTree):
+class StreamState(TensorTree):
+    """What every update rule remembers of one stream.
+
+    Attributes:
+        layout: of the rule that it was made for.
+        grid: token grid (H, W), N = H * W.
+        frame: frames since the last flush; 0 = the next frame is a flush.
+    """
+
+    layout: tuple[str | int, ...]
+    grid: Grid
+    frame: int = dataclasses.field(default=0, kw_only=True)
+
+
+@dataclasses.dataclass
+class State(TensorTree, Generic[S]):
     """The states of B streams that share model calls; each stream has its own, or None before its first frame."""
 
-    streams: list[Any]
+    streams: list[S | None]
 
     def __len__(self) -> int:
         return len(self.streams)
 
-    def select(self, indices: Sequence[int]) -> State:
+    def select(self, indices: Sequence[int]) -> State[S]:
         """The state of some of the streams; shared with, not copied from, this one."""
         return State([self.streams[i] for i in indices])
 
@@ -86,7 +103,7 @@ class State(TensorTree):
         torch.save({"format": "eventful-state/1", "state": self.plain()}, path)
 
     @staticmethod
-    def load(path: str | Path) -> State:
+    def load(path: str | Path) -> State[Any]:
         """Read a file written by `save`.
 
         Raises:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from eventful_det.gating.cost import Counts
+from eventful_det.gating.macs import Macs
 
 
 @dataclass(frozen=True)
@@ -15,15 +15,17 @@ class Update:
 
     Attributes:
         tokens: `(H, W, C)` the full map. `EventfulViT.step` gives a copy; a rule, its own buffer, valid until the
-            stream's next step and not to be written.
+            stream's next step and not to be written. The same holds for `prefix`.
+        prefix: `(p, C)` class and register tokens, recomputed whenever a token is; None = the network has none.
         changed: `(r,)` flat indices of the tokens whose value may differ from the last frame's.
         work: `(N,)` share of its token-wise work that each token had done, 0 to 1.
         flush: whether everything was recomputed because the stream began anew.
-        counts: operations that ran.
+        macs: what it took.
     """
 
     tokens: Tensor
+    prefix: Tensor | None
     changed: Tensor
     work: Tensor
     flush: bool
-    counts: Counts
+    macs: Macs

@@ -1,4 +1,11 @@
-"""Attention windows: where each token of a grid lies, and relative positions of a few query rows."""
+"""Index maps: in which window a token lies and where, in which order rows meet their windows, and relative positions.
+
+The examples are for a frame of 2 x 3 tokens in windows of 2 x 2. Tokens are numbered row by row, and the second window
+is half padding (-)::
+
+    tokens   0 1 2      windows   0 1 | 2 -      slots   0 1 | 0 1
+             3 4 5                3 4 | 5 -              2 3 | 2 3
+"""
 
 from __future__ import annotations
 
@@ -8,20 +15,23 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from eventful_det.gating.anatomy import Grid
+Grid = tuple[int, int]  # (rows, columns) of tokens
+
+_TILES, _LEAST_TILE = 6, 16  # most tiles of a window; fewer queries at once than the least do not pay
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of `side` x `side` tokens over a grid, padded at the bottom and right; side 0 = one global window.
+    """Windows of `side` x `side` tokens over a grid, padded at the bottom and right; side 0 = one window, the frame.
 
     Attributes:
         shape: tokens of one window, (rows, columns).
         count: number of windows.
-        window: `(N,)` window of each token.
-        slot: `(N,)` place of each token in its window, row-major.
-        place: `(N,)` place of each token among the slots of all windows, window by window.
+        window: `(N,)` window of each token. Example: `[0, 0, 1, 0, 0, 1]`.
+        slot: `(N,)` place of each token in its window, row-major. Example: `[0, 1, 0, 2, 3, 2]`.
+        place: `(N,)` place of each token among the slots of all windows. Example: `[0, 1, 4, 2, 3, 6]`.
         token: `(count * slots,)` the token at each place; 0 where there is only padding.
+            Example: `[0, 1, 3, 4, 2, 0, 5, 0]`.
     """
 
     shape: Grid
@@ -36,8 +46,13 @@ class Windows:
         """Places in a window."""
         return self.shape[0] * self.shape[1]
 
+    def sort(self, index: Tensor) -> Tensor:
+        """Tokens `(r,)` window by window. Example: `[5, 4, 2, 0]` becomes `[0, 4, 2, 5]`."""
+        return self.token.index_select(0, self.place.index_select(0, index).sort().values)
+
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def windows_of(grid: Grid, side: int, device: torch.device) -> Windows:
     """The windows of a token grid."""
     rows, cols = grid
@@ -59,8 +74,74 @@ def windows_of(grid: Grid, side: int, device: torch.device) -> Windows:
     )
 
 
+def queries_per_tile(slots: int) -> int:
+    """How many queries are attended to together in windows of `slots` places: all, or down to a sixth of them."""
+    return -(-slots // max(1, min(_TILES, slots // _LEAST_TILE)))
+
+
+def most_tiles(queries: int, windows: int, slots: int) -> int:
+    """The most tiles that some queries fill, wherever in the windows they lie."""
+    tile, touched = queries_per_tile(slots), min(windows, queries)
+    return min((queries + touched * (tile - 1)) // tile, windows * -(-slots // tile))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Queries laid out in tiles of a fixed size, each of queries of one window.
+
+    Windows hold anything from one query to all; to pad all of them to the fullest would multiply the work.
+
+    Example: with two queries to a tile, the tokens `[0, 1, 3, 2]` fill three tiles, `0 1 | 3 - | 2 -`: two of window 0
+    and one of window 1. Then `window` is `[0, 0, 1]`, `place` is `[0, 1, 2, 4]`, and `source` is `[0, 1, 2, 0, 3, 0]`.
+
+    Attributes:
+        count: number of tiles.
+        size: queries in each.
+        window: `(count,)` the window of each; None = the tiles are the windows.
+        place: `(r,)` place of each query among those of the tiles.
+        source: `(count * size,)` the query at each place; any where there is none.
+    """
+
+    count: int
+    size: int
+    window: Tensor | None
+    place: Tensor
+    source: Tensor
+
+    @classmethod
+    def of(cls, window: Tensor, windows: Windows, static: bool = False) -> Tiles:
+        """The tiles of some queries.
+
+        Args:
+            window: `(r,)` the window of each, ascending.
+            windows: all of them.
+            static: let the number of tiles depend on r alone, so that no device is waited for.
+        """
+        size, queries = queries_per_tile(windows.slots), torch.arange(len(window), device=window.device)
+        every = torch.arange(windows.count, device=window.device)
+        first = torch.searchsorted(window, every)  # (windows,) first query of each
+        held = torch.searchsorted(window, every, right=True) - first
+        used = (held + size - 1) // size  # (windows,) tiles of each
+        end = used.cumsum(0)
+        place = queries + ((end - used) * size - first).index_select(0, window)
+        count = most_tiles(len(window), windows.count, windows.slots) if static else int(end[-1])
+        source = torch.zeros(count * size, dtype=torch.long, device=window.device).index_copy_(0, place, queries)
+        if not static and count == windows.count and size == windows.slots:
+            return cls(count, size, None, place, source)
+        tiles = torch.searchsorted(end, torch.arange(count, device=window.device), right=True)
+        return cls(count, size, tiles.clamp_(max=windows.count - 1), place, source)
+
+    def spread(self, rows: Tensor, first: int, count: int) -> Tensor:
+        """Rows `(r, ...)` in `count` tiles from the tile `first` on, `(tiles, size, ...)`."""
+        source = self.source[first * self.size : (first + count) * self.size]
+        return rows.index_select(0, source).view(-1, self.size, *rows.shape[1:])
+
+
 def relative_places(y: Tensor, x: Tensor, shape: Grid) -> Tensor:
-    """Where some queries find their relative position embeddings in a table, see `anatomy.relative_table`.
+    """Where some queries find their relative position embeddings in a table, see `relative_terms`.
+
+    Example: a query at row 0 and column 1 of a window of 2 x 2 has the offsets 0 and -1 to the rows of keys, and 1 and
+    0 to their columns. The table holds the offsets -1, 0, 1 along y and then -1, 0, 1 along x: `[1, 0, 5, 4]`.
 
     Args:
         y, x: `(r,)` row and column of each in its window.

@@ -16,7 +16,7 @@ import dataclasses
 import torch
 
 from eventful_det.errors import UserError
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.runtime.session import StreamResult
 
 
 class Tracker:

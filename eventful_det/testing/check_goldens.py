@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import Block, resize_positions
-from eventful_det.gating.cost import Counts
-from eventful_det.gating.paper import Ablation, Paper, PaperState
-from eventful_det.gating.policy import Policy, Threshold, TopFraction, TopK, select_all
+from eventful_det.gating.macs import Ablation, ViTShape
+from eventful_det.gating.paper import Paper, PaperState
+from eventful_det.gating.selector import EVERYTHING, Selector, Threshold, TopFraction, TopK
+from eventful_det.gating.vit_spec import Block, resize_positions
+from eventful_det.gating.windows import Grid
 from eventful_det.testing.goldens import Golden, Recorded, load_golden
+from eventful_det.testing.official import OfficialCounts, official_block
 
 TOLERANCE = 1e-4  # largest accepted relative error
 
@@ -60,20 +62,29 @@ class Result:
 
 @dataclass
 class Step:
-    """A block with its rule and state for one stream; the rule of a dense block flushes on every step."""
+    """A block with its rule, selector and state for one stream; the rule of a dense block flushes on every step."""
 
     block: Block
     rule: Paper
+    recorded: Recorded
     state: PaperState
     dense: bool
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Counts]:
+    def __call__(self, x: Tensor) -> tuple[Tensor, OfficialCounts]:
         if self.dense:
             self.state.frame = 0
-        x, _, counts = self.rule.step_tokens([self.block], x, self.state)
-        return x, counts
+        flush, windowed = self.state.frame == 0, self.block.window > 0
+        x, _, (sizes,) = self.rule.step_tokens([self.block], x, self.state, self.recorded)
+        shape = _shape(self.block)
+        return x, official_block(shape, self.state.grid, windowed, sizes, self.rule.ablation, self.rule.pool, flush)
 
 
+def _shape(block: Block) -> ViTShape:
+    weights = sum(layer.weight.numel() for layers in block.layers for layer in layers)
+    return ViTShape(1, block.dim, block.heads, weights, block.window, rel_pos=block.rel_pos is not None)
+
+
+@torch.no_grad()
 def check_run(golden: Golden, run: dict[str, Any]) -> Result:
     """Replay one run of a golden and compare."""
     steps, streams = golden.inputs.shape[:2]
@@ -91,7 +102,7 @@ def check_run(golden: Golden, run: dict[str, Any]) -> Result:
         notes.append(
             "official code: the bias of a padded token is counted once per batch; ours, per stream, is reduced"
         )
-    surplus = Counts(bias=(streams - 1) * golden.padded_blocks * 3 * golden.blocks[0].dim)
+    surplus = OfficialCounts(bias=(streams - 1) * golden.padded_blocks * 3 * golden.blocks[0].dim)
     return Result(
         error=_relative_error(outputs[:compared], run["outputs"][:compared]),
         counts=_compare_counts(counts, run["counts"], surplus, skipped),
@@ -100,20 +111,20 @@ def check_run(golden: Golden, run: dict[str, Any]) -> Result:
     )
 
 
-def _replay(golden: Golden, run: dict[str, Any]) -> tuple[Tensor, list[Counts], list[Recorded]]:
-    """Our outputs `(T, B, N, D)` and counts per step, and the policies that noted what was selected."""
+def _replay(golden: Golden, run: dict[str, Any]) -> tuple[Tensor, list[OfficialCounts], list[Recorded]]:
+    """Our outputs `(T, B, N, D)` and counts per step, and the selectors that noted what was selected."""
     steps, streams = golden.inputs.shape[:2]
     positions = resize_positions(golden.positions, golden.grid, antialias=False)
     outputs = torch.empty_like(golden.inputs)
-    counts = [Counts()] * steps
+    counts = [OfficialCounts()] * steps
     recorders = []
     for stream in range(streams):
         recorded = [_recorder(run, i, stream, steps) for i in range(len(golden.blocks))]
-        stack = [_prepare(golden, run, block, policy) for block, policy in zip(golden.blocks, recorded, strict=True)]
+        stack = [_prepare(golden.grid, run, *pair) for pair in zip(golden.blocks, recorded, strict=True)]
         recorders += recorded
         for t in range(steps):
             x = golden.inputs[t, stream] + positions
-            counts[t] += Counts(add=x.numel())
+            counts[t] += OfficialCounts(add=x.numel())
             for step in stack:
                 x, more = step(x)
                 counts[t] += more
@@ -121,7 +132,7 @@ def _replay(golden: Golden, run: dict[str, Any]) -> tuple[Tensor, list[Counts], 
     return outputs, counts, recorders
 
 
-def _prepare(golden: Golden, run: dict[str, Any], block: Block, policy: Recorded) -> Step:
+def _prepare(grid: Grid, run: dict[str, Any], block: Block, recorded: Recorded) -> Step:
     name = run["block_class"]
     if block.window and run["windowed_class"] is not None:
         name = run["windowed_class"]
@@ -132,7 +143,6 @@ def _prepare(golden: Golden, run: dict[str, Any], block: Block, policy: Recorded
         raise UserError(f"windowed blocks cannot be of class {name}; use EventfulTokenwiseBlock")
     options = dict(run["options"])
     rule = Paper(
-        policy=policy,
         ablation=ablation or "tokenwise",
         pool=1 if block.window else _pool(run),
         gate_before_norm=bool(options.pop("gate_before_ln", False)),
@@ -140,7 +150,7 @@ def _prepare(golden: Golden, run: dict[str, Any], block: Block, policy: Recorded
     )
     if options:
         raise UserError(f"unknown options {', '.join(options)}; known: stgt, gate_before_ln")
-    return Step(block, rule, rule.init_tokens([block], golden.grid), dense=ablation is None)
+    return Step(block, rule, recorded, rule.init_tokens([block], grid), dense=ablation is None)
 
 
 def _pool(run: dict[str, Any]) -> int:
@@ -151,9 +161,9 @@ def _pool(run: dict[str, Any]) -> int:
     return int(sizes.pop())
 
 
-def _policy(description: dict[str, Any] | None) -> Policy:
+def _selector(description: dict[str, Any] | None) -> Selector:
     if description is None:
-        return select_all
+        return EVERYTHING
     name, value = description["name"], description["value"]
     if name == "topk":
         return TopK(int(value))
@@ -170,7 +180,7 @@ def _recorder(run: dict[str, Any], block: int, stream: int, steps: int) -> Recor
     choices = None
     if all(gate is not None for gate in gates):
         choices = [gate[t][stream].long() for t in range(steps - 1) for gate in gates if gate is not None]
-    return Recorded(_policy(run["policy"]), choices)
+    return Recorded(_selector(run["policy"]), choices)
 
 
 def _relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -180,7 +190,9 @@ def _relative_error(ours: Tensor, theirs: Tensor) -> float:
     return float(ratio.nan_to_num(nan=torch.inf).max())
 
 
-def _compare_counts(ours: list[Counts], theirs: list[dict[str, int]], surplus: Counts, skipped: set[str]) -> str:
+def _compare_counts(
+    ours: list[OfficialCounts], theirs: list[dict[str, int]], surplus: OfficialCounts, skipped: set[str]
+) -> str:
     differing = set()
     for own, recorded in zip(ours, theirs, strict=True):
         official = {kind.removesuffix("_flops"): int(value) for kind, value in recorded.items()}
@@ -189,7 +201,7 @@ def _compare_counts(ours: list[Counts], theirs: list[dict[str, int]], surplus: C
         differing |= {
             kind
             for kind, value in asdict(own).items()
-            if value - getattr(surplus, kind) != official.get(kind, 0) and kind not in skipped | {"spared"}
+            if value - getattr(surplus, kind) != official.get(kind, 0) and kind not in skipped
         }
     return f"differ: {','.join(sorted(differing))}" if differing else "equal"
 

@@ -1,4 +1,4 @@
-"""Recordings ("goldens") of the official eventful code: reading a file, and policies that know what was selected."""
+"""Recordings ("goldens") of the official eventful code: reading a file, and selectors that know what was selected."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import Block, Grid, relative_table
-from eventful_det.gating.policy import GateInput, Policy, Threshold
+from eventful_det.gating.selector import GateInput, LargestError, Selector
+from eventful_det.gating.vit_spec import Block, relative_table
+from eventful_det.gating.windows import Grid
 
 FORMAT = "eventful-golden/1"
 
@@ -48,38 +49,38 @@ class Golden:
 
 
 class Recorded:
-    """A policy beside what the official code selected.
+    """A selector beside what the official code selected.
 
     Where the two differ only among tokens whose errors tie to float precision, the recorded choice is followed: a
     tie has no right answer, but the outputs can be compared only if it is broken alike.
 
     Args:
-        policy: ours.
+        selector: ours.
         choices: `(r,)` recorded indices in the order in which the gates are asked, or None.
     """
 
-    def __init__(self, policy: Policy, choices: list[Tensor] | None) -> None:
-        self.policy = policy
+    def __init__(self, selector: Selector, choices: list[Tensor] | None) -> None:
+        self.selector = selector
         self.choices = None if choices is None else iter(choices)
         self.outcomes: Counter[str] = Counter()
 
-    def __call__(self, gate: GateInput) -> Tensor:
-        ours = self.policy(gate)
+    def __call__(self, gates: Sequence[GateInput]) -> list[Tensor]:
+        (ours,) = self.selector(gates)
         if self.choices is None:
-            return ours
+            return [ours]
         theirs = next(self.choices)
-        outcome = self._compare(ours, theirs, gate.error)
+        outcome = self._compare(ours, theirs, gates[0].error)
         self.outcomes[outcome] += 1
-        return theirs if outcome == "tied" else ours
+        return [theirs if outcome == "tied" else ours]
 
     def _compare(self, ours: Tensor, theirs: Tensor, error: Tensor) -> str:
-        if torch.equal(ours, theirs):
-            return "equal"
         ours_mask, theirs_mask = (torch.zeros_like(error).index_fill(0, index, 1) > 0 for index in (ours, theirs))
         odd = error[ours_mask != theirs_mask]
         if not odd.numel():
-            return "reordered"
-        boundary = self.policy.threshold if isinstance(self.policy, Threshold) else float(error[ours].min())
+            return "equal"
+        policy = self.selector.policy
+        threshold = policy.threshold if isinstance(policy, LargestError) else None
+        boundary = float(error[ours].min()) if threshold is None else threshold
         return "tied" if float((odd - boundary).abs().max()) <= 1e-4 * boundary + 1e-5 else "different"
 
     @staticmethod
@@ -88,7 +89,7 @@ class Recorded:
         outcomes = sum((recorder.outcomes for recorder in recorders), Counter[str]())
         if not outcomes:
             return "-"
-        words = [f"{outcomes[kind]} {kind}" for kind in ("reordered", "tied", "different") if outcomes[kind]]
+        words = [f"{outcomes[kind]} {kind}" for kind in ("tied", "different") if outcomes[kind]]
         return f"{', '.join(words)} of {outcomes.total()}" if words else "equal"
 
 
@@ -129,7 +130,7 @@ def _build(data: dict[str, Any]) -> Golden:
         _block(weights, i, config["heads"], side if i in config["window_indices"] else 0, grid)
         for i in range(config["depth"])
     ]
-    resized = any(block.rel_pos is not None and block.rel_pos[0].ndim == 3 for block in blocks)
+    resized = any(block.rel_pos is not None and block.rel_pos()[0].ndim == 3 for block in blocks)
     note = "official fault: relative tables were resized bicubically in 2-D; their resize is used here, ours is linear"
     return Golden(
         grid=grid,
@@ -164,17 +165,19 @@ def _block(weights: dict[str, Tensor], i: int, heads: int, window: int, grid: Gr
 
     tables = [weights.get(f"blocks.{i}.relative_position.{axis}_embedding") for axis in "yx"]
     shape = (window, window) if window else grid
+    resized = None if tables[0] is None or tables[1] is None else _tables((tables[0], tables[1]), shape)
+    qkv, projection, mlp = linear("qkv"), linear("projection"), (linear("mlp_1"), linear("mlp_2"))
     return Block(
+        module=nn.ModuleList([qkv, projection, *mlp]),
         norm1=norm("input_layer_norm"),
-        qkv=linear("qkv"),
-        proj=linear("projection"),
+        qkv=lambda x: qkv(x).unflatten(-1, (3, heads, -1)),
+        proj=projection,
         norm2=norm("mlp_layer_norm"),
-        fc1=linear("mlp_1"),
-        activation=nn.GELU(),
-        fc2=linear("mlp_2"),
+        mlp=lambda x: mlp[1](F.gelu(mlp[0](x))),
+        layers=((qkv,), (projection,), mlp),
         heads=heads,
         window=window,
-        rel_pos=None if tables[0] is None or tables[1] is None else _tables((tables[0], tables[1]), shape),
+        rel_pos=None if resized is None else lambda: resized,
     )
 
 

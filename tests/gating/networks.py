@@ -11,7 +11,8 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
 from eventful_det.gating.convert import Rule, eventify
-from eventful_det.gating.state import State
+from eventful_det.gating.selector import DEFAULT, Select
+from eventful_det.gating.state import State, StreamState
 from eventful_det.gating.update import Update
 
 PATCH = 4
@@ -60,9 +61,11 @@ def clip(
     return frames
 
 
-def run(vit: nn.Module, rule: Rule, frames: Sequence[Tensor] | Tensor) -> tuple[list[list[Update]], State]:
+def run(
+    vit: nn.Module, rule: Rule[Any], frames: Sequence[Tensor] | Tensor, selector: Select = DEFAULT
+) -> tuple[list[list[Update]], State[StreamState]]:
     """Step through frames `(T, B, 3, h, w)`; per frame and stream what was updated, and the final state."""
-    eventful = eventify(vit, rule)
+    eventful = eventify(vit, rule, selector)
     state = eventful.init_state(len(frames[0]))
     return [eventful.step(frame, state) for frame in frames], state
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from eventful_det.gating.policy import GateInput, Threshold, TopFraction, select_all
 from torch import Tensor
 
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import Rule
 from eventful_det.gating.paper import Paper
-from eventful_det.gating.policy import GateInput, Threshold, TopFraction, select_all
 from eventful_det.gating.rows import Rows
 from eventful_det.models.config import vitdet_tiny
-from eventful_det.models.interest import token_interest
+from eventful_det.models.saliency import token_saliency
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 pytest.importorskip("detectron2.modeling", reason="needs detectron2, which is not installed", exc_type=ImportError)
@@ -131,7 +131,7 @@ def test_the_gate_is_told_what_was_found_on_the_last_frame() -> None:
         found = [model.inference([frame], do_postprocess=False)[0] for frame in frames]
     assert len(told) == 2 and len(found[0]) > 0  # the first frame is a flush
     for interest, instances in zip(told, found, strict=False):
-        assert torch.equal(interest, token_interest(instances.pred_boxes.tensor, instances.scores, (6, 10), 16))
+        assert torch.equal(interest, token_saliency(instances.pred_boxes.tensor, instances.scores, (6, 10), 16))
 
 
 def test_frames_are_padded_where_detectron2_does_not() -> None:

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from eventful_det.models.cost import FrameCost
 from vid_tree import make_set
 
 from eventful_det.data.coco_video import load_coco_video
@@ -20,7 +21,6 @@ from eventful_det.data.video_writer import VideoWriter
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import evaluate
 from eventful_det.evaluation.ilsvrc import vid_scores
-from eventful_det.models.cost import FrameCost
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 pytest.importorskip("detectron2.data", reason="needs detectron2, which is not installed", exc_type=ImportError)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule
 from eventful_det.models.detector import Detector
 from eventful_det.runtime.pool import StreamPool
 
@@ -60,10 +61,19 @@ class Server:
 
 @contextmanager
 def serving(
-    detector: Detector, *, token: str | None = None, max_streams: int = 4, track: bool = False, **options: Any
+    detector: Detector,
+    *,
+    rule: AnyRule = DEFAULT_RULE,
+    token: str | None = None,
+    max_streams: int = 4,
+    track: bool = False,
+    **options: Any,
 ) -> Iterator[Server]:
     """The application while it runs."""
-    engine, intake = Engine(StreamPool(detector), max_streams=max_streams, track=track), Intake(**options)
+    engine, intake = (
+        Engine(StreamPool(detector, rule=rule, timing=True), max_streams=max_streams, track=track),
+        Intake(**options),
+    )
     app = create_app(engine, intake, token=token, hosts=("watch.example",))
     with TestClient(app, base_url="http://localhost") as client:
         yield Server(engine, intake, client)

@@ -30,9 +30,10 @@ from videos import Image, damage, encode, encode_change, encode_sound, rotate, t
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoFrame, VideoSource, open_source
 from eventful_det.errors import UserError
+from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
-from eventful_det.gating.policy import Focus, RandomK, Threshold, TopK
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import DEFAULT, Focus, LargestError, RandomOrder, Selector
 from eventful_det.models.checkpoints import save_detector
 from eventful_det.models.detector import Detector
 
@@ -77,7 +78,7 @@ def check_run(directory: Path) -> dict[str, Any]:
 
 def test_complete_run_and_failed_start(weights: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    options = ("compare=true", "show=0.2", "shadow_every=2", "budget=50%", "max_age=20", "bank=2")
+    options = ("show=0.2", "shadow_every=2", "budget=50%", "max_age=20", "bucket=2")
     process = start(weights, "source=synthetic:1", "max_frames=4", f"output={output}", *options)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
@@ -91,7 +92,7 @@ def test_complete_run_and_failed_start(weights: str, tmp_path: Path) -> None:
     assert results["state_bytes"] > 0 and results["peak_memory_mb"] > 10
     assert results["drift"]["frames"] == 2 and results["drift"]["dense_ms"] > 0
     assert "agreement with dense on 2 frames" in stdout
-    assert 0 <= results["compare"]["agreement_f1"] <= 1 and results["compare"]["times_faster_median"] > 0
+    assert 0 <= results["drift"]["agreement_f1"] <= 1 and results["drift"]["times_faster"] > 0
     line = json.loads((output / "detections.jsonl").read_text().splitlines()[1])
     assert line["size"] == {"height": 256, "width": 384} and line["timestamp"] == 0.04
     assert line["detections"] and set(line["detections"][0]) == {"box", "score", "label", "name"}
@@ -370,19 +371,19 @@ def test_error_lines(module: ModuleType, weights: str, tmp_path: Path, options: 
     assert not (tmp_path / "out").exists()
 
 
-def test_build_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = import_tool("common", monkeypatch).build_rule
-    assert build(config().gate) == Rows() == Rows(Focus(2.0, 0.35, 0.25, 100.0, 4, 2.0))
-    assert build(config("gate/policy=frugal").gate) == Rows(Focus(2.0, cap=0.4))
+def test_build_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = import_tool("common", monkeypatch).build_gate
+    assert build(config().gate) == (Rows(), DEFAULT)
+    assert build(config("gate/policy=frugal").gate) == (Rows(), Selector(Focus(2.0), 0.4))
     chosen = config("gate/policy=topk", "gate.policy.k=7", "gate.renew_every=8", "gate.gate=embedding").gate
-    assert build(chosen) == Rows(TopK(7, 0.5, 4.0), "embedding", 8)
+    assert build(chosen) == (Rows("embedding", 8), Selector(LargestError(None, 0.5, 4.0), 7))
     chosen = config("gate=paper", "gate/policy=threshold", "gate.policy.threshold=2", "gate.pool=2").gate
-    assert build(chosen) == Paper(Threshold(2, 0.5, 0.0, 0.5, 4.0), pool=2)
-    assert build(config("gate/policy=random").gate) == Rows(RandomK(fraction=0.25))
-    assert build(config("gate=dense").gate) is None
-    with pytest.raises(UserError, match="unknown rule 'cols'; known: rows, paper or dense"):
+    assert build(chosen) == (Paper(pool=2), Selector(LargestError(2, 0.5, 4.0), 0.5))
+    assert build(config("gate/policy=random").gate) == (Rows(), Selector(RandomOrder(), 0.25))
+    assert build(config("gate=dense").gate) == (Dense(), DEFAULT)
+    with pytest.raises(UserError, match="unknown rule 'cols'; known: rows, paper, dense"):
         build(OmegaConf.create({"rule": "cols"}))
     with pytest.raises(UserError, match="unknown policy 'best'"):
         build(OmegaConf.create({"rule": "rows", "policy": {"name": "best"}}))
-    with pytest.raises(UserError, match="policy topk: .*cap"):
-        build(OmegaConf.create({"rule": "rows", "policy": {"name": "topk", "k": 3, "cap": 1}}))
+    with pytest.raises(UserError, match="policy topk: .*floor"):
+        build(OmegaConf.create({"rule": "rows", "policy": {"name": "topk", "k": 3, "floor": 1}}))

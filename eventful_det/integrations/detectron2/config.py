@@ -11,9 +11,9 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import nn
 
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import RULES, Rule
-from eventful_det.gating.policy import Policy, Threshold
-from eventful_det.runtime.budget import policy_for
+from eventful_det.gating.paper import Paper
+from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import LargestError, Selector
 
 
 def add_eventful_config(cfg: CfgNode) -> None:
@@ -27,8 +27,7 @@ def add_eventful_config(cfg: CfgNode) -> None:
     node.BUDGET = None  # tokens per frame (int) or share of the tokens (float)
     node.THRESHOLD = None  # instead of a budget: recompute tokens that changed by more than this ...
     node.CAP = 1.0  # ... at most this share of them
-    node.FLOOR = 0.0  # ... at least this share
-    node.AGE_POWER = 0.5  # change x age^AGE_POWER orders tokens where cap or floor has to choose
+    node.AGE_POWER = 0.5  # change x age^AGE_POWER orders tokens where the cap has to choose
     node.RENEW_EVERY = 0  # rows: recompute everything on every n-th frame; 0 = never
     node.INCREMENTAL_HEADS = False  # recompute pyramid and proposals where tokens changed
     node.MAX_STREAMS = 8  # videos remembered at once
@@ -56,31 +55,29 @@ def eventful_options(cfg: CfgNode) -> dict[str, Any]:
     node = cfg.MODEL.EVENTFUL
     return {
         "rule": "dense" if node.RULE == "dense" else _rule(node),
+        "budget": _budget(node),
         "incremental_heads": node.INCREMENTAL_HEADS,
         "max_streams": node.MAX_STREAMS,
         "max_gap": node.MAX_GAP,
     }
 
 
-def _rule(node: CfgNode) -> Rule:
-    if node.RULE not in RULES:
-        raise UserError(f"MODEL.EVENTFUL.RULE is {node.RULE!r}; expected {', '.join(RULES)} or dense")
+def _rule(node: CfgNode) -> Rows | Paper:
+    if node.RULE not in ("rows", "paper"):
+        raise UserError(f"MODEL.EVENTFUL.RULE is {node.RULE!r}; expected rows, paper or dense")
     if node.RENEW_EVERY and node.RULE != "rows":
         raise UserError("MODEL.EVENTFUL.RENEW_EVERY belongs to the rule 'rows'")
-    rule = RULES[node.RULE](**({"renew_every": node.RENEW_EVERY} if node.RENEW_EVERY else {}))
-    policy = _policy(node)
-    if policy is not None:
-        rule.policy = policy
-    return rule
+    return Rows(renew_every=node.RENEW_EVERY) if node.RULE == "rows" else Paper()
 
 
-def _policy(node: CfgNode) -> Policy | None:
-    """The policy that the options ask for, or None for the rule's own."""
+def _budget(node: CfgNode) -> float | int | Selector | None:
+    """The budget or selector that the options ask for."""
     if node.BUDGET is not None and node.THRESHOLD is not None:
         raise UserError("give MODEL.EVENTFUL.BUDGET or MODEL.EVENTFUL.THRESHOLD, not both")
     if node.THRESHOLD is not None:
-        return Threshold(float(node.THRESHOLD), node.CAP, node.FLOOR, node.AGE_POWER)
-    return None if node.BUDGET is None else policy_for(node.BUDGET)
+        return Selector(LargestError(float(node.THRESHOLD), node.AGE_POWER), float(node.CAP))
+    budget: float | int | None = node.BUDGET
+    return budget
 
 
 @BACKBONE_REGISTRY.register()

@@ -13,11 +13,11 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from eventful_det.data.coco_video import CocoVideo
+from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import Entry, coco_results, evaluate
 from eventful_det.evaluation.ilsvrc import vid_scores
 from eventful_det.integrations.detectron2.datasets import load_registered
-from eventful_det.models.regions import Detections
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eventful_det.errors import UserError
 from eventful_det.gating.update import Update
 from eventful_det.models.incremental import HeadsState, init_heads, refresh_proposals, refresh_pyramid
-from eventful_det.models.proposals import ProposalHead
+from eventful_det.models.rpn import ProposalHead
 
 Features = dict[str, Tensor]
 
@@ -55,8 +55,8 @@ class IncrementalHeads:
         if state is None:
             state = init_heads(self._pyramid, self._proposals, update.tokens)
             changed = torch.arange(len(update.work), device=update.tokens.device)
-        cells, _ = refresh_pyramid(self._pyramid, update.tokens, changed, state)
-        refresh_proposals(self._proposals, state, cells)
+        pyramid = refresh_pyramid(self._pyramid, update.tokens, changed, state)
+        refresh_proposals(self._proposals, state, pyramid.cells)
         return state
 
     def read(self, state: HeadsState, images: ImageList) -> tuple[Features, list[Instances]]:

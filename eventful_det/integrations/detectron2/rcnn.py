@@ -12,21 +12,23 @@ import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.structures import ImageList, Instances
+from torch import Tensor
 
+from eventful_det.detectors.results import FrameCost
 from eventful_det.errors import UserError
-from eventful_det.gating.closed_form import ViTShape, dense_counts
 from eventful_det.gating.convert import EventfulViT, Rule, eventify
-from eventful_det.gating.policy import Policy
-from eventful_det.gating.rows import RowsState
-from eventful_det.gating.state import State
+from eventful_det.gating.macs import dense_macs
+from eventful_det.gating.paper import Paper
+from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import Selector
+from eventful_det.gating.state import State, StreamState
 from eventful_det.gating.update import Update
 from eventful_det.integrations.detectron2.config import eventful_options
 from eventful_det.integrations.detectron2.heads import IncrementalHeads, pyramid_features
 from eventful_det.integrations.video_states import VideoStates
-from eventful_det.models.cost import FrameCost
 from eventful_det.models.incremental import HeadsState
-from eventful_det.models.interest import token_interest
-from eventful_det.runtime.budget import policy_for
+from eventful_det.models.saliency import token_saliency
+from eventful_det.runtime.budget import selector_for
 
 Input = dict[str, Any]
 
@@ -41,7 +43,7 @@ class RCNNStream:
         instances: found in the last frame, in pixels of the network's input; they stand while nothing changes.
     """
 
-    backbone: Any = None
+    backbone: StreamState | None = None
     heads: HeadsState | None = None
     instances: Instances | None = None
 
@@ -60,8 +62,8 @@ class EventfulRCNN(GeneralizedRCNN):
       - what is remembered is in `states`: no part of a checkpoint, gone when training starts or weights are loaded.
 
     Args:
-        rule: "rows", "paper" or a configured `Rows` or `Paper`; "dense" for detectron2's own inference.
-        budget: tokens per frame (int), share of the tokens (float) or a policy; the rule's own policy if None.
+        rule: "rows", "paper", a `Rows` or a `Paper`; "dense" for detectron2's own inference.
+        budget: tokens per frame (int), share of the tokens (float) or a selector; the default selector if None.
         incremental_heads: recompute pyramid and proposals where tokens changed, with equal results.
         max_streams: videos remembered at once.
         max_gap: largest step of "frame_id" with which a video goes on.
@@ -75,8 +77,8 @@ class EventfulRCNN(GeneralizedRCNN):
     def __init__(
         self,
         *,
-        rule: Rule | Literal["rows", "paper", "dense"] = "rows",
-        budget: float | int | Policy | None = None,
+        rule: Rows | Paper | Literal["rows", "paper", "dense"] = "rows",
+        budget: float | int | Selector | None = None,
         incremental_heads: bool = False,
         max_streams: int = 8,
         max_gap: int = 1,
@@ -89,14 +91,12 @@ class EventfulRCNN(GeneralizedRCNN):
             raise UserError("EventfulRCNN needs a proposal generator; precomputed proposals are not supported")
         self.dense = rule == "dense"
         if not self.dense:
-            self.backbone.net = eventify(self.backbone.net, cast(Any, rule))
-            if budget is not None:
-                self.budget = budget
+            rules: dict[Any, Rows | Paper] = {"rows": Rows(), "paper": Paper()}
+            made = cast(Rule[StreamState], rules.get(rule, cast(Any, rule)))
+            self.backbone.net = eventify(self.backbone.net, made, selector_for(budget))
         self._heads = IncrementalHeads(self.backbone, self.proposal_generator) if incremental_heads else None
         self.states = VideoStates(RCNNStream, max_streams, max_gap)
         self.register_load_state_dict_post_hook(_forget)
-        # Constants; DDP would exchange them before each forward, and wait for processes that have fewer frames.
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
@@ -104,13 +104,13 @@ class EventfulRCNN(GeneralizedRCNN):
         return {**super().from_config(cfg), **eventful_options(cfg)}
 
     @property
-    def budget(self) -> Policy:
-        """The policy that spends the budget; set tokens (int), a share of the tokens (float), or a policy."""
-        return self._net.policy
+    def budget(self) -> Selector:
+        """The selector that holds the budget; set tokens (int), a share of the tokens (float), or a selector."""
+        return cast(Selector, self._net.selector)
 
     @budget.setter
-    def budget(self, budget: float | int | Policy) -> None:
-        self._net.policy = policy_for(budget)
+    def budget(self, budget: float | int | Selector) -> None:
+        self._net.selector = selector_for(budget)
 
     def train(self, mode: bool = True) -> EventfulRCNN:
         """As for any module; training changes the weights, so all videos are forgotten."""
@@ -145,20 +145,20 @@ class EventfulRCNN(GeneralizedRCNN):
         return [{**output, "cost": cost} for output, cost in zip(outputs, costs, strict=True)]
 
     @property
-    def _net(self) -> EventfulViT:
+    def _net(self) -> EventfulViT[StreamState]:
         if self.dense:
             raise UserError("rule is 'dense': there is no budget; build EventfulRCNN with rule 'rows' or 'paper'")
-        return cast(EventfulViT, self.backbone.net)
+        return cast(EventfulViT[StreamState], self.backbone.net)
 
     @torch.no_grad()
     def _step(self, inputs: Sequence[Input]) -> list[tuple[Instances, FrameCost]]:
         """Process frames of different videos."""
         images = [self._image(x) for x in inputs]
         streams = [self._stream(x, image.image_sizes[0]) for x, image in zip(inputs, images, strict=True)]
-        for stream in streams:
-            self._point_out(stream)
+        frames = [image.tensor[0] for image in images]
+        saliency = [self._saliency(*pair) for pair in zip(frames, streams, strict=True)]
         state = State([stream.backbone for stream in streams])
-        updates = self._net.step([image.tensor[0] for image in images], state)
+        updates = self._net.step(frames, state, saliency=saliency)
         results = []
         for stream, backbone, update, image in zip(streams, state.streams, updates, images, strict=True):
             stream.backbone = backbone
@@ -188,12 +188,12 @@ class EventfulRCNN(GeneralizedRCNN):
             self.states.forget(frame["video_id"])
         return stream
 
-    def _point_out(self, stream: RCNNStream) -> None:
-        """Tell the gate where something was found on the last frame."""
-        backbone, found = stream.backbone, stream.instances
-        if isinstance(backbone, RowsState) and found is not None:
-            patch = self._net.anatomy.patch
-            backbone.interest.copy_(token_interest(found.pred_boxes.tensor, found.scores, backbone.grid, patch))
+    def _saliency(self, frame: Tensor, stream: RCNNStream) -> Tensor | None:
+        """How much each token of a frame matters, by where something was found on the last frame."""
+        found, vit = stream.instances, self._net.spec
+        if found is None:
+            return None
+        return token_saliency(found.pred_boxes.tensor, found.scores, vit.grid(*frame.shape[-2:]), vit.patch)
 
     def _find(self, update: Update, stream: RCNNStream, image: ImageList) -> Instances:
         """The objects on a token map, in pixels of the network's input."""
@@ -208,9 +208,9 @@ class EventfulRCNN(GeneralizedRCNN):
 
     def _cost(self, update: Update) -> FrameCost:
         rows, cols = update.tokens.shape[:2]
-        dense = dense_counts(ViTShape.of(self._net.anatomy), (rows, cols)).macs
+        dense = dense_macs(self._net.spec.shape, (rows, cols)).total
         recomputed = round(float(update.work.sum()))
-        return FrameCost({"backbone": update.counts.macs}, {"backbone": dense}, recomputed, rows * cols, update.flush)
+        return FrameCost({"backbone": update.macs.total}, {"backbone": dense}, recomputed, rows * cols, update.flush)
 
 
 def _forget(model: EventfulRCNN, _: object) -> None:

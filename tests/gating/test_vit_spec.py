@@ -17,7 +17,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 from torch import nn
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import anatomy_of, relative_table, resize_positions
+from eventful_det.gating.vit_spec import relative_table, resize_positions, spec_of
 from eventful_det.gating.windows import relative_bias, relative_places, relative_terms, windows_of
 
 CPU = torch.device("cpu")
@@ -27,19 +27,19 @@ QUICK = settings(max_examples=60, deadline=None)
 @QUICK
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_patches_and_embedding_are_the_convolution_on_a_padded_frame(height: int, width: int) -> None:
-    anatomy = anatomy_of(sam())
-    rows, cols = anatomy.grid(height, width)
+    spec = spec_of(sam())
+    rows, cols = spec.grid(height, width)
     assert (rows - 1) * 4 < height <= rows * 4 and (cols - 1) * 4 < width <= cols * 4
     frame = torch.randn(3, height, width, generator=torch.Generator().manual_seed(0))
     padded = F.pad(frame, (0, 4 * cols - width, 0, 4 * rows - height))
-    expected = anatomy.projection(padded[None])[0].flatten(1).T
-    torch.testing.assert_close(anatomy.embed(anatomy.patches(frame)), expected)
+    expected = spec.projection(padded[None])[0].flatten(1).T
+    torch.testing.assert_close(spec.embed(spec.patches(frame)), expected)
 
 
 def test_patches_of_a_view() -> None:
-    anatomy, frame = anatomy_of(sam()), torch.randn(3, 24, 16)
+    spec, frame = spec_of(sam()), torch.randn(3, 24, 16)
     other = frame.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    assert torch.equal(anatomy.patches(other), anatomy.patches(frame))
+    assert torch.equal(spec.patches(other), spec.patches(frame))
 
 
 @QUICK
@@ -102,20 +102,20 @@ def test_positions_are_resized_as_timm_does() -> None:
 
 def test_parts_of_a_windowed_network() -> None:
     vit = sam()
-    anatomy = anatomy_of(vit)
-    assert (anatomy.patch, anatomy.dim, anatomy.prefix, anatomy.dtype) == (4, 24, None, torch.float32)
-    assert [block.window for block in anatomy.blocks] == [4, 0, 4, 0]
-    assert anatomy.blocks[0].qkv is vit.blocks[0].attn.qkv
-    assert torch.equal(anatomy.blocks[0].padding_qkv, vit.blocks[0].attn.qkv.bias)
-    assert not anatomy_of(sam(qkv_bias=False)).blocks[0].padding_qkv.any()
+    spec = spec_of(vit)
+    assert (spec.patch, spec.dim, spec.prefix, spec.dtype) == (4, 24, None, torch.float32)
+    assert [block.window for block in spec.blocks] == [4, 0, 4, 0]
+    assert spec.blocks[0].layers[0] == (vit.blocks[0].attn.qkv,)
+    assert torch.equal(spec.blocks[0].padding_qkv().flatten(), vit.blocks[0].attn.qkv.bias)
+    assert not spec_of(sam(qkv_bias=False)).blocks[0].padding_qkv().any()
 
 
 def test_prefix_tokens_of_plain_networks() -> None:
-    assert anatomy_of(plain(class_token=False, global_pool="avg")).prefix is None
+    assert spec_of(plain(class_token=False, global_pool="avg")).prefix is None
     for changes, tokens in [({}, 1), ({"reg_tokens": 2}, 3), ({"reg_tokens": 2, "no_embed_class": True}, 3)]:
-        prefix = anatomy_of(plain(**changes)).prefix
+        prefix = spec_of(plain(**changes)).prefix
         assert prefix is not None and prefix().shape == (tokens, 24)
-    prefix = anatomy_of(plain(pos_embed="none")).prefix
+    prefix = spec_of(plain(pos_embed="none")).prefix
     assert prefix is not None and prefix().shape == (1, 24)
 
 
@@ -149,7 +149,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_unsupported_networks(name: str) -> None:
     make, message = UNSUPPORTED[name]
     with pytest.raises(UserError) as raised:
-        anatomy_of(make())
+        spec_of(make())
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -157,9 +157,9 @@ def test_other_unsupported_parts() -> None:
     vit = sam()
     vit.blocks[0].window_size = 5
     with pytest.raises(UserError, match=r"windows of more than one size \(\[4, 5\]\)"):
-        anatomy_of(vit)
+        spec_of(vit)
     vit = plain()
     vit.patch_embed = PatchEmbed(24, 4, 3, 24)
     vit.patch_embed.proj = nn.Conv2d(3, 24, 4, stride=2)
     with pytest.raises(UserError, match="stride"):
-        anatomy_of(vit)
+        spec_of(vit)
