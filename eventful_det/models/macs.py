@@ -11,6 +11,7 @@ rank within one cell of each is 1, 0, 0, 0, 2: the first token reaches three cel
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, TypeVar, cast
@@ -71,7 +72,7 @@ class HeadWeights:
         convolutions = sum(m.weight.numel() for m in roi_heads.modules() if isinstance(m, nn.Conv2d))
         linears = sum(m.weight.numel() for m in roi_heads.modules() if isinstance(m, nn.Linear))
         return HeadWeights(
-            sources=tuple(_stage_macs(stage[:-1]) for stage in backbone.stages),
+            sources=tuple(stage_macs(stage[:-1]) for stage in backbone.stages),
             pyramid=tuple(cast(nn.Conv2d, stage[-1]).weight.numel() for stage in backbone.stages),
             rpn=tuple(cast(nn.Conv2d, conv).weight.numel() for conv in head.convs),
             predicted=head.objectness_logits.weight.numel() + head.anchor_deltas.weight.numel(),
@@ -102,8 +103,8 @@ def _total(weights: tuple[int, ...], sizes: tuple[N, ...]) -> N:
     return total
 
 
-def _stage_macs(stage: nn.Sequential) -> int:
-    """MACs of the first layers of a pyramid stage on one cell of the map that it starts from."""
+def stage_macs(stage: Iterable[nn.Module]) -> int:
+    """MACs of a chain of convolutions on one cell of the map that it starts from."""
     cells, macs = 1, 0
     for layer in stage:
         if isinstance(layer, nn.ConvTranspose2d):

@@ -118,10 +118,15 @@ class VIDMapper(DatasetMapper):
 
 
 def _read(entry: dict[str, Any]) -> Image:
-    """The picture `(h, w, 3)` uint8 RGB of a dataset dict, which is given its size if it has none."""
+    """The picture `(h, w, 3)` uint8 RGB of a dataset dict, which may hold it as "frame"; the dict is given its size."""
     name = str(entry["file_name"])
     try:
-        image = _read_video(entry["video_file"], entry["file_frame"]) if "video_file" in entry else read_image(name)
+        if "frame" in entry:
+            image = entry["frame"]
+        elif "video_file" in entry:
+            image = _read_video(entry["video_file"], entry["file_frame"])
+        else:
+            image = read_image(name)
     except UserError as error:
         raise UnreadablePicture(str(error)) from None
     height, width = image.shape[:2]
