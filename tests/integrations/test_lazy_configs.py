@@ -18,7 +18,7 @@ pytest.importorskip("detectron2.config", reason="needs detectron2, which is not 
 import detectron2  # noqa: E402
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
 from detectron2.config import LazyConfig, instantiate  # noqa: E402
-from eventful_det.gating.policy import Focus  # noqa: E402
+from eventful_det.gating.selector import Focus, Selector  # noqa: E402
 from vid_tree import make_set  # noqa: E402
 
 from eventful_det.gating.rows import Rows  # noqa: E402
