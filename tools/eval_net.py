@@ -79,7 +79,7 @@ def evaluate_single(config: DictConfig, detector: Detector, data: CocoVideo, dir
     method = Method(config.gate.rule, None, gate.rule, gate.selector, **ways)
     run = gather(config, complete_all(config, detector, data, [method]), method, data)
     scores = run.scores()
-    row = row_of(run, scores)
+    row = row_of(run)
     (directory / "coco_results.json").write_text(json.dumps(run.results) + "\n")
     _show([list(line) for line in zip(*report.table([row]), strict=True) if line[1] != "-"])
     lines = [[n, report.percent(ap, 1), str(scores.objects_by_class[n])] for n, ap in scores.ap50_by_class.items()]
@@ -112,7 +112,7 @@ def evaluate_sweep(config: DictConfig, detector: Detector, data: CocoVideo, dire
     skipped: dict[int, str] = {}
     for method in track(methods, "scoring", console=console, transient=True):  # one by one, for the memory's sake
         run = reference if method is dense and reference else gather(config, store, method, data)
-        rows.append(row_of(run, run.scores(), reference))
+        rows.append(row_of(run, reference))
         skipped |= run.skipped
     report.write_csv(rows, directory / "sweep.csv")
     (directory / "sweep.json").write_text(json.dumps(jsonable(rows), indent=1) + "\n")

@@ -79,7 +79,8 @@ def markdown(rows: Sequence[Row]) -> str:
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """All columns; empty where a number is not defined."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)])
+        names = [f.name for f in dataclasses.fields(Row) if not f.name.endswith("_by_class")]
+        writer = csv.DictWriter(file, ["method", *(name for name in names if name != "method")], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(jsonable(row) for row in rows)
 

@@ -16,6 +16,7 @@ from eventful_det.detectors.protocol import S, VideoDetector
 from eventful_det.evaluation.consistency import flicker, found_share, likeness
 from eventful_det.evaluation.detection import DetectionScores, agreement, labelled_frames
 from eventful_det.evaluation.efficiency import TOTAL, Spread
+from eventful_det.evaluation.ilsvrc import VidScores
 from eventful_det.evaluation.runs import DENSE, Method, MethodRun
 from eventful_det.evaluation.sweep import run_methods
 
@@ -23,17 +24,14 @@ _NO_TIME = Spread(math.nan, math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
-class Row:
-    """A method in the table of a sweep. Precisions lie in [0, 1]; `nan` = not defined.
+class Row(DetectionScores, VidScores):
+    """A method in the table of a sweep, its scores included. Precisions lie in [0, 1]; `nan` = not defined.
 
     "Relative" is relative to the dense method of the same sweep. Times come from one run on one machine, in which
     the methods took turns video by video; `relative_time` is the median over videos of the ratio of their times,
     and the number to trust on a machine that does other things as well. Decoding and resizing are not timed.
 
     Attributes:
-        ap, ap50, ap75: against the labels.
-        ap50_vid, ap50_slow, ap50_medium, ap50_fast, ap_ilsvrc: as papers on ImageNet VID count it, see
-            docs/metrics.md; groups of motion are `nan` without track ids.
         agreement50: AP50 against the dense detections.
         likeness: share of sure detections with their like in the dense run or in this one, `consistency.likeness`.
         found: share of the labelled objects that a sure detection covers.
@@ -48,21 +46,13 @@ class Row:
             frame costs nothing.
         recomputed: share of the tokens that were recomputed.
         state_bytes: remembered per stream; peak_bytes: largest memory while the method ran.
-        images: frames that were scored, of `frames` that were run.
+        frames: that were run; `images` of them were scored.
         skipped: frames that could not be read; they are in no other number.
     """
 
     method: str
     curve: str
     setting: float | None
-    ap: float
-    ap50: float
-    ap75: float
-    ap50_vid: float
-    ap50_slow: float
-    ap50_medium: float
-    ap50_fast: float
-    ap_ilsvrc: float
     agreement50: float
     likeness: float
     found: float
@@ -88,7 +78,6 @@ class Row:
     peak_bytes: int
     videos: int
     frames: int
-    images: int
     skipped: int
 
 
@@ -111,7 +100,7 @@ def evaluate_detector(
         streams, workers, scene_cuts, on_frame: see `complete`.
 
     Returns:
-        The fields of `Row`, and "ap50_by_class"; undefined numbers are `nan`, see `jsonable`.
+        The fields of `Row`; undefined numbers are `nan`, see `jsonable`.
 
     Raises:
         UserError: no frame is labelled.
@@ -126,41 +115,32 @@ def evaluate_detector(
         scene_cuts=scene_cuts,
         on_frame=on_frame,
     )
-    scores = run.scores()
-    return vars(row_of(run, scores)) | {"ap50_by_class": scores.ap50_by_class}
+    return vars(row_of(run))
 
 
 def rows_of(runs: Sequence[MethodRun]) -> list[Row]:
     """The table of a sweep, in the order of its methods."""
     dense = next((run for run in runs if run.method.is_dense), None)
-    return [row_of(run, run.scores(), dense) for run in runs]
+    return [row_of(run, dense) for run in runs]
 
 
-def row_of(run: MethodRun, scores: DetectionScores, dense: MethodRun | None = None) -> Row:
+def row_of(run: MethodRun, dense: MethodRun | None = None) -> Row:
     """A method in the table of a sweep.
 
     Args:
         run: of the method.
-        scores: of the run.
         dense: the run to compare with; without it MACs are compared with dense frames of the same size.
     """
     cost = run.efficiency
     reference = cost.gmacs_dense if dense is None else dense.efficiency.gmacs
     latency = cost.latency or _NO_TIME
     flush = cost.latency_flush or _NO_TIME
-    vid = run.vid_scores()
     return Row(
+        **vars(run.scores()),
+        **vars(run.vid_scores()),
         method=run.method.name,
         curve=run.method.curve,
         setting=run.method.setting,
-        ap=scores.ap,
-        ap50=scores.ap50,
-        ap75=scores.ap75,
-        ap50_vid=vid.ap50_vid,
-        ap50_slow=vid.ap50_slow,
-        ap50_medium=vid.ap50_medium,
-        ap50_fast=vid.ap50_fast,
-        ap_ilsvrc=vid.ap_ilsvrc,
         agreement50=math.nan if dense is None else agreement(dense.results, run.results),
         likeness=math.nan if dense is None else likeness(dense.results, run.results),
         found=found_share(run.data, run.results),
@@ -186,7 +166,6 @@ def row_of(run: MethodRun, scores: DetectionScores, dense: MethodRun | None = No
         peak_bytes=max(video.peak_bytes for video in run.videos),
         videos=len(run.videos),
         frames=cost.frames,
-        images=scores.images,
         skipped=len(run.skipped),
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, cast
+from typing import Generic, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +128,14 @@ class Clock:
 Due = tuple[StreamSession[S], KeyFrame]  # a stream and the frame of it on which the detector has to run
 
 
+class _Setting(NamedTuple):
+    """A budget as it was set, the selector that it means, and what is left over of it."""
+
+    budget: Budget | Selector
+    selector: Selector
+    bucket: TokenBucket
+
+
 class Stepper(Generic[S]):
     """Runs the key frames of one or more streams in one step of the detector, within a budget.
 
@@ -163,18 +171,19 @@ class Stepper(Generic[S]):
     @property
     def budget(self) -> Budget | Selector:
         """As it was set. A new budget begins with an empty bucket."""
-        return self._budget
+        return self._setting.budget
 
     @budget.setter
     def budget(self, budget: Budget | Selector) -> None:
         selector = selector_for(budget, self.options.assured)
         if isinstance(selector.budget, (Gmacs, Latency)) or self.options != BudgetOptions(self.options.assured):
             self.detector.cost_model(self.rule)  # raises where there is none
-        self._budget, self._selector, self._bucket = budget, selector, TokenBucket(self.options.bucket)
+        self._setting = _Setting(budget, selector, TokenBucket(self.options.bucket))  # at once: threads may set it
 
     def step(self, due: Sequence[Due[S]]) -> list[StreamResult]:
         """Run the detector on the next key frame of each of some streams."""
-        plan = _Plan(self, due, self._selector, self._bucket)
+        setting = self._setting
+        plan = _Plan(self, due, setting)
         timing = self.timing or isinstance(plan.selector.budget, Latency)
         state = State([session.state.streams[0] for session, _ in due])
         results = self.detector.step(
@@ -189,8 +198,8 @@ class Stepper(Generic[S]):
             session.state.streams[0] = remembered
             if timing:
                 result.cost.seconds["other"] = result.cost.seconds.get("other", 0.0) + key.seconds
-        if plan.selector is self._selector:  # whatever budget was set meanwhile counts from the next step on
-            self._bucket = plan.settle(results)
+        if setting is self._setting:  # whatever budget was set meanwhile counts from the next step on
+            self._setting = setting._replace(bucket=plan.settle(results))
         if timing:
             self._observe(results)
         if isinstance(plan.selector.budget, Latency):
@@ -209,8 +218,10 @@ class Stepper(Generic[S]):
 class _Plan(Generic[S]):
     """Selects the tokens of one step, where the selector alone cannot."""
 
-    def __init__(self, stepper: Stepper[S], due: Sequence[Due[S]], selector: Selector, bucket: TokenBucket) -> None:
-        self.stepper, self.selector, self.bucket, self.options = stepper, selector, bucket, stepper.options
+    def __init__(self, stepper: Stepper[S], due: Sequence[Due[S]], setting: _Setting) -> None:
+        self.stepper, self.options = stepper, stepper.options
+        _, selector, bucket = setting
+        self.selector, self.bucket = selector, bucket
         self.sessions = [session for session, _ in due]
         self.priced = isinstance(selector.budget, (Gmacs, Latency))
         self.shared = self.priced or selector.assured is not None

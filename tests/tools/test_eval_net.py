@@ -109,9 +109,10 @@ def test_sweep(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
     evaluate_with("eval=sweep", *fewer, *extra, "max_videos=1", "max_frames=3")
     rows = results_of(tmp_path / "run")["rows"]
     names = [row["method"] for row in rows]
-    assert names[:5] == ["dense", "rows 0.5", "rows 0.125", "rows threshold 3", "rows focus 0.35"]
+    focus = ["rows focus 0.35", "rows focus 0.25"]
+    assert names[:6] == ["dense", "rows 0.5", "rows 0.125", "rows threshold 3", *focus]
     others = ["random 0.5", "random 0.125", "held boxes 2", "resolution 0.75", "resolution 0.5"]
-    assert names[5:] == [*others, "dense square", "patient 2"]
+    assert names[6:] == [*others, "dense square", "patient 2"]
     cost = {row["method"]: row["gmacs_backbone"] for row in rows}
     assert cost["dense"] < cost["dense square"], "padding is not free"
     assert cost["rows 0.125"] < cost["rows 0.5"] < cost["dense"] and cost["held boxes 2"] < cost["dense"]
@@ -212,7 +213,7 @@ def test_policies(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
     gmacs = {row["method"]: row["gmacs_total"] for row in results_of(tmp_path / "run")["rows"]}
     focus = ["focus 0.5", "focus 0.35", "focus 0.25", "focus held 2", "focus held 3"]
     frugal = ["frugal 2", "frugal 1", "frugal 0", "frugal held 2"]
-    others = ["threshold 0.4", "threshold interest 0.4", "paper 0.4", "random 0.4", "held boxes 2", "held boxes 4"]
+    others = ["threshold 0.4", "threshold saliency 0.4", "paper 0.4", "random 0.4", "held boxes 2", "held boxes 4"]
     assert list(gmacs) == ["dense", *focus, *frugal, *others]
     assert gmacs["focus held 2"] < min(gmacs["focus 0.35"], gmacs["held boxes 2"]), "both save"
     assert max(gmacs["focus 0.35"], gmacs["held boxes 2"]) < gmacs["dense"]

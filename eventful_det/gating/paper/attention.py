@@ -46,10 +46,10 @@ def init_products(block: Block, queries: int, keys: int, ablation: Ablation) -> 
     return ProductState(scores, weights, values, zeros(block.heads, queries, width))
 
 
-def attend_windows(block: Block, qkv: Tensor, grid: Grid) -> Tensor:
-    """Attention in full inside every window, `(N, D)` from `(N, 3 D)`; padded tokens have the bias as q, k and v."""
+def attend_windows(block: Block, qkv: Tensor, padding: Tensor, grid: Grid) -> Tensor:
+    """Attention in full inside every window, `(N, D)` from `(N, 3 D)` of tokens and `(3 D,)` of padded tokens."""
     windows = windows_of(grid, block.window, qkv.device)
-    padded = block.padding_qkv().flatten().to(qkv.dtype).repeat(windows.count * windows.slots, 1)
+    padded = padding.repeat(windows.count * windows.slots, 1)
     padded.index_copy_(0, windows.place, qkv)
     q, k, v = padded.view(windows.count, windows.slots, 3, block.heads, -1).permute(2, 0, 3, 1, 4)
     terms = position_terms(q, block, windows.shape, pool=1)  # (windows, heads, slots, rows + columns)

@@ -45,5 +45,5 @@ def open_gate(state: GateState, x: Tensor, select: Select, frame: int, stgt: boo
     if stgt:
         state.reference.copy_(x)
     else:
-        state.reference.index_copy_(0, index, x.index_select(0, index))
+        state.reference.index_copy_(0, index, x.index_select(0, index).to(state.reference.dtype))
     return index

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eventful_det.errors import UserError
 from eventful_det.gating.macs import Ablation, PaperSizes, paper_macs
@@ -25,13 +26,15 @@ class PaperBlockState(TensorTree):
 
     Attributes:
         qkv, proj, mlp: its three gated operations.
-        products: what is remembered of the attention of a global block, or None.
+        products: what is remembered of the attention of a global block; None in windowed blocks, or if nothing is.
+        padding: `(3 D,)` qkv of padded tokens of windows, taken from the network at a flush.
     """
 
     qkv: GateState
     proj: GateState
     mlp: GateState
     products: ProductState | None
+    padding: Tensor
 
 
 @dataclass
@@ -97,27 +100,19 @@ class Paper:
                 f"Paper: a grid of {grid[0]} x {grid[1]} tokens is not divisible by pool={self.pool}; "
                 f"pad the frame or use pool=1"
             )
-        tokens, length, zeros = grid[0] * grid[1], prefix + grid[0] * grid[1], blocks[-1].weight.new_zeros
-
-        def gate(block: Block, out: int) -> GateState:
-            return GateState(zeros(length, block.dim), zeros(length, out))
-
         return PaperState(
             self.layout,
             grid,
-            blocks=[
-                PaperBlockState(
-                    qkv=gate(block, 3 * block.dim),
-                    proj=gate(block, block.dim),
-                    mlp=gate(block, block.dim),
-                    products=None
-                    if block.window
-                    else init_products(block, length, length // self.pool**2, self.ablation),
-                )
-                for block in blocks
-            ],
-            output=zeros(tokens, blocks[-1].dim),
+            blocks=[self._init_block(block, prefix + grid[0] * grid[1]) for block in blocks],
+            output=blocks[-1].weight.new_zeros(grid[0] * grid[1], blocks[-1].dim),
         )
+
+    def _init_block(self, block: Block, length: int) -> PaperBlockState:
+        dim, zeros = block.dim, block.weight.new_zeros
+        qkv, proj, mlp = (GateState(zeros(length, dim), zeros(length, out)) for out in (3 * dim, dim, dim))
+        keys = length // self.pool**2
+        products = None if block.window else init_products(block, length, keys, self.ablation)
+        return PaperBlockState(qkv, proj, mlp, products, padding=zeros(3 * dim))
 
     def step(
         self,
@@ -167,38 +162,44 @@ class Paper:
         """
         work, sizes = torch.zeros(len(x), device=x.device), []
         for block, block_state in zip(blocks, state.blocks, strict=True):
-            x, size = self._step_block(block, x, block_state, state, select, work)
-            sizes.append(size)
+            x, refreshed, cells = self._step_block(block, x, block_state, state, select)
+            for index, weights in zip(refreshed, block.weights, strict=True):
+                work[index] += weights
+            qkv, proj, mlp = map(len, refreshed)
+            sizes.append(PaperSizes(qkv, proj, mlp, cells))
         state.frame += 1
-        weights = sum(layer.weight.numel() for block in blocks for layers in block.layers for layer in layers)
-        return x, work / weights, tuple(sizes)
+        return x, work / sum(sum(block.weights) for block in blocks), tuple(sizes)
 
     def _step_block(
-        self, block: Block, x: Tensor, state: PaperBlockState, stream: PaperState, select: Select, work: Tensor
-    ) -> tuple[Tensor, PaperSizes]:
-        """One block on `x (L, D)`; adds to `work (L,)` the multiply-adds of linear layers on each token."""
-
-        def gated(i: int, gate: GateState, x: Tensor, norm: Callable[[Tensor], Tensor] | None) -> Tensor:
-            """Section 4.1 for the i-th operation of the block; returns the refreshed tokens `(r,)`."""
-
-            before, after = (None, norm) if self.gate_before_norm else (norm, None)
-            compared = x if before is None else before(x)
-            index = open_gate(gate, compared, select, stream.frame, self.stgt)
-            rows = compared.index_select(0, index)
-            result = operations[i](rows if after is None else after(rows))
-            gate.buffer.index_copy_(0, index, result.flatten(1).to(gate.buffer.dtype))
-            work[index] += sum(layer.weight.numel() for layer in block.layers[i])
-            return index
-
-        operations = (block.qkv, block.proj, block.mlp)
-        index = gated(0, state.qkv, x, block.norm1)
+        self, block: Block, x: Tensor, state: PaperBlockState, stream: PaperState, select: Select
+    ) -> tuple[Tensor, list[Tensor], int]:
+        """One block on `x (L, D)`; also the tokens refreshed at its three gates, and the number of refreshed keys."""
+        gated, flush = partial(self._gated, select=select, frame=stream.frame), stream.frame == 0
+        if flush:
+            state.padding.copy_(block.padding_qkv().flatten())
+        qkv = gated(state.qkv, x, block.qkv, block.norm1)
         if block.window:
-            attended, cells = attend_windows(block, state.qkv.buffer, stream.grid), 0
+            attended, cells = attend_windows(block, state.qkv.buffer, state.padding, stream.grid), 0
         else:
-            attended, cells = attend_frame(
-                block, state.qkv.buffer, state.products, index, stream.grid, self.pool, flush=stream.frame == 0
-            )
-        projected = gated(1, state.proj, attended, None)
+            attended, cells = attend_frame(block, state.qkv.buffer, state.products, qkv, stream.grid, self.pool, flush)
+        proj = gated(state.proj, attended, block.proj, nn.Identity())
         x = x + state.proj.buffer
-        mixed = gated(2, state.mlp, x, block.norm2)
-        return x + state.mlp.buffer, PaperSizes(len(index), len(projected), len(mixed), cells)
+        mlp = gated(state.mlp, x, block.mlp, block.norm2)
+        return x + state.mlp.buffer, [qkv, proj, mlp], cells
+
+    def _gated(
+        self,
+        state: GateState,
+        x: Tensor,
+        operation: Callable[[Tensor], Tensor],
+        norm: nn.Module,
+        select: Select,
+        frame: int,
+    ) -> Tensor:
+        """Section 4.1: a gate, the operation on what it lets through, and its buffer; the refreshed tokens `(r,)`."""
+        before, after = (nn.Identity(), norm) if self.gate_before_norm else (norm, nn.Identity())
+        x = before(x)
+        index = open_gate(state, x, select, frame, self.stgt)
+        result = operation(after(x.index_select(0, index))).flatten(1)  # (r, out)
+        state.buffer.index_copy_(0, index, result.to(state.buffer.dtype))
+        return index
