@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from eventful_det.gating.macs import ViTShape, rows_macs, rows_sizes
 from eventful_det.gating.windows import Grid, most_tiles, queries_per_tile, windows_of
 from eventful_det.models.cells import SPARSE_MAC
-from eventful_det.models.roi_heads import POOL, RoIHeads
+from eventful_det.models.roi_heads import POOL
 from eventful_det.models.rpn import ProposalHead
 from eventful_det.models.vitdet import SCALES, ViTDetBackbone
 
@@ -67,7 +67,7 @@ class HeadWeights:
     regions: int
 
     @staticmethod
-    def of(backbone: ViTDetBackbone, head: ProposalHead, roi_heads: RoIHeads) -> HeadWeights:
+    def of(backbone: ViTDetBackbone, head: ProposalHead, roi_heads: nn.Module) -> HeadWeights:
         """Those of a detector; reading the regions is not counted."""
         convolutions = sum(m.weight.numel() for m in roi_heads.modules() if isinstance(m, nn.Conv2d))
         linears = sum(m.weight.numel() for m in roi_heads.modules() if isinstance(m, nn.Linear))

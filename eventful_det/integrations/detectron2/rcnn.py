@@ -13,9 +13,10 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from detectron2.config import configurable
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, ROIHeads, SimpleFeaturePyramid
+from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import ImageList, Instances
-from torch import Tensor, nn
+from torch import Tensor
 
 from eventful_det.data.source import VideoFrame
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
@@ -98,9 +99,9 @@ class EventfulRCNN(GeneralizedRCNN):
     def __init__(
         self,
         *,
-        backbone: nn.Module,
-        proposal_generator: nn.Module,
-        roi_heads: nn.Module,
+        backbone: SimpleFeaturePyramid,
+        proposal_generator: RPN,
+        roi_heads: ROIHeads,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         input_format: str | None = None,
@@ -181,7 +182,7 @@ class EventfulRCNN(GeneralizedRCNN):
         as detectron2's `analyze_model.py` does to count, the dense network runs.
         """
         stills = not any("video_id" in x for x in batched_inputs)
-        if self.dense or stills or detected_instances is not None or torch.jit.is_tracing():
+        if self.dense or stills or detected_instances is not None or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return super().inference(batched_inputs, detected_instances, do_postprocess)
         results: dict[int, tuple[Instances, StreamResult]] = {}
         try:
@@ -256,10 +257,11 @@ class EventfulRCNN(GeneralizedRCNN):
         Raises:
             UserError: it is not the rows rule with the patch gate, or the heads are not incremental.
         """
-        if not isinstance(rule, Rows) or rule.gate != "patches" or not self.heads.incremental:
+        weights = self.heads.weights if self.heads.incremental else None
+        if weights is None or not isinstance(rule, Rows) or rule.gate != "patches":
             raise UserError("costs are known in advance under the rows rule with incremental_heads only")
         static = self.device.type != "cpu" if rule.static is None else rule.static
-        return DetectorCosts(self.spec.shape, self.heads.weights, self.heads.regions.most, static)
+        return DetectorCosts(self.spec.shape, weights, self.heads.regions.most, static)
 
     def _advance(self, inputs: Sequence[Input]) -> list[tuple[Instances, StreamResult]]:
         """Process frames of different videos."""

@@ -50,7 +50,8 @@ class SourceLoader(Iterable[list[dict[str, Any]]]):
                         continue
                     entry = {"file_name": name, "frame": frame.image, "timestamp": frame.timestamp}
                     entry |= {"video_id": video_id, "frame_id": number, "flush": frame.resumed}
-                    batch.append(self.mapper(entry))
+                    if (mapped := self.mapper(entry)) is not None:
+                        batch.append(mapped)
                 if batch:
                     yield batch
 
