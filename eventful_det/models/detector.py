@@ -160,7 +160,7 @@ class Detector(nn.Module):
         if any(module.training for module in self.modules()):
             raise UserError("Detector.step is for inference, and the detector or a part of it trains; call .eval()")
         flushes = [flush] * len(state) if isinstance(flush, bool) else list(flush)
-        stopwatch = _Stopwatch(self.device, timing)
+        stopwatch = Stopwatch(self.device, timing)
         images, streams = [], []
         for i, frame in enumerate(per_stream("frames", list(frames), state)):
             size = (frame.shape[-2], frame.shape[-1])
@@ -184,7 +184,7 @@ class Detector(nn.Module):
         for stream, backbone in zip(streams, backbones.streams, strict=True):
             stream.backbone.streams[0] = backbone
         stopwatch.lap("backbone")
-        heads = [_Stopwatch(self.device, timing) for _ in streams]
+        heads = [Stopwatch(self.device, timing) for _ in streams]
         results = []
         with torch.autocast(self.device.type, enabled=False):  # the heads compute in the type of their parameters
             for update, stream, watch in zip(updates, streams, heads, strict=True):
@@ -264,7 +264,7 @@ class Detector(nn.Module):
             return None
         return token_saliency(found.boxes, found.scores, self.spec.grid(*image.shape[-2:]), self.config.patch)
 
-    def _step_heads(self, update: Update, stream: DetectorStream, dense: bool, watch: _Stopwatch) -> StepResult:
+    def _step_heads(self, update: Update, stream: DetectorStream, dense: bool, watch: Stopwatch) -> StepResult:
         """Detections from the token map of one stream."""
         grid = (update.tokens.shape[0], update.tokens.shape[1])
         weights = self.head_weights
@@ -283,7 +283,7 @@ class Detector(nn.Module):
         assert stream.detections is not None
         return StepResult(stream.detections.clone(), cost, update.work.view(grid))
 
-    def _run_heads(self, tokens: Tensor, size: tuple[int, int], watch: _Stopwatch) -> tuple[Detections, int]:
+    def _run_heads(self, tokens: Tensor, size: tuple[int, int], watch: Stopwatch) -> tuple[Detections, int]:
         """All heads in full, from the token map `(H, W, D)`; also the number of proposals."""
         levels = self.backbone.pyramid(tokens.permute(2, 0, 1)[None])  # (1, C, h, w) each
         watch.lap("pyramid")
@@ -294,7 +294,7 @@ class Detector(nn.Module):
         return detections, len(proposals[0])
 
     def _refresh_heads(
-        self, update: Update, stream: DetectorStream, watch: _Stopwatch
+        self, update: Update, stream: DetectorStream, watch: Stopwatch
     ) -> tuple[Detections, HeadSizes[int]]:
         """The heads where changed tokens reach; also at how many places they ran."""
         tokens, changed, generator = update.tokens, update.changed, self.proposal_generator
@@ -313,7 +313,7 @@ class Detector(nn.Module):
         return detections, HeadSizes(pyramid.sources, pyramid.convolved, rpn.convolved, rpn.predicted, computed)
 
 
-class _Stopwatch:
+class Stopwatch:
     """Seconds between laps, by name. A GPU is not waited for until they are asked for."""
 
     def __init__(self, device: torch.device, timing: bool) -> None:
