@@ -13,11 +13,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from eventful_det.models.cost import FrameCost
 from vid_tree import make_set
 
 from eventful_det.data.coco_video import load_coco_video
 from eventful_det.data.video_writer import VideoWriter
+from eventful_det.detectors.results import FrameCost
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import evaluate
 from eventful_det.evaluation.ilsvrc import vid_scores
