@@ -26,6 +26,7 @@ from eventful_det.viz import (
     plot_cost,
 )
 from eventful_det.viz.panel import part_colours
+from eventful_det.viz.text import write
 
 NAMES = ("circle", "square")
 PARTS = ("backbone", "pyramid", "rpn", "roi")
@@ -187,3 +188,8 @@ def test_plot(tmp_path: Path) -> None:
     picture = cv2.imread(str(tmp_path / "cost.png"))
     assert picture is not None and picture.shape[1] >= 1000
     plot_cost({key: np.array([value]) for key, value in rows[0].items()}, tmp_path / "one.png")
+
+
+def test_text_of_any_characters_can_be_drawn() -> None:
+    canvas = np.zeros((20, 90, 3), np.uint8)
+    assert write(canvas, "a\udcff\0\n", 2, 15, 12) > 12 and canvas.any()

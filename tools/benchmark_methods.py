@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from benchmark_cases import DENSE, GATED, PEERS, USUAL, Case
-from omegaconf import DictConfig
+from benchmark_cases import DENSE, GATED, PEERS, USUAL, Case, Options
 from torch import Tensor
 
 from eventful_det.data.transforms import resize, to_tensor
@@ -143,7 +142,7 @@ class Setting:
     notes: list[str]
 
 
-def prepare(case: Case, config: DictConfig, count: int, device: torch.device, code: OfficialCode | None) -> Setting:
+def prepare(case: Case, config: Options, count: int, device: torch.device, code: OfficialCode | None) -> Setting:
     """Build a case's model, methods and first `count` frames; checks that a peer computes what ours does."""
     detector = build_detector(case, config.classes, config.seed).to(device)
     patch = detector.config.patch

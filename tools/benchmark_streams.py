@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from benchmark_cases import Options
 from common import choose_device, console, write_results
-from omegaconf import DictConfig
 from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -62,24 +62,20 @@ class Round:
     state_bytes: int
 
 
-def bench_streams(config: DictConfig, about: dict[str, Any]) -> None:
+def bench_streams(config: Options, about: dict[str, Any]) -> None:
     """Run all numbers of streams, print a table and write the results."""
-    counts = list(config.streams)
-    if not counts or not all(isinstance(count, int) and count > 0 for count in counts):
-        raise UserError(f"streams must be a list of whole numbers of at least 1, got {config.streams}")
     budget = parse_budget(config.budget)
-    if budget is None:
-        raise UserError("streams need a budget, such as budget=0.25")
-    if not 1 <= config.hold <= config.repetitions:
-        raise UserError(f"hold must lie between 1 and repetitions={config.repetitions}, got {config.hold}")
+    assert budget is not None and config.streams is not None
+    if config.hold > config.repetitions:
+        raise UserError(f"hold must be at most repetitions={config.repetitions}, got {config.hold}")
     detector = load_detector(None if config.clip else SYNTHETIC).to(choose_device(config.device))
     clip = _clip(config.clip or "synthetic:1")
     rows: list[dict[str, Any]] = []
-    for count in counts:
+    for count in config.streams:
         rows += _bench(detector, budget, clip, count, config)
         results = about | {"budget": str(budget), "clip_frames": len(clip), "streams": rows, "note": NOTE}
         write_results(Path(config.output), jsonable(results))  # a run may be cut short
-    console.print(_table(rows), NOTE, sep="\n", highlight=False)
+    console.print(_table(rows), NOTE, sep="\n")
 
 
 def _clip(source: str) -> list[Image]:
@@ -95,7 +91,7 @@ def _play(clip: Sequence[Image], start: int) -> Iterator[Image]:
 
 
 def _bench(
-    detector: Detector, budget: Budget, clip: Sequence[Image], count: int, config: DictConfig
+    detector: Detector, budget: Budget, clip: Sequence[Image], count: int, config: Options
 ) -> list[dict[str, Any]]:
     """The rows of a number of streams."""
     methods = {
@@ -106,7 +102,7 @@ def _bench(
     if config.hold != 1:
         methods[f"{DENSE}, hold {config.hold}"] = _pools(detector, None, clip, [count], config.hold)
         methods[f"{POOL}, hold {config.hold}"] = _pools(detector, budget, clip, [count], config.hold)
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, console=console, auto_refresh=False) as progress:
         task = progress.add_task(f"{count} streams", total=config.warm_up + config.repetitions)
         timed = time_together(

@@ -11,6 +11,7 @@ rank within one cell of each is 1, 0, 0, 0, 2: the first token reaches three cel
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, TypeVar, cast
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from eventful_det.gating.macs import RowsCosts, ViTShape
 from eventful_det.gating.windows import Grid
 from eventful_det.models.cells import SPARSE_MAC
-from eventful_det.models.roi_heads import POOL, RoIHeads
+from eventful_det.models.roi_heads import POOL
 from eventful_det.models.rpn import ProposalHead
 from eventful_det.models.vitdet import SCALES, ViTDetBackbone
 
@@ -66,12 +67,12 @@ class HeadWeights:
     regions: int
 
     @staticmethod
-    def of(backbone: ViTDetBackbone, head: ProposalHead, roi_heads: RoIHeads) -> HeadWeights:
+    def of(backbone: ViTDetBackbone, head: ProposalHead, roi_heads: nn.Module) -> HeadWeights:
         """Those of a detector; reading the regions is not counted."""
         convolutions = sum(m.weight.numel() for m in roi_heads.modules() if isinstance(m, nn.Conv2d))
         linears = sum(m.weight.numel() for m in roi_heads.modules() if isinstance(m, nn.Linear))
         return HeadWeights(
-            sources=tuple(_stage_macs(stage[:-1]) for stage in backbone.stages),
+            sources=tuple(stage_macs(stage[:-1]) for stage in backbone.stages),
             pyramid=tuple(cast(nn.Conv2d, stage[-1]).weight.numel() for stage in backbone.stages),
             rpn=tuple(cast(nn.Conv2d, conv).weight.numel() for conv in head.convs),
             predicted=head.objectness_logits.weight.numel() + head.anchor_deltas.weight.numel(),
@@ -102,8 +103,8 @@ def _total(weights: tuple[int, ...], sizes: tuple[N, ...]) -> N:
     return total
 
 
-def _stage_macs(stage: nn.Sequential) -> int:
-    """MACs of the first layers of a pyramid stage on one cell of the map that it starts from."""
+def stage_macs(stage: Iterable[nn.Module]) -> int:
+    """MACs of a chain of convolutions on one cell of the map that it starts from."""
     cells, macs = 1, 0
     for layer in stage:
         if isinstance(layer, nn.ConvTranspose2d):

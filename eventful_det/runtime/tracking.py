@@ -6,7 +6,7 @@
     for result in map(tracker, detector.stream("video.mp4")):
         print(result.detections.tracks)
 
-The tracker is ByteTrack of the `trackers` library: ``pip install 'eventful_det[tracks]'``.
+The tracker is ByteTrack of the `trackers` library: ``python -m pip install trackers supervision``.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from eventful_det.gating.selector import Focus, LargestError, Policy, Selector
 from eventful_det.gating.windows import Grid
 from eventful_det.models.detector import DIVISOR, Detector
 from eventful_det.models.saliency import token_saliency
+from eventful_det.options import Count, NonNegative, Share, convert_fields
 from eventful_det.training.eventful import gated_tokens
 
 _SURE = 0.5  # score from which a detection of the dense detector serves as a label
@@ -37,25 +39,22 @@ class EventfulOptions:
         distil: weight of the squared distance between the pyramid and that of the dense detector before training.
     """
 
-    budgets: tuple[float, float] = (1 / 16, 1 / 2)
+    budgets: tuple[Share, Share] = (1 / 16, 1 / 2)
     thresholds: tuple[float, ...] = (0.0, 2.0)
-    policy: str = "threshold"
-    age_power: float = 0.5
-    supervised: int = 3
-    labels: str = "truth"
-    distil: float = 1.0
+    policy: Literal["threshold", "focus"] = "threshold"
+    age_power: NonNegative = 0.5
+    supervised: Count = 3
+    labels: Literal["truth", "dense", "none"] = "truth"
+    distil: NonNegative = 1.0
 
     def __post_init__(self) -> None:
-        if self.policy not in ("threshold", "focus"):
-            raise UserError(f"eventful.policy must be 'threshold' or 'focus', got {self.policy!r}")
-        if self.labels not in ("truth", "dense", "none"):
-            raise UserError(f"eventful.labels must be 'truth', 'dense' or 'none', got {self.labels!r}")
+        convert_fields(self, "eventful")
         if self.labels == "none" and not self.distil:
             raise UserError("eventful: labels=none needs distil above 0, or there is nothing to learn from")
-        if len(self.budgets) != 2 or not 0 < self.budgets[0] <= self.budgets[1] <= 1:
+        if not 0 < self.budgets[0] <= self.budgets[1] <= 1:
             raise UserError(f"eventful.budgets: expected 0 < smallest <= largest <= 1, got {list(self.budgets)}")
-        if self.supervised < 1 or not self.thresholds:
-            raise UserError("eventful: supervised must be at least 1, and thresholds must not be empty")
+        if not self.thresholds:
+            raise UserError("eventful.thresholds must not be empty")
 
 
 class EventfulObjective(nn.Module):

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from eventful_det.errors import printable
 from eventful_det.gating.selector import DEFAULT, Budget, Focus, LargestError, Policy, RandomOrder, Selector
 
 Image = NDArray[np.uint8]
@@ -19,13 +20,13 @@ def write(canvas: Image, text: str, x: int, y: int, size: int, colour: Colour = 
     """Write with the baseline at `y`, from or (`right`) up to `x`; returns where the text ends or (`right`) begins."""
     width = width_of(text, size)
     x = x - width if right else x
-    cv2.putText(canvas, text, (x, y), _FONT, size / 32, colour, max(1, round(size / 20)), cv2.LINE_AA)
+    cv2.putText(canvas, printable(text), (x, y), _FONT, size / 32, colour, max(1, round(size / 20)), cv2.LINE_AA)
     return x if right else x + width
 
 
 def width_of(text: str, size: int) -> int:
     """Pixels that a text is wide."""
-    return int(cv2.getTextSize(text, _FONT, size / 32, max(1, round(size / 20)))[0][0])
+    return int(cv2.getTextSize(printable(text), _FONT, size / 32, max(1, round(size / 20)))[0][0])
 
 
 def shorten(text: str, width: int, size: int) -> str:

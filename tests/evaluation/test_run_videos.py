@@ -200,7 +200,8 @@ def test_frames_that_cannot_be_read_are_skipped_and_counted(
 
 
 def test_what_was_skipped_is_run_when_it_can_be_read(tiny_detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
-    store, part = ResultStore(tmp_path / "store", {}), broken(data, tmp_path, 23)
+    part = broken(data, tmp_path, 23)
+    store = ResultStore(tmp_path / "store", {}, part)
     seen: list[str] = []
     method = METHODS[1:2]
     run_methods(tiny_detector, part, method, store=store)

@@ -7,6 +7,8 @@ import csv
 import dataclasses
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -173,7 +175,7 @@ def test_report(detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
 
 def test_a_killed_sweep_goes_on_and_nothing_is_run_twice(detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
     methods = [Method("dense"), Method("rows", 0.5, Rows(), TopFraction(0.5))]
-    store = ResultStore(tmp_path, {"weights": "abc"})
+    store = ResultStore(tmp_path, {"weights": "abc"}, data)
     uninterrupted = rows_of(run_methods(detector, data, methods))
     seen: list[str] = []
 
@@ -195,13 +197,18 @@ def test_a_killed_sweep_goes_on_and_nothing_is_run_twice(detector: Detector, dat
 
 def test_what_was_kept_is_not_used_for_anything_else(detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
     method, other = Method("rows", 0.5, Rows(), TopFraction(0.5)), Method("rows", 0.5, Rows(), TopFraction(0.25))
-    store = ResultStore(tmp_path, {"weights": "abc"})
+    store = ResultStore(tmp_path, {"weights": "abc"}, data)
     run_method(detector, data, method, store=store)
     video = data.videos[0]
     assert store.load(method, video) is not None
     assert store.load(other, video) is None
-    assert ResultStore(tmp_path, {"weights": "other"}).load(method, video) is None
+    assert ResultStore(tmp_path, {"weights": "other"}, data).load(method, video) is None
     assert store.load(method, first(data, frames=2).videos[0]) is None
+    elsewhere = Path(shutil.copytree(data.image_root, tmp_path / "moved"))
+    moved = CocoVideo(data.categories, data.videos, elsewhere)
+    assert ResultStore(tmp_path, {"weights": "abc"}, moved).load(method, video) is None
+    os.utime(data.image_path(video.frames[1]), (1, 1))
+    assert ResultStore(tmp_path, {"weights": "abc"}, data).load(method, video) is None, "a picture has changed"
     for path in tmp_path.rglob("*.json"):
         path.write_text(path.read_text()[:-20])
     assert store.load(method, video) is None, "a truncated file is run again"

@@ -98,7 +98,8 @@ class EventfulRFDETR(nn.Module):
       - none of its modules or parameters: it is `model` here, left intact;
       - `step` replaces `forward` for video: it takes and updates an explicit `State`.
 
-    `Stream(detector, source)` runs it over a video. The decoder runs in full whenever a token changed; nothing runs on a still frame.
+    `Stream(detector, source)` runs it over a video. The decoder runs in full whenever a token changed; on a still frame
+    nothing runs.
 
     Args:
         model: `transformers.RfDetrForObjectDetection`, a model of the package `rfdetr` (`RFDETRNano()`) or its network.
