@@ -325,7 +325,7 @@ def test_evaluator_gathers_from_all_processes(tree: Path, monkeypatch: pytest.Mo
     first, second = VIDEvaluator("imagenet_vid_val"), VIDEvaluator("imagenet_vid_val")
     first.process(dicts[:4], found[:4])
     second.process(dicts[4:], found[4:])
-    other = iter([second._results, second._frames, second._work])
+    other = iter([second._results, second._frames, second._costs])
     monkeypatch.setattr(comm, "gather", lambda rows, dst: [rows, next(other)])
     assert first.evaluate()["video"] == pytest.approx(expected, nan_ok=True)
     monkeypatch.setattr(comm, "is_main_process", lambda: False)
