@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from eventful_det.detectors.protocol import AnyRule
+from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.errors import UserError, printable
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
@@ -145,6 +146,7 @@ class _Stdout:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
+AnyDetector = Detector | EventfulRFDETR
 console = Console(file=_Stdout(), markup=False, emoji=False, highlight=False)  # type: ignore[arg-type]
 
 
@@ -216,7 +218,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"device={name} cannot be used here ({str(error).splitlines()[0]}); try device=cpu") from error
 
 
-def open_detector(weights: str | None, labels: str | None, device: str, sources: Sequence[Any]) -> Detector:
+def open_detector(weights: str | None, labels: str | None, device: str, sources: Sequence[Any]) -> AnyDetector:
     """A detector; without a name of weights, the shipped ones that know the sources."""
     synthetic = bool(sources) and all(str(source).startswith("synthetic") for source in sources)
     return load_detector(weights or (SYNTHETIC if synthetic else None), labels).to(choose_device(device))
