@@ -16,15 +16,13 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from eventful_det.detectors.protocol import AnyRule
-from eventful_det.detectors.rf_detr.model import EventfulRFDETR
+from eventful_det.detectors.protocol import AnyRule, VideoDetector
 from eventful_det.errors import UserError, printable
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT, Focus, LargestError, RandomOrder, Selector
 from eventful_det.models.checkpoints import SYNTHETIC, load_detector
-from eventful_det.models.detector import Detector
 from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Share, from_values, nearest
 from eventful_det.outputs import write_json
 
@@ -146,7 +144,7 @@ class _Stdout:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
-AnyDetector = Detector | EventfulRFDETR
+AnyDetector = VideoDetector[Any]
 console = Console(file=_Stdout(), markup=False, emoji=False, highlight=False)  # type: ignore[arg-type]
 
 
