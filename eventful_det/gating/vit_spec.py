@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,26 @@ class Block:
         return [resize_table(table.detach(), size) for table, size in zip(tables, shape, strict=False)]
 
 
+class PatchEmbedding(Protocol):
+    """An `nn.Conv2d` whose kernel equals its stride, or what looks like one."""
+
+    kernel_size: Any
+    stride: Any
+    in_channels: int
+    out_channels: int
+
+    @property
+    def weight(self) -> Tensor:
+        """`(D, channels, patch, patch)`."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`(D,)`, or None."""
+
+    def __call__(self, x: Tensor, /) -> Any:
+        """`(B, channels, h, w)` to `(B, D, H, W)`."""
+
+
 @dataclass(frozen=True)
 class ViTSpec:
     """A Vision Transformer as the update rules see it.
@@ -81,7 +101,7 @@ class ViTSpec:
         maps: whether the dense blocks take token maps `(B, H, W, D)` rather than sequences `(B, L, D)`.
     """
 
-    projection: nn.Conv2d
+    projection: PatchEmbedding
     positions: Callable[[Grid], Tensor] | None
     prefix: Callable[[], Tensor] | None
     blocks: tuple[Block, ...]
