@@ -24,7 +24,7 @@ class GateState(TensorTree):
     buffer: Tensor
 
 
-def open_gate(state: GateState, x: Tensor, select: Select, frame: int, stgt: bool) -> Tensor:
+def open_gate(state: GateState, x: Tensor, select: Select, frame: int, stgt: bool, keep: int = 0) -> Tensor:
     """Let some tokens through.
 
     Args:
@@ -33,6 +33,7 @@ def open_gate(state: GateState, x: Tensor, select: Select, frame: int, stgt: boo
         select: chooses by the norm of the error, the token minus its reference; asked unless the frame is a flush.
         frame: frames since the last flush; 0 = all tokens pass.
         stgt: whether the reference of all tokens is replaced, as in STGT, instead of that of the selected ones.
+        keep: the first so many tokens pass in any case, beside those selected.
 
     Returns:
         Their indices `(r,)`, ascending.
@@ -41,7 +42,7 @@ def open_gate(state: GateState, x: Tensor, select: Select, frame: int, stgt: boo
     if frame:
         ages = torch.ones_like(index, dtype=torch.int32)
         (chosen,) = select([GateInput(token_errors(x, state.reference), ages, frame)])
-        index = chosen.sort().values
+        index = torch.cat([index[:keep], chosen[chosen >= keep].sort().values])
     if stgt:
         state.reference.copy_(x)
     else:

@@ -53,7 +53,7 @@ class PaperState(StreamState):
 class Paper:
     """Gates before qkv, output projection and MLP of every block; L = prefix tokens + N tokens.
 
-    The selector is asked at every gate. Prefix tokens are gated like the others. Gates remember no ages and know no
+    The selector is asked at every gate. Prefix tokens are gated like the others, unless they are kept. Gates remember no ages and know no
     saliency. Windowed blocks compute their attention in full, from the buffered q, k and v.
 
     Args:
@@ -62,12 +62,14 @@ class Paper:
         pool: average keys and values over cells of `pool` x `pool` tokens in global blocks; 1 = do not.
         gate_before_norm: gate before the layer norms instead of after them (before qkv and MLP).
         stgt: replace the reference of all tokens on every frame, as STGT does, instead of the selected ones'.
+        keep: so many prefix tokens pass every gate, whatever is selected; 0 = as in the paper.
     """
 
     ablation: Ablation = "full"
     pool: int = 1
     gate_before_norm: bool = False
     stgt: bool = False
+    keep: int = 0
 
     def __post_init__(self) -> None:
         if self.ablation not in ("full", "tokenwise", "qk"):
@@ -183,7 +185,7 @@ class Paper:
 
             before, after = (None, norm) if self.gate_before_norm else (norm, None)
             compared = x if before is None else before(x)
-            index = open_gate(gate, compared, select, stream.frame, self.stgt)
+            index = open_gate(gate, compared, select, stream.frame, self.stgt, self.keep)
             rows = compared.index_select(0, index)
             result = operations[i](rows if after is None else after(rows))
             gate.buffer.index_copy_(0, index, result.flatten(1).to(gate.buffer.dtype))
