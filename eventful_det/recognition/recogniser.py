@@ -59,6 +59,15 @@ class StepCost:
     flush: bool
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def __add__(self, other: StepCost) -> StepCost:
+        return StepCost(
+            {part: macs + other.macs[part] for part, macs in self.macs.items()},
+            {part: macs + other.dense[part] for part, macs in self.dense.items()},
+            self.recomputed + other.recomputed,
+            self.tokens + other.tokens,
+            self.flush or other.flush,
+        )
+
     @property
     def total(self) -> int:
         """Multiply-adds of the whole recogniser."""
@@ -214,7 +223,7 @@ class Recogniser(nn.Module):
         """
         frames = [self.normalise(tubelet) for tubelet in per_stream("tubelets", list(tubelets), state)]
         spatial = State([None if stream is None else stream.spatial for stream in state.streams])
-        updates = step_streams(self.spec, frames, spatial, rule=rule, selector=selector, flush=flush)
+        updates = self.spatial_step(frames, spatial, rule=rule, selector=selector, flush=flush)
         features = [cast(Tensor, update.prefix)[0].clone() for update in updates]  # (D,) each
         windows = []
         for i, (update, feature) in enumerate(zip(updates, features, strict=True)):
@@ -228,22 +237,39 @@ class Recogniser(nn.Module):
             RecognitionStep(
                 logits={head: values[i] for head, values in logits.items()},
                 feature=feature,
-                cost=self._cost(update),
+                cost=self.cost(update),
                 work=update.work.view(update.tokens.shape[:2]),
             )
             for i, (update, feature) in enumerate(zip(updates, features, strict=True))
         ]
+
+    def spatial_step(
+        self,
+        frames: Sequence[Tensor],
+        state: State[Any],
+        *,
+        rule: Rule[Any] = DEFAULT_RULE,
+        selector: Select = DEFAULT,
+        flush: Sequence[bool] | bool = False,
+    ) -> list[Update]:
+        """The spatial model alone on normalised tubelets `(c * tt, h, w)`; its output is the one row of `prefix`.
+
+        `state` is of the spatial model, empty ones are `State([None] * streams)`; the rest is as for `step`.
+        """
+        return step_streams(self.spec, frames, state, rule=rule, selector=selector, flush=flush)
 
     def window_macs(self) -> dict[str, int]:
         """Multiply-adds of the temporal model and of the heads on one window."""
         heads = sum(classifier.weight.numel() for _, classifier in self.classifiers())
         return {"temporal": self.temporal_model.macs(), "heads": heads}
 
-    def _cost(self, update: Update) -> StepCost:
+    def cost(self, update: Update, windows: int = 1) -> StepCost:
+        """Of an update of the spatial model, and of so many windows that the temporal model looks at."""
         rows, cols = update.tokens.shape[:2]
+        window = {part: windows * macs for part, macs in self.window_macs().items()}
         embedding = rows * cols * self.embedding.weight.numel()
-        dense = {"backbone": embedding + self.spatial_model.macs((rows, cols)), **self.window_macs()}
-        macs = {**dense, "backbone": update.macs.total}
+        dense = {"backbone": embedding + self.spatial_model.macs((rows, cols)), **window}
+        macs = {"backbone": update.macs.total, **window}
         return StepCost(macs, dense, len(update.changed), rows * cols, update.flush)
 
 
