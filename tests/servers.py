@@ -124,6 +124,38 @@ def serve_gstreamer(port: int) -> None:
     GLib.MainLoop().run()
 
 
+@contextlib.contextmanager
+def jpeg_camera(rate: float, count: int) -> Iterator[tuple[str, list[float]]]:
+    """An address with JPEGs over HTTP, which have no time stamps; and when each was sent to whoever connected."""
+    import cv2
+    import numpy as np
+
+    sent: list[float] = []
+
+    class Camera(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None: ...
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+            self.end_headers()
+            began = time.monotonic()
+            with contextlib.suppress(OSError):
+                for i in range(count):
+                    time.sleep(max(0.0, began + i / rate - time.monotonic()))
+                    image = np.frombuffer(take_picture(time.monotonic()), np.uint8).reshape(HEIGHT, WIDTH)
+                    data = cv2.imencode(".jpg", image)[1].tobytes()
+                    head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n"
+                    self.wfile.write(head.encode() + data + b"\r\n")
+                    sent.append(time.monotonic())
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Camera) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/stream.mjpg", sent
+        server.shutdown()
+
+
 class Server:
     """A server in a process of its own, which can be killed, halted and started again on the same port."""
 

@@ -26,11 +26,10 @@ from eventful_det.models.detector import Detector
 from eventful_det.runtime.pool import StreamPool
 
 try:
-    import uvicorn
-
     from eventful_det.serving.app import create_app
-    from eventful_det.serving.engine import Engine
-    from eventful_det.serving.intake import Intake, play, public_name
+    from eventful_det.serving.limits import build_server
+    from eventful_det.serving.runner import PoolRunner
+    from eventful_det.serving.sources import SourceOpener, play, public_name
 except ImportError as error:
     raise SystemExit(f"error: the web page needs more libraries ({error}); pip install 'eventful_det[serve]'") from None
 
@@ -81,11 +80,11 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host}:{port}: {error}; try another port, or port=0") from error
 
 
-def build_intake(config: DictConfig, detector: Detector) -> Intake:
+def build_opener(config: DictConfig, detector: Detector) -> SourceOpener:
     """What people may open."""
     synthetic = {shape.name for shape in SYNTHETIC_SHAPES} <= set(detector.names)
     local = not config.expose
-    return Intake(
+    return SourceOpener(
         media=None if config.media is None else Path(config.media),
         cameras=local if config.cameras is None else config.cameras,
         urls=local if config.urls is None else config.urls,
@@ -95,32 +94,29 @@ def build_intake(config: DictConfig, detector: Detector) -> Intake:
     )
 
 
-def build_engine(config: DictConfig, detector: Detector, sources: Sequence[str]) -> Engine:
+def build_runner(config: DictConfig, detector: Detector, sources: Sequence[str]) -> PoolRunner:
     """A pool of the sources to watch from the start, and what drives it."""
     pool = StreamPool(detector, short_side=config.short_side, long_side=config.long_side, hold=config.hold)
-    engine = Engine(pool, max_streams=config.max_streams, track=config.track, rescore=config.rescore)
+    runner = PoolRunner(pool, max_streams=config.max_streams, track=config.track, rescore=config.rescore)
     if detector.rule is not None:
-        engine.set_budget(str(config.budget))
+        runner.set_budget(str(config.budget))
     for opened in [play(source, public_name(source)) for source in sources]:
-        engine.add(opened)
-    return engine
+        runner.add(opened)
+    return runner
 
 
 def serve(config: DictConfig) -> None:
     """Run until Ctrl-C."""
     token, sources = token_of(config), sources_of(config)
     detector = open_detector(config, sources)
-    intake = build_intake(config, detector)
+    opener = build_opener(config, detector)
     port = listen(config.host, config.port)
-    engine = build_engine(config, detector, sources)
-    app = create_app(engine, intake, token=token, hosts=config.hosts)
+    runner = build_runner(config, detector, sources)
+    app = create_app(runner, opener, token=token, hosts=config.hosts, root_path=config.root_path)
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{port.getsockname()[1]}/" + (f"?token={token}" if token else "")
     console.print(f"watch at {address} (Ctrl-C ends)", soft_wrap=True, highlight=False)
-    options = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=3, ws_max_size=4096
-    )
-    uvicorn.Server(options).run(sockets=[port])
+    build_server(app).run(sockets=[port])
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="serve")

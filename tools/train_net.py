@@ -50,10 +50,12 @@ SAME = ("model", "start", "data", "mix", "augment", "clips", "eventful")  # of t
 def build_model(config: DictConfig, classes: tuple[str, ...]) -> Detector:
     """The model to train: that of `start` if given, else that of `model`, its backbone started from `model.init`.
 
-    With gates on, a trained detector is needed: the shipped default, if `start` is not given.
+    With gates on, a trained detector is needed, of these classes: the shipped default, if `start` is not given.
     """
-    if config.start or config.eventful is not None:
+    if config.eventful is not None:
         return load_detector(config.start)
+    if config.start:
+        return load_detector(config.start, classes=classes)
     sizes = dict(plain(config.model))
     name, init = sizes.pop("name"), sizes.pop("init", None)
     if name not in MODELS:

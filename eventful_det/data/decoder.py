@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import av
@@ -13,10 +15,11 @@ from av.error import ExitError, FFmpegError
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from eventful_det.data.live import LiveClock, Shot
+from eventful_det.data.live import CapturedFrame, LiveClock
 from eventful_det.data.source import VideoFrame, VideoSource, public_name
 from eventful_det.errors import UserError
 
+MAX_PIXELS = 8192 * 8192  # of a frame; larger ones are attacks rather than videos
 SILENCE = 10.0  # seconds to wait for an address to open, and for more of its data
 _SEGMENTED = {"hls", "dash"}  # come in bursts of seconds, of which the newest frame alone would be a slide show
 _OPTIONS = {
@@ -34,8 +37,11 @@ class Decoder:
     Args:
         url: a file or an address.
         silence: seconds to wait for an address to open, and for more of its data.
+        options: of FFmpeg, for opening it.
+        max_pixels: of a frame; larger ones are not decoded, so that they take no memory.
 
     Attributes:
+        pixels: of a frame, as the header says; 0 if it does not.
         fps: frames per second, or None if unknown.
         frames: estimate of their number, or None if unknown.
         remote: it is behind an address.
@@ -45,23 +51,33 @@ class Decoder:
         UserError: it cannot be opened, or holds no video.
     """
 
-    def __init__(self, url: str, silence: float = SILENCE) -> None:
+    def __init__(
+        self,
+        url: str,
+        silence: float = SILENCE,
+        *,
+        options: Mapping[str, str] = MappingProxyType({}),
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
         self.name, self.remote, self._silence = public_name(url), "://" in url, silence
-        options = _OPTIONS.get(url.partition("://")[0].lower(), {}) if self.remote else {}
+        limit = {"max_pixels": str(max_pixels)}
+        transport = _OPTIONS.get(url.partition("://")[0].lower(), {}) if self.remote else {}
+        options = {**transport, **options, **limit}
         try:
             self._container = av.open(
                 url, timeout=silence if self.remote else None, options=options, metadata_errors="replace"
             )
         except (FFmpegError, OSError, ValueError) as error:
             raise UserError(f"cannot open {self.name} as a video: {_reason(error)}") from error
+        weakref.finalize(self, self._container.close)
         videos = self._container.streams.video
         if not videos or self._container.format.name == "tty":  # FFmpeg renders text files as pictures
-            self._container.close()
             raise UserError(f"{self.name} holds no video")
         self._stream = videos[0]
         if self._stream.codec_context is None:
-            self._container.close()
             raise UserError(f"{self.name}: there is no decoder for its video")
+        self._stream.codec_context.options = limit
+        self.pixels = self._stream.width * self._stream.height
         self._clock = float(self._stream.time_base or 0)
         seconds = None if self._container.duration is None else self._container.duration / av.time_base
         rate = self._stream.average_rate or self._stream.guessed_rate
@@ -79,25 +95,26 @@ class Decoder:
                 timed = first is not None and frame.pts is not None
                 yield VideoFrame(picture(frame), (frame.pts - first) * self._clock if timed else None)
 
-    def shots(self, skip: Skip) -> Iterator[Shot | None]:
+    def read_live(self, skip: Skip) -> Iterator[CapturedFrame | None]:
         """The frames of a live stream as they come; None in place of one that came too late to be worth decoding."""
         clock, picture = LiveClock(), _Painter()
-        captured, seen = None, time.monotonic()
+        captured, asked = None, time.monotonic()
+        seen = asked
         for packet in self._packets(skip):
             if packet is not None:
                 stamp = None if packet.dts is None else packet.dts * self._clock
-                captured = clock.admit(stamp, packet.is_keyframe)
+                captured = clock.admit(stamp, packet.is_keyframe, asked)
+            frames = [] if captured is None else self._decode(packet, skip)
             if captured is None:
                 yield None
-                seen = time.monotonic()
-                continue
-            frames = self._decode(packet, skip)
-            for frame in frames:
-                yield Shot(captured, partial(picture, frame))
-            if frames:
+            else:
+                for frame in frames:
+                    yield CapturedFrame(captured, partial(picture, frame))
+            if frames or captured is None:
                 seen = time.monotonic()
             elif time.monotonic() - seen > self._silence:
                 raise UserError(f"{self.name} sends nothing that can be decoded")
+            asked = time.monotonic()
 
     def close(self) -> None:
         """Close the file or connection."""
@@ -132,7 +149,7 @@ class VideoFile(VideoSource):
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder.name, decoder.fps, decoder.frames)
-        self.remote = decoder.remote
+        self.remote, self.pixels = decoder.remote, decoder.pixels
         self._decoder = decoder
 
     def _read(self) -> Iterator[VideoFrame]:

@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,21 +19,19 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from eventful_det.data.relay import Relay
 from eventful_det.data.source import VideoFrame, VideoSource
 from eventful_det.errors import UserError
 
 RECONNECT = 30.0  # seconds for which a stream that was lost is called again
 _PAUSES = (0.25, 4.0)  # seconds between the calls: at first, and at most
 _LATE = 1.0  # seconds; frames that are older are not worth decoding
-_CATCH_UP = 2.0  # seconds in which what piled up has been skipped, unless the frames' clock has changed
-_DRIFT = 1e-3  # seconds per second by which the frames' clock may be slower than ours
+_CALL = 1e-3  # seconds that the call for a frame that is there may take
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Shot:
-    """A frame that came, and was not yet turned into a picture.
+class CapturedFrame:
+    """A frame that came, not yet turned into a picture.
 
     Attributes:
         captured: when, on the clock of `time.monotonic`.
@@ -48,7 +47,7 @@ class Connection(Protocol):
 
     fps: float | None
 
-    def shots(self, skip: Callable[[str, object], None]) -> Iterator[Shot | None]:
+    def read_live(self, skip: Callable[[str, object], None]) -> Iterator[CapturedFrame | None]:
         """What comes; None stands for a frame that was passed over. Ends, or raises UserError, when it is lost."""
 
     def close(self) -> None:
@@ -58,36 +57,38 @@ class Connection(Protocol):
 class LiveClock:
     """Tells when the frames of a stream were captured, and which are worth decoding.
 
-    Time stamps and arrivals differ by a constant and by delays on the way; the least difference seen is taken for the
-    constant. So the age of a frame is what it waited in buffers longer than others did, above all because its reader
-    was slow. When frames get older than a second, all are passed over until a key frame comes in time.
+    A frame for which its reader had to wait has just come: nothing lies in buffers before it, so it is of the present,
+    whatever its time stamp says. FFmpeg makes up the stamps of formats that have none (JPEGs over HTTP, raw H.264: 25 a
+    second), clocks of cameras drift, and streams that paused begin anew. Between such frames stamps tell the age: that
+    of a frame is what it waited in buffers longer than the others, above all because its reader was slow. When frames
+    get older than a second, all are passed over until a key frame comes in time.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self._offset, self._stamp, self._last = math.inf, -math.inf, now()
-        self._late_since: float | None = None
+        self._offset, self._stamp, self._late = math.inf, -math.inf, False
 
-    def admit(self, stamp: float | None, key: bool) -> float | None:
+    def admit(self, stamp: float | None, key: bool, asked: float) -> float | None:
         """When a frame was captured; None if it is not worth decoding.
 
         Args:
             stamp: its time stamp in seconds; these grow within a stream.
             key: it can be decoded without those before it.
+            asked: when its reader began to wait for it.
         """
         now = self._now()
         if stamp is None:
             return now
-        if stamp < self._stamp or (self._late_since is not None and now - self._late_since > _CATCH_UP):
-            self._offset = math.inf  # the stream began anew, or paused: not late at all
-        self._offset = min(now - stamp, self._offset + _DRIFT * (now - self._last))
-        self._stamp, self._last = stamp, now
+        just_come = now - asked > max((stamp - self._stamp) / 2, _CALL)
+        anew = just_come or stamp < self._stamp
+        self._offset = now - stamp if anew else min(now - stamp, self._offset)
+        self._stamp = stamp
         captured = stamp + self._offset
         if now - captured > _LATE:
-            self._late_since = self._late_since or now
-        elif self._late_since is not None and key:
-            self._late_since = None
-        return captured if self._late_since is None else None
+            self._late = True
+        elif key:
+            self._late = False
+        return None if self._late else captured
 
 
 class LiveSource(VideoSource):
@@ -124,27 +125,28 @@ class LiveSource(VideoSource):
         return self._read()
 
     def _read(self) -> Iterator[VideoFrame]:
-        self._relay = shots = Relay(self._follow(), overtake=True, finish=self._release)
+        reader = self._in_background(self._follow(), newest=True)
+        weakref.finalize(reader, self._closed.set)  # a lost stream is not called again when nobody waits for it
         began, connections = None, 0
-        for connection, shot in shots:
-            self.dropped = shots.dropped + self._passed_over
-            began = shot.captured if began is None else began
-            yield VideoFrame(shot.picture(), shot.captured - began, shot.captured, connection != connections)
+        for connection, frame in reader:
+            self.dropped = reader.dropped + self._passed_over
+            began = frame.captured if began is None else began
+            yield VideoFrame(frame.picture(), frame.captured - began, frame.captured, connection != connections)
             connections = connection
 
-    def _follow(self) -> Iterator[tuple[int, Shot]]:
+    def _follow(self) -> Iterator[tuple[int, CapturedFrame]]:
         """What comes over one connection after the other, with the number of the connection."""
         while True:
             error: UserError | None = None
             try:
-                for shot in self._connection.shots(self._skip):
+                for frame in self._connection.read_live(self._skip):
                     if self._closed.is_set():
                         return
-                    if shot is None:
+                    if frame is None:
                         self._passed_over += 1
                         continue
                     self._found()
-                    yield self.reconnects, shot
+                    yield self.reconnects, frame
             except UserError as caught:
                 error = caught
             self._connection.close()

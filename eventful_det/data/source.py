@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import urlsplit
+from types import GeneratorType
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eventful_det.data.relay import Relay
+from eventful_det.data.background import BackgroundReader
 from eventful_det.errors import UserError
+from eventful_det.secrets import mask_secrets
 
 _LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class VideoFrame:
 
 
 class VideoSource(Iterable[VideoFrame]):
-    """Frames in order, once.
+    """Frames in order, once. Whoever stops reading, and drops the iterator, ends its thread as `close` does.
 
     Attributes:
         name: for people; passwords in addresses are hidden.
@@ -64,7 +68,9 @@ class VideoSource(Iterable[VideoFrame]):
         self.name, self.fps, self.frames = name, fps, frames
         self.ahead = 0
         self.skipped = self.dropped = self.reconnects = 0
-        self._relay: Relay[Any] | None = None
+        # Weak, as threads refer to their source: nobody but those who read keeps the readers alive.
+        self._iterator: weakref.ref[Iterator[VideoFrame]] | None = None
+        self._reader: weakref.ref[BackgroundReader[Any]] | None = None
 
     @property
     def lost(self) -> bool:
@@ -72,6 +78,16 @@ class VideoSource(Iterable[VideoFrame]):
         return False
 
     def __iter__(self) -> Iterator[VideoFrame]:
+        reading = None if self._iterator is None else self._iterator()
+        if (
+            isinstance(reading, GeneratorType) and reading.gi_frame is not None
+        ):  # two readers would each get half of the frames
+            raise UserError(f"{self.name} is being read already; open it once for each stream")
+        iterator = self._iterate()
+        self._iterator = weakref.ref(iterator)
+        return iterator
+
+    def _iterate(self) -> Iterator[VideoFrame]:
         empty = True
         for frame in self._frames():
             empty = False
@@ -80,10 +96,13 @@ class VideoSource(Iterable[VideoFrame]):
             raise UserError(f"{self.name}: holds no frame that can be decoded")
 
     def _frames(self) -> Iterator[VideoFrame]:
-        if not self.ahead:
-            return self._read()
-        self._relay = frames = Relay(self._read(), self.ahead, finish=self._release)
-        return frames
+        return self._in_background(self._read(), self.ahead) if self.ahead else self._read()
+
+    def _in_background(self, items: Iterator[T], ahead: int = 1, newest: bool = False) -> BackgroundReader[T]:
+        """Read in a thread, which is then the one that releases the source."""
+        reader = BackgroundReader(items, ahead, newest=newest, finish=self._release)
+        self._reader = weakref.ref(reader)
+        return reader
 
     @abstractmethod
     def _read(self) -> Iterator[VideoFrame]:
@@ -94,10 +113,10 @@ class VideoSource(Iterable[VideoFrame]):
 
     def close(self) -> None:
         """Release files, devices and connections. A thread that waits for the network releases them when it is done."""
-        if self._relay is None:
+        if self._reader is None:
             self._release()
-        else:
-            self._relay.close()
+        elif (reader := self._reader()) is not None:
+            reader.close()
 
     def __enter__(self) -> VideoSource:
         return self
@@ -113,9 +132,5 @@ class VideoSource(Iterable[VideoFrame]):
 
 
 def public_name(url: str) -> str:
-    """An address without the password that it may hold; one that is none, without all of it."""
-    try:
-        password = urlsplit(url).password if "://" in url else None
-    except ValueError:
-        return f"{url.partition('://')[0]}://***"
-    return url.replace(f":{password}@", ":***@", 1) if password else url
+    """An address without the passwords that it may hold."""
+    return mask_secrets(url)

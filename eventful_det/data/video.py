@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eventful_det.data.decoder import SILENCE, Decoder, Skip, VideoFile
-from eventful_det.data.live import RECONNECT, LiveSource, Shot
+from eventful_det.data.live import RECONNECT, CapturedFrame, LiveSource
 from eventful_det.data.pictures import read_image
 from eventful_det.data.source import VideoFrame, VideoSource
 from eventful_det.data.synthetic import SceneOptions, render_video
@@ -110,13 +110,13 @@ class _Webcam:
         self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # a slow reader should see the present
         self.fps = self._capture.get(cv2.CAP_PROP_FPS) or None
 
-    def shots(self, _: Skip) -> Iterator[Shot]:
+    def read_live(self, _: Skip) -> Iterator[CapturedFrame]:
         """What it sees, until it is unplugged."""
         while True:
             there, image = self._capture.read()
             if not there:
                 return
-            yield Shot(time.monotonic(), partial(_rgb, image))
+            yield CapturedFrame(time.monotonic(), partial(_rgb, image))
 
     def close(self) -> None:
         """Let go of it."""

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eventful_det.errors import UserError
+from eventful_det.files import written_whole
 from eventful_det.models.config import ModelConfig
 from eventful_det.models.detector import Detector
+from eventful_det.models.infer_config import infer_config
 from eventful_det.models.key_maps import NOT_BOXES, from_detectron2, from_official, is_official, to_detectron2
 from eventful_det.models.labels import LabelMap, read_labels, relabel
-from eventful_det.models.recognise import config_of
-from eventful_det.models.weight_files import load_exactly, matching, read_tensors
+from eventful_det.models.weight_files import compare, load_exactly, matching, read_tensors, save_tensors, without
 
 FORMAT = "eventful-det/1"
 DEFAULT = "vitdet_tiny_vid"
 SYNTHETIC = "vitdet_tiny_synthetic"
+LAST_LAYER = "roi_heads.box_predictor.*"  # the only one that knows the classes
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Weights:
 
     Attributes:
         format: whose names it uses.
-        config: of the detector; where the file does not tell, recognised from the weights.
+        config: of the detector; where the file does not tell, inferred from the weights.
         tensors: under our names.
         notes: metadata.
         left_out: keys of the file that a detector of boxes has no use for.
@@ -62,10 +64,8 @@ def save_detector(
         dtype: the weights are rounded to this type.
         notes: more metadata, for example the command that made the weights.
     """
-    part = _part(path)
-    metadata = {"format": FORMAT, "config": detector.config.to_json(), **(notes or {})}
-    save_file(_tensors(detector, dtype), part, metadata=metadata)
-    _finish(part, path)
+    metadata = {**(notes or {}), "format": FORMAT, "config": detector.config.to_json()}
+    save_tensors(path, _tensors(detector, dtype), metadata)
 
 
 def save_detectron2(
@@ -92,43 +92,56 @@ def save_detectron2(
         raise UserError(f"{path}: a .pkl holds NumPy arrays, which cannot be bfloat16; use float32 or float16, or .pth")
     tensors = to_detectron2(_tensors(detector, dtype))
     about = {"config": detector.config.to_json(), **(notes or {})}
-    part = _part(path)
-    if path.suffix == ".pth":
-        torch.save({"model": tensors, "eventful_det": about}, part)
-    else:
-        arrays = {key: value.numpy() for key, value in tensors.items()}
-        part.write_bytes(pickle.dumps({"model": arrays, "__author__": "eventful_det", "eventful_det": about}))
-    _finish(part, path)
+    with written_whole(path) as part:
+        if path.suffix == ".pth":
+            torch.save({"model": tensors, "eventful_det": about}, part)
+        else:
+            arrays = {key: value.numpy() for key, value in tensors.items()}
+            part.write_bytes(pickle.dumps({"model": arrays, "__author__": "eventful_det", "eventful_det": about}))
 
 
 def load_detector(
     source: str | os.PathLike[str] | None = None,
     labels: LabelMap | str | os.PathLike[str] | None = None,
     allow: Sequence[str] = (),
-    **changes: Any,
+    classes: Sequence[str] | None = None,
+    **changes: object,
 ) -> Detector:
     """A detector ready for inference, on the CPU in float32.
 
     Args:
         source: the name of shipped weights (the default ones if None), or a file: written by `save_detector`; a
             ViTDet of detectron2 (`.pkl` of its model zoo, `.pth`); or the official eventful code's conversion of one.
-            The format is detected.
+            The format is detected by content.
         labels: names of classes to change, or None as a name to drop the class; a mapping, or a JSON file of one.
-        allow: patterns such as "roi_heads.box_predictor.*" of keys that may be missing, unexpected or of another
-            shape; what is not in the file keeps its initial values. All other keys have to fit.
+        allow: patterns such as "backbone.simfp_2.*" of keys that may be missing, unexpected or of another shape; what
+            is not in the file keeps its initial values. All other keys have to fit.
+        classes: to start training with. Where they are others than the file's, its last layer starts anew, which the
+            log says; where the file has no names but as many classes, they are called so.
         changes: values of `ModelConfig` to change that do not affect the weights, for example `proposals=50`; other
             values too if `allow` says so.
 
     Raises:
-        UserError: no such file or name; the file is of no known format, or asks for more than data; or keys do not fit.
+        UserError: no such file or name; the file is of no known format, damaged, or asks for more than data; keys do
+            not fit; or a value is none that the option can have.
     """
     path = find_weights(source)
     weights = read_weights(path)
+    known, tensors = weights.config.classes, weights.tensors
+    if classes is not None and tuple(classes) != known:
+        changes |= {"classes": tuple(classes), "dropped": ()}
+        if "config" in weights.notes or len(classes) != len(known):
+            tensors, allow = without(tensors, [LAST_LAYER]), [*allow, LAST_LAYER]
+            _LOG.warning(
+                "%s: the last layer starts anew, for %s in place of %s", path.name, _some(classes), _some(known)
+            )
     config = ModelConfig.from_dict({**asdict(weights.config), **changes})
     if labels is not None:
         config = relabel(config, labels if isinstance(labels, Mapping) else read_labels(labels))
+    with torch.device("meta"):  # takes no memory, however large a damaged config says that the detector is
+        compare(Detector(config).state_dict(), tensors, str(path), allow)
     detector = Detector(config)
-    load_exactly(detector, weights.tensors, str(path), allow)
+    load_exactly(detector, tensors, str(path), allow)
     return detector.eval()
 
 
@@ -136,46 +149,44 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     """Read a weights file of any known format.
 
     Raises:
-        UserError: the file is missing, truncated, of no known format, or asks for more than data.
+        UserError: the file is missing, damaged, of no known format, or asks for more than data.
     """
-    if Path(path).suffix == ".safetensors":
-        notes = read_notes(path)
-        tensors = {key: value.float() for key, value in load_file(path).items()}
-        return Weights("eventful_det", ModelConfig.from_dict(json.loads(notes["config"])), tensors, notes)
-    named, others = read_tensors(path)
-    official = is_official(named)
-    named = from_official(named) if official else named
-    if not any(key.startswith("backbone.net.") for key in named):
-        raise UserError(f"{path} holds no ViTDet of a known format, but {', '.join(list(named)[:3])}, ...")
-    left_out = matching(named, NOT_BOXES)
-    tensors = {key: value.float() for key, value in named.items() if key not in left_out}
-    about = others.get("eventful_det", {})
+    contents = read_tensors(path)
+    tensors, notes = contents.tensors, contents.notes or _notes(contents.others.get("eventful_det"))
     try:
-        tensors = from_detectron2(tensors)
-        config = ModelConfig.from_dict(json.loads(about["config"])) if "config" in about else config_of(tensors)
+        if notes.get("format") == FORMAT:
+            return Weights("eventful_det", _config(notes), tensors, notes)
+        official = is_official(tensors)
+        tensors = from_official(tensors) if official else tensors
+        if not any(key.startswith("backbone.net.") for key in tensors):
+            raise UserError(f"no ViTDet of a known format, but {', '.join(list(tensors)[:3])}, ...")
+        left_out = matching(tensors, NOT_BOXES)
+        tensors = from_detectron2(without(tensors, NOT_BOXES))
+        config = _config(notes) if "config" in notes else infer_config(tensors)
+        return Weights("official" if official else "detectron2", config, tensors, notes, tuple(left_out))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (KeyError, ValueError, TypeError) as error:
+    except (LookupError, ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"{path} is no whole detector: {error!r}") from None
-    return Weights("official" if official else "detectron2", config, tensors, dict(about), tuple(left_out))
 
 
-def read_notes(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata of a file written by `save_detector`.
+def _notes(about: object) -> dict[str, str]:
+    """What a file of another format says of a detector of ours."""
+    return {str(key): text for key, text in about.items() if isinstance(text, str)} if isinstance(about, dict) else {}
 
-    Raises:
-        UserError: the file is missing, truncated or another one.
-    """
+
+def _config(notes: Mapping[str, str]) -> ModelConfig:
     try:
-        with safe_open(str(path), framework="pt") as file:
-            notes = file.metadata() or {}
-    except FileNotFoundError:
-        raise UserError(f"no weights file {path}") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
-    if notes.get("format") != FORMAT:
-        raise UserError(f"{path} holds no eventful_det detector (format {notes.get('format')!r}, expected {FORMAT!r})")
-    return notes
+        values = json.loads(notes["config"])
+    except (KeyError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError("its metadata holds no config of a detector; the file is damaged, get it again")
+    return ModelConfig.from_dict(values)
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} classes ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
 
 
 def find_weights(source: str | os.PathLike[str] | None = None) -> Path:
@@ -184,7 +195,8 @@ def find_weights(source: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = Path(source := DEFAULT if source is None else source)
+    source = str(DEFAULT if source is None else source)
+    path = Path(source)
     if path.is_file():
         return path
     shipped = Path(str(resources.files("eventful_det"))) / "weights"
@@ -197,15 +209,3 @@ def find_weights(source: str | os.PathLike[str] | None = None) -> Path:
 
 def _tensors(detector: Detector, dtype: torch.dtype) -> dict[str, Tensor]:
     return {key: value.detach().cpu().to(dtype).contiguous() for key, value in detector.state_dict().items()}
-
-
-def _part(path: str | os.PathLike[str]) -> Path:
-    """Where a file is written until it is whole; its folder is made when needed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(path.name + ".part")
-
-
-def _finish(part: Path, path: str | os.PathLike[str]) -> None:
-    part.chmod(0o644)  # safetensors writes files that only their owner can read
-    os.replace(part, path)

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from eventful_det.errors import UserError
+from eventful_det.options import Natural, NonNegative, Positive, Range, Share, convert_fields, from_values
+
+Layers = Annotated[int, Range(0, 64)]
+Tokens = Annotated[int, Range(0, 4096)]  # along a side
+Pixels = Annotated[int, Range(1, 65536)]
+Side = Annotated[int, Range(1, 8192)]  # of a frame
+Width = Annotated[int, Range(1, 65536)]
+Several = Annotated[int, Range(1, 1_000_000)]  # proposals, candidates, detections
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a ViTDet detector. The defaults are those of `vitdet_tiny`.
+    """Sizes of a ViTDet detector. The defaults are those of `vitdet_tiny`; the annotations say what each may be.
 
     Attributes:
         classes: names of the classes; the label of a detection is an index into them.
@@ -24,7 +35,8 @@ class ModelConfig:
         drop_path: stochastic depth while training.
         channels: channels of the pyramid levels p2 to p6.
         rpn_convs: 3x3 convolutions of the proposal head.
-        anchor_sizes: anchor side in pixels for each of the levels p2 to p6.
+        patch: side of a token in pixels.
+        anchor_sizes, anchor_ratios: anchor side in pixels for each of the levels p2 to p6; heights over widths.
         box_convs, box_fc: convolutions and fully connected layers of the region head.
         box_stages: 3 = a cascade of region heads, each on the boxes of the one before; 1 = one head.
         canonical_box: side in pixels of a box that is read from level p4.
@@ -40,63 +52,62 @@ class ModelConfig:
 
     classes: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
-    dim: int = 192
-    depth: int = 12
-    heads: int = 3
-    patch: int = 16
-    window: int = 4
-    global_blocks: tuple[int, ...] = (2, 5, 8, 11)
-    position_grid: int = 14
-    relative_size: int = 32
-    drop_path: float = 0.0
-    channels: int = 64
-    rpn_convs: int = 1
-    anchor_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)
-    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    box_convs: int = 2
-    box_fc: tuple[int, ...] = (256,)
-    box_stages: int = 1
-    canonical_box: int = 112
-    proposals: int = 100
-    proposals_train: int = 200
-    nms_candidates: int = 200
-    nms_candidates_train: int = 400
-    region_samples: int = 64
-    box_loss: str = "l1"
-    box_loss_weight: float = 1.0
-    score_threshold: float = 0.05
-    nms_threshold: float = 0.5
-    max_detections: int = 100
-    short_side: int = 256
-    long_side: int = 512
-    square_pad: int = 0
-    pixel_mean: tuple[float, ...] = field(default=(0.5, 0.5, 0.5))
-    pixel_std: tuple[float, ...] = field(default=(0.5, 0.5, 0.5))
+    dim: Width = 192
+    depth: Annotated[int, Range(1, 256)] = 12
+    heads: Width = 3
+    patch: Annotated[int, Range(1, 256)] = 16
+    window: Tokens = 4
+    global_blocks: tuple[Natural, ...] = (2, 5, 8, 11)
+    position_grid: Annotated[int, Range(1, 4096)] = 14
+    relative_size: Annotated[int, Range(1, 4096)] = 32
+    drop_path: Annotated[float, Range(0, 0.99)] = 0.0
+    channels: Width = 64
+    rpn_convs: Layers = 1
+    anchor_sizes: tuple[Pixels, Pixels, Pixels, Pixels, Pixels] = (16, 32, 64, 128, 256)
+    anchor_ratios: tuple[Positive, ...] = (0.5, 1.0, 2.0)
+    box_convs: Layers = 2
+    box_fc: tuple[Width, ...] = (256,)
+    box_stages: Literal[1, 3] = 1
+    canonical_box: Pixels = 112
+    proposals: Several = 100
+    proposals_train: Several = 200
+    nms_candidates: Several = 200
+    nms_candidates_train: Several = 400
+    region_samples: Several = 64
+    box_loss: Literal["l1", "giou"] = "l1"
+    box_loss_weight: NonNegative = 1.0
+    score_threshold: Share = 0.05
+    nms_threshold: Share = 0.5
+    max_detections: Several = 100
+    short_side: Side = 256
+    long_side: Side = 512
+    square_pad: Annotated[int, Range(0, 8192)] = 0
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
+        convert_fields(self, "model")
         if self.dim % self.heads:
             raise UserError(f"model: dim ({self.dim}) must be a multiple of heads ({self.heads})")
-        if self.box_loss not in ("l1", "giou"):
-            raise UserError(f"model: box_loss must be 'l1' or 'giou', got {self.box_loss!r}")
-        if self.box_stages not in (1, 3):
-            raise UserError(f"model: box_stages must be 1, or 3 for a cascade, got {self.box_stages}")
+        if twice := [name for name, count in Counter(self.classes).items() if count > 1]:
+            raise UserError(f"model: two classes are called {', '.join(twice[:3])}; every class needs its own name")
         if not set(self.dropped) <= set(self.classes):
             raise UserError(f"model: dropped={list(self.dropped)} names no class; classes: {', '.join(self.classes)}")
         if self.window == 0 and self.global_blocks:
             raise UserError("model: window=0 makes every block global; leave global_blocks empty")
+        if any(block >= self.depth for block in self.global_blocks):
+            raise UserError(f"model: global_blocks={list(self.global_blocks)}, but the last block is {self.depth - 1}")
+        if len(self.box_fc) > 16 or len(self.anchor_ratios) > 64 or len(self.global_blocks) > self.depth:
+            raise UserError("model: box_fc, anchor_ratios or global_blocks has too many entries")
 
     @classmethod
-    def from_dict(cls, values: dict[str, object]) -> ModelConfig:
-        """A config from plain values; lists become tuples.
+    def from_dict(cls, values: Mapping[str, object]) -> ModelConfig:
+        """A config from plain values, as JSON and YAML have them.
 
         Raises:
-            UserError: a name is unknown.
+            UserError: a name is unknown, or a value does not fit.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UserError(f"model: unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-        return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()})  # type: ignore[arg-type]
+        return from_values(cls, values, "model")
 
     def to_json(self) -> str:
         """The config as JSON, read back by `from_dict(json.loads(...))`."""
@@ -105,7 +116,7 @@ class ModelConfig:
 
 def vitdet_tiny(classes: tuple[str, ...], **changes: object) -> ModelConfig:
     """ViT-Ti/16 widths with a light pyramid and heads, for CPUs."""
-    return dataclasses.replace(ModelConfig(classes=classes), **changes)  # type: ignore[arg-type]
+    return ModelConfig.from_dict({**changes, "classes": classes})
 
 
 def vitdet_b_vid(classes: tuple[str, ...], **changes: object) -> ModelConfig:
@@ -135,7 +146,7 @@ def vitdet_b_vid(classes: tuple[str, ...], **changes: object) -> ModelConfig:
         pixel_mean=(0.485, 0.456, 0.406),
         pixel_std=(0.229, 0.224, 0.225),
     )
-    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+    return ModelConfig.from_dict({**dataclasses.asdict(config), **changes})
 
 
 MODELS = {"vitdet_tiny": vitdet_tiny, "vitdet_b_vid": vitdet_b_vid}

@@ -75,9 +75,9 @@ def position_map(positions: Tensor) -> Tensor:
     Raises:
         UserError: it is of another shape.
     """
-    if positions.dim() == 4:
+    if positions.dim() == 4 and positions.shape[0] == 1 and positions.numel():
         return positions
-    if positions.dim() == 3:
+    if positions.dim() == 3 and positions.shape[0] == 1:
         for tokens in (0, 1):
             side = math.isqrt(positions.shape[1] - tokens)
             if side * side == positions.shape[1] - tokens > 0:

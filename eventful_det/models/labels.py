@@ -22,10 +22,10 @@ def read_labels(path: str | os.PathLike[str]) -> LabelMap:
         UserError: the file is missing or no such object.
     """
     try:
-        labels = json.loads(Path(path).read_text(encoding="utf-8"))
+        labels = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read the label map {path}: {error.strerror}; expected {_EXAMPLE}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the label map {path} is not valid JSON ({error}); expected {_EXAMPLE}") from None
     if not isinstance(labels, dict) or not all(
         name is None or (isinstance(name, str) and name) for name in labels.values()
@@ -48,8 +48,5 @@ def relabel(config: ModelConfig, labels: LabelMap) -> ModelConfig:
     if unknown:
         raise UserError(f"label map: no class {', '.join(unknown)}; the weights know {', '.join(config.classes)}")
     names = tuple(labels.get(name, name) or name for name in config.classes)
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f"label map: two classes would be called {', '.join(twice)}; every class needs its own name")
     dropped = tuple(new for old, new in zip(config.classes, names, strict=True) if labels.get(old, old) is None)
     return dataclasses.replace(config, classes=names, dropped=(*config.dropped, *dropped))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from eventful_det.errors import UserError
 from eventful_det.gating.anatomy import resize_positions
+from eventful_det.models.checkpoints import find_weights
 from eventful_det.models.key_maps import from_official, is_official, position_map
 from eventful_det.models.vitdet import WindowedViT
-from eventful_det.models.weight_files import load_exactly, matching, read_tensors
+from eventful_det.models.weight_files import load_exactly, matching, read_tensors, without
 
 _PATCHES = "patch_embed.proj.weight"
 _NOT_BACKBONE = ("cls_token", "norm.*", "head.*", "fc_norm.*", "neck.*", "mask_token", "decoder*")
@@ -30,16 +29,13 @@ def init_backbone(vit: WindowedViT, source: str | os.PathLike[str]) -> None:
 
     Args:
         vit: the backbone to fill.
-        source: a safetensors, `.pth` or `.pkl` file with the names of MAE, timm, Segment Anything or detectron2; or
-            `timm:NAME` for weights that timm downloads.
+        source: a safetensors, `.pth` or `.pkl` file with the names of MAE, timm, Segment Anything or detectron2; the
+            name of a shipped detector; or `timm:NAME` for weights that timm downloads.
 
     Raises:
         UserError: the file cannot be read, or does not fit.
     """
-    tensors = _backbone_tensors(str(source))
-    own = vit.state_dict()
-    dropped = set(matching(tensors, _NOT_BACKBONE))
-    tensors = {key: value.float() for key, value in tensors.items() if key not in dropped}
+    tensors, own = without(_backbone_tensors(str(source)), _NOT_BACKBONE), vit.state_dict()
     try:
         tensors["pos_embed"] = _fit_positions(position_map(tensors["pos_embed"]), own["pos_embed"])
     except UserError as error:
@@ -56,7 +52,7 @@ def _fit_positions(positions: Tensor, own: Tensor) -> Tensor:
 
 def _fit_table(table: Tensor, own: Tensor) -> Tensor:
     """A relative table `(2 n - 1, d)` for another size."""
-    if table.shape[0] == own.shape[0]:
+    if table.shape[0] == own.shape[0] or table.dim() != 2:
         return table
     return F.interpolate(table.T[None], own.shape[0], mode="linear")[0].T
 
@@ -64,10 +60,13 @@ def _fit_table(table: Tensor, own: Tensor) -> Tensor:
 def _backbone_tensors(source: str) -> dict[str, Tensor]:
     """The tensors of the ViT in a source, under timm's names."""
     if source.startswith("timm:"):
-        return _timm_tensors(source.removeprefix("timm:"))
-    if not Path(source).is_file():
-        raise UserError(f"no backbone weights {source}; give a safetensors, .pth or .pkl file, or timm:MODEL_NAME")
-    named: Mapping[str, Tensor] = read_tensors(source)[0]
+        named = _timm_tensors(source.removeprefix("timm:"))
+    else:
+        try:
+            path = find_weights(source)
+        except UserError as error:
+            raise UserError(f"no backbone weights {source}: {error}; or give timm:MODEL_NAME") from None
+        named = read_tensors(path).tensors
     if is_official(named):
         named = from_official(named)
     prefix = next((key.removesuffix(_PATCHES) for key in named if key.endswith(_PATCHES)), None)
@@ -83,5 +82,5 @@ def _timm_tensors(name: str) -> dict[str, Tensor]:
     try:
         return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
     except Exception as error:  # of the many layers between here and the network
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"timm cannot give the weights {name} ({reason}); name a file of them instead") from error

@@ -3,75 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
-from eventful_det.data.relay import Relay
-from eventful_det.data.video import VideoFrame, VideoSource, open_source
+from eventful_det.data.background import BackgroundReader
+from eventful_det.data.video import VideoFrame, open_source
 
-
-class Feed(Protocol):
-    """Where a stream's frames come from."""
-
-    @property
-    def dropped(self) -> int:
-        """Frames that were overtaken by newer ones so far."""
-
-    @property
-    def lost(self) -> bool:
-        """Whether the source is lost, and being called again."""
-
-    def poll(self) -> VideoFrame | None:
-        """The next frame, or None if there is none yet. Raises StopIteration at the end, and errors of the source."""
-
-    def close(self) -> None:
-        """Release the source."""
+_PATIENCE = 0.5  # seconds; a local source that takes longer for a frame is not waited for until it has one
 
 
-class FileFeed:
-    """Every frame, in order; always ready. May be closed by another thread than the one that polls."""
-
-    dropped, lost = 0, False
-
-    def __init__(self, source: VideoSource) -> None:
-        self._source, self._frames = source, iter(source)
-        self._lock = threading.Lock()  # a decoder must not be closed while it decodes, nor used afterwards
-        self._closed = False
-
-    def poll(self) -> VideoFrame | None:
-        """The next frame."""
-        with self._lock:
-            if self._closed:
-                raise StopIteration
-            return next(self._frames)
-
-    def close(self) -> None:
-        """Release the source."""
-        with self._lock:
-            self._closed = True
-            self._source.close()
-
-
-class ThreadFeed:
-    """Frames that are read in a thread of their own, so that nobody waits for a camera or the network.
+class Feed:
+    """Frames that are read in a thread of their own, so that nobody waits for a camera, the network or a slow iterable.
 
     Args:
-        source: of the frames.
-        live: the newest frame alone counts, those that were overtaken are dropped and counted; otherwise all do.
+        given: a source as for `open_source`.
+        live: the newest frame alone counts, those that were overtaken are dropped and counted; otherwise all do. None =
+            as the source says: cameras and streams from the network are live.
         arrived: called, in the thread, whenever there is something to poll.
+
+    Raises:
+        UserError: the source cannot be opened, or is being read already.
     """
 
-    def __init__(self, source: VideoSource, live: bool, arrived: Callable[[], None]) -> None:
-        self._source = source
+    def __init__(self, given: Any, live: bool | None, arrived: Callable[[], None]) -> None:
+        self.given = given
+        self._source = source = open_source(given)
+        live = source.live if live is None else live
         frames = map(_captured, source) if live else iter(source)
-        self._relay = Relay(frames, overtake=live, finish=source.close, arrived=arrived)
+        self._reader = BackgroundReader(frames, newest=live, finish=source.close, arrived=arrived)
+        self._patience = self._patient = 0.0 if live or source.remote else _PATIENCE
+
+    @property
+    def name(self) -> str:
+        """Of the source, for people."""
+        return self._source.name
 
     @property
     def dropped(self) -> int:
         """Frames that were overtaken by newer ones so far, here or in the source."""
-        return self._relay.dropped + self._source.dropped
+        return self._reader.dropped + self._source.dropped
 
     @property
     def lost(self) -> bool:
@@ -79,14 +50,22 @@ class ThreadFeed:
         return self._source.lost
 
     def poll(self) -> VideoFrame | None:
-        """The next frame, if it is there; errors come after the last one."""
-        return self._relay.poll()
+        """The next frame, or None if there is none yet.
+
+        Files are waited for, so that each of their frames has its round; one that hangs is waited for once.
+
+        Raises:
+            StopIteration: the source has ended. Errors of the source come after its last frame.
+        """
+        frame = self._reader.poll(self._patience)
+        self._patience = 0.0 if frame is None else self._patient
+        return frame
 
     def close(self) -> None:
         """Release the source; a thread that waits for its next frame ends when that comes."""
         if self._source.live:  # it can be closed while it is read, which ends the wait for its next frame
             self._source.close()
-        self._relay.close()
+        self._reader.close()
 
 
 def _captured(frame: VideoFrame) -> VideoFrame:
@@ -95,17 +74,6 @@ def _captured(frame: VideoFrame) -> VideoFrame:
 
 
 def open_feed(source: Any, live: bool | None, arrived: Callable[[], None]) -> tuple[Feed, str]:
-    """Open a source; also its name for people.
-
-    Args:
-        source: as for `open_source`.
-        live: whether only its newest frame counts; None = as the source says: cameras and streams from the network.
-        arrived: called whenever a source that is read in a thread has something to poll.
-
-    Raises:
-        UserError: the source cannot be opened.
-    """
-    opened = open_source(source)
-    live = opened.live if live is None else live
-    threaded = live or opened.remote
-    return ThreadFeed(opened, live, arrived) if threaded else FileFeed(opened), opened.name
+    """See `Feed`; also the source's name for people."""
+    feed = Feed(source, live, arrived)
+    return feed, feed.name

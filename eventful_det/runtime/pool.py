@@ -141,8 +141,11 @@ class StreamPool(Iterator[list[StreamResult]]):
             The stream's name.
 
         Raises:
-            UserError: the source cannot be opened.
+            UserError: the source cannot be opened, or is a stream already.
         """
+        with self._lock:  # an iterator that two streams share would give each half of its frames
+            if isinstance(source, Iterator) and any(one.feed.given is source for one in self._members.values()):
+                raise UserError("this iterator is a stream of the pool already; give each stream one of its own")
         feed, title = open_feed(source, live, self._arrived.set)
         with self._lock:
             unique = _unique(name or title, self._members)

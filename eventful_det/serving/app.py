@@ -20,12 +20,12 @@ Errors are JSON: {"error": "what was wrong"}.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from importlib import resources
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, WebSocket
+from fastapi import FastAPI, Query, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, Field
@@ -34,12 +34,14 @@ from starlette.requests import ClientDisconnect
 
 from eventful_det.adapters import to_record
 from eventful_det.errors import UserError
-from eventful_det.serving.channel import Shot, encode_jpeg
-from eventful_det.serving.engine import Engine
+from eventful_det.secrets import mask_secrets
 from eventful_det.serving.guard import Guard, content_policy
-from eventful_det.serving.intake import Intake, Opened, TooLarge
-from eventful_det.serving.live import Bell, show
+from eventful_det.serving.limits import UPLOADS, BodyLimits
+from eventful_det.serving.live import Notifier, show
 from eventful_det.serving.reports import prometheus, state
+from eventful_det.serving.runner import PoolRunner
+from eventful_det.serving.sources import OpenedSource, SourceOpener
+from eventful_det.serving.views import LatestFrame, encode_jpeg
 from eventful_det.viz import draw_detections
 
 
@@ -55,42 +57,57 @@ class BudgetRequest(BaseModel):
     budget: str = Field(max_length=40)
 
 
-def create_app(engine: Engine, intake: Intake, *, token: str | None = None, hosts: Collection[str] = ()) -> FastAPI:
-    """The application. It starts the engine when it starts, and closes engine and intake when it ends.
+def create_app(
+    runner: PoolRunner,
+    opener: SourceOpener,
+    *,
+    token: str | None = None,
+    hosts: Collection[str] = (),
+    root_path: str = "",
+) -> FastAPI:
+    """The application. It starts the runner when it starts, and closes runner and opener when it ends.
 
     Args:
-        engine: not started yet.
-        intake: opens what people ask for.
+        runner: not started yet.
+        opener: opens what people ask for.
         token: that everybody needs; None = none.
         hosts: names, besides localhost and bare addresses, under which the server may be reached.
+        root_path: under which a proxy that passes the whole path on has the page, such as "/cameras".
     """
-    bell = Bell()
+    notifier = Notifier()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
 
-        def on_news() -> None:
-            loop.call_soon_threadsafe(bell.ring)
+        def on_round() -> None:
+            loop.call_soon_threadsafe(notifier.notify)
 
-        engine.on_news = on_news
-        engine.start()
+        runner.on_round = on_round
+        runner.start()
         yield
-        await asyncio.to_thread(engine.close)
-        intake.close()
+        await asyncio.to_thread(runner.close)
+        opener.close()
 
-    app = FastAPI(title="eventful_det", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, token=token, hosts=hosts)
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(BodyLimits, max_upload=opener.max_bytes)
+    app.add_middleware(Guard, token=token, hosts=hosts, root_path=root_path)
     _answer_errors(app)
     _add_page(app)
-    _add_streams(app, engine, intake)
-    _add_reports(app, engine)
+    _add_streams(app, runner, opener)
+    _add_reports(app, runner)
 
     @app.websocket("/api/live")
     async def live(socket: WebSocket) -> None:
-        await show(socket, engine, bell)
+        await show(socket, runner, notifier)
 
     return app
+
+
+def _error(status: int, text: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """An error for whoever asked: no password, and nothing that JSON cannot hold."""
+    shown = mask_secrets(text).encode("utf-8", "replace").decode()
+    return JSONResponse({"error": shown}, status, headers)
 
 
 def _answer_errors(app: FastAPI) -> None:
@@ -98,7 +115,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(UserError)
     async def user_error(_: Request, error: UserError) -> JSONResponse:
-        return JSONResponse({"error": str(error)}, 413 if isinstance(error, TooLarge) else 400)
+        return _error(400, str(error))
 
     @app.exception_handler(ClientDisconnect)
     async def left(_: Request, __: ClientDisconnect) -> Response:
@@ -108,11 +125,11 @@ def _answer_errors(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
-        return JSONResponse({"error": f"{where or 'request'}: {first['msg']}"}, 422)
+        return _error(422, f"{where or 'request'}: {first['msg']}")
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse({"error": error.detail}, error.status_code)
+        return _error(error.status_code, error.detail, error.headers)
 
 
 def _add_page(app: FastAPI) -> None:
@@ -124,10 +141,10 @@ def _add_page(app: FastAPI) -> None:
         return HTMLResponse(page, headers=headers)
 
 
-def _add_streams(app: FastAPI, engine: Engine, intake: Intake) -> None:
-    def join(opened: Opened) -> dict[str, str]:
+def _add_streams(app: FastAPI, runner: PoolRunner, opener: SourceOpener) -> None:
+    def join(opened: OpenedSource) -> dict[str, str]:
         try:
-            return {"name": engine.add(opened)}
+            return {"name": runner.add(opened)}
         except BaseException:
             opened.source.close()
             opened.release()
@@ -135,52 +152,51 @@ def _add_streams(app: FastAPI, engine: Engine, intake: Intake) -> None:
 
     @app.get("/api/sources")
     def sources() -> dict[str, Any]:
-        return intake.offers()
+        return opener.offers()
 
     @app.post("/api/streams", status_code=201)
     def add_stream(request: SourceRequest) -> dict[str, str]:
-        engine.check_room()
-        return join(intake.open(request.source))
+        runner.check_room()
+        return join(opener.open(request.source))
 
-    @app.post("/api/uploads", status_code=201)
+    @app.post(UPLOADS, status_code=201)
     async def upload(request: Request, name: str = "") -> dict[str, str]:
-        engine.check_room()
-        intake.check_size(request.headers.get("content-length"))
-        opened = await intake.receive(name, request.stream())
+        runner.check_room()
+        opened = await opener.receive(name, request.stream())
         return await asyncio.to_thread(join, opened)
 
     @app.delete("/api/streams/{name}", status_code=204)
     def remove_stream(name: str) -> None:
-        if not engine.remove(name):
+        if not runner.remove(name):
             raise HTTPException(404, f"no stream {name!r}")
 
     @app.put("/api/budget")
     def set_budget(request: BudgetRequest) -> dict[str, Any]:
-        engine.set_budget(request.budget)
-        return state(engine)
+        runner.set_budget(request.budget)
+        return state(runner)
 
 
-def _add_reports(app: FastAPI, engine: Engine) -> None:
-    def newest(name: str) -> Shot:
-        found = engine.newest(name)
+def _add_reports(app: FastAPI, runner: PoolRunner) -> None:
+    def newest(name: str) -> LatestFrame:
+        found = runner.newest(name)
         if found is None:
             raise HTTPException(404, f"no stream {name!r}, or it has no frame yet")
         return found[0]
 
     @app.get("/api/state")
     def report() -> dict[str, Any]:
-        return state(engine)
+        return state(runner)
 
     @app.get("/api/streams/{name}/detections")
     def detections(name: str) -> dict[str, Any]:
         return to_record(newest(name).result)
 
     @app.get("/api/streams/{name}/frame.jpg")
-    def frame(name: str, show: float = 0.5) -> Response:
+    def frame(name: str, show: Annotated[float, Query(ge=0, le=1)] = 0.5) -> Response:
         result = newest(name).result
         picture = draw_detections(result.image, result.detections, result.names, show)
         return Response(encode_jpeg(picture), media_type="image/jpeg")
 
     @app.get("/metrics")
     def metrics() -> PlainTextResponse:
-        return PlainTextResponse(prometheus(engine), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(prometheus(runner), media_type="text/plain; version=0.0.4")

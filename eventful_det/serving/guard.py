@@ -37,10 +37,13 @@ class Guard:
         app: what is guarded.
         token: None = none is asked for.
         hosts: names, besides localhost and bare addresses, under which the server may be reached.
+        root_path: of the page, where a proxy passes the whole path on.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None = None, hosts: Collection[str] = ()) -> None:
-        self.app, self.token = app, token
+    def __init__(
+        self, app: ASGIApp, token: str | None = None, hosts: Collection[str] = (), root_path: str = ""
+    ) -> None:
+        self.app, self.token, self.root_path = app, token, f"/{root_path.strip('/')}".rstrip("/")
         self.hosts = {"localhost", *(host.lower() for host in hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,6 +51,8 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
+        if scope["path"].startswith(f"{self.root_path}/"):
+            scope = {**scope, "path": scope["path"].removeprefix(self.root_path)}
         answer = self._answer(HTTPConnection(scope))
         if answer is None:
             await self.app(scope, receive, _with_headers(send))
@@ -71,8 +76,10 @@ class Guard:
             return None
         given = parse_qs(request.scope.get("query_string", b"").decode("latin-1")).get("token", [""])[0]
         if visit and self._is_token(given):
-            answer = RedirectResponse("/", 303)
-            answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
+            answer = RedirectResponse(
+                "./", 303
+            )  # relative, as is the cookie's path: a proxy may have the page elsewhere
+            answer.set_cookie(COOKIE, self.token, path=None, httponly=True, samesite="strict")
             return answer
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
         if self._is_token(request.cookies.get(COOKIE, "")) or (scheme.lower() == "bearer" and self._is_token(bearer)):

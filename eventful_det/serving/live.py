@@ -13,42 +13,46 @@ import json
 
 from fastapi import WebSocket, WebSocketDisconnect
 
-from eventful_det.serving.engine import Engine
 from eventful_det.serving.reports import message, state
+from eventful_det.serving.runner import PoolRunner
 
 _HEARTBEAT = 1.0  # seconds after which the state is sent even without a frame
 
 
-class Bell:
-    """Wakes everybody who waits; to be rung and awaited in one event loop."""
+class Notifier:
+    """Wakes everybody who waits; to be used in one event loop."""
 
     def __init__(self) -> None:
-        self.rung = asyncio.Event()
+        self.notified = asyncio.Event()
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         """Wake those who hold the present event."""
-        self.rung.set()
-        self.rung = asyncio.Event()
+        self.notified.set()
+        self.notified = asyncio.Event()
 
 
-async def show(socket: WebSocket, engine: Engine, bell: Bell) -> None:
+async def show(socket: WebSocket, runner: PoolRunner, notifier: Notifier) -> None:
     """Serve one page until it leaves."""
     await socket.accept()
     seen: dict[str, int] = {}
     with contextlib.suppress(WebSocketDisconnect):
         while True:
-            rung = bell.rung  # before looking, so that no news is missed
-            about = state(engine)
-            news = [
-                (one["name"], *found)
+            notified = notifier.notified  # before looking, so that no frame is missed
+            about = state(runner)
+            newer = [
+                (one["name"], *latest)
                 for one in about["streams"]
-                if (found := engine.newest(one["name"], seen.get(one["name"], 0))) is not None
+                if (latest := runner.newest(one["name"], seen.get(one["name"], 0))) is not None
             ]
-            await socket.send_text(json.dumps({**about, "frames": len(news)}))
-            for name, shot, marks in news:
-                await socket.send_bytes(await asyncio.to_thread(message, name, shot, marks))
+            await socket.send_text(json.dumps({**about, "frames": len(newer)}))
+            for name, frame, samples in newer:
+                await socket.send_bytes(await asyncio.to_thread(message, name, frame, samples))
             seen = {one["name"]: seen.get(one["name"], 0) for one in about["streams"]}  # forget those that left
-            seen.update((name, shot.number) for name, shot, _ in news)
-            await socket.receive_text()
+            seen.update((name, frame.number) for name, frame, _ in newer)
+            answer = await socket.receive()
+            if answer.get("text") is None:  # the page left, or it is no page of ours
+                if answer["type"] == "websocket.receive":
+                    await socket.close(1003, "text only")
+                return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(rung.wait(), _HEARTBEAT)
+                await asyncio.wait_for(notified.wait(), _HEARTBEAT)

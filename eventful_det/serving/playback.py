@@ -34,6 +34,7 @@ class Playback(VideoSource):
         while not self._closed.is_set():
             last = 0.0  # of the source's own clock
             with self._reopen() as source:
+                source.skipped = self.skipped  # what is told once is not told again on every turn
                 for index, frame in enumerate(source):
                     own = index / _FPS if frame.timestamp is None else frame.timestamp
                     timestamp += own - last if 0 <= own - last <= _GAP else period
@@ -43,7 +44,7 @@ class Playback(VideoSource):
                         return
                     began += max(0.0, late)  # decoding is slower than the clock: do not hurry afterwards
                     yield VideoFrame(frame.image, timestamp)
-                self.skipped += source.skipped
+                self.skipped = source.skipped
             timestamp += period
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What the engine does, in the forms that pages, programs and Prometheus read."""
+"""What the streams do, in the forms that pages, programs and Prometheus read."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ from eventful_det.adapters import to_record
 from eventful_det.models.cost import PARTS
 from eventful_det.runtime.budget import Budget, Gmacs, Latency
 from eventful_det.runtime.metrics import StreamMetrics
-from eventful_det.serving.channel import Mark, Shot
-from eventful_det.serving.engine import AUTO, Engine
+from eventful_det.secrets import mask_secrets
+from eventful_det.serving.runner import AUTO, PoolRunner
+from eventful_det.serving.views import CostSample, LatestFrame
 
 
-def state(engine: Engine) -> dict[str, Any]:
+def state(runner: PoolRunner) -> dict[str, Any]:
     """The budget, the streams and what they did so far, as JSON values."""
-    metrics = engine.pool.metrics()
-    with engine.lock:
-        channels = [(name, channel.title, channel.error, channel.newest) for name, channel in engine.channels.items()]
+    metrics = runner.pool.metrics()
+    with runner.lock:
+        views = [(name, view.title, view.error, view.newest) for name, view in runner.views.items()]
     streams = []
-    for name, title, error, newest in channels:
+    for name, title, error, newest in views:
         counts = metrics.streams.get(name, StreamMetrics(active=False))
         error = error or counts.error
         status = "failed" if error else _status(counts, newest is not None)
         age = newest.result.frame_age if newest else None
         numbers = {**dataclasses.asdict(counts), "frame_age": age}
-        streams.append({**numbers, "name": name, "title": title, "status": status, "error": error})
-    return {"budget": budget_text(engine.pool.budget), "max_streams": engine.max_streams, "streams": streams}
+        streams.append(
+            {**numbers, "name": name, "title": title, "status": status, "error": error and mask_secrets(error)}
+        )
+    return {"budget": budget_text(runner.pool.budget), "max_streams": runner.max_streams, "streams": streams}
 
 
 def _status(counts: StreamMetrics, seen: bool) -> str:
@@ -43,7 +46,7 @@ def _status(counts: StreamMetrics, seen: bool) -> str:
 
 
 def budget_text(budget: Budget | None) -> str:
-    """A budget as `Engine.set_budget` reads it."""
+    """A budget as `PoolRunner.set_budget` reads it."""
     if isinstance(budget, float):
         return f"{100 * budget:g}%"
     if isinstance(budget, int):
@@ -51,36 +54,36 @@ def budget_text(budget: Budget | None) -> str:
     return str(budget) if isinstance(budget, (Gmacs, Latency)) else AUTO
 
 
-def message(name: str, shot: Shot, marks: Sequence[Mark]) -> bytes:
+def message(name: str, frame: LatestFrame, samples: Sequence[CostSample]) -> bytes:
     """A frame for the page: length of a JSON object (4 bytes, big endian), the object, a JPEG."""
-    result = shot.result
+    result = frame.result
     rows, cols = result.work.shape
     share = (result.work.cpu().numpy() * 255).round().astype(np.uint8)
     about = {
         "stream": name,
-        "number": shot.number,
+        "number": frame.number,
         "dropped": result.dropped,
         "frame_age": result.frame_age,
         **to_record(result),
         "work": {"rows": rows, "cols": cols, "share": base64.b64encode(share.tobytes()).decode()},
         "token_size": result.token_size,
-        "marks": [_mark(mark) for mark in marks],
+        "marks": [_sample(sample) for sample in samples],
     }
     header = json.dumps(about, separators=(",", ":")).encode()
-    return struct.pack(">I", len(header)) + header + shot.jpeg
+    return struct.pack(">I", len(header)) + header + frame.jpeg
 
 
-def _mark(mark: Mark) -> list[Any]:
+def _sample(sample: CostSample) -> list[Any]:
     """Number, seconds on a clock of its own, GMACs by part, dense GMACs, milliseconds, flush."""
-    cost = mark.cost
+    cost = sample.cost
     gmacs = [round(cost.macs[part] / 1e9, 4) for part in PARTS]
     dense, latency = round(cost.dense_total / 1e9, 4), round(cost.latency * 1e3, 2)
-    return [mark.number, round(mark.at, 3), gmacs, dense, latency, int(cost.flush)]
+    return [sample.number, round(sample.at, 3), gmacs, dense, latency, int(cost.flush)]
 
 
-def prometheus(engine: Engine) -> str:
+def prometheus(runner: PoolRunner) -> str:
     """Metrics of every stream in Prometheus' text format (version 0.0.4)."""
-    streams = state(engine)["streams"]
+    streams = state(runner)["streams"]
     lines = ["# HELP eventful_streams Streams on the server.", "# TYPE eventful_streams gauge"]
     lines.append(f"eventful_streams {len(streams)}")
     for name, kind, about, value in _METRICS:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from eventful_det.data.training_set import Samples, Target, training_loader
 from eventful_det.errors import UserError
+from eventful_det.files import written_whole
 from eventful_det.models.checkpoints import save_detector
 from eventful_det.models.detector import Detector
 from eventful_det.training.log import Log
@@ -177,19 +178,17 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        path = self.directory / "checkpoint.pt"
-        part = path.with_name("checkpoint.pt.part")
-        with part.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with written_whole(self.directory / "checkpoint.pt") as part:
+            torch.save(state, part)
 
     def _resume(self) -> None:
         path = self.directory / "checkpoint.pt"
         if not path.is_file():
             return
         try:
+            with zipfile.ZipFile(path) as archive:  # PyTorch writes a checksum for each tensor, but does not look at it
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"{damaged} in it is damaged")
             state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
             before = json.loads(state["options"])
             self.detector.load_state_dict(state["model"])
@@ -199,7 +198,8 @@ class Trainer:
                 self.average.load_state_dict(state["average"])
             self.step, self.best_score = int(state["step"]), float(state["best_score"])
         except Exception as error:
-            raise UserError(f"cannot resume from {path} ({error}); delete it or choose another output") from error
+            reason = (str(error) or repr(error)).split("\n")[0]
+            raise UserError(f"cannot resume from {path} ({reason}); delete it or choose another output") from error
         now = json.loads(json.dumps(asdict(self.options)))
         changed = [k for k in now if before.get(k) != now[k] and k not in FREE]
         if changed:

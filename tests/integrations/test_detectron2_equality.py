@@ -24,8 +24,8 @@ from eventful_det.gating.rows import Rows
 from eventful_det.models.checkpoints import load_detector, read_weights, save_detectron2
 from eventful_det.models.config import ModelConfig, vitdet_b_vid, vitdet_tiny
 from eventful_det.models.detector import Detector
+from eventful_det.models.infer_config import infer_config
 from eventful_det.models.key_maps import NOT_BOXES, from_detectron2
-from eventful_det.models.recognise import config_of
 from eventful_det.models.regions import Detections
 from eventful_det.models.weight_files import load_exactly, matching
 
@@ -202,7 +202,7 @@ def test_zoo_files_have_the_names_and_shapes_of_the_zoos_configs(changes: dict[s
     model = zoo_model(vitdet_b_vid(names), masks=zoo.masks, cascade=zoo.cascade)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     assert shapes == zoo.shapes()
-    recognised = config_of(from_detectron2(model.state_dict()))
+    recognised = infer_config(from_detectron2(model.state_dict()))
     own = {key: tuple(value.shape) for key, value in Detector(recognised).state_dict().items()}
     assert own.pop("backbone.net.pos_embed") == (1, 14, 14, 768)
     assert own == {key: s for key, s in shapes.items() if "mask_head" not in key and not key.endswith("pos_embed")}

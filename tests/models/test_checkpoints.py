@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pickle
 import re
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save as save_bytes
 from safetensors.torch import save_file
 from zoo_files import (
     SMALL,
@@ -24,12 +28,12 @@ from zoo_files import (
 from eventful_det.data.classes import COCO_NAMES, IMAGENET_VID
 from eventful_det.errors import UserError
 from eventful_det.models.cascade import CascadeHeads
-from eventful_det.models.checkpoints import load_detector, read_notes, read_weights, save_detector, save_detectron2
+from eventful_det.models.checkpoints import FORMAT, load_detector, read_weights, save_detector, save_detectron2
 from eventful_det.models.config import ModelConfig, vitdet_b_vid
 from eventful_det.models.detector import Detector
+from eventful_det.models.infer_config import infer_config
 from eventful_det.models.key_maps import POSITIONS, from_detectron2, from_official
-from eventful_det.models.recognise import config_of
-from eventful_det.models.weight_files import load_exactly
+from eventful_det.models.weight_files import load_exactly, read_tensors
 
 PEER = os.environ.get("EVENTFUL_PEER")  # a checkout of WISION-Lab/eventful-transformer
 
@@ -45,7 +49,7 @@ def test_round_trip_is_exact_in_float32(tiny_detector: Detector, tmp_path: Path)
     loaded = load_detector(path)
     assert loaded.config == tiny_detector.config
     assert not loaded.training
-    assert read_notes(path)["training"] == "none"
+    assert read_weights(path).notes["training"] == "none"
     assert weights_equal(loaded, tiny_detector)
 
 
@@ -105,7 +109,7 @@ def test_files_of_others(zoo: Zoo, kind: str, tmp_path: Path) -> None:
 def test_the_zoos_models_are_recognised_by_their_shapes() -> None:
     def config(zoo: Zoo) -> ModelConfig:
         tensors = {key: torch.empty(shape, device="meta") for key, shape in zoo.shapes().items()}
-        return config_of(from_detectron2(tensors))
+        return infer_config(from_detectron2(tensors))
 
     vid = vitdet_b_vid(tuple(category.name for category in IMAGENET_VID), square_pad=1024)
     assert config(Zoo(classes=30, masks=False)) == vid
@@ -137,12 +141,27 @@ def test_official_names_are_those_of_the_official_code(zoo: Zoo) -> None:
         assert official_name(key) == theirs
 
 
-def test_classes_may_change_when_allowed(tmp_path: Path) -> None:
-    path = write_zoo_pickle(tmp_path / "coco.pkl", random_tensors(SMALL.shapes()))
-    with pytest.raises(UserError, match=r"4 of another shape \(roi_heads.box_predictor"):
-        load_detector(path, classes=("a", "b"))
-    detector = load_detector(path, classes=("a", "b"), allow=["roi_heads.box_predictor.*"])
-    assert detector.names == ("a", "b") and detector.roi_heads.box_predictor.cls_score.weight.shape[0] == 3
+def test_other_classes_start_the_last_layer_anew(
+    tiny_detector: Detector, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    coco = write_zoo_pickle(tmp_path / "coco.pkl", random_tensors(SMALL.shapes()))
+    save_detector(tiny_detector, tmp_path / "ours.safetensors", torch.float32)
+    for path, names in ((coco, ("a", "b")), (tmp_path / "ours.safetensors", ("bolt", "nut", "washer", "screw"))):
+        caplog.clear()
+        detector, before = load_detector(path, classes=names), load_detector(path).state_dict()
+        (line,) = caplog.messages
+        assert re.match(
+            rf"{path.name}: the last layer starts anew, for {len(names)} classes \({names[0]}, {names[1]}", line
+        )
+        assert detector.names == names and not detector.config.dropped
+        after = detector.state_dict()
+        changed = {key for key in after if not torch.equal(after[key], before[key])}
+        assert changed and all(key.startswith("roi_heads.box_predictor.") for key in changed)
+    assert load_detector(path, classes=("star", "square", "circle")).names == ("star", "square", "circle")
+    assert len(caplog.messages) == 2, "as many classes, but in another order"
+    load_detector(path, classes=tiny_detector.names)
+    load_detector(coco, classes=[f"mine {i}" for i in range(80)])  # as many, and the file does not know their names
+    assert len(caplog.messages) == 2
 
 
 def test_every_key_is_accounted_for() -> None:
@@ -199,10 +218,10 @@ def test_bad_files_are_one_clear_line(tiny_detector: Detector, tmp_path: Path, m
     for name, message in (
         ("no_such_weights", "neither a file nor one of the shipped names"),
         ("cut.safetensors", "not a readable safetensors"),
-        ("foreign.safetensors", "holds no eventful_det detector"),
-        ("cut.pth", "cut.pth is not a whole PyTorch file of weights"),
-        ("cut.pkl", "cut.pkl is not a whole pickle of arrays"),
-        ("picture.pth", "picture.pth is not a whole PyTorch file of weights"),
+        ("foreign.safetensors", "foreign.safetensors: no ViTDet of a known format, but x"),
+        ("cut.pth", "cut.pth is not a whole file of weights"),
+        ("cut.pkl", "cut.pkl is not a whole file of weights"),
+        ("picture.pth", "picture.pth is not a whole file of weights"),
         ("resnet.pth", "no ViTDet of a known format, but conv1.weight, fc.bias"),
         ("half.pth", "half.pth: this is no ViTDet of detectron2: it has no backbone.net.patch_embed.proj.weight"),
         ("numbers.pth", "numbers.pth holds no named tensors: b among them is none"),
@@ -214,6 +233,147 @@ def test_bad_files_are_one_clear_line(tiny_detector: Detector, tmp_path: Path, m
             load_detector(name)
         assert "\n" not in str(error.value)
     assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize("kind", ["archive", "legacy"])
+def test_files_of_pytorch_are_read_as_pytorch_reads_them(kind: str, tmp_path: Path) -> None:
+    base = torch.randn(6, 8)
+    state = {
+        "whole": base,
+        "column": base[:, 3],
+        "turned": base[1:4].T,
+        "half": base.half(),
+        "brain": base.bfloat16(),
+        "parameter": torch.nn.Parameter(base + 1),
+        "count": torch.tensor(7),
+        "flags": base > 0,
+        "empty": torch.zeros(0, 4),
+        "wide": torch.ones(1).expand(5, 2),
+    }
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(3)).sum().backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2])
+    rest = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "epoch": 3, "type": torch.float16}
+    rest |= {
+        "layer": layer.state_dict(),
+        "device": torch.device("cpu"),
+        "names": ("a", ["b"], {"c"}),
+        "shape": base.shape,
+    }
+    torch.save({"model": state, **rest}, tmp_path / "file", _use_new_zipfile_serialization=kind == "archive")
+    expected = torch.load(tmp_path / "file", weights_only=True)["model"]
+    contents = read_tensors(tmp_path / "file")
+    assert list(contents.tensors) == list(expected)
+    assert all(torch.equal(value, expected[key].float()) for key, value in contents.tensors.items())
+    assert contents.others["epoch"] == 3 and contents.others["shape"] == (6, 8)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth", "weights.pkl"])
+def test_the_content_says_what_a_file_is_not_its_name(name: str, tiny_detector: Detector, tmp_path: Path) -> None:
+    (save_detector if name.endswith("safetensors") else save_detectron2)(tiny_detector, tmp_path / name, torch.float32)
+    (tmp_path / name).rename(tmp_path / "pytorch_model.bin")
+    assert weights_equal(load_detector(tmp_path / "pytorch_model.bin"), tiny_detector)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
+def test_a_flipped_bit_is_noticed(name: str, tiny_detector: Detector, tmp_path: Path) -> None:
+    """In the numbers, and wherever else a detector could be another one after it."""
+    path = tmp_path / name
+    (save_detector if name.endswith("safetensors") else save_detectron2)(tiny_detector, path, torch.float32)
+    before, whole = load_detector(path), path.read_bytes()
+    steps = torch.randint(len(whole), (25,), generator=torch.Generator().manual_seed(0)).tolist()
+    noticed = 0
+    for place in [*steps, *range(8, 1500, 97), *range(len(whole) - 400, len(whole), 23)]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            after = load_detector(path)
+        except UserError as error:
+            noticed += 1
+            assert name in str(error) and "\n" not in str(error)
+        else:
+            assert weights_equal(after, before) and after.config == before.config
+    assert noticed > 25
+
+
+def test_numbers_that_are_none_are_refused(tiny_detector: Detector, tmp_path: Path) -> None:
+    for i, value in enumerate((float("nan"), float("inf"), -float("inf"))):
+        with torch.no_grad():
+            tiny_detector.backbone.net.pos_embed[0, i, 0, 0] = value
+        save_detector(tiny_detector, tmp_path / "a.safetensors")
+        save_detectron2(tiny_detector, tmp_path / "a.pth")
+        save_detectron2(tiny_detector, tmp_path / "a.pkl")
+        for name in ("a.safetensors", "a.pth", "a.pkl"):
+            with pytest.raises(UserError, match=rf"{name} holds NaN or infinite numbers in backbone.net.pos_embed"):
+                load_detector(tmp_path / name)
+
+
+def header(tensors: object, metadata: dict[str, str]) -> bytes:
+    """A safetensors file without a number."""
+    text = json.dumps({"__metadata__": metadata, **tensors}).encode()  # type: ignore[dict-item]
+    return len(text).to_bytes(8, "little") + text
+
+
+def test_headers_that_claim_more_than_there_is(tiny_detector: Detector, tmp_path: Path) -> None:
+    path = tmp_path / "bomb.safetensors"
+    config = dataclasses.asdict(tiny_detector.config)
+    whole = {key: value.contiguous() for key, value in tiny_detector.state_dict().items()}
+    nothing = {"a": {"dtype": "F32", "shape": [0, 2**40], "data_offsets": [0, 0]}}
+    for change in (
+        {"depth": 10**9},
+        {"depth": 100, "dim": 65536, "heads": 1, "channels": 65536},
+        {"box_fc": [65536] * 16},
+        {"box_fc": [1] * 10**6},
+        {"relative_size": 4096, "position_grid": 4096},
+        {"depth": "4"},
+        {"dim": 1e400},
+        {"dim": None},
+        {"heads": 0},
+        {"classes": "abc"},
+        {"classes": ["a", "a", "b"]},
+        {"classes": [1, 2, 3]},
+        {"score_threshold": float("nan")},
+        {"global_blocks": [7]},
+        {"proposals": 10**12},
+        {"no_such": 1},
+    ):
+        text = json.dumps({**config, **change})
+        notes = {"format": FORMAT, "config": text}
+        for data in (header(nothing, notes), save_bytes(whole, notes)):
+            path.write_bytes(data)
+            began = time.process_time()
+            with pytest.raises(UserError, match=r"bomb\.safetensors") as error:
+                load_detector(path)
+            assert time.process_time() - began < 5 and "\n" not in str(error.value) and len(str(error.value)) < 800
+    for data in (
+        (2**62).to_bytes(8, "little") + b"{}",
+        (10**9).to_bytes(8, "little") + b"{" * 1000,
+        b"\x02" + bytes(7) + b"{}",
+        header({}, {"format": FORMAT, "config": "[" * 10**6}),
+        header(nothing, {"format": FORMAT}),
+        header(nothing, {"format": FORMAT, "config": "[]"}),
+        header(nothing, {"format": FORMAT, "config": "{"}),
+        header({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}, {"format": FORMAT}),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"bomb\.safetensors") as error:
+            load_detector(path)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 800
+
+
+def test_archives_that_claim_more_than_they_hold(tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.zeros(300_000)}}, tmp_path / "whole.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pth") as whole,
+        zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    torch.save({"model": {"a": torch.zeros(1).expand(10**6, 10**6)}}, tmp_path / "wide.pth")
+    for name in ("packed.pth", "wide.pth"):
+        with pytest.raises(UserError, match="claims? more than it holds"):
+            read_tensors(tmp_path / name)
 
 
 def test_what_detectron2_cannot_read_is_not_written(tiny_detector: Detector, tmp_path: Path) -> None:

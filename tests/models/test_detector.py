@@ -164,7 +164,7 @@ def test_misuse_is_explained(tiny_detector: Detector) -> None:
         tiny_detector.train()(frames(1))
     with pytest.raises(UserError, match=r"call \.eval"):
         tiny_detector.train().step(frames(1), tiny_detector.init_state())
-    with pytest.raises(UserError, match="unknown option depht"):
+    with pytest.raises(UserError, match="unknown option 'depht'"):
         ModelConfig.from_dict({"depht": 3})
 
 

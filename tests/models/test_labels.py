@@ -43,7 +43,7 @@ def test_a_label_map_is_read_from_a_file(weights: Path, tmp_path: Path) -> None:
         ("[1]", "not a label map"),
         ("{", "not valid JSON"),
         ('{"yeti": "thing"}', "no class yeti"),
-        ('{"FIRST": "SECOND"}', "two classes would be called"),
+        ('{"FIRST": "SECOND"}', "two classes are called"),
         ('{"FIRST": 3}', "not a label map"),
     ],
 )

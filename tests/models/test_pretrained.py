@@ -15,6 +15,7 @@ from torch import Tensor
 from zoo_files import SMALL, Zoo, random_tensors, write_training_checkpoint, write_zoo_pickle
 
 from eventful_det.errors import UserError
+from eventful_det.models.checkpoints import SYNTHETIC, load_detector
 from eventful_det.models.config import vitdet_tiny
 from eventful_det.models.pretrained import init_backbone
 from eventful_det.models.vitdet import WindowedViT
@@ -135,6 +136,13 @@ def test_backbones_of_detectors(write: object, tmp_path: Path) -> None:
     assert torch.equal(own["blocks.1.attn.rel_pos_h"], tensors["backbone.net.blocks.1.attn.rel_pos_h"])
 
 
+def test_the_backbone_of_a_shipped_detector() -> None:
+    vit = WindowedViT(vitdet_tiny(("a",)))
+    init_backbone(vit, SYNTHETIC)
+    own, theirs = vit.state_dict(), load_detector(SYNTHETIC).backbone.net.state_dict()
+    assert all(torch.equal(own[key], theirs[key]) for key in own)
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (Path.touch, (Path("pwned"),))  # type: ignore[return-value]
@@ -148,14 +156,18 @@ def test_what_does_not_fit_is_one_clear_line(tmp_path: Path, monkeypatch: pytest
     torch.save({"model": {key: value for key, value in mae().items() if "blocks.2" not in key}}, "short.pth")
     torch.save({"model": random_tensors(Zoo(dim=96, depth=4, heads=3).backbone("", False))}, "wide.pth")
     torch.save({"model": mae() | {"pos_embed": torch.zeros(1, 150, 48)}}, "odd.pth")
+    torch.save({"model": mae() | {"blocks.0.attn.rel_pos_h": torch.zeros(5)}}, "flat.pth")
+    torch.save({"model": mae() | {"pos_embed": torch.zeros(1, 0, 0, 48)}}, "nothing.pth")
     torch.save({"conv1.weight": torch.zeros(3)}, "resnet.pth")
     for name, message in (
-        ("bare.pth", "bare.pth is not a whole PyTorch file of weights"),
+        ("bare.pth", "bare.pth is refused: it asks for"),
         ("evil.pth", "evil.pth is refused: it asks for"),
         ("scaled.pth", r"1 unexpected \(blocks.0.ls1.gamma\)"),
         ("short.pth", r"12 missing \(blocks.2.attn.proj.bias, .*, \.\.\.\)"),
         ("wide.pth", "of another shape"),
         ("odd.pth", r"odd.pth: pos_embed is \(1, 150, 48\); expected"),
+        ("flat.pth", "of another shape"),
+        ("nothing.pth", "expected"),
         ("resnet.pth", "holds no ViT of a known kind"),
         ("nowhere.pth", "no backbone weights nowhere.pth"),
     ):

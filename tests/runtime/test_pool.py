@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from videos import encode
 
 from eventful_det.data.synthetic import SceneOptions, render_video
-from eventful_det.data.video import VideoFrame, VideoSource
+from eventful_det.data.video import VideoFrame, VideoSource, open_source
 from eventful_det.errors import UserError
 from eventful_det.gating.policy import TopK
 from eventful_det.gating.rows import Rows
@@ -257,6 +257,34 @@ def test_a_stalled_stream_holds_nobody_up(tiny_detector: Detector) -> None:
         seen = [result.stream for _ in range(4) for result in pool.step()]
         assert seen.count("file") == 4
         released.set()
+
+
+def test_an_iterable_that_blocks_holds_nobody_up(tiny_detector: Detector) -> None:
+    released = threading.Event()
+
+    def blocked() -> Iterator[Image]:
+        yield from clip(1, 2)
+        released.wait(20)
+        yield clip(1, 1)[0]
+
+    began = time.monotonic()
+    with StreamPool(tiny_detector, budget=TopK(3)) as pool:
+        pool.add(blocked(), name="blocked")
+        pool.add(clip(2, 6), name="file")
+        rounds = [[result.stream for result in pool.step()] for _ in range(6)]
+        assert rounds == [["blocked", "file"]] * 2 + [["file"]] * 4 and time.monotonic() - began < 5
+        released.set()
+        assert [result.stream for round in pool for result in round] == ["blocked"]
+
+
+def test_a_source_is_one_stream(tiny_detector: Detector) -> None:
+    with StreamPool(tiny_detector) as pool:
+        for source in (open_source(clip(1, 3)), iter(clip(1, 3))):
+            pool.add(source, name="first")
+            with pytest.raises(UserError, match="already"):
+                pool.add(source, name="second")
+        pool.add(clip(1, 1))
+        assert [len(list(frames)) for frames in by_stream(pool).values()] == [3, 3, 1]
 
 
 def test_budget_and_members_from_another_thread(tiny_detector: Detector) -> None:

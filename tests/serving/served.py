@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,22 +16,24 @@ from eventful_det.models.detector import Detector
 from eventful_det.runtime.pool import StreamPool
 
 pytest.importorskip("fastapi", reason="fastapi is not installed (pip install 'eventful_det[serve]')")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 pytest.importorskip("httpx2", reason="httpx2, which FastAPI's TestClient needs, is not installed")
 
 from fastapi.testclient import TestClient
 from starlette.testclient import WebSocketTestSession
 
 from eventful_det.serving.app import create_app
-from eventful_det.serving.engine import Engine
-from eventful_det.serving.intake import Intake
+from eventful_det.serving.limits import build_server
+from eventful_det.serving.runner import PoolRunner
+from eventful_det.serving.sources import SourceOpener
 
 
 @dataclass
 class Server:
     """A running application."""
 
-    engine: Engine
-    intake: Intake
+    runner: PoolRunner
+    opener: SourceOpener
     client: TestClient
 
     def state(self) -> dict[str, Any]:
@@ -60,10 +64,29 @@ class Server:
 
 @contextmanager
 def serving(
-    detector: Detector, *, token: str | None = None, max_streams: int = 4, track: bool = False, **options: Any
+    detector: Detector,
+    *,
+    token: str | None = None,
+    max_streams: int = 4,
+    track: bool = False,
+    root_path: str = "",
+    **options: Any,
 ) -> Iterator[Server]:
     """The application while it runs."""
-    engine, intake = Engine(StreamPool(detector), max_streams=max_streams, track=track), Intake(**options)
-    app = create_app(engine, intake, token=token, hosts=("watch.example",))
+    runner, opener = PoolRunner(StreamPool(detector), max_streams=max_streams, track=track), SourceOpener(**options)
+    app = create_app(runner, opener, token=token, hosts=("watch.example",), root_path=root_path)
     with TestClient(app, base_url="http://localhost") as client:
-        yield Server(engine, intake, client)
+        yield Server(runner, opener, client)
+
+
+@contextmanager
+def listening(runner: PoolRunner, opener: SourceOpener, **options: Any) -> Iterator[int]:
+    """The port of the application behind a real server."""
+    server = build_server(create_app(runner, opener, **options))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()

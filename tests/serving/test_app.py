@@ -16,13 +16,14 @@ import cv2
 import numpy as np
 import pytest
 from served import Server, serving
+from servers import jpeg_camera
 
 from eventful_det.data.video import VideoFrame, VideoSource
 from eventful_det.errors import UserError
 from eventful_det.models.checkpoints import load_detector
 from eventful_det.models.detector import Detector
-from eventful_det.serving.channel import HISTORY
-from eventful_det.serving.intake import Opened
+from eventful_det.serving.sources import OpenedSource
+from eventful_det.serving.views import HISTORY
 
 
 def parse(data: bytes) -> tuple[dict[str, Any], np.ndarray]:
@@ -55,20 +56,19 @@ def test_a_dense_detector_stays_dense(tiny_detector: Detector) -> None:
         for budget in ("25%", "auto", "40 GMACs"):
             answer = server.client.put("/api/budget", json={"budget": budget})
             assert answer.status_code == 400 and "gate=dense" in answer.json()["error"]
-        assert server.engine.pool.detector.rule is None
+        assert server.runner.pool.detector.rule is None
 
 
-def test_a_frame_that_cannot_be_shown_stops_nobody_else(tiny_detector: Detector) -> None:
-    with serving(tiny_detector) as server:
-        broken = server.watch("synthetic:1")
+def test_a_frame_that_cannot_be_shown_stops_nobody_else(server: Server) -> None:
+    broken = server.watch("clip.mp4")
 
-        def fail(_: object) -> Any:
-            raise ValueError("no such box")
+    def fail(_: object) -> Any:
+        raise ValueError("no such box")
 
-        with server.engine.lock:
-            server.engine.channels[broken].followers = (fail,)
-        server.wait(lambda s: any("no such box" in (one["error"] or "") for one in s["streams"]))
-        server.watch("synthetic:2")
+    with server.runner.lock:
+        server.runner.views[broken].followers = (fail,)
+    server.wait(lambda s: any("no such box" in (one["error"] or "") for one in s["streams"]))
+    server.watch("clip.mp4")
 
 
 def test_the_budget_acts_on_the_next_frames(server: Server) -> None:
@@ -79,8 +79,8 @@ def test_the_budget_acts_on_the_next_frames(server: Server) -> None:
         assert answer.status_code == 200 and answer.json()["budget"] == budget
         since = server.state()["streams"][0]["frames"] + 1
         server.wait(lambda s: s["streams"][0]["frames"] > since + 14)
-        with server.engine.lock:
-            marks = list(server.engine.channels[name].history)
+        with server.runner.lock:
+            marks = list(server.runner.views[name].history)
         return [mark.cost.recomputed for mark in marks if mark.number > since and not mark.cost.flush]
 
     assert max(recomputed("10%")) <= 6
@@ -131,6 +131,30 @@ def test_pages_get_the_newest_frame_when_they_are_ready(server: Server) -> None:
         assert marks == list(range(first["number"] + 1, second["number"] + 1)) and len(marks) <= HISTORY
 
 
+def test_binary_messages_are_declined(server: Server) -> None:
+    with server.page() as page:
+        page.receive_text()
+        page.send_bytes(b"drawn")
+        assert page.receive() == {"type": "websocket.close", "code": 1003, "reason": "text only"}
+
+
+def test_passwords_are_shown_to_nobody(server: Server) -> None:
+    with jpeg_camera(rate=20, count=200) as (url, _):
+        name = server.watch(url.replace("//", "//admin:S3%23cret@") + "?pwd=S3cret")
+        shown = [server.client.get(path).text for path in ("/api/state", f"/api/streams/{name}/detections", "/metrics")]
+        with server.page() as page:
+            shown.append(page.receive_text())
+    for source in (
+        "rtsp://admin:S3#cret@127.0.0.1:9/s",
+        "gopher://admin:S3cret@cam",
+        "http:/admin:S3cret@cam?pwd=S3cret",
+    ):
+        answer = server.client.post("/api/streams", json={"source": source})
+        assert answer.status_code == 400
+        shown.append(answer.text)
+    assert "admin:***@127.0.0.1" in shown[0] and not any("cret" in text for text in shown), shown
+
+
 def test_a_page_sees_streams_come_and_go(server: Server) -> None:
     with server.page() as page:
         assert json.loads(page.receive_text())["streams"] == []
@@ -160,8 +184,8 @@ class Breaking(VideoSource):
 
 def test_a_stream_that_fails_says_why_and_disturbs_nobody(server: Server) -> None:
     good = server.watch("clip.mp4")
-    server.engine.add(Opened(Breaking(UserError("the camera fell off")), "a"))
-    server.engine.add(Opened(Breaking(None), "b"))
+    server.runner.add(OpenedSource(Breaking(UserError("the camera fell off")), "a"))
+    server.runner.add(OpenedSource(Breaking(None), "b"))
     state = server.wait(lambda s: [one["status"] for one in s["streams"]] == ["running", "failed", "ended"])
     assert state["streams"][1]["error"] == "the camera fell off"
     frames = state["streams"][0]["frames"]
@@ -190,7 +214,7 @@ class Unplugged(VideoSource):
 
 
 def test_a_camera_that_is_lost_is_told_from_one_that_runs(server: Server) -> None:
-    server.engine.add(Opened(Unplugged(), "door"))
+    server.runner.add(OpenedSource(Unplugged(), "door"))
     server.wait(lambda s: s["streams"][0]["status"] == "lost" and s["streams"][0]["frames"] == 1)
     assert 'eventful_up{stream="door"} 0' in server.client.get("/metrics").text
     server.client.delete("/api/streams/door")
@@ -209,13 +233,13 @@ def test_an_upload_that_breaks_off_leaves_nothing(server: Server) -> None:
     scope = {"type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "path": "/api/uploads"}
     scope |= {"query_string": b"name=a.mp4", "headers": [(b"host", b"localhost")], "server": ("localhost", 80)}
     asyncio.run(server.client.app(scope, receive, send))  # type: ignore[arg-type]
-    assert not messages and not list(server.intake.directory.iterdir())
+    assert not messages and not list(server.opener.directory.iterdir())
 
 
 def test_a_detector_that_fails_is_reported(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.watch("clip.mp4")
     with monkeypatch.context() as patched:
-        patched.setattr(server.engine.pool, "step", lambda: 1 / 0)
+        patched.setattr(server.runner.pool, "step", lambda: 1 / 0)
         state = server.wait(lambda s: s["streams"][0]["status"] == "failed")
     assert "ZeroDivisionError" in state["streams"][0]["error"]
     assert server.watch("clip.mp4") == "clip.mp4-2"  # the server goes on
@@ -237,7 +261,7 @@ def test_there_is_an_upper_limit_of_streams(tiny_detector: Detector, clip: Path)
             server.client.post("/api/uploads?name=clip.mp4", content=clip.read_bytes()),
         ):
             assert answer.status_code == 400 and "1 streams already" in answer.json()["error"]
-        assert not list(server.intake.directory.iterdir())
+        assert not list(server.opener.directory.iterdir())
 
 
 def test_nothing_is_left_behind(tiny_detector: Detector, clip: Path) -> None:
@@ -245,11 +269,11 @@ def test_nothing_is_left_behind(tiny_detector: Detector, clip: Path) -> None:
         answer = server.client.post("/api/uploads?name=clip.mp4", content=clip.read_bytes())
         assert answer.status_code == 201
         server.wait(lambda s: s["streams"][0]["frames"] > 0)
-        directory = server.intake.directory
+        directory = server.opener.directory
         assert directory.is_dir()
     assert not directory.exists()
     deadline = time.monotonic() + 10
-    while any(thread.name == "detector" or thread.name == "relay" for thread in threading.enumerate()):
+    while any(thread.name == "detector" or thread.name == "background-reader" for thread in threading.enumerate()):
         assert time.monotonic() < deadline, threading.enumerate()
         time.sleep(0.02)
 

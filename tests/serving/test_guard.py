@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -75,7 +76,7 @@ def test_token(closed: Server) -> None:
     with pytest.raises(WebSocketDisconnect), closed.page():
         pass
     answer = closed.client.get(f"/?token={TOKEN}", follow_redirects=False)
-    assert (answer.status_code, answer.headers["location"]) == (303, "/")
+    assert (answer.status_code, answer.headers["location"]) == (303, "./")
     cookie = answer.headers["set-cookie"].lower()
     assert cookie.startswith(COOKIE) and "httponly" in cookie and "samesite=strict" in cookie
     assert status(closed, "/") == status(closed) == 200
@@ -94,3 +95,24 @@ def test_the_page_may_run_its_own_script_only(server: Server) -> None:
         assert answer.headers[name] == value
     for outside in ("src=", 'href="http', "@import", "url("):
         assert outside not in answer.text
+
+
+def test_the_page_under_a_path_of_its_own(tiny_detector: Detector) -> None:
+    """Behind a proxy that passes the whole path on, and behind one that cuts its part off."""
+    with serving(tiny_detector, token=TOKEN, root_path="cam/") as server:
+        assert status(server, "/cam/") == 401
+        answer = server.client.get(f"/cam/?token={TOKEN}", follow_redirects=False)
+        assert answer.headers["location"] == "./" and "path" not in answer.headers["set-cookie"].lower()
+        bearer = f"Bearer {TOKEN}"
+        for path in ("/cam/", "/", "/cam/api/state", "/api/state", "/cam/metrics"):
+            assert status(server, path, authorization=bearer) == 200, path
+        assert status(server, "/cam/cam/api/state", authorization=bearer) == 404
+        assert server.client.post("/cam/api/uploads", headers={"Authorization": bearer}).status_code == 400
+        headers = {"Authorization": bearer, "Origin": "http://localhost"}
+        with server.client.websocket_connect("ws://localhost/cam/api/live", headers=headers) as page:
+            page.receive_text()
+
+
+def test_the_page_asks_for_nothing_from_the_root(server: Server) -> None:
+    page = server.client.get("/").text
+    assert not re.search(r"""["'`]/|location\.host|location\.origin""", page.split("<script>")[1])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -18,7 +16,6 @@ from eventful_det.models.detector import Detector
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 exceptions = pytest.importorskip("selenium.common.exceptions")
-uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 pytestmark = [
@@ -80,16 +77,9 @@ class Page:
 @pytest.fixture
 def address(tiny_detector: Detector, clip: Path) -> Iterator[str]:
     """Where a server without streams is."""
-    engine = served.Engine(served.StreamPool(tiny_detector, budget=0.25))
-    app = served.create_app(engine, served.Intake(media=clip.parent, max_bytes=200_000))
-    port = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [port]})
-    thread.start()
-    yield f"http://127.0.0.1:{port.getsockname()[1]}/"
-    server.should_exit = True
-    thread.join(20)
-    assert not thread.is_alive()
+    runner = served.PoolRunner(served.StreamPool(tiny_detector, budget=0.25))
+    with served.listening(runner, served.SourceOpener(media=clip.parent, max_bytes=200_000)) as port:
+        yield f"http://127.0.0.1:{port}/"
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from running import ROOT, compose_config, run
 from safetensors.torch import load_file
 
 from eventful_det.errors import UserError
-from eventful_det.models.checkpoints import load_detector, read_notes, read_weights, save_detector
+from eventful_det.models.checkpoints import load_detector, read_weights, save_detector
 from eventful_det.models.detector import Detector
 
 
@@ -39,7 +39,7 @@ def test_to_detectron2_and_back(tiny_detector: Detector, tmp_path: Path) -> None
     assert results["format"] == "detectron2" and results["left_out"] == []
     first, last = (load_file(tmp_path / f"{name}.safetensors") for name in "ac")
     assert first.keys() == last.keys() and all(torch.equal(value, last[key]) for key, value in first.items())
-    assert read_notes(tmp_path / "c.safetensors") == read_notes(tmp_path / "a.safetensors")
+    assert read_weights(tmp_path / "c.safetensors").notes == read_weights(tmp_path / "a.safetensors").notes
 
 
 def test_what_is_left_out_is_told(tiny_detector: Detector, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -343,7 +343,7 @@ def test_camera_that_restarts(module: ModuleType, weights: str, tmp_path: Path) 
     with open_source(output / "annotated.mp4") as video:
         shown = [frame.timestamp for frame in video]
     assert shown == pytest.approx([line["timestamp"] for line in lines], abs=0.05)
-    assert not [thread for thread in threading.enumerate() if thread.name == "relay" and thread.is_alive()]
+    assert not [thread for thread in threading.enumerate() if thread.name == "background-reader" and thread.is_alive()]
 
 
 @pytest.mark.parametrize(

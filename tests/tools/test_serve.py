@@ -92,7 +92,7 @@ def test_other_people_get_neither_cameras_nor_addresses(module: ModuleType, tiny
         (["expose=true"], False),
         (["expose=true", "cameras=true", "urls=true"], True),
     ):
-        offers = module.build_intake(config(*options), tiny_detector).offers()
+        offers = module.build_opener(config(*options), tiny_detector).offers()
         assert (offers["cameras"], offers["urls"]) == (allowed, allowed)
         assert offers["synthetic"] is False and offers["max_bytes"] == 512 * 2**20
 

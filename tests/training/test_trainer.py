@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from eventful_det.data.training_set import TrainingSet, training_loader
 from eventful_det.errors import UserError
 from eventful_det.models.checkpoints import load_detector
 from eventful_det.models.detector import Detector
+from eventful_det.training.log import Log
 from eventful_det.training.optim import learning_rate, make_optimizer
 from eventful_det.training.options import TrainOptions
 from eventful_det.training.probe import Estimate, probe
@@ -158,6 +160,57 @@ def test_other_options_do_not_continue_a_run(tiny_detector: Detector, data: Coco
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot resume"):
         Trainer(tiny_detector, samples, OPTIONS, tmp_path / "run")
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_noticed(tiny_detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
+    samples, options = TrainingSet(data, AUGMENTATION), dataclasses.replace(OPTIONS, steps=2)
+    trained = Trainer(tiny_detector, samples, options, tmp_path)
+    trained.train()
+
+    def state() -> dict[str, torch.Tensor]:
+        trainer = Trainer(tiny_detector, samples, options, tmp_path)
+        return {
+            **tiny_detector.state_dict(),
+            **trainer.result.state_dict(prefix="average."),
+            "step": torch.tensor(trainer.step),
+        }
+
+    path = tmp_path / "checkpoint.pt"
+    before, whole = {key: value.clone() for key, value in state().items()}, path.read_bytes()
+    places = torch.randint(len(whole), (12,), generator=torch.Generator().manual_seed(0)).tolist()
+    noticed = 0
+    for place in [*places, *range(len(whole) - 3000, len(whole), 211)]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            after = state()
+        except UserError as error:
+            noticed += 1
+            assert str(error).startswith(f"cannot resume from {path}") and "\n" not in str(error)
+        else:
+            assert all(torch.equal(before[key], after[key]) for key in before), "it was in no byte that counts"
+    assert noticed > 10
+
+
+def test_damaged_metrics_do_not_end_a_run(
+    tiny_detector: Detector, data: CocoVideo, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = TrainingSet(data, AUGMENTATION)
+    Trainer(tiny_detector, samples, OPTIONS, tmp_path).train()
+    path = tmp_path / "metrics.jsonl"
+    good = path.read_bytes().splitlines(keepends=True)
+    bad = [b"{}\n", b"[]\n", b"}\n", b'{"step": null}\n', b"\xff\xfe\n", b"3\n", b'{"step": 1' + b"0" * 5000 + b"}\n"]
+    path.write_bytes(b"".join([*good[:2], *bad, *good[2:], b'{"step": 6, "loss": 0.1']))
+    assert Trainer(tiny_detector, samples, OPTIONS, tmp_path).step == 6
+    Trainer(tiny_detector, samples, OPTIONS, tmp_path).train()
+    assert path.read_bytes().splitlines(keepends=True) == good
+    assert caplog.messages == [f"{path}: damaged lines are left out: 3, 4, 5, 6, 7, ..."]
+
+
+def test_metrics_are_json_whatever_they_are(tmp_path: Path) -> None:
+    log = Log(tmp_path, 0)
+    log.write(1, {"loss": 0.1234567, "ap": math.nan})
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.123457, "ap": None}
 
 
 def test_samples_depend_on_their_number_alone(data: CocoVideo) -> None:

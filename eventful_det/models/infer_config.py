@@ -24,7 +24,7 @@ _COCO: dict[str, Any] = {  # what projects/ViTDet has otherwise than the model f
 }
 
 
-def config_of(tensors: Mapping[str, Tensor]) -> ModelConfig:
+def infer_config(tensors: Mapping[str, Tensor]) -> ModelConfig:
     """The config of a ViTDet of detectron2.
 
     What shapes do not tell is as in detectron2's projects/ViTDet or, with 30 classes, in the paper's model for

@@ -3,54 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import os
 import re
 import secrets
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
-from av.error import FFmpegError
-
-from eventful_det.data.video import VideoSource, open_source
+from eventful_det.data.decoder import MAX_PIXELS, Decoder, VideoFile
+from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, open_source
 from eventful_det.errors import UserError
+from eventful_det.secrets import mask_secrets
 from eventful_det.serving.playback import Playback
 
 # Containers that hold their own video. Playlists, scripts and session descriptions, which would make FFmpeg read
 # other files or addresses, are not among them.
-_CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,asf,h264,hevc,gif"
-_SUFFIXES = [
-    ".mp4",
-    ".m4v",
-    ".mov",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".ts",
-    ".mts",
-    ".mpg",
-    ".mpeg",
-    ".flv",
-    ".ogv",
-    ".wmv",
-    ".3gp",
-    ".gif",
-]  # that are listed
+_OPTIONS = {
+    "format_whitelist": "mov,matroska,avi,mpegts,mpeg,flv,ogg,asf,h264,hevc,gif",
+    "protocol_whitelist": "file",
+}
+_SUFFIXES = (*VIDEO_SUFFIXES, ".mts", ".ogv", ".gif")  # that are listed
+_GRANT = 1920 * 1088  # pixels of a frame that every file may have, whatever its header says
 _SCHEMES = ("http", "https", "rtsp", "rtsps", "rtmp", "srt")
 _SYNTHETIC = re.compile(r"synthetic(:\d{1,9})?")
-_MAX_PIXELS = 8192 * 8192  # of a frame; larger ones are attacks rather than videos
-
-
-class TooLarge(UserError):
-    """An upload is larger than allowed."""
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedSource:
     """A source that may be watched.
 
     Attributes:
@@ -69,7 +52,7 @@ class Opened:
         return re.sub(r"[^A-Za-z0-9._-]+", "-", self.title).strip("-.")[:48] or "stream"
 
 
-def play(place: str | Path, title: str, release: Callable[[], None] = lambda: None) -> Opened:
+def play(place: str | Path, title: str) -> OpenedSource:
     """A source at its own pace: cameras and live streams as they are, all others by the clock, over and over.
 
     Raises:
@@ -77,20 +60,18 @@ def play(place: str | Path, title: str, release: Callable[[], None] = lambda: No
     """
     source = open_source(place)
     if source.live:
-        return Opened(source, title, release)
+        return OpenedSource(source, title)
     with source:
         drawn = _SYNTHETIC.fullmatch(str(place)) is not None  # once; later there is a detector that needs the time
         reopen = partial(open_source, [frame.image for frame in source] if drawn else place)
-    return Opened(Playback(reopen, title), title, release)
+    return OpenedSource(Playback(reopen, title), title)
 
 
-def _play_checked(path: Path, title: str, release: Callable[[], None] = lambda: None) -> Opened:
-    check_video(path, title)
-    return play(path, title, release)
-
-
-class Intake:
+class SourceOpener:
     """Opens sources for people who are not trusted with the server's files.
+
+    All files together may have frames of `MAX_PIXELS`, as each is decoded in memory of its own; frames that outgrow
+    what their file was granted when it was opened are skipped.
 
     Args:
         media: folder whose videos may be watched; None = none.
@@ -117,6 +98,8 @@ class Intake:
         self.cameras, self.urls, self.synthetic = cameras, urls, synthetic
         self.max_bytes, self.max_uploads = max_bytes, max_uploads
         self._directory = tempfile.TemporaryDirectory(prefix="eventful_det-")  # readable by its owner only
+        self._granted: dict[object, int] = {}  # pixels of a frame, of every file that is open
+        self._granting = threading.Lock()
 
     @property
     def directory(self) -> Path:
@@ -130,17 +113,17 @@ class Intake:
     def offers(self) -> dict[str, Any]:
         """What may be opened, as JSON values."""
         names = ("cameras", "urls", "synthetic", "max_bytes")
-        return {"files": self.files(), **{name: getattr(self, name) for name in names}}
+        return {"files": list(self.files()), **{name: getattr(self, name) for name in names}}
 
-    def files(self) -> list[str]:
-        """Videos of the media folder, relative to it; hidden ones are left out."""
+    def files(self) -> dict[str, Path]:
+        """Videos of the media folder by what they are called; hidden ones are left out."""
         if self.media is None:
-            return []
-        videos = (p for p in self.media.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file() and self._inside(p))
-        paths = (p.relative_to(self.media) for p in videos)
-        return sorted(str(p) for p in paths if not any(part.startswith(".") for part in p.parts))
+            return {}
+        paths = [p.relative_to(self.media) for p in self.media.rglob("*") if p.suffix.lower() in _SUFFIXES]
+        seen = [p for p in paths if not any(part.startswith(".") for part in p.parts)]
+        return {os.fsencode(p).decode(errors="replace"): self.media / p for p in sorted(seen) if self._is_ours(p)}
 
-    def open(self, text: str) -> Opened:
+    def open(self, text: str) -> OpenedSource:
         """Open what somebody typed: a file of the media folder, a webcam number, an address, or synthetic[:SEED].
 
         Raises:
@@ -160,81 +143,74 @@ class Intake:
             if scheme.lower() not in _SCHEMES:
                 raise UserError(f"an address has to begin with one of {', '.join(s + '://' for s in _SCHEMES)}")
             return play(f"{scheme.lower()}://{rest}", public_name(text))
-        return self._open_media(text)
+        files = self.files()
+        if text in files:
+            return self._play_file(files[text], Path(text).name)
+        known = "" if self.media is None else "a file of the server's media folder, "
+        raise UserError(f"{text!r} is no source; expected {known}a camera number, an address, or synthetic:1")
 
-    def check_size(self, length: str | None) -> None:
-        """Refuse an upload that announces (`Content-Length`) more than `max_bytes`, before any of it comes.
-
-        Raises:
-            TooLarge: it does.
-        """
-        if length is not None and length.isdigit() and int(length) > self.max_bytes:
-            raise TooLarge(self._too_large("the file"))
-
-    async def receive(self, title: str, chunks: AsyncIterator[bytes]) -> Opened:
+    async def receive(self, title: str, chunks: AsyncIterator[bytes]) -> OpenedSource:
         """Store an upload under a name of our own and open it.
 
         Raises:
-            TooLarge: it has more than `max_bytes`; nothing of it is kept.
-            UserError: it is no video, and nothing of it is kept; or there are too many uploads.
+            UserError: it is no video, or cannot be stored, and nothing of it is kept; or there are too many uploads.
         """
         if len(list(self.directory.iterdir())) >= self.max_uploads:
             raise UserError(f"there are {self.max_uploads} uploads already; remove one first")
         path = self.directory / f"{secrets.token_hex(16)}.upload"
-        release = partial(path.unlink, missing_ok=True)
+        remove = partial(path.unlink, missing_ok=True)
         title = "".join(c for c in Path(title.replace("\\", "/")).name if c.isprintable())[:80] or "upload"
         try:
             with path.open("xb") as file:
                 async for chunk in chunks:
-                    if file.tell() + len(chunk) > self.max_bytes:
-                        raise TooLarge(self._too_large(title))
                     file.write(chunk)
-            return await asyncio.to_thread(_play_checked, path, title, release)  # decoding must not hold others up
-        except BaseException:
-            release()
+            return await asyncio.to_thread(self._play_file, path, title, remove)  # decoding must not hold others up
+        except BaseException as error:
+            remove()
+            if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+                raise UserError(f"{title} cannot be stored: {error.strerror}") from error
             raise
 
-    def _too_large(self, title: str) -> str:
-        return f"{title} is too large; this server takes up to {self.max_bytes / 2**20:.0f} MiB"
+    def _play_file(self, path: Path, title: str, remove: Callable[[], None] = lambda: None) -> OpenedSource:
+        """Play a file that somebody chose, once a frame of it could be decoded."""
+        ticket = object()
 
-    def _open_media(self, text: str) -> Opened:
-        known = "" if self.media is None else "a file of the server's media folder, "
-        problem = UserError(f"{text!r} is no source; expected {known}a camera number, an address, or synthetic:1")
-        if self.media is None or not text or "\0" in text:
-            raise problem
-        path = self.media / text
-        with contextlib.suppress(OSError):
-            if self._inside(path) and path.is_file():
-                return _play_checked(path, path.name)
-        raise problem
+        def release() -> None:
+            self._granted.pop(ticket, None)
+            remove()
 
-    def _inside(self, path: Path) -> bool:
-        """Whether a path leads into the media folder, symbolic links followed."""
-        return self.media is not None and path.resolve().is_relative_to(self.media)
+        with self._granting:  # one after the other, which bounds the memory that looking at them takes
+            probe = _open_file(path, title, MAX_PIXELS)
+            probe.close()
+            pixels = max(_GRANT, probe.pixels)
+            if sum(self._granted.values()) + pixels > MAX_PIXELS:
+                raise UserError(f"{title} has frames too large to be watched beside the other files; remove one first")
+            with _open_file(path, title, pixels) as source:
+                next(iter(source))
+            self._granted[ticket] = pixels
+        return OpenedSource(Playback(partial(_open_file, path, title, pixels), title), title, release)
+
+    def _is_ours(self, path: Path) -> bool:
+        """Whether a path of the media folder leads to a file in it, symbolic links followed."""
+        assert self.media is not None
+        full = self.media / path
+        return full.is_file() and full.resolve().is_relative_to(self.media)
 
 
-def check_video(path: Path, title: str) -> None:
-    """Make sure that a file is a video: open it in one of the known containers and decode a frame.
+def _open_file(path: Path, title: str, max_pixels: int) -> VideoFile:
+    """A video in one of the known containers, whose larger frames are skipped.
 
     Raises:
-        UserError: it is not.
+        UserError: it is none.
     """
-    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
     try:
-        with av.open(str(path), options=options, metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise UserError(f"{title} holds no video")
-            video = container.streams.video[0]
-            if video.codec_context is None:
-                raise UserError(f"{title}: there is no decoder for its video")
-            if video.width * video.height > _MAX_PIXELS:
-                raise UserError(f"{title} has frames of {video.width}x{video.height} pixels; that is too large")
-            if next(container.decode(video), None) is None:
-                raise UserError(f"{title} holds no frame that can be decoded")
-    except (FFmpegError, ValueError, IndexError) as error:
+        source = VideoFile(Decoder(str(path), options=_OPTIONS, max_pixels=max_pixels))
+    except UserError as error:
         raise UserError(f"{title} is not a video that can be played here (MP4, MOV, WebM, MKV, AVI, ...)") from error
+    source.name = title
+    return source
 
 
 def public_name(source: str) -> str:
     """What a source is called: the name of a file, an address without its password."""
-    return re.sub(r"//[^/?#]*@", "//", source) if "://" in source else Path(source).name
+    return mask_secrets(source) if "://" in source else Path(source).name

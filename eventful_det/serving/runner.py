@@ -15,18 +15,18 @@ from eventful_det.runtime.pool import StreamPool
 from eventful_det.runtime.rescoring import Rescorer
 from eventful_det.runtime.stream import StreamResult
 from eventful_det.runtime.tracking import Tracker
-from eventful_det.serving.channel import Channel, Mark, Shot
-from eventful_det.serving.intake import Opened
+from eventful_det.serving.sources import OpenedSource
+from eventful_det.serving.views import CostSample, LatestFrame, StreamView
 
 AUTO = "auto"  # the budget with which the detector's own policy decides
 _LOG = logging.getLogger(__name__)
 
 
-class Engine:
+class PoolRunner:
     """Runs the rounds of a pool. All methods may be called from any thread.
 
     Args:
-        pool: of streams; the engine closes it.
+        pool: of streams; closed with the runner.
         max_streams: at the same time.
         track: give objects ids.
         rescore: judge boxes by the last frames, not by one alone.
@@ -35,8 +35,8 @@ class Engine:
         UserError: there is no library for ids.
 
     Attributes:
-        channels: by name, in the order of joining; hold `lock` to read them.
-        on_news: called in the engine's thread after every round.
+        views: by name, in the order of joining; hold `lock` to read them.
+        on_round: called in the runner's thread after every round.
     """
 
     def __init__(self, pool: StreamPool, *, max_streams: int = 16, track: bool = False, rescore: bool = False) -> None:
@@ -44,8 +44,8 @@ class Engine:
         if track:
             Tracker()  # tells now what is missing
         self.lock = threading.Lock()
-        self.channels: dict[str, Channel] = {}
-        self.on_news: Callable[[], None] = lambda: None
+        self.views: dict[str, StreamView] = {}
+        self.on_round: Callable[[], None] = lambda: None
         self._own_policy: Policy | None = pool.detector.policy
         self._wake, self._stopped = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="detector", daemon=True)
@@ -60,8 +60,8 @@ class Engine:
         self.pool.close()
         self._wake.set()
         self._thread.join()
-        for channel in self.channels.values():
-            channel.release()
+        for view in self.views.values():
+            view.release()
 
     def set_budget(self, text: str) -> None:
         """Have rounds from now on cost no more than this: "25%", "40 GMACs", "50ms", "96 tokens", or "auto".
@@ -76,7 +76,7 @@ class Engine:
             raise UserError(f"budget={text!r} is none")
         self.pool.budget = budget
 
-    def add(self, opened: Opened) -> str:
+    def add(self, opened: OpenedSource) -> str:
         """Have a stream join.
 
         Returns:
@@ -91,39 +91,39 @@ class Engine:
         with self.lock:
             self.check_room()
             numbered = (f"{opened.name}-{i}" for i in itertools.count(2))
-            free = next(n for n in itertools.chain([opened.name], numbered) if n not in self.channels)
+            free = next(n for n in itertools.chain([opened.name], numbered) if n not in self.views)
             name = self.pool.add(opened.source, name=free)
-            self.channels[name] = Channel(opened.title, opened.release, followers)
+            self.views[name] = StreamView(opened.title, opened.release, followers)
         self._wake.set()
         return name
 
     def check_room(self) -> None:
         """Raises UserError if there are too many streams for another one."""
-        if len(self.channels) >= self.max_streams:
+        if len(self.views) >= self.max_streams:
             raise UserError(f"there are {self.max_streams} streams already; remove one first")
 
     def remove(self, name: str) -> bool:
         """Have a stream leave; whether there was one."""
         with self.lock:
-            channel = self.channels.pop(name, None)
-        if channel is None:
+            view = self.views.pop(name, None)
+        if view is None:
             return False
         with contextlib.suppress(UserError):  # it may have left by itself
             self.pool.remove(name)
-        channel.release()
+        view.release()
         return True
 
-    def newest(self, name: str, seen: int = 0) -> tuple[Shot, list[Mark]] | None:
-        """The newest frame of a stream, and the marks of all frames after the one numbered `seen`.
+    def newest(self, name: str, seen: int = 0) -> tuple[LatestFrame, list[CostSample]] | None:
+        """The newest frame of a stream, and the costs of all frames after the one numbered `seen`.
 
         None if there is no newer frame, or no such stream.
         """
         with self.lock:
-            channel = self.channels.get(name)
-            if channel is None or channel.newest is None or channel.newest.number == seen:
+            view = self.views.get(name)
+            if view is None or view.newest is None or view.newest.number == seen:
                 return None
-            fresh = channel.newest.number < seen  # another stream of the same name
-            return channel.newest, [mark for mark in channel.history if fresh or mark.number > seen]
+            anew = view.newest.number < seen  # another stream of the same name
+            return view.newest, [sample for sample in view.history if anew or sample.number > seen]
 
     def _run(self) -> None:
         while not self._stopped.is_set():
@@ -138,23 +138,23 @@ class Engine:
                 self._wake.clear()
             else:
                 self._show(results)
-            self.on_news()
+            self.on_round()
 
     def _show(self, results: list[StreamResult]) -> None:
         with self.lock:
             for result in results:
-                channel = self.channels.get(result.stream)
-                if channel is None:  # it left during the round
+                view = self.views.get(result.stream)
+                if view is None:  # it left during the round
                     continue
                 try:
-                    channel.show(result)
+                    view.show(result)
                 except Exception as error:  # whatever is wrong with one stream must not stop the others
                     _LOG.exception("%s: a frame cannot be shown", result.stream)
-                    channel.error = f"{type(error).__name__}: {error}"
+                    view.error = f"{type(error).__name__}: {error}"
 
     def _give_up(self, error: str) -> None:
         """Stop all streams; viewers see why."""
         with self.lock:
-            for channel in self.channels.values():
-                channel.error = channel.error or error
+            for view in self.views.values():
+                view.error = view.error or error
         self.pool.close()

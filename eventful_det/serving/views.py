@@ -1,4 +1,4 @@
-"""What viewers want to see of one stream: its newest frame and what the last ones cost."""
+"""What viewers see of one stream: its latest frame and what the last ones cost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _QUALITY = 82  # of their JPEG
 
 
 @dataclass(frozen=True)
-class Shot:
+class LatestFrame:
     """One frame as viewers get it.
 
     Attributes:
@@ -40,7 +40,7 @@ class Shot:
         return encode_jpeg(self.result.image)
 
 
-class Mark(NamedTuple):
+class CostSample(NamedTuple):
     """One frame in a strip chart: its number, when it was done (`time.monotonic`), what it cost."""
 
     number: int
@@ -49,15 +49,15 @@ class Mark(NamedTuple):
 
 
 @dataclass
-class Channel:
+class StreamView:
     """One stream.
 
     Attributes:
         title: for people, for example the name of the file.
         release: called when the stream is gone; may be called again.
-        followers: work over what was found, one after the other: steadier scores, ids.
+        followers: work over the detections, one after the other: steadier scores, ids.
         error: why the server gave the stream up.
-        newest: the newest frame.
+        newest: the latest frame.
         history: of the strip chart, oldest first.
     """
 
@@ -65,15 +65,15 @@ class Channel:
     release: Callable[[], None]
     followers: Sequence[Callable[[StreamResult], StreamResult]] = ()
     error: str | None = None
-    newest: Shot | None = None
-    history: deque[Mark] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    newest: LatestFrame | None = None
+    history: deque[CostSample] = field(default_factory=lambda: deque(maxlen=HISTORY))
 
     def show(self, result: StreamResult) -> None:
         """Take in the next frame."""
         for follow in self.followers:
             result = follow(result)
-        self.newest = Shot(result.frame_index + 1, result)
-        self.history.append(Mark(self.newest.number, time.monotonic(), result.cost))
+        self.newest = LatestFrame(result.frame_index + 1, result)
+        self.history.append(CostSample(self.newest.number, time.monotonic(), result.cost))
 
 
 def encode_jpeg(image: NDArray[np.uint8]) -> bytes:
