@@ -148,8 +148,8 @@ def _config(notes: Mapping[str, str]) -> RecogniserConfig:
 def infer_config(tensors: Mapping[str, Tensor], form: Format = "official") -> RecogniserConfig:
     """The config of a factorised ViViT under the official names.
 
-    What shapes do not tell is as in the official configs: with EPIC-Kitchens' 97 verbs views of stride 1 at 30 frames/s,
-    else those of Kinetics; scenic's pixels are in [-1, 1].
+    What shapes do not tell is as in the official configs: with EPIC-Kitchens' 97 verbs views of stride 1 at 30
+    frames/s, else those of Kinetics; scenic's pixels are in [-1, 1].
 
     Raises:
         UserError: it is none.

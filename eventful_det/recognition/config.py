@@ -137,6 +137,7 @@ def vivit_b_k400(classes: Mapping[str, tuple[str, ...]] | None = None, **changes
 
 def vivit_tiny(classes: Mapping[str, tuple[str, ...]], **changes: Any) -> RecogniserConfig:
     """A small model with the widths of ViT-Ti, for 16 frames of 112 x 112 pixels."""
-    sizes = {"dim": 192, "heads": 3, "mlp": 768, "temporal_depth": 2, "temporal_heads": 3, "temporal_mlp": 768}
-    clips = {"frames": 16, "size": (112, 112), "position_grid": (7, 7), "temporal_views": 1, "spatial_views": 1}
-    return RecogniserConfig(classes, **{**sizes, **clips, "mean": (0.5,) * 3, "std": (0.5,) * 3, **changes})
+    sizes: dict[str, Any] = {"dim": 192, "heads": 3, "mlp": 768}
+    sizes |= {"temporal_depth": 2, "temporal_heads": 3, "temporal_mlp": 768, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    sizes |= {"frames": 16, "size": (112, 112), "position_grid": (7, 7), "temporal_views": 1, "spatial_views": 1}
+    return RecogniserConfig(classes, **{**sizes, **changes})

@@ -107,7 +107,9 @@ def from_scenic(tensors: Mapping[str, Tensor], nouns: int = 300, verbs: int = 97
         UserError: a parameter is missing, or of no known name.
     """
     dotted = {key.replace("/", "."): value for key, value in tensors.items()}
-    prefix = next(key for key in dotted if key.endswith("cls_SpatialTransformer")).removesuffix("cls_SpatialTransformer")
+    prefix = next(key for key in dotted if key.endswith("cls_SpatialTransformer")).removesuffix(
+        "cls_SpatialTransformer"
+    )
     left = {key.removeprefix(prefix): value for key, value in dotted.items() if key.startswith(prefix)}
     try:
         named = {

@@ -3,102 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import Rule, per_stream, step_streams
-from eventful_det.gating.dense import Dense
-from eventful_det.gating.rows import Rows
-from eventful_det.gating.selector import DEFAULT, Select
-from eventful_det.gating.state import State, StreamState, TensorTree
+from eventful_det.gating.convert import Rule, step_streams
+from eventful_det.gating.selector import DEFAULT, Budget, Select, Selector
+from eventful_det.gating.state import State
 from eventful_det.gating.update import Update
 from eventful_det.gating.vit_spec import ViTSpec
 from eventful_det.recognition.config import RecogniserConfig
 from eventful_det.recognition.layers import SubModel, TubeletEmbedding
-
-DEFAULT_RULE: Rule[Any] = Rows()
-DENSE: Rule[Any] = Dense()
-
-
-@dataclass
-class RecogniserStream(TensorTree):
-    """What is remembered of one stream.
-
-    Attributes:
-        spatial: of the spatial model.
-        window: `(T', D)` its last outputs, oldest first; the first `seen` rows count until it is full.
-        seen: outputs since the stream began, at most T'.
-    """
-
-    spatial: StreamState | None
-    window: Tensor
-    seen: int
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """What one step cost.
-
-    Attributes:
-        macs: multiply-adds by part: "backbone" (the spatial model), "temporal" and "heads".
-        dense: what the dense recogniser would have spent, by part.
-        recomputed: patch tokens recomputed.
-        tokens: patch tokens of a tubelet.
-        flush: whether everything was recomputed because the stream began anew.
-        seconds: time of each part; empty when not measured.
-    """
-
-    macs: dict[str, int]
-    dense: dict[str, int]
-    recomputed: int
-    tokens: int
-    flush: bool
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def __add__(self, other: StepCost) -> StepCost:
-        return StepCost(
-            {part: macs + other.macs[part] for part, macs in self.macs.items()},
-            {part: macs + other.dense[part] for part, macs in self.dense.items()},
-            self.recomputed + other.recomputed,
-            self.tokens + other.tokens,
-            self.flush or other.flush,
-        )
-
-    @property
-    def total(self) -> int:
-        """Multiply-adds of the whole recogniser."""
-        return sum(self.macs.values())
-
-    @property
-    def dense_total(self) -> int:
-        """Multiply-adds of the whole dense recogniser."""
-        return sum(self.dense.values())
-
-
-@dataclass(frozen=True)
-class RecognitionStep:
-    """One step of one stream.
-
-    Attributes:
-        logits: of each head, `(classes,)`, over the window of spatial outputs that ends with this step.
-        feature: `(D,)` spatial output of the tubelet.
-        cost: of this step.
-        work: `(H, W)` share of its token-wise work that each token had done, 0 to 1.
-    """
-
-    logits: dict[str, Tensor]
-    feature: Tensor
-    cost: StepCost
-    work: Tensor
-
-    @property
-    def probabilities(self) -> dict[str, Tensor]:
-        """Of each head, `(classes,)`; they sum to 1."""
-        return {head: logits.float().softmax(-1) for head, logits in self.logits.items()}
+from eventful_det.recognition.results import RecogniserStream, RecognitionStep, StepCost
+from eventful_det.recognition.stream import DEFAULT_RULE, RecognitionStream, Source
 
 
 class Recogniser(nn.Module):
@@ -142,8 +61,10 @@ class Recogniser(nn.Module):
 
     def classifiers(self) -> Iterator[tuple[str, nn.Linear]]:
         """The heads by name, the main one first."""
-        for head in self.config.classes:
-            yield head, cast(nn.Linear, self.other_classifiers[head] if head in self.other_classifiers else self.classifier)
+        first, *others = self.config.classes
+        yield first, self.classifier
+        for head in others:
+            yield head, cast(nn.Linear, self.other_classifiers[head])
 
     # Whole clips
 
@@ -165,7 +86,9 @@ class Recogniser(nn.Module):
             UserError: they are not as many as the temporal positions.
         """
         if outputs.shape[1] != self.config.steps:
-            raise UserError(f"got {outputs.shape[1]} spatial outputs a view; the temporal model takes {self.config.steps}")
+            raise UserError(
+                f"got {outputs.shape[1]} spatial outputs a view; the temporal model takes {self.config.steps}"
+            )
         feature = self.dropout(self.temporal_model(outputs))
         return {head: classifier(feature) for head, classifier in self.classifiers()}
 
@@ -221,15 +144,17 @@ class Recogniser(nn.Module):
         Raises:
             UserError: the numbers of tubelets and streams differ, or a tubelet has another shape or type.
         """
-        frames = [self.normalise(tubelet) for tubelet in per_stream("tubelets", list(tubelets), state)]
-        spatial = State([None if stream is None else stream.spatial for stream in state.streams])
+        frames = [self.normalise(tubelet) for tubelet in tubelets]
+        spatial: State[Any] = State([None if stream is None else stream.spatial for stream in state.streams])
         updates = self.spatial_step(frames, spatial, rule=rule, selector=selector, flush=flush)
         features = [cast(Tensor, update.prefix)[0].clone() for update in updates]  # (D,) each
         windows = []
         for i, (update, feature) in enumerate(zip(updates, features, strict=True)):
             stream = state.streams[i]
             if stream is None:
-                stream = state.streams[i] = RecogniserStream(None, feature.new_zeros(self.config.steps, len(feature)), 0)
+                stream = state.streams[i] = RecogniserStream(
+                    None, feature.new_zeros(self.config.steps, len(feature)), 0
+                )
             stream.spatial = spatial.streams[i]
             windows.append(_slide(stream, feature, update.flush))
         logits = self.temporal(torch.stack(windows))
@@ -242,6 +167,18 @@ class Recogniser(nn.Module):
             )
             for i, (update, feature) in enumerate(zip(updates, features, strict=True))
         ]
+
+    def stream(
+        self,
+        source: Source,
+        *,
+        budget: Budget | Selector = None,
+        rule: Rule[Any] = DEFAULT_RULE,
+        max_steps: int | None = None,
+        scene_cuts: bool = True,
+    ) -> RecognitionStream:
+        """Recognise what happens in a video, tubelet by tubelet; see `RecognitionStream`."""
+        return RecognitionStream(self, source, budget=budget, rule=rule, max_steps=max_steps, scene_cuts=scene_cuts)
 
     def spatial_step(
         self,

@@ -19,8 +19,8 @@ from eventful_det.recognition.config import RecogniserConfig
 def view_starts(length: int, span: int, views: int) -> list[int]:
     """First frames of the temporal views of a clip of `length` frames, each of which reaches over `span`.
 
-    Example: three views that span 4 frames start at 0, 3 and 6 in a clip of 10. A clip of at most 4 is extended, and all
-    start at 0.
+    Example: three views that span 4 frames start at 0, 3 and 6 in a clip of 10. A clip of at most 4 is
+    extended, and all start at 0.
     """
     left = max(length, span) - span
     return _spread(left, views)
@@ -99,8 +99,8 @@ def shared_starts(length: int, config: RecogniserConfig) -> list[int]:
 def shared_tubelets(length: int, config: RecogniserConfig) -> tuple[list[int], list[list[int]]]:
     """The distinct tubelets of all temporal views of a clip of `length` frames.
 
-    Example: views of two tubelets start at the tubelets 0, 1 and 1. The distinct ones are 0, 1 and 2, and the views hold
-    [0, 1], [1, 2] and [1, 2] of them.
+    Example: views of two tubelets start at the tubelets 0, 1 and 1. The distinct ones are 0, 1 and 2, and the
+    views hold [0, 1], [1, 2] and [1, 2] of them.
 
     Returns:
         First frames of the distinct tubelets, ascending; and for each view the places of its tubelets among them.

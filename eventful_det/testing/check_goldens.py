@@ -217,7 +217,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="check_goldens", description="Compare our paper rule with official recordings."
     )
     parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="a recording in the format eventful-golden/1 or eventful-vivit-golden/1"
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="a recording in the format eventful-golden/1 or eventful-vivit-golden/1",
     )
     status = 0
     for path in parser.parse_args(arguments).files:

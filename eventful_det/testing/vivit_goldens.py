@@ -173,9 +173,7 @@ def check_views(golden: VivitGolden, recorded: dict[str, Any]) -> float:
 def check_run(golden: VivitGolden, run: dict[str, Any]) -> Compared:
     """Replay a run: clips to class probabilities."""
     model = golden.recogniser
-    config = dataclasses.replace(
-        model.config, spatial_views=run["spatial_views"], temporal_views=run["temporal_views"]
-    )
+    config = dataclasses.replace(model.config, spatial_views=run["spatial_views"], temporal_views=run["temporal_views"])
     views = torch.cat([cut_views(golden.clips[clip], config) for clip in run["clips"]])  # (B * V, t, c, h, w)
     count = config.spatial_views * config.temporal_views
     # Groups of streams whose operations were counted together: all of them, or the clips of one view after the other.
@@ -246,11 +244,7 @@ def _recorded(
     if unknown := set(recorded) - {f"blocks.{i}.{gate}" for i in range(blocks) for gate in _GATES}:
         raise UserError(f"unknown gates {', '.join(sorted(unknown)[:3])}; known: blocks.0.qkv_gate and the like")
     gates = [recorded.get(f"blocks.{i}.{gate}") for i in range(blocks) for gate in _GATES]
-    choices = [
-        None if gate is None else gate[step][stream].long()
-        for step in range(steps - 1)
-        for gate in gates
-    ]
+    choices = [None if gate is None else gate[step][stream].long() for step in range(steps - 1) for gate in gates]
     return Recorded(recorded_selector(policy), choices if recorded else None)
 
 
@@ -277,7 +271,7 @@ def check_vivit(path: Path, data: dict[str, Any]) -> bool:
     place = "model"
     try:
         golden = load_vivit(data)
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for number, recorded in enumerate(data.get("preprocessing", []), 1):
             place = f"preprocessing {number}"
             difference = check_views(golden, recorded)

@@ -1,0 +1,418 @@
+"""Training of recognisers: end to end, or the temporal model and the heads alone on cached spatial outputs.
+
+The paper trains in two stages: the gated spatial model runs once over all clips (`cache_features`), and temporal
+model and heads learn from what it gave (`FeatureClips`). Losses are of logits; the official code takes a
+softmax of a softmax.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
+
+from eventful_det.errors import UserError
+from eventful_det.files import written_whole
+from eventful_det.recognition.checkpoints import save_recogniser
+from eventful_det.recognition.clip_reader import read_clips
+from eventful_det.recognition.clips import recognise
+from eventful_det.recognition.evaluation import Way
+from eventful_det.recognition.recogniser import Recogniser
+from eventful_det.recognition.segments import Segments
+from eventful_det.recognition.synthetic_actions import ACTIONS, ActionOptions, action_of, render_action
+from eventful_det.recognition.views import frame_indices, normalise
+from eventful_det.training.log import Log
+from eventful_det.training.optim import learning_rate, set_learning_rate
+from eventful_det.training.precision import autocast_dtype, make_scaler
+
+Labels = dict[str, int]
+
+
+@dataclass(frozen=True)
+class RecogniserTraining:
+    """How to train.
+
+    Attributes:
+        steps: optimiser steps.
+        batch: clips per step, of all processes together.
+        lr: peak learning rate; `warmup` steps lead to it, a cosine ends it.
+        layer_decay: the rate of a spatial block is `layer_decay` times that of the next; the temporal model has all.
+        weight_decay: of AdamW; not of norms, biases, class tokens and positions.
+        clip: largest norm of the gradient; 0 = any.
+        ema: decay of the averaged weights that are written at the end; 0 = none.
+        smoothing: of labels.
+        amp: type of the products, see `training.precision.autocast_dtype`.
+        seed: of all sampling.
+        workers: processes that read, for each training process.
+        seconds: stop after so many, as if all steps were done; the rate falls with the time; 0 = no limit.
+        log_every, checkpoint_every: steps.
+    """
+
+    steps: int = 3000
+    batch: int = 8
+    lr: float = 3e-4
+    warmup: int = 100
+    layer_decay: float = 0.8
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    ema: float = 0.998
+    smoothing: float = 0.0
+    amp: str = "auto"
+    seed: int = 0
+    workers: int = 0
+    seconds: float = 0.0
+    log_every: int = 20
+    checkpoint_every: int = 200
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1:
+            raise UserError(f"train.steps and train.batch must be at least 1, got {self.steps} and {self.batch}")
+
+
+class Samples(Protocol):
+    """What to learn from: an endless sequence, of which sample n follows from n alone."""
+
+    def sample(self, n: int) -> tuple[Tensor, Labels]:
+        """A view `(t, c, h, w)` normalised, or features `(V, T', D)`; and its labels."""
+
+
+class SyntheticClips:
+    """Synthetic actions, rendered when they are asked for: one view of `config.size` each, never the same twice."""
+
+    def __init__(self, recogniser: Recogniser, options: ActionOptions, seed: int = 0, split: str = "train") -> None:
+        config = recogniser.config
+        if options.frames < config.span:
+            raise UserError(f"clips of {options.frames} frames are too short for views that span {config.span}")
+        self.config, self.options, self.seed, self.split = config, options, seed, split
+
+    def sample(self, n: int) -> tuple[Tensor, Labels]:
+        """See `Samples`. Clips come in an order in which classes and cameras mix."""
+        rng = np.random.default_rng([self.seed, n, 7])
+        index = n * 2 * len(ACTIONS) + int(rng.integers(2 * len(ACTIONS)))
+        clip = render_action(self.options, self.seed, index, self.split, range(0, self.config.span, self.config.stride))
+        view = normalise(torch.from_numpy(clip.frames).permute(0, 3, 1, 2), self.config)
+        return centre(view, self.config.size), {next(iter(self.config.classes)): action_of(self.options, index)[0]}
+
+
+class VideoClips:
+    """Views of segments of videos, at a random moment and place; in an order drawn anew for each round."""
+
+    def __init__(self, recogniser: Recogniser, segments: Segments, seed: int = 0) -> None:
+        self.config, self.segments, self.seed = recogniser.config, segments, seed
+
+    def sample(self, n: int) -> tuple[Tensor, Labels]:
+        """See `Samples`. A segment that cannot be read gives way to the next."""
+        count = len(self.segments)
+        order = np.random.default_rng([self.seed, n // count]).permutation(count)
+        rng = np.random.default_rng([self.seed, n, 11])
+        chosen = [self.segments.items[order[(n + i) % count]] for i in range(min(count, 20))]
+        for segment, clip in read_clips(chosen, self.config, shared=False):
+            if isinstance(clip, UserError):
+                continue
+            start = int(rng.integers(max(1, self.config.temporal_views)))
+            numbers = frame_indices(len(clip), self.config)[start]
+            frames = normalise(clip[numbers], self.config)
+            top, left = (
+                int(rng.integers(outer - inner + 1))
+                for outer, inner in zip(frames.shape[-2:], self.config.size, strict=True)
+            )
+            view = frames[..., top : top + self.config.size[0], left : left + self.config.size[1]]
+            return view, dict(segment.labels)
+        raise UserError(f"20 segments in a row cannot be read, {chosen[0].video} the first of them")
+
+
+class FeatureClips:
+    """Cached spatial outputs, written by `cache_features`; in an order drawn anew for each round."""
+
+    def __init__(self, folder: Path, seed: int = 0) -> None:
+        self.files = sorted(folder.glob("*.npz"))
+        self.seed = seed
+        if not self.files:
+            raise UserError(f"no cached features in {folder}; write them first")
+
+    def sample(self, n: int) -> tuple[Tensor, Labels]:
+        """See `Samples`."""
+        count = len(self.files)
+        order = np.random.default_rng([self.seed, n // count]).permutation(count)
+        return read_features(self.files[order[n % count]])
+
+
+def centre(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """The central crop of frames `(..., H, W)`."""
+    top, left = (frames.shape[-2] - size[0]) // 2, (frames.shape[-1] - size[1]) // 2
+    return frames[..., top : top + size[0], left : left + size[1]]
+
+
+def cache_features(
+    recogniser: Recogniser,
+    segments: Segments,
+    folder: Path,
+    way: Way,
+    on_clip: Callable[[int], None] | None = None,
+) -> dict[str, str]:
+    """The first stage: run the spatial model over all clips and write what it gives, a file for each.
+
+    Files that are there already are kept, so that an interrupted run goes on. Each holds `spatial (V, T', D)` in half
+    precision and a label for each head.
+
+    Args:
+        recogniser: in evaluation mode.
+        segments: labelled clips.
+        folder: of the files.
+        way: how the spatial model runs; train with the one that will be used.
+        on_clip: told how many clips are done.
+
+    Returns:
+        Segments that could not be read, and why.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    failed = {}
+    waiting = [(i, segment) for i, segment in enumerate(segments.items) if not (folder / f"{i:06d}.npz").is_file()]
+    clips = read_clips((segment for _, segment in waiting), recogniser.config, way.shared)
+    for (i, _), (segment, clip) in zip(waiting, clips, strict=True):
+        if isinstance(clip, UserError):
+            failed[segment.name] = str(clip)
+        else:
+            result = recognise(recogniser, clip, rule=way.rule, selector=way.selector, shared=way.shared, hold=way.hold)
+            features = result.features.to(torch.float16).cpu().numpy()
+            with written_whole(folder / f"{i:06d}.npz") as part, part.open("wb") as file:
+                labels = {f"label_{head}": np.array(label) for head, label in segment.labels.items()}
+                np.savez(file, allow_pickle=False, spatial=features, **labels)
+        if on_clip is not None:
+            on_clip(i + 1)
+    return failed
+
+
+def read_features(path: Path) -> tuple[Tensor, Labels]:
+    """A file of `cache_features`, or of the official code's `spatial` scripts: `(V, T', D)`, and labels."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            features = torch.from_numpy(data["spatial"]).float()
+            labels = {key.removeprefix("label_"): int(data[key]) for key in data.files if key.startswith("label_")}
+            if "label" in data.files:
+                labels[""] = int(data["label"])  # of the first head
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} holds no cached features ({error})") from None
+    return features, labels
+
+
+class _Loss(nn.Module):
+    """Losses of each head from views `(B, t, c, h, w)`, or from features `(B, V, T', D)` averaged over the views."""
+
+    def __init__(self, recogniser: Recogniser, smoothing: float) -> None:
+        super().__init__()
+        self.recogniser, self.smoothing = recogniser, smoothing
+
+    def forward(self, x: Tensor, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if x.dim() == 5:
+            logits = self.recogniser(x)
+        else:
+            each = self.recogniser.temporal(x.flatten(0, 1))
+            logits = {head: values.unflatten(0, x.shape[:2]).mean(1) for head, values in each.items()}
+        return {
+            head: F.cross_entropy(values.float(), labels[head], ignore_index=-1, label_smoothing=self.smoothing)
+            for head, values in logits.items()
+            if head in labels
+        } | {"right": (next(iter(logits.values())).argmax(-1) == next(iter(labels.values()))).float().mean().detach()}
+
+
+class RecogniserTrainer:
+    """Trains a recogniser; the run directory holds all there is to go on from.
+
+    Files: `checkpoint.pt` (replaced whole), `metrics.jsonl`, `tensorboard/` where it is installed, and at the end
+    `model.safetensors`. Runs in one process or, under torch.distributed, in many.
+
+    Args:
+        recogniser: on its device.
+        samples: views to train end to end; features to train the temporal model and the heads alone.
+        options: how.
+        directory: of the run; an unfinished run in it is continued.
+        on_step: told the step and its metrics after every step of the main process.
+    """
+
+    def __init__(
+        self,
+        recogniser: Recogniser,
+        samples: Samples,
+        options: RecogniserTraining,
+        directory: Path,
+        on_step: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> None:
+        self.recogniser, self.samples, self.options, self.directory = recogniser, samples, options, directory
+        self.on_step = on_step
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.ranks = dist.get_world_size() if dist.is_initialized() else 1
+        if options.batch % self.ranks:
+            raise UserError(f"train.batch ({options.batch}) must be a multiple of the {self.ranks} processes")
+        self.device = recogniser.device
+        self.dtype = autocast_dtype(options.amp, self.device)
+        self.scaler = make_scaler(self.dtype, self.device)
+        if isinstance(samples, FeatureClips):
+            recogniser.embedding.requires_grad_(False)
+            recogniser.spatial_model.requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(parameter_groups(recogniser, options), lr=options.lr)
+        self.average = (
+            AveragedModel(recogniser, multi_avg_fn=get_ema_multi_avg_fn(options.ema)) if options.ema else None
+        )
+        self.step, self.spent = 0, 0.0
+        directory.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        loss = _Loss(recogniser, options.smoothing)
+        self.loss: nn.Module = DistributedDataParallel(loss) if self.ranks > 1 else loss
+
+    @property
+    def result(self) -> Recogniser:
+        """The weights to use: averaged ones when there are any."""
+        return self.recogniser if self.average is None else self.average.module  # type: ignore[return-value]
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, by steps or, where there is a limit, by time."""
+        by_time = self.spent / self.options.seconds if self.options.seconds else 0.0
+        return min(1.0, max(self.step / self.options.steps, by_time))
+
+    def train(self) -> Recogniser:
+        """Train to the end and return the model in evaluation mode.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        log = Log(self.directory, self.step) if self.rank == 0 else None
+        batches = self._batches()
+        self.loss.train()
+        while self.progress < 1:
+            began = time.perf_counter()
+            metrics = self._train_step(*next(batches))
+            metrics["seconds"] = time.perf_counter() - began
+            self.step, self.spent = self.step + 1, self.spent + metrics["seconds"]
+            if log is not None:
+                self._after_step(log, metrics)
+        if log is not None:
+            log.close()
+            save_recogniser(self.result, self.directory / "model.safetensors")
+        return self.result.eval()
+
+    def _batches(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """What is left of the endless sequence of this process's batches."""
+        share = self.options.batch // self.ranks
+        data = _Indexed(self.samples, tuple(self.recogniser.config.classes), self.step, share, self.rank, self.ranks)
+        return iter(DataLoader(data, batch_size=None, num_workers=self.options.workers))
+
+    def _train_step(self, x: Tensor, labels: dict[str, Tensor]) -> dict[str, float]:
+        options = self.options
+        # All randomness of a step follows from its number: a resumed run repeats what the killed one would have done.
+        torch.manual_seed((options.seed * 1_000_003 + self.step) * self.ranks + self.rank)
+        place = int(self.progress * options.steps)
+        set_learning_rate(self.optimizer, learning_rate(place, options.steps, options.lr, options.warmup, "cosine", ()))
+        x, labels = x.to(self.device), {head: label.to(self.device) for head, label in labels.items()}
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            losses = self.loss(x, labels)
+        right = losses.pop("right")
+        total = torch.stack(list(losses.values())).sum()
+        if not total.isfinite():
+            raise UserError(f"the loss of step {self.step} is {float(total)}; lower train.lr")
+        self.scaler.scale(total).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.recogniser.parameters(), options.clip or float("inf"))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.recogniser)
+        return {f"loss_{head}": float(loss) for head, loss in losses.items()} | {"right": float(right)}
+
+    def _after_step(self, log: Log, metrics: dict[str, float]) -> None:
+        if self.step % self.options.log_every == 0 or self.progress >= 1:
+            log.write(self.step, metrics)
+        if self.step % self.options.checkpoint_every == 0 or self.progress >= 1:
+            with written_whole(self._checkpoint) as part:
+                torch.save(self._state(), part)
+        if self.on_step is not None:
+            self.on_step(self.step, metrics)
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.directory / "checkpoint.pt"
+
+    def _state(self) -> dict[str, object]:
+        return {
+            "step": self.step,
+            "spent": self.spent,
+            "options": asdict(self.options),
+            "model": self.recogniser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+        }
+
+    def _resume(self) -> None:
+        if not self._checkpoint.is_file():
+            return
+        try:
+            saved = torch.load(self._checkpoint, map_location=self.device, weights_only=True)
+            free = {"log_every", "checkpoint_every", "workers"}
+            changed = [k for k, v in asdict(self.options).items() if k not in free and saved["options"].get(k) != v]
+            if changed:
+                raise UserError(
+                    f"{self._checkpoint} was trained with another {changed[0]}; give it the same, or start anew"
+                )
+            self.recogniser.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+            if self.average is not None:
+                self.average.load_state_dict(saved["average"])
+            self.step, self.spent = int(saved["step"]), float(saved["spent"])
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{self._checkpoint} cannot be continued ({type(error).__name__}); remove it") from error
+
+
+class _Indexed(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """Batches of samples by their number, from a step on."""
+
+    def __init__(self, samples: Samples, heads: tuple[str, ...], first: int, share: int, rank: int, ranks: int) -> None:
+        self.samples, self.heads = samples, heads
+        self.first, self.share, self.rank, self.ranks = first, share, rank, ranks
+
+    def __len__(self) -> int:
+        return 1_000_000_000
+
+    def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
+        begin = ((self.first + i) * self.ranks + self.rank) * self.share
+        views, labels = zip(*(self.samples.sample(begin + j) for j in range(self.share)), strict=True)
+        named = [{(head or self.heads[0]): label for head, label in each.items()} for each in labels]
+        known = [head for head in self.heads if any(head in each for each in named)]
+        return torch.stack(views), {h: torch.tensor([each.get(h, -1) for each in named]) for h in known}
+
+
+def parameter_groups(recogniser: Recogniser, options: RecogniserTraining) -> list[dict[str, object]]:
+    """Parameters by learning rate and weight decay; each group holds its share of the rate as "lr_scale"."""
+    depth = len(recogniser.spatial_model.backbone.blocks)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in recogniser.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        below = depth + 1  # blocks above the parameter, the embedding below them all
+        if name.startswith("spatial_model.backbone.blocks."):
+            below = depth - int(name.split(".")[3])
+        elif not name.startswith(("embedding.", "spatial_model.")) or name.startswith("spatial_model.layer_norm"):
+            below = 0
+        decays = parameter.ndim > 1 and not name.endswith(("class_token", "encoding"))
+        key = options.layer_decay**below, options.weight_decay * decays
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "lr": options.lr * scale, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in groups.items()
+    ]
