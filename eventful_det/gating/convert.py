@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Generic, Protocol, TypeVar, cast, overload
 
 import torch
@@ -150,7 +150,7 @@ def step_streams(
 T = TypeVar("T")
 
 
-def per_stream(what: str, items: Sequence[T], state: State[S]) -> Sequence[T]:
+def per_stream(what: str, items: Sequence[T], state: Sized) -> Sequence[T]:
     """The items, one for each stream.
 
     Raises:

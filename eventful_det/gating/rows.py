@@ -95,7 +95,7 @@ class Rows:
             grid,
             reference=zeros(tokens, vit.shape.pixels if self.gate == "patches" else vit.dim),
             age=torch.ones(tokens, dtype=torch.int32, device=vit.device),
-            caches=[_empty_cache(block, grid, vit.prefix_count, dtype) for block in vit.blocks],
+            caches=[zeros(*_cache_shape(block, grid, vit.prefix_count), dtype=dtype) for block in vit.blocks],
             output=zeros(tokens, vit.dim),
             prefix=zeros(vit.prefix_count, vit.dim) if vit.prefix_count else None,
         )
@@ -156,7 +156,7 @@ class Rows:
             rows = now.index_select(0, index)  # (r, P or D)
             state.frame += 1
             state.age.add_(1).index_fill_(0, index, 1)
-            state.reference.index_copy_(0, index, rows)
+            state.reference.index_copy_(0, index, rows.to(state.reference.dtype))
             selections.append(_Selection(vit, index, rows, state, static))
         busy = [selection for selection in selections if len(selection.index)]
         for group in [[one] for one in busy] if self.exact else [busy] if busy else []:
@@ -178,11 +178,10 @@ def _compute_dtype(vit: ViTSpec) -> torch.dtype:
     return torch.get_autocast_dtype(vit.device.type) if autocast else vit.dtype
 
 
-def _empty_cache(block: Block, grid: Grid, prefix: int, dtype: torch.dtype) -> Tensor:
-    """Keys and values of a block, `(windows, slots, 2, heads, d)`."""
+def _cache_shape(block: Block, grid: Grid, prefix: int) -> tuple[int, ...]:
+    """`(windows, slots, 2, heads, d)` of the keys and values of a block."""
     windows = windows_of(grid, block.window, block.weight.device)
-    shape = (windows.count, windows.slots + prefix, 2, block.heads, block.dim // block.heads)
-    return block.weight.new_zeros(shape, dtype=dtype)
+    return windows.count, windows.slots + prefix, 2, block.heads, block.dim // block.heads
 
 
 def _prepare(vit: ViTSpec, state: RowsState) -> None:
@@ -219,12 +218,13 @@ def _choose(
         for stream, (now, state, weight) in enumerate(zip(compared, states, saliency, strict=True))
         if not full[stream]
     ]
-    chosen = iter(select(gates) if gates else ())
-    indices = []
-    for state, whole in zip(states, full, strict=True):
-        index = torch.arange(len(state.age), device=state.age.device) if whole else next(chosen)
-        indices.append(windows_of(state.grid, vit.window, index.device).sort(index))
-    return indices
+    indices = [torch.arange(len(state.age), device=state.age.device) for state in states]
+    for gate, index in zip(gates, select(gates) if gates else (), strict=True):
+        indices[gate.stream] = index
+    return [
+        windows_of(state.grid, vit.window, index.device).sort(index)
+        for state, index in zip(states, indices, strict=True)
+    ]
 
 
 class _Selection:

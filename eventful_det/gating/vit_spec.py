@@ -54,13 +54,19 @@ class Block:
         return self.layers[0][0].in_features
 
     @property
+    def weights(self) -> tuple[int, ...]:
+        """Weights of the linear layers of qkv, proj and mlp."""
+        return tuple(sum(layer.weight.numel() for layer in layers) for layers in self.layers)
+
+    @property
     def weight(self) -> Tensor:
         """A parameter, for its device and type."""
         return self.layers[0][0].weight
 
     def padding_qkv(self) -> Tensor:
         """qkv of a padded token, which is zero after the norm, `(3, heads, d)`."""
-        return self.qkv(self.weight.new_zeros(1, self.dim))[0]
+        biases = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach() for x in self.layers[0]]
+        return torch.cat(biases).view(3, self.heads, -1)
 
     def tables(self, shape: Grid) -> list[Tensor]:
         """Relative position tables along y and x for windows of `shape` tokens; or none. See `resize_table`."""
@@ -145,13 +151,13 @@ class ViTSpec:
         Raises:
             UserError: the blocks differ in more than being windowed or global.
         """
-        sizes = {(b.heads, _weights(b), b.rel_pos is None) for b in self.blocks}
+        sizes = {(b.heads, b.weights, b.rel_pos is None) for b in self.blocks}
         _require(len(sizes) == 1, "a network whose blocks differ in more than their windows")
         return ViTShape(
             depth=len(self.blocks),
             dim=self.dim,
             heads=self.blocks[0].heads,
-            linear=sum(_weights(self.blocks[0])),
+            linear=sum(self.blocks[0].weights),
             window=self.window,
             global_blocks=tuple(i for i, block in enumerate(self.blocks) if not block.window),
             patch=self.patch,
@@ -264,10 +270,6 @@ def _require(condition: bool, what: str) -> None:
 
 def _identity(module: object) -> bool:
     return module is None or isinstance(module, nn.Identity)
-
-
-def _weights(block: Block) -> tuple[int, ...]:
-    return tuple(sum(layer.weight.numel() for layer in layers) for layers in block.layers)
 
 
 def _checked(vit: ViTSpec) -> ViTSpec:

@@ -83,8 +83,7 @@ class Step:
 
 
 def _shape(block: Block) -> ViTShape:
-    weights = sum(layer.weight.numel() for layers in block.layers for layer in layers)
-    return ViTShape(1, block.dim, block.heads, weights, block.window, rel_pos=block.rel_pos is not None)
+    return ViTShape(1, block.dim, block.heads, sum(block.weights), block.window, rel_pos=block.rel_pos is not None)
 
 
 @torch.no_grad()

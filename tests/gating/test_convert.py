@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,14 +15,15 @@ from torch import nn
 
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import EventfulViT, Rule, eventify
+from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
-from eventful_det.gating.policy import GateInput, Policy, Threshold, TopFraction, TopK, select_all
-from eventful_det.gating.rows import Rows
-from eventful_det.gating.update import Update
+from eventful_det.gating.rows import Rows, RowsState
+from eventful_det.gating.selector import EVERYTHING, GateInput, Select, Threshold, TopFraction, TopK
+from eventful_det.gating.state import State
 
 
 @pytest.mark.parametrize("vit", [sam(), plain(), plain(reg_tokens=2, init_values=0.1)])
-@pytest.mark.parametrize("rule", ["rows", "paper"])
+@pytest.mark.parametrize("rule", [Rows(), Paper(), Dense()])
 def test_parameters_are_shared_and_named_as_before(vit: nn.Module, rule: Any) -> None:
     eventful = eventify(vit, rule)
     assert list(eventful.state_dict()) == list(vit.state_dict())
@@ -57,12 +60,15 @@ def test_casting_and_copying_keep_sharing() -> None:
     twin = copy.deepcopy(eventful)
     twin.pos_embed.data.zero_()
     assert twin.dense.pos_embed is twin.pos_embed and vit.pos_embed.abs().sum() > 0
+    frame = clip(1)[0].double()
+    (ours,), (theirs,) = (network.step(frame, network.init_state()) for network in (eventful, twin))
+    assert error(theirs.tokens, dense_tokens(twin.dense, frame[0])) < 1e-5 < error(ours.tokens, theirs.tokens)
 
 
-@pytest.mark.parametrize("policy", [select_all, TopK(8)])
-def test_a_flush_sees_new_weights(policy: Policy) -> None:
+@pytest.mark.parametrize("selector", [EVERYTHING, TopK(8)])
+def test_a_flush_sees_new_weights(selector: Select) -> None:
     vit, frame = sam(), clip(1)[0]
-    eventful = eventify(vit, "rows", policy)
+    eventful = eventify(vit, selector=selector)
     state = eventful.init_state()
     eventful.step(frame, state)
     for parameter in vit.parameters():
@@ -71,62 +77,70 @@ def test_a_flush_sees_new_weights(policy: Policy) -> None:
     assert error(update.tokens, dense_tokens(vit, frame[0])) < 1e-5
 
 
-def test_policies_change_between_frames() -> None:
-    eventful = eventify(sam(), Rows())
+def test_selectors_change_between_frames() -> None:
+    eventful = eventify(sam(), selector=TopK(4))
     state, seen = eventful.init_state(), []
-    policies: list[Policy] = [select_all, TopK(3), Threshold(1e9), TopFraction(0.5), lambda gate: torch.tensor([7])]
-    for policy, frame in zip(policies, clip(5), strict=True):
-        eventful.policy = policy
-        (update,) = eventful.step(frame, state)
+    selectors: list[Select | None] = [None, TopK(3), Threshold(1e9), TopFraction(0.5), None]
+    selectors.append(lambda gates: [torch.tensor([7]) for _ in gates])
+    for selector, frame in zip(selectors, clip(6), strict=True):
+        (update,) = eventful.step(frame, state, selector=selector)
         seen.append(len(update.changed))
-    assert seen == [100, 3, 0, 50, 1] and eventful.rule.policy is policies[-1]
+    assert seen == [100, 3, 0, 50, 4, 1]
 
 
-def test_a_rule_of_another_kind_flushes() -> None:
+def test_a_rule_of_another_layout_flushes() -> None:
     """Also where buffers happen to have the same shape: a patch of 4 x 4 x 3 and a token of 48 numbers."""
-    vit, frames = sam(embed_dim=48), clip(8)
-    eventful = eventify(vit)
-    state = eventful.init_state()
-    rules: list[tuple[Rule, bool]] = [
-        (Rows(TopK(5)), True),
-        (Rows(TopK(9), renew_every=2), False),
-        (Rows(TopK(5), gate="embedding"), True),
-        (Paper(TopK(5)), True),
-        (Paper(TopK(9), stgt=True), False),
-        (Paper(TopK(9), "qk"), True),
-        (Paper(TopK(9), "qk", gate_before_norm=True), True),
-        (Rows(TopK(5)), True),
+    vit, frames = sam(embed_dim=48), clip(9)
+    state: State[Any] = State([None])
+    rules: list[tuple[Rule[Any], bool]] = [
+        (Rows(), True),
+        (Rows(renew_every=2), False),
+        (Rows("embedding"), True),
+        (Paper(), True),
+        (Paper(stgt=True), False),
+        (Paper("qk"), True),
+        (Paper("qk", gate_before_norm=True), True),
+        (Dense(), True),
+        (Rows(), True),
     ]
     for (rule, flush), frame in zip(rules, frames, strict=True):
-        eventful.rule = rule
-        (update,) = eventful.step(frame, state)
+        (update,) = eventify(vit, rule, TopK(5)).step(frame, state)
         assert update.flush == flush
         if flush:
             assert error(update.tokens, dense_tokens(vit, frame[0])) < 1e-5
 
 
+def test_rules_are_frozen_values() -> None:
+    for rule, name in ((Rows(), "gate"), (Paper(), "pool")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(rule, name, 3)
+    assert Rows() == Rows("patches") and hash(Paper("qk")) == hash(Paper(ablation="qk"))
+
+
 class EveryOther(Rows):
     """A rule of the user's own."""
 
-    def step(self, anatomy: Any, patches: Any, states: Any, joint: Any = None) -> list[Update]:
-        self.policy = lambda gate: torch.arange(gate.frame % 2, gate.error.numel(), 2)
-        return super().step(anatomy, patches, states, joint)
+    def step(self, vit: Any, frames: Any, states: Sequence[RowsState], select: Any, saliency: Any) -> Any:
+        def every_other(gates: Sequence[GateInput]) -> list[torch.Tensor]:
+            return [torch.arange(gate.frame % 2, gate.error.numel(), 2) for gate in gates]
+
+        return super().step(vit, frames, states, every_other, saliency)
 
 
-def test_own_rules_and_policies() -> None:
+def test_own_rules_and_selectors() -> None:
     eventful = eventify(sam(), EveryOther())
     state = eventful.init_state()
     assert [len(eventful.step(frame, state)[0].changed) for frame in clip(3)] == [100, 50, 50]
 
-    def loud(gate: GateInput) -> torch.Tensor:
-        return (gate.error > gate.error.mean()).nonzero().squeeze(1)
+    def loud(gates: Sequence[GateInput]) -> list[torch.Tensor]:
+        return [(gate.error > gate.error.mean()).nonzero().squeeze(1) for gate in gates]
 
-    assert eventify(sam(), policy=loud).policy is loud
+    assert eventify(sam(), selector=loud).selector is loud
 
 
-@pytest.mark.parametrize("rule", [Rows(TopK(5)), Paper(TopK(5))])
-def test_frames_of_any_form(rule: Rule) -> None:
-    eventful, frames = eventify(sam(), rule), clip(1, streams=2)[0]
+@pytest.mark.parametrize("rule", [Rows(), Paper(), Dense()])
+def test_frames_of_any_form(rule: Rule[Any]) -> None:
+    eventful, frames = eventify(sam(), rule, TopK(5)), clip(1, streams=2)[0]
     expected = eventful.step(frames, eventful.init_state(2))
     for form in (list(frames), tuple(frames), frames.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
         for ours, theirs in zip(eventful.step(form, eventful.init_state(2)), expected, strict=True):
@@ -136,28 +150,30 @@ def test_frames_of_any_form(rule: Rule) -> None:
     assert [tuple(update.tokens.shape) for update in updates] == [(10, 10, 24), (6, 10, 24), (10, 4, 24)]
 
 
-def test_steps_need_no_gradient_and_work_in_inference_mode() -> None:
-    vit = sam().requires_grad_(True)
-    eventful = eventify(vit)
-    state = eventful.init_state()
-    for t, frame in enumerate(clip(4)):
+@pytest.mark.parametrize("rule", [Rows(), Paper(), Dense()])
+def test_steps_need_no_gradient_and_work_in_inference_mode(rule: Rule[Any]) -> None:
+    vit = sam(img_size=48).requires_grad_(True)  # of a size of its own: no index map of it is cached
+    eventful = eventify(vit, rule, TopK(9))
+    state, expected = eventful.init_state(), eventful.init_state()
+    for t, frame in enumerate(clip(5, 48, 52)):
         with torch.inference_mode(t % 2 == 0):
             (update,) = eventful.step(frame, state)
-        assert not update.tokens.requires_grad
+        assert not update.tokens.requires_grad and not any(x.is_inference() for x in state.tensors())
+        assert torch.equal(update.tokens, eventful.step(frame, expected)[0].tokens)
     eventful(clip(1)[0]).sum().backward()
     assert vit.pos_embed.grad is not None
 
 
 def test_user_errors() -> None:
-    with pytest.raises(UserError, match="unknown rule 'row'; known: rows, paper"):
-        eventify(sam(), "row")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"rule must be Rows\(\), Paper\(\) or Dense\(\) .*got 'rows'"):
+        eventify(sam(), "rows")  # type: ignore[call-overload]
     for network in (timm.create_model("resnet10t"), nn.Linear(2, 2)):
         with pytest.raises(UserError, match="supported: timm VisionTransformerSAM, .*detectron2 ViT"):
             eventify(network)
     eventful = eventify(sam())
     with pytest.raises(UserError, match="got 2 frames for a state of 3 streams"):
         eventful.step(clip(1, streams=2)[0], eventful.init_state(3))
-    with pytest.raises(UserError, match="got 1 flush flags for 2 frames"):
+    with pytest.raises(UserError, match="got 1 flush flags for a state of 2 streams"):
         eventful.step(clip(1, streams=2)[0], eventful.init_state(2), flush=[True])
     with pytest.raises(UserError, match=r"frame of shape \(1, 40, 40\).*\(3, height, width\)"):
         eventful.step([torch.zeros(1, 40, 40)], eventful.init_state())

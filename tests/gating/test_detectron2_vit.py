@@ -10,11 +10,12 @@ from networks import clip, error, randomise, run
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import anatomy_of
 from eventful_det.gating.convert import Rule, eventify
+from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
-from eventful_det.gating.policy import Threshold, TopK, select_all
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import EVERYTHING, Threshold, TopK
+from eventful_det.gating.vit_spec import spec_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 vit_module = pytest.importorskip(
@@ -43,25 +44,25 @@ def dense_tokens(vit: nn.Module, frame: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("rule", [Rows(select_all), Rows(select_all, "embedding"), Paper(select_all)])
+@pytest.mark.parametrize("rule", [Rows(), Rows("embedding"), Paper(), Dense()])
 @pytest.mark.parametrize("size", [(40, 40), (28, 52), (64, 32), (24, 24)])
-def test_all_selected_equals_dense(name: str, rule: Rule, size: tuple[int, int]) -> None:
+def test_all_selected_equals_dense(name: str, rule: Rule[Any], size: tuple[int, int]) -> None:
     vit, frames = network(**VARIANTS[name]), clip(3, *size)
-    updates, _ = run(vit, rule, frames)
+    updates, _ = run(vit, rule, frames, EVERYTHING)
     for (update,), frame in zip(updates, frames, strict=True):
         assert error(update.tokens, dense_tokens(vit, frame[0])) < 1e-5
 
 
-@pytest.mark.parametrize("rule", [Rows(TopK(9, 0.5)), Paper(TopK(9)), Paper(TopK(9), "qk"), Paper(TopK(9), pool=2)])
-def test_a_few_selected(rule: Rule) -> None:
-    updates, _ = run(network(), rule, clip(4, streams=2))
+@pytest.mark.parametrize("rule", [Rows(), Paper(), Paper("qk"), Paper(pool=2)])
+def test_a_few_selected(rule: Rule[Any]) -> None:
+    updates, _ = run(network(), rule, clip(4, streams=2), TopK(9))
     assert all(update.tokens.isfinite().all() for step in updates for update in step)
     assert [step[0].flush for step in updates] == [True, False, False, False]
 
 
 def test_an_identical_frame_changes_nothing() -> None:
-    for rule in (Rows(Threshold(0.0)), Paper(Threshold(1e-3))):
-        updates, _ = run(network(), rule, clip(1).expand(3, -1, -1, -1, -1))
+    for rule, least in ((Rows(), 0.0), (Paper(), 1e-3)):
+        updates, _ = run(network(), rule, clip(1).expand(3, -1, -1, -1, -1), Threshold(least))
         assert torch.equal(updates[2][0].tokens, updates[0][0].tokens) and not updates[2][0].changed.numel()
 
 
@@ -76,4 +77,4 @@ def test_parameters_are_shared() -> None:
 
 def test_residual_blocks_are_refused() -> None:
     with pytest.raises(UserError, match="a residual convolution block is not supported"):
-        anatomy_of(network(residual_block_indexes=(1,)))
+        spec_of(network(residual_block_indexes=(1,)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,18 +15,20 @@ from torch import Tensor
 
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import Rule, eventify
+from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
-from eventful_det.gating.policy import Threshold, TopK
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import Select, Threshold, TopK
 from eventful_det.gating.state import State, TensorTree
 
-RULES: list[Rule] = [
-    Rows(TopK(8, age_power=0.5)),
-    Rows(Threshold(0.5), gate="embedding", renew_every=3),
-    Paper(TopK(8)),
-    Paper(TopK(8), "qk"),
-    Paper(Threshold(0.5), "tokenwise"),
-    Paper(TopK(8), pool=2, gate_before_norm=True),
+RULES: list[tuple[Rule[Any], Select]] = [
+    (Rows(), TopK(8)),
+    (Rows("embedding", renew_every=3), Threshold(0.5)),
+    (Paper(), TopK(8)),
+    (Paper("qk"), TopK(8)),
+    (Paper("tokenwise"), Threshold(0.5)),
+    (Paper(pool=2, gate_before_norm=True), TopK(8)),
+    (Dense(), TopK(8)),
 ]
 
 
@@ -87,10 +90,10 @@ def test_any_state_survives_a_file(streams: list[Tree | None]) -> None:
         assert same(State.load(f"{directory}/state.pt"), State(streams))
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_saved_stream_goes_on_bitwise(rule: Rule, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rule", "selector"), RULES)
+def test_a_saved_stream_goes_on_bitwise(rule: Rule[Any], selector: Select, tmp_path: Path) -> None:
     frames = clip(6, streams=2)
-    eventful = eventify(sam(), rule)
+    eventful = eventify(sam(), rule, selector)
     state = eventful.init_state(2)
     for frame in frames[:3]:
         eventful.step(frame, state)
@@ -104,10 +107,10 @@ def test_a_saved_stream_goes_on_bitwise(rule: Rule, tmp_path: Path) -> None:
     assert same(loaded, state)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_select_shares_and_reset_forgets(rule: Rule) -> None:
+@pytest.mark.parametrize(("rule", "selector"), RULES)
+def test_select_shares_and_reset_forgets(rule: Rule[Any], selector: Select) -> None:
     frames = clip(3, streams=3)
-    eventful = eventify(sam(), rule)
+    eventful = eventify(sam(), rule, selector)
     state, whole = eventful.init_state(3), eventful.init_state(3)
     eventful.step(frames[0], state)
     eventful.step(frames[0], whole)
@@ -124,7 +127,7 @@ def test_select_shares_and_reset_forgets(rule: Rule) -> None:
 
 
 def test_to_moves_and_casts_but_leaves_integers() -> None:
-    eventful = eventify(plain(), Rows(TopK(4)))
+    eventful = eventify(plain(), selector=TopK(4))
     state = eventful.init_state(2)
     eventful.step(list(clip(1, 24, 24)[0]) * 2, state)
     half = state.to(dtype=torch.float16)
@@ -136,10 +139,10 @@ def test_to_moves_and_casts_but_leaves_integers() -> None:
     assert state.to("cpu").streams[0] is None
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_state_is_no_part_of_the_module(rule: Rule) -> None:
+@pytest.mark.parametrize(("rule", "selector"), RULES)
+def test_state_is_no_part_of_the_module(rule: Rule[Any], selector: Select) -> None:
     vit = sam()
-    eventful = eventify(vit, rule)
+    eventful = eventify(vit, rule, selector)
     keys = list(eventful.state_dict())
     state = eventful.init_state()
     eventful.step(clip(1)[0], state)

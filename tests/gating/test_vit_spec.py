@@ -18,7 +18,7 @@ from torch import nn
 
 from eventful_det.errors import UserError
 from eventful_det.gating.vit_spec import relative_table, resize_positions, spec_of
-from eventful_det.gating.windows import relative_bias, relative_places, relative_terms, windows_of
+from eventful_det.gating.windows import Tiles, relative_bias, relative_places, relative_terms, windows_of
 
 CPU = torch.device("cpu")
 QUICK = settings(max_examples=60, deadline=None)
@@ -58,6 +58,24 @@ def test_windows_give_every_token_its_own_place(rows: int, cols: int, side: int)
     across = -(-cols // width)
     assert torch.equal(windows.window // across * height + windows.slot // width, y)
     assert torch.equal(windows.window % across * width + windows.slot % width, x)
+
+
+def test_the_examples_of_index_maps() -> None:
+    windows = windows_of((2, 3), 2, CPU)
+    assert windows.window.tolist() == [0, 0, 1, 0, 0, 1] and windows.slot.tolist() == [0, 1, 0, 2, 3, 2]
+    assert windows.place.tolist() == [0, 1, 4, 2, 3, 6] and windows.token.tolist() == [0, 1, 3, 4, 2, 0, 5, 0]
+    assert windows.sort(torch.tensor([5, 4, 2, 0])).tolist() == [0, 4, 2, 5]
+    assert relative_places(torch.tensor([0]), torch.tensor([1]), (2, 2)).tolist() == [[1, 0, 5, 4]]
+
+
+def test_the_example_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eventful_det.gating.windows._LEAST_TILE", 2)  # two queries to a tile of four places
+    windows = windows_of((2, 3), 2, CPU)
+    tiles = Tiles.of(windows.window[torch.tensor([0, 1, 3, 2])], windows)
+    assert (tiles.count, tiles.size) == (3, 2)
+    assert tiles.window is not None and tiles.window.tolist() == [0, 0, 1]
+    assert tiles.place.tolist() == [0, 1, 2, 4] and tiles.source.tolist() == [0, 1, 2, 0, 3, 0]
+    assert tiles.spread(torch.tensor([7, 8, 9, 6]), 1, 2).tolist() == [[9, 7], [6, 7]]
 
 
 @QUICK

@@ -47,9 +47,9 @@ def init_products(block: Block, queries: int, keys: int, ablation: Ablation) -> 
 
 
 def attend_windows(block: Block, qkv: Tensor, grid: Grid) -> Tensor:
-    """Attention in full inside every window, `(N, D)` from `(N, 3 D)`; padded tokens have the bias as q, k and v."""
+    """Attention in full inside every window, `(N, D)` from `(N, 3 D)`."""
     windows = windows_of(grid, block.window, qkv.device)
-    padded = block.padding_qkv().flatten().to(qkv.dtype).repeat(windows.count * windows.slots, 1)
+    padded = block.padding_qkv().flatten().repeat(windows.count * windows.slots, 1).to(qkv.dtype)
     padded.index_copy_(0, windows.place, qkv)
     q, k, v = padded.view(windows.count, windows.slots, 3, block.heads, -1).permute(2, 0, 3, 1, 4)
     terms = position_terms(q, block, windows.shape, pool=1)  # (windows, heads, slots, rows + columns)

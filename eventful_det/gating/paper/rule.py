@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch import Tensor
 from eventful_det.errors import UserError
 from eventful_det.gating.macs import Ablation, PaperSizes, paper_macs
 from eventful_det.gating.paper.attention import ProductState, attend_frame, attend_windows, init_products
-from eventful_det.gating.paper.gates import GateState, open_gate
-from eventful_det.gating.selector import Select
+from eventful_det.gating.paper.gates import GateState, gated
+from eventful_det.gating.selector import GateInput, Select
 from eventful_det.gating.state import StreamState, TensorTree
 from eventful_det.gating.update import Update
 from eventful_det.gating.vit_spec import Block, ViTSpec
@@ -25,7 +26,7 @@ class PaperBlockState(TensorTree):
 
     Attributes:
         qkv, proj, mlp: its three gated operations.
-        products: what is remembered of the attention of a global block, or None.
+        products: what is remembered of the attention of a global block; None in windowed blocks, or if nothing is.
     """
 
     qkv: GateState
@@ -62,7 +63,7 @@ class Paper:
         pool: average keys and values over cells of `pool` x `pool` tokens in global blocks; 1 = do not.
         gate_before_norm: gate before the layer norms instead of after them (before qkv and MLP).
         stgt: replace the reference of all tokens on every frame, as STGT does, instead of the selected ones'.
-        keep: so many prefix tokens pass every gate, whatever is selected; 0 = as in the paper.
+        keep: so many prefix tokens pass every gate, beside those selected; 0 = as in the paper.
     """
 
     ablation: Ablation = "full"
@@ -99,27 +100,19 @@ class Paper:
                 f"Paper: a grid of {grid[0]} x {grid[1]} tokens is not divisible by pool={self.pool}; "
                 f"pad the frame or use pool=1"
             )
-        tokens, length, zeros = grid[0] * grid[1], prefix + grid[0] * grid[1], blocks[-1].weight.new_zeros
-
-        def gate(block: Block, out: int) -> GateState:
-            return GateState(zeros(length, block.dim), zeros(length, out))
-
         return PaperState(
             self.layout,
             grid,
-            blocks=[
-                PaperBlockState(
-                    qkv=gate(block, 3 * block.dim),
-                    proj=gate(block, block.dim),
-                    mlp=gate(block, block.dim),
-                    products=None
-                    if block.window
-                    else init_products(block, length, length // self.pool**2, self.ablation),
-                )
-                for block in blocks
-            ],
-            output=zeros(tokens, blocks[-1].dim),
+            blocks=[self._init_block(block, prefix + grid[0] * grid[1]) for block in blocks],
+            output=blocks[-1].weight.new_zeros(grid[0] * grid[1], blocks[-1].dim),
         )
+
+    def _init_block(self, block: Block, length: int) -> PaperBlockState:
+        dim, zeros = block.dim, block.weight.new_zeros
+        qkv, proj, mlp = (GateState(zeros(length, dim), zeros(length, out)) for out in (3 * dim, dim, dim))
+        keys = length // self.pool**2
+        products = None if block.window else init_products(block, length, keys, self.ablation)
+        return PaperBlockState(qkv, proj, mlp, products)
 
     def step(
         self,
@@ -168,39 +161,35 @@ class Paper:
             what was done in each block.
         """
         work, sizes = torch.zeros(len(x), device=x.device), []
+        select = partial(_keeping, select, self.keep) if self.keep else select
         for block, block_state in zip(blocks, state.blocks, strict=True):
-            x, size = self._step_block(block, x, block_state, state, select, work)
-            sizes.append(size)
+            x, refreshed, cells = self._step_block(block, x, block_state, state, select)
+            for index, weights in zip(refreshed, block.weights, strict=True):
+                work[index] += weights
+            qkv, proj, mlp = map(len, refreshed)
+            sizes.append(PaperSizes(qkv, proj, mlp, cells))
         state.frame += 1
-        weights = sum(layer.weight.numel() for block in blocks for layers in block.layers for layer in layers)
-        return x, work / weights, tuple(sizes)
+        return x, work / sum(sum(block.weights) for block in blocks), tuple(sizes)
 
     def _step_block(
-        self, block: Block, x: Tensor, state: PaperBlockState, stream: PaperState, select: Select, work: Tensor
-    ) -> tuple[Tensor, PaperSizes]:
-        """One block on `x (L, D)`; adds to `work (L,)` the multiply-adds of linear layers on each token."""
-
-        def gated(i: int, gate: GateState, x: Tensor, norm: Callable[[Tensor], Tensor] | None) -> Tensor:
-            """Section 4.1 for the i-th operation of the block; returns the refreshed tokens `(r,)`."""
-
-            before, after = (None, norm) if self.gate_before_norm else (norm, None)
-            compared = x if before is None else before(x)
-            index = open_gate(gate, compared, select, stream.frame, self.stgt, self.keep)
-            rows = compared.index_select(0, index)
-            result = operations[i](rows if after is None else after(rows))
-            gate.buffer.index_copy_(0, index, result.flatten(1).to(gate.buffer.dtype))
-            work[index] += sum(layer.weight.numel() for layer in block.layers[i])
-            return index
-
-        operations = (block.qkv, block.proj, block.mlp)
-        index = gated(0, state.qkv, x, block.norm1)
+        self, block: Block, x: Tensor, state: PaperBlockState, stream: PaperState, select: Select
+    ) -> tuple[Tensor, list[Tensor], int]:
+        """One block on `x (L, D)`; also the tokens refreshed at its three gates, and the number of refreshed keys."""
+        gate = partial(gated, select=select, frame=stream.frame, norm_behind=self.gate_before_norm, stgt=self.stgt)
+        qkv = gate(state.qkv, x, block.qkv, block.norm1)
         if block.window:
             attended, cells = attend_windows(block, state.qkv.buffer, stream.grid), 0
         else:
             attended, cells = attend_frame(
-                block, state.qkv.buffer, state.products, index, stream.grid, self.pool, flush=stream.frame == 0
+                block, state.qkv.buffer, state.products, qkv, stream.grid, self.pool, flush=stream.frame == 0
             )
-        projected = gated(1, state.proj, attended, None)
+        proj = gate(state.proj, attended, block.proj, None)
         x = x + state.proj.buffer
-        mixed = gated(2, state.mlp, x, block.norm2)
-        return x + state.mlp.buffer, PaperSizes(len(index), len(projected), len(mixed), cells)
+        mlp = gate(state.mlp, x, block.mlp, block.norm2)
+        return x + state.mlp.buffer, [qkv, proj, mlp], cells
+
+
+def _keeping(select: Select, count: int, gates: Sequence[GateInput]) -> list[Tensor]:
+    """What is selected, and the first `count` tokens with it."""
+    first = torch.arange(count, device=gates[0].error.device)
+    return [torch.cat([first, chosen[chosen >= count]]) for chosen in select(gates)]
