@@ -112,7 +112,9 @@ class RecogniserConfig:
         if unknown := sorted(set(values) - known):
             raise UserError(f"recogniser: unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
         try:
-            plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            plain: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+            }
             plain["classes"] = {head: tuple(map(str, names)) for head, names in values["classes"].items()}
             return RecogniserConfig(**plain)
         except (TypeError, KeyError, AttributeError) as error:
