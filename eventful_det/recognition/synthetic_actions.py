@@ -41,6 +41,11 @@ ACTIONS = (
     "cross_right",
     "shake",
 )
+_SWAPPED = {
+    "x": ("cross_left", "cross_right"),
+    "y": ("rise", "fall"),
+    "time": ("enter", "leave", "approach", "recede", "rise", "fall", "appear", "vanish", "cross_left", "cross_right"),
+}
 CAMERAS = ("still", "pan")
 _PAN = 0.3  # of a side: how far a camera pans at most
 _SPRITE = 96  # pixels, the largest side of an object's picture
@@ -111,6 +116,16 @@ def action_of(options: ActionOptions, index: int) -> tuple[int, str]:
     """Label and camera of a clip, without rendering it."""
     cameras = CAMERAS if options.camera == "both" else (options.camera,)
     return index % len(ACTIONS), cameras[index // len(ACTIONS) % len(cameras)]
+
+
+def mirrored(frames: NDArray[np.uint8], label: int, *axes: str) -> tuple[NDArray[np.uint8], int]:
+    """A clip `(n, height, width, 3)` mirrored along "x", "y" or "time", and what it then shows."""
+    for axis in axes:
+        frames = np.flip(frames, {"time": 0, "y": 1, "x": 2}[axis])
+        pairs = _SWAPPED[axis]
+        if ACTIONS[label] in pairs:
+            label = ACTIONS.index(pairs[pairs.index(ACTIONS[label]) ^ 1])
+    return np.ascontiguousarray(frames), label
 
 
 def render_action(

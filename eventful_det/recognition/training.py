@@ -7,6 +7,7 @@ softmax of a softmax.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -30,7 +31,7 @@ from eventful_det.recognition.clips import recognise
 from eventful_det.recognition.evaluation import Way
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.segments import Segments
-from eventful_det.recognition.synthetic_actions import ACTIONS, ActionOptions, action_of, render_action
+from eventful_det.recognition.synthetic_actions import ACTIONS, ActionClip, ActionOptions, mirrored, render_action
 from eventful_det.recognition.views import frame_indices, normalise
 from eventful_det.training.log import Log
 from eventful_det.training.optim import learning_rate, set_learning_rate
@@ -48,6 +49,7 @@ class RecogniserTraining:
         batch: clips per step, of all processes together.
         lr: peak learning rate; `warmup` steps lead to it, a cosine ends it.
         layer_decay: the rate of a spatial block is `layer_decay` times that of the next; the temporal model has all.
+        frozen: spatial blocks, from the first on, that stay as they are, and the embedding with them.
         weight_decay: of AdamW; not of norms, biases, class tokens and positions.
         clip: largest norm of the gradient; 0 = any.
         ema: decay of the averaged weights that are written at the end; 0 = none.
@@ -64,6 +66,7 @@ class RecogniserTraining:
     lr: float = 3e-4
     warmup: int = 100
     layer_decay: float = 0.8
+    frozen: int = 0
     weight_decay: float = 0.05
     clip: float = 1.0
     ema: float = 0.998
@@ -88,21 +91,32 @@ class Samples(Protocol):
 
 
 class SyntheticClips:
-    """Synthetic actions, rendered when they are asked for: one view of `config.size` each, never the same twice."""
+    """Synthetic actions, rendered when they are asked for: one view of `config.size` each, never the same twice.
+
+    Each clip is shown twice running, each time mirrored along other axes, which saves half of the rendering.
+    """
 
     def __init__(self, recogniser: Recogniser, options: ActionOptions, seed: int = 0, split: str = "train") -> None:
         config = recogniser.config
         if options.frames < config.span:
             raise UserError(f"clips of {options.frames} frames are too short for views that span {config.span}")
         self.config, self.options, self.seed, self.split = config, options, seed, split
+        self._render = functools.lru_cache(maxsize=1)(self._rendered)
 
     def sample(self, n: int) -> tuple[Tensor, Labels]:
         """See `Samples`. Clips come in an order in which classes and cameras mix."""
         rng = np.random.default_rng([self.seed, n, 7])
-        index = n * 2 * len(ACTIONS) + int(rng.integers(2 * len(ACTIONS)))
-        clip = render_action(self.options, self.seed, index, self.split, range(0, self.config.span, self.config.stride))
-        view = normalise(torch.from_numpy(clip.frames).permute(0, 3, 1, 2), self.config)
-        return centre(view, self.config.size), {next(iter(self.config.classes)): action_of(self.options, index)[0]}
+        clip = self._render(n // 2)
+        axes = [axis for axis in ("x", "y", "time") if rng.random() < 0.5]
+        frames, label = mirrored(clip.frames, clip.label, *axes)
+        view = normalise(torch.from_numpy(frames).permute(0, 3, 1, 2), self.config)
+        return centre(view, self.config.size), {next(iter(self.config.classes)): label}
+
+    def _rendered(self, n: int) -> ActionClip:
+        count = 2 * len(ACTIONS)
+        index = n * count + int(np.random.default_rng([self.seed, n, 5]).integers(count))
+        frames = range(0, self.config.span, self.config.stride)
+        return render_action(self.options, self.seed, index, self.split, frames)
 
 
 class VideoClips:
@@ -261,6 +275,11 @@ class RecogniserTrainer:
         if isinstance(samples, FeatureClips):
             recogniser.embedding.requires_grad_(False)
             recogniser.spatial_model.requires_grad_(False)
+        if options.frozen:
+            below = [recogniser.embedding, recogniser.spatial_model.backbone.position_encoding]
+            for module in [*below, *recogniser.spatial_model.backbone.blocks[: options.frozen]]:
+                module.requires_grad_(False)
+            recogniser.spatial_model.class_token.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(parameter_groups(recogniser, options), lr=options.lr)
         self.average = (
             AveragedModel(recogniser, multi_avg_fn=get_ema_multi_avg_fn(options.ema)) if options.ema else None
@@ -330,7 +349,7 @@ class RecogniserTrainer:
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update_parameters(self.recogniser)
-        return {f"loss_{head}": float(loss) for head, loss in losses.items()} | {"right": float(right)}
+        return {f"loss_{head}": loss.item() for head, loss in losses.items()} | {"right": right.item()}
 
     def _after_step(self, log: Log, metrics: dict[str, float]) -> None:
         if self.step % self.options.log_every == 0 or self.progress >= 1:

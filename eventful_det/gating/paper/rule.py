@@ -54,8 +54,8 @@ class PaperState(StreamState):
 class Paper:
     """Gates before qkv, output projection and MLP of every block; L = prefix tokens + N tokens.
 
-    The selector is asked at every gate. Prefix tokens are gated like the others, unless they are kept. Gates remember no ages
-    and know no saliency. Windowed blocks compute their attention in full, from the buffered q, k and v.
+    The selector is asked at every gate. Prefix tokens are gated like the others, unless they are kept. Gates remember
+    no ages and know no saliency. Windowed blocks compute their attention in full, from the buffered q, k and v.
 
     Args:
         ablation: what is incremental in global blocks: token-wise operations alone ("tokenwise"), also QK^T
