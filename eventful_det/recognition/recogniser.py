@@ -193,6 +193,8 @@ class Recogniser(nn.Module):
 
         `state` is of the spatial model, empty ones are `State([None] * streams)`; the rest is as for `step`.
         """
+        if self.embedding.kernel_size[0] != self.embedding.kernel_size[1]:
+            raise UserError(f"steps need square tubelets, not {self.embedding.kernel_size} pixels; use `forward`")
         return step_streams(self.spec, frames, state, rule=rule, selector=selector, flush=flush)
 
     def window_macs(self) -> dict[str, int]:

@@ -41,6 +41,7 @@ ACTIONS = (
     "cross_right",
     "shake",
 )
+COVERAGE = 7  # cells along each side
 _SWAPPED = {
     "x": ("cross_left", "cross_right"),
     "y": ("rise", "fall"),
@@ -95,11 +96,13 @@ class ActionClip:
         frames: `(n, height, width, 3)` uint8 RGB.
         label: index into `ACTIONS`.
         camera: one of `CAMERAS`.
+        coverage: `(n, 7, 7)` share of each cell of the frame that objects cover; to learn from, not to be recognised.
     """
 
     frames: NDArray[np.uint8]
     label: int
     camera: str
+    coverage: NDArray[np.float32]
 
 
 @dataclass
@@ -118,14 +121,16 @@ def action_of(options: ActionOptions, index: int) -> tuple[int, str]:
     return index % len(ACTIONS), cameras[index // len(ACTIONS) % len(cameras)]
 
 
-def mirrored(frames: NDArray[np.uint8], label: int, *axes: str) -> tuple[NDArray[np.uint8], int]:
-    """A clip `(n, height, width, 3)` mirrored along "x", "y" or "time", and what it then shows."""
+def mirrored(clip: ActionClip, *axes: str) -> ActionClip:
+    """A clip mirrored along "x", "y" or "time", and what it then shows."""
+    frames, label, coverage = clip.frames, clip.label, clip.coverage
     for axis in axes:
-        frames = np.flip(frames, {"time": 0, "y": 1, "x": 2}[axis])
+        place = {"time": 0, "y": 1, "x": 2}[axis]
+        frames, coverage = np.flip(frames, place), np.flip(coverage, place)
         pairs = _SWAPPED[axis]
         if ACTIONS[label] in pairs:
             label = ACTIONS.index(pairs[pairs.index(ACTIONS[label]) ^ 1])
-    return np.ascontiguousarray(frames), label
+    return ActionClip(np.ascontiguousarray(frames), label, clip.camera, np.ascontiguousarray(coverage))
 
 
 def render_action(
@@ -154,16 +159,18 @@ def render_action(
     objects = [(_picture(rng, background), _motion(rng, ACTIONS[label], size, options))]
     if rng.random() < options.bystander:
         objects.insert(0, (_picture(rng, background), _still(rng, size, options)))
-    images = []
+    images, coverage = [], []
     for i in range(options.frames) if frames is None else frames:
         shift = margin - pan[i]
         view = np.array([[1, 0, -shift[0]], [0, 1, -shift[1]]])
         picture = _warp(background, view, (options.width, options.height), cv2.BORDER_REFLECT_101)
+        covered = np.zeros(picture.shape[:2], np.float32)
         for image, motion in objects:
-            _paint(picture, image, motion, i, pan[i])
+            np.maximum(covered, _paint(picture, image, motion, i, pan[i]), out=covered)
+        coverage.append(cv2.resize(covered, (COVERAGE, COVERAGE), interpolation=cv2.INTER_AREA))
         grain = np.random.default_rng([seed, index, i]).standard_normal(picture.shape, dtype=np.float32)
         images.append(np.clip(picture + np.float32(options.noise) * grain + 0.5, 0, 255).astype(np.uint8))
-    return ActionClip(np.stack(images), label, camera)
+    return ActionClip(np.stack(images), label, camera, np.stack(coverage))
 
 
 def _picture(rng: np.random.Generator, background: Array) -> Array:
@@ -229,11 +236,11 @@ def _motion(rng: np.random.Generator, action: str, size: Array, options: ActionO
     return motion
 
 
-def _paint(picture: Array, image: Array, motion: _Motion, i: int, shift: Array) -> None:
-    """Draw an object on frame i of a picture `(H, W, 3)` that the camera has moved by `shift`."""
+def _paint(picture: Array, image: Array, motion: _Motion, i: int, shift: Array) -> Array:
+    """Draw an object on frame i of a picture `(H, W, 3)` that the camera has moved by `shift`; returns where, `(H, W)`."""
     opacity = np.float32(motion.opacity[i])
     if not opacity:
-        return
+        return np.zeros(picture.shape[:2], np.float32)
     scale, side = motion.diameter[i] / image.shape[0], image.shape[0]
     cosine, sine = math.cos(motion.angle[i]) * scale, math.sin(motion.angle[i]) * scale
     turn = np.array([[cosine, -sine], [sine, cosine]])
@@ -241,6 +248,7 @@ def _paint(picture: Array, image: Array, motion: _Motion, i: int, shift: Array) 
     patch = opacity * _warp(image, np.column_stack([turn, offset]), picture.shape[1::-1], cv2.BORDER_CONSTANT)
     picture *= 1 - patch[..., 3:]
     picture += patch[..., :3]
+    return patch[..., 3]
 
 
 def _warp(image: Array, affine: Array, size: Sequence[int], border: int) -> Array:

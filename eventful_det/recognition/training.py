@@ -38,6 +38,8 @@ from eventful_det.training.optim import learning_rate, set_learning_rate
 from eventful_det.training.precision import autocast_dtype, make_scaler
 
 Labels = dict[str, int]
+Sample = tuple[Tensor, Labels, Tensor | None]
+Batch = tuple[Tensor, dict[str, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,18 @@ class RecogniserTraining:
 class Samples(Protocol):
     """What to learn from: an endless sequence, of which sample n follows from n alone."""
 
-    def sample(self, n: int) -> tuple[Tensor, Labels]:
-        """A view `(t, c, h, w)` normalised, or features `(V, T', D)`; and its labels."""
+    def sample(self, n: int) -> Sample:
+        """A view `(t, c, h, w)` normalised, or features `(V, T', D)`; its labels; and hints, if there are any.
+
+        Hints `(T', K)` in [0, 1] are what a linear layer, which is thrown away, shall read from the spatial outputs.
+        """
 
 
 class SyntheticClips:
     """Synthetic actions, rendered when they are asked for: one view of `config.size` each, never the same twice.
 
-    Each clip is shown twice running, each time mirrored along other axes, which saves half of the rendering.
+    Each clip is shown twice running, each time mirrored along other axes, which saves half of the rendering. Hints say
+    where objects are.
     """
 
     def __init__(self, recogniser: Recogniser, options: ActionOptions, seed: int = 0, split: str = "train") -> None:
@@ -103,14 +109,15 @@ class SyntheticClips:
         self.config, self.options, self.seed, self.split = config, options, seed, split
         self._render = functools.lru_cache(maxsize=1)(self._rendered)
 
-    def sample(self, n: int) -> tuple[Tensor, Labels]:
+    def sample(self, n: int) -> Sample:
         """See `Samples`. Clips come in an order in which classes and cameras mix."""
         rng = np.random.default_rng([self.seed, n, 7])
         clip = self._render(n // 2)
         axes = [axis for axis in ("x", "y", "time") if rng.random() < 0.5]
-        frames, label = mirrored(clip.frames, clip.label, *axes)
-        view = normalise(torch.from_numpy(frames).permute(0, 3, 1, 2), self.config)
-        return centre(view, self.config.size), {next(iter(self.config.classes)): label}
+        clip = mirrored(clip, *axes)
+        view = normalise(torch.from_numpy(clip.frames).permute(0, 3, 1, 2), self.config)
+        hints = torch.from_numpy(clip.coverage).unflatten(0, (self.config.steps, -1)).mean(1).flatten(1)
+        return centre(view, self.config.size), {next(iter(self.config.classes)): clip.label}, hints
 
     def _rendered(self, n: int) -> ActionClip:
         count = 2 * len(ACTIONS)
@@ -125,7 +132,7 @@ class VideoClips:
     def __init__(self, recogniser: Recogniser, segments: Segments, seed: int = 0) -> None:
         self.config, self.segments, self.seed = recogniser.config, segments, seed
 
-    def sample(self, n: int) -> tuple[Tensor, Labels]:
+    def sample(self, n: int) -> Sample:
         """See `Samples`. A segment that cannot be read gives way to the next."""
         count = len(self.segments)
         order = np.random.default_rng([self.seed, n // count]).permutation(count)
@@ -142,7 +149,7 @@ class VideoClips:
                 for outer, inner in zip(frames.shape[-2:], self.config.size, strict=True)
             )
             view = frames[..., top : top + self.config.size[0], left : left + self.config.size[1]]
-            return view, dict(segment.labels)
+            return view, dict(segment.labels), None
         raise UserError(f"20 segments in a row cannot be read, {chosen[0].video} the first of them")
 
 
@@ -155,11 +162,11 @@ class FeatureClips:
         if not self.files:
             raise UserError(f"no cached features in {folder}; write them first")
 
-    def sample(self, n: int) -> tuple[Tensor, Labels]:
+    def sample(self, n: int) -> Sample:
         """See `Samples`."""
         count = len(self.files)
         order = np.random.default_rng([self.seed, n // count]).permutation(count)
-        return read_features(self.files[order[n % count]])
+        return *read_features(self.files[order[n % count]]), None
 
 
 def centre(frames: Tensor, size: tuple[int, int]) -> Tensor:
@@ -224,21 +231,26 @@ def read_features(path: Path) -> tuple[Tensor, Labels]:
 class _Loss(nn.Module):
     """Losses of each head from views `(B, t, c, h, w)`, or from features `(B, V, T', D)` averaged over the views."""
 
-    def __init__(self, recogniser: Recogniser, smoothing: float) -> None:
+    def __init__(self, recogniser: Recogniser, smoothing: float, hints: int) -> None:
         super().__init__()
         self.recogniser, self.smoothing = recogniser, smoothing
+        self.hint = nn.Linear(recogniser.config.dim, hints).to(recogniser.device) if hints else None
 
-    def forward(self, x: Tensor, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, labels: Mapping[str, Tensor], hints: Tensor | None) -> dict[str, Tensor]:
+        losses = {}
         if x.dim() == 5:
-            logits = self.recogniser(x)
+            features = self.recogniser.spatial(x)
+            logits = self.recogniser.temporal(features)
+            if self.hint is not None and hints is not None:
+                losses["hints"] = F.binary_cross_entropy_with_logits(self.hint(features).float(), hints)
         else:
             each = self.recogniser.temporal(x.flatten(0, 1))
             logits = {head: values.unflatten(0, x.shape[:2]).mean(1) for head, values in each.items()}
-        return {
-            head: F.cross_entropy(values.float(), labels[head], ignore_index=-1, label_smoothing=self.smoothing)
-            for head, values in logits.items()
-            if head in labels
-        } | {"right": (next(iter(logits.values())).argmax(-1) == next(iter(labels.values()))).float().mean().detach()}
+        for head, label in labels.items():
+            losses[head] = F.cross_entropy(logits[head].float(), label, ignore_index=-1, label_smoothing=self.smoothing)
+        main, label = next(iter(labels.items()))
+        losses["right"] = (logits[main].argmax(-1) == label).float().mean().detach()
+        return losses
 
 
 class RecogniserTrainer:
@@ -280,14 +292,19 @@ class RecogniserTrainer:
             for module in [*below, *recogniser.spatial_model.backbone.blocks[: options.frozen]]:
                 module.requires_grad_(False)
             recogniser.spatial_model.class_token.requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(parameter_groups(recogniser, options), lr=options.lr)
+        hints = samples.sample(0)[2]
+        loss = _Loss(recogniser, options.smoothing, 0 if hints is None else hints.shape[-1])
+        groups = parameter_groups(recogniser, options)
+        if loss.hint is not None:
+            groups.append({"params": list(loss.hint.parameters()), "lr": options.lr, "weight_decay": 0.0})
+        self.hint = loss.hint
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr)
         self.average = (
             AveragedModel(recogniser, multi_avg_fn=get_ema_multi_avg_fn(options.ema)) if options.ema else None
         )
         self.step, self.spent = 0, 0.0
         directory.mkdir(parents=True, exist_ok=True)
         self._resume()
-        loss = _Loss(recogniser, options.smoothing)
         self.loss: nn.Module = DistributedDataParallel(loss) if self.ranks > 1 else loss
 
     @property
@@ -322,13 +339,13 @@ class RecogniserTrainer:
             save_recogniser(self.result, self.directory / "model.safetensors")
         return self.result.eval()
 
-    def _batches(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def _batches(self) -> Iterator[Batch]:
         """What is left of the endless sequence of this process's batches."""
         share = self.options.batch // self.ranks
         data = _Indexed(self.samples, tuple(self.recogniser.config.classes), self.step, share, self.rank, self.ranks)
         return iter(DataLoader(data, batch_size=None, num_workers=self.options.workers))
 
-    def _train_step(self, x: Tensor, labels: dict[str, Tensor]) -> dict[str, float]:
+    def _train_step(self, x: Tensor, labels: dict[str, Tensor], hints: Tensor | None) -> dict[str, float]:
         options = self.options
         # All randomness of a step follows from its number: a resumed run repeats what the killed one would have done.
         torch.manual_seed((options.seed * 1_000_003 + self.step) * self.ranks + self.rank)
@@ -336,7 +353,7 @@ class RecogniserTrainer:
         set_learning_rate(self.optimizer, learning_rate(place, options.steps, options.lr, options.warmup, "cosine", ()))
         x, labels = x.to(self.device), {head: label.to(self.device) for head, label in labels.items()}
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            losses = self.loss(x, labels)
+            losses = self.loss(x, labels, None if hints is None else hints.to(self.device))
         right = losses.pop("right")
         total = torch.stack(list(losses.values())).sum()
         if not total.isfinite():
@@ -372,6 +389,7 @@ class RecogniserTrainer:
             "model": self.recogniser.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "hint": None if self.hint is None else self.hint.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
         }
 
@@ -389,6 +407,8 @@ class RecogniserTrainer:
             self.recogniser.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
+            if self.hint is not None:
+                self.hint.load_state_dict(saved["hint"])
             if self.average is not None:
                 self.average.load_state_dict(saved["average"])
             self.step, self.spent = int(saved["step"]), float(saved["spent"])
@@ -398,7 +418,7 @@ class RecogniserTrainer:
             raise UserError(f"{self._checkpoint} cannot be continued ({type(error).__name__}); remove it") from error
 
 
-class _Indexed(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+class _Indexed(Dataset[Batch]):
     """Batches of samples by their number, from a step on."""
 
     def __init__(self, samples: Samples, heads: tuple[str, ...], first: int, share: int, rank: int, ranks: int) -> None:
@@ -408,12 +428,13 @@ class _Indexed(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     def __len__(self) -> int:
         return 1_000_000_000
 
-    def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def __getitem__(self, i: int) -> Batch:
         begin = ((self.first + i) * self.ranks + self.rank) * self.share
-        views, labels = zip(*(self.samples.sample(begin + j) for j in range(self.share)), strict=True)
+        views, labels, hints = zip(*(self.samples.sample(begin + j) for j in range(self.share)), strict=True)
         named = [{(head or self.heads[0]): label for head, label in each.items()} for each in labels]
         known = [head for head in self.heads if any(head in each for each in named)]
-        return torch.stack(views), {h: torch.tensor([each.get(h, -1) for each in named]) for h in known}
+        together = None if hints[0] is None else torch.stack(hints)
+        return torch.stack(views), {h: torch.tensor([each.get(h, -1) for each in named]) for h in known}, together
 
 
 def parameter_groups(recogniser: Recogniser, options: RecogniserTraining) -> list[dict[str, object]]:
