@@ -237,7 +237,7 @@ def _motion(rng: np.random.Generator, action: str, size: Array, options: ActionO
 
 
 def _paint(picture: Array, image: Array, motion: _Motion, i: int, shift: Array) -> Array:
-    """Draw an object on frame i of a picture `(H, W, 3)` that the camera has moved by `shift`; returns where, `(H, W)`."""
+    """Draw an object on frame i of a picture `(H, W, 3)` moved by `shift`; returns how much it covers, `(H, W)`."""
     opacity = np.float32(motion.opacity[i])
     if not opacity:
         return np.zeros(picture.shape[:2], np.float32)
