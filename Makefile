@@ -5,6 +5,11 @@ RUN := $(VENV)/bin/python
 VIDEO ?=
 FRAMES ?=
 OUTPUT ?= outputs/demo
+# What users name reaches the tools through the environment, so that neither make nor a shell reads anything into it.
+unexport VIDEO FRAMES OUTPUT
+export GIVEN_VIDEO := $(value VIDEO)
+export GIVEN_FRAMES := $(value FRAMES)
+export GIVEN_OUTPUT := $(value OUTPUT)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve test lint format sweep data train clean
@@ -21,10 +26,11 @@ $(VENV)/installed: setup.py pyproject.toml
 	@touch $@
 
 demo: install  ## detect in a video: make demo [VIDEO=my.mp4] [FRAMES=100] [OUTPUT=outputs/demo]
-	$(RUN) tools/demo.py $(if $(VIDEO),source='$(VIDEO)') $(if $(FRAMES),max_frames=$(FRAMES)) output=$(OUTPUT)
+	$(RUN) tools/demo.py $${GIVEN_VIDEO:+source="$$GIVEN_VIDEO"} $${GIVEN_FRAMES:+max_frames="$$GIVEN_FRAMES"} \
+		output="$$GIVEN_OUTPUT"
 
 serve: install  ## watch in a browser, with a slider for the budget: make serve [VIDEO=my.mp4]
-	$(RUN) tools/serve.py source='$(or $(VIDEO),synthetic:1)'
+	$(RUN) tools/serve.py source="$${GIVEN_VIDEO:-synthetic:1}"
 
 test: install  ## run all tests
 	$(RUN) -m pytest

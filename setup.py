@@ -1,21 +1,39 @@
-"""Dependencies, each with its reason. All other metadata is in pyproject.toml."""
+"""Dependencies, each with its reason, and where packages lie. All other metadata is in pyproject.toml."""
 
-from setuptools import setup
+from setuptools import find_namespace_packages, setup
+
+PLOTS = ["matplotlib>=3.8"]  # cost.png of detect, plots of sweeps
+TRAIN = ["tensorboard>=2.15"]  # training curves
+SERVE = [
+    "fastapi>=0.115",  # routes, validation and their tests
+    "uvicorn>=0.30",  # the HTTP server
+    "websockets>=13",  # pictures to the browser, over one connection for all streams
+]
+CONFIGS = [
+    "eventful_det.configs",
+    *(f"eventful_det.configs.{folder}" for folder in find_namespace_packages("configs", exclude=["detectron2*"])),
+]
 
 setup(
+    # A wheel holds the tools and their configs inside the package; in a checkout they lie beside it.
+    packages=[*find_namespace_packages(include=["eventful_det*"]), "eventful_det.tools", *CONFIGS],
+    package_dir={"eventful_det.tools": "tools", "eventful_det.configs": "configs"},
+    package_data={
+        "eventful_det": ["py.typed", "weights/*.safetensors", "serving/*.html"],
+        **dict.fromkeys(CONFIGS, ["*.yaml"]),
+    },
     install_requires=[
         "torch>=2.4",  # the networks
         "torchvision>=0.19",  # region operators: roi_align, non-maximum suppression
-        "timm>=1.0.9",  # ViT blocks, ImageNet weights, layer-wise decay
+        "timm>=1.0.22",  # ViT blocks, ImageNet weights, layer-wise decay
         "numpy>=1.26",  # pictures and boxes outside the network
-        "opencv-python-headless>=4.9",  # resizing, drawing, webcams; headless: servers lack the GUI's libraries
+        "opencv-python-headless>=4.9.0.80",  # resizing, drawing, webcams; headless: servers lack the GUI's libraries
         "av>=17",  # decode any video; write H.264 that survives a crash (FFmpeg 7.1) in true colours (17)
         "pycocotools>=2.0.8",  # average precision, as everyone computes it
         "hydra-core>=1.3",  # configs of the tools
         "safetensors>=0.4",  # weights without pickle
+        "pyyaml>=6",  # names of classes beside labels of YOLO
         "rich>=13",  # progress bars and tables
-        "matplotlib>=3.8",  # plots
-        "tensorboard>=2.15",  # training curves
     ],
     extras_require={
         "fast": ["faster-coco-eval>=1.6"],  # average precision in half the time
@@ -24,15 +42,16 @@ setup(
             "hydra-joblib-launcher>=1.2",  # jobs side by side on one machine
         ],
         # detectron2 is not on PyPI; docs/detectron2.md has the commands that install it
-        "serve": [
-            "fastapi>=0.115",  # routes, validation and their tests
-            "uvicorn>=0.30",  # the HTTP server
-            "websockets>=13",  # pictures to the browser, over one connection for all streams
-        ],
+        "plots": PLOTS,
+        "train": TRAIN,
+        "serve": SERVE,
         "supervision": ["supervision>=0.26"],  # to_supervision
         # trackers brings opencv-python, which needs libGL; where that is missing: pip install --no-deps trackers
         "tracks": ["trackers>=2.6", "supervision>=0.26"],  # ByteTrack
         "dev": [
+            *PLOTS,
+            *TRAIN,
+            *SERVE,
             "pytest>=8",  # tests
             "pytest-xdist>=3",  # tests on all cores
             "hypothesis>=6",  # property tests of index arithmetic
@@ -41,9 +60,6 @@ setup(
             "faster-coco-eval>=1.6",  # a third one
             "ruff>=0.8",  # lint and format
             "mypy>=1.13",  # types
-            "fastapi>=0.115",  # as in serve
-            "uvicorn>=0.30",
-            "websockets>=13",
             "httpx2>=2",  # requests of FastAPI's TestClient
             "selenium>=4.20",  # the page in a real browser
             "supervision>=0.26",  # to_supervision

@@ -1,11 +1,13 @@
-"""Turn the COCO files of other programs into COCO-video.
+"""Turn labels that other programs wrote into COCO-video.
 
     python datasets/import_annotations.py data/ILSVRC/annotations/imagenet_vid_val.json --output .data/vid/val.json
-    python datasets/import_annotations.py vid_data/annotations/vid_val.json --output .data/vid/val.json
+    python datasets/import_annotations.py yard/labels --images yard.mp4 --output .data/yard.json    # YOLO
+    python datasets/import_annotations.py MOT17-02/gt/gt.txt --output .data/mot.json
 
-Knows ImageNet VID and DET as mmtracking writes them, the archive of the official Eventful Transformers, where videos
-with gaps become one video for each part, and plain COCO files whose frames lie in a folder for each video. Images stay
-where they are. Writes the file and beside it a .report.json that lists everything that was wrong. Exit status: 0 when
+Knows COCO files (ImageNet VID and DET as mmtracking writes them, the archive of the official Eventful Transformers,
+where videos with gaps become one video for each part, CVAT's of a video, plain COCO whose frames lie in a folder for
+each video) and labels of a video in YOLO, PASCAL VOC, MOTChallenge and CVAT's XML. Pictures and videos stay where they
+are. Writes the file and beside it a .report.json that lists everything that was wrong. Exit status: 0 when
 done (faults of the data are warnings), 1 with --strict at any fault, 2 when the request cannot be met.
 """
 
@@ -15,10 +17,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from reporting import exit_status, save_report, show, summary
+from reporting import exit_status, plain_console, save_report, show, summary
 from rich.console import Console
 
-from eventful_det.data.other_layouts import LAYOUTS, import_annotations
+from eventful_det.data.video_labels import LAYOUTS, import_annotations
+from eventful_det.errors import printable
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -26,10 +29,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("file", type=Path, help="the JSON file")
+    add("file", type=Path, help="the file, or the folder of files (YOLO, VOC)")
     add("--output", type=Path, required=True, help="the COCO-video JSON file to write")
     add("--layout", choices=LAYOUTS, help="of the file (default: told by its content)")
-    add("--images", type=Path, help="folder that its file names are relative to (default: where the layout has it)")
+    add("--images", type=Path, help="the video, or the folder of pictures (default: where the layout has it)")
+    add("--classes", type=Path, help="names of the classes, a line each (default: where the layout has it)")
     add("--key-frames", action="store_true", help="only the frames that the field trains on (mmtracking)")
     add("--strict", action="store_true", help="exit 1 at any fault of the data")
     add("--show", type=int, default=10, metavar="N", help="faults to print (default: 10; all are in the report)")
@@ -37,18 +41,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, console = parse(argv), Console(soft_wrap=True)
+    args, console = parse(argv), plain_console()
     return exit_status(lambda: convert(args, console), args.output)
 
 
 def convert(args: argparse.Namespace, console: Console) -> int:
-    data, problems = import_annotations(args.file, args.layout, args.images, args.key_frames)
+    data, problems = import_annotations(args.file, args.layout, args.images, args.key_frames, args.classes)
     data.save(args.output)
     report = args.output.with_suffix(".report.json")
     save_report(report, data, problems)
     console.print(summary(args.output.stem, data))
     show(console, problems, args.show, report)
-    console.print(f"wrote {args.output}", highlight=False)
+    console.print(printable(f"wrote {args.output}"))
     return int(args.strict and bool(problems))
 
 

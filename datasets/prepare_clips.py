@@ -23,8 +23,9 @@ from itertools import islice
 from pathlib import Path
 
 import cv2
-from reporting import exit_status
+from reporting import exit_status, plain_console
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from eventful_det.data.classes import IMAGENET_VID
@@ -32,7 +33,8 @@ from eventful_det.data.coco_video import CocoVideo, Frame, Video, load_coco_vide
 from eventful_det.data.frame_reader import FrameReader
 from eventful_det.data.transforms import Image
 from eventful_det.data.video import open_source
-from eventful_det.errors import UserError
+from eventful_det.errors import UserError, printable
+from eventful_det.options import Count, convert
 
 QUALITY = 95  # of the JPEG frames
 
@@ -54,18 +56,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, console = parse(argv), Console(soft_wrap=True)
+    args, console = parse(argv), plain_console()
     return exit_status(lambda: prepare(args, console), args.output, "nothing was recorded")
 
 
 def prepare(args: argparse.Namespace, console: Console) -> int:
+    convert(args.max_frames, Count | None, "--max-frames")
     data = labelled(args, console) if args.sources[0].endswith(".json") else decoded(args, console)
     for video in data.videos:
         if not video.frames:
             raise UserError(f"{video.name} has no frame in the chosen range; see --start and --max-frames")
     path = args.output / "annotations" / "val.json"
     data.save(path)
-    console.print(f"{len(data.videos)} videos, {sum(len(video.frames) for video in data.videos)} frames: {path}")
+    frames = sum(len(video.frames) for video in data.videos)
+    console.print(printable(f"{len(data.videos)} videos, {frames} frames: {path}"))
     return 0
 
 
@@ -95,7 +99,9 @@ def extracted(data: CocoVideo, output: Path, console: Console) -> CocoVideo:
     """A data set whose video files are decoded into pictures."""
     for video in data.videos:
         with FrameReader(data) as reader:
-            for frame in track(video.frames, description=video.name, console=console, disable=not video.file_name):
+            for frame in track(
+                video.frames, description=title(video.name), console=console, disable=not video.file_name
+            ):
                 if video.file_name:
                     picture = output / video.name / f"{frame.frame_id:06d}.jpg"
                     write_picture(picture, reader.read(video, frame))
@@ -144,7 +150,7 @@ def decoded(args: argparse.Namespace, console: Console) -> CocoVideo:
         with open_source(source) as clip:
             first, total = starts.get(name, 0), args.max_frames or clip.frames
             stop = None if args.max_frames is None else first + args.max_frames
-            frames = track(islice(clip, first, stop), description=name, total=total, console=console)
+            frames = track(islice(clip, first, stop), description=title(name), total=total, console=console)
             for index, frame in enumerate(frames, start=first):
                 file, (height, width) = f"{name}/{index:06d}.jpg", frame.image.shape[:2]
                 if not args.in_place:
@@ -153,6 +159,11 @@ def decoded(args: argparse.Namespace, console: Console) -> CocoVideo:
                 video.frames.append(Frame(image, file, width, height, index, labelled=False))
         videos.append(video)
     return CocoVideo([(category.id, category.name) for category in IMAGENET_VID], videos, args.output)
+
+
+def title(name: str) -> str:
+    """A name for a progress bar, which takes brackets for markup."""
+    return escape(printable(name))
 
 
 def write_picture(path: Path, image: Image) -> None:

@@ -15,15 +15,15 @@ import os
 import sys
 from pathlib import Path
 
-from reporting import exit_status, save_report, show, summary
+from reporting import exit_status, plain_console, save_report, show, summary
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eventful_det.data.classes import IMAGENET_VID, Category, load_classes
-from eventful_det.data.coco_video import CocoVideo
-from eventful_det.data.imagenet_vid import Problem, Source, convert, find_tree, list_folders
+from eventful_det.data.coco_video import CocoVideo, Problem
+from eventful_det.data.imagenet_vid import Source, convert, find_tree, list_folders
 from eventful_det.data.sampling import at_most_per_class, what_is_missing
-from eventful_det.errors import UserError
+from eventful_det.errors import UserError, printable
 
 SETS = {"vid_train": ("VID", "train"), "vid_val": ("VID", "val"), "det_train": ("DET", "train")}
 
@@ -48,7 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, console = parse(argv), Console(soft_wrap=True)
+    args, console = parse(argv), plain_console()
     return exit_status(lambda: prepare(args, console), args.root)
 
 
@@ -81,13 +81,13 @@ def prepare(args: argparse.Namespace, console: Console) -> int:
         save_report(path.with_suffix(".report.json"), data, problems)
         console.print(summary(name, data))
         if lack:
-            console.print(f"[yellow]warning:[/] {lack}", highlight=False)
+            console.print(f"warning: {lack}", style="yellow")
         show(console, problems, args.show, path.with_suffix(".report.json"))
         if boxes:
-            console.print(f"wrote {path}\n", highlight=False)
+            console.print(printable(f"wrote {path}") + "\n")
         else:
             empty = True
-            print(f"error: {name}: not one usable box in {source.annotations}; nothing written", file=sys.stderr)
+            print(printable(f"error: {name}: no usable box in {source.annotations}; nothing written"), file=sys.stderr)
     return int(empty or (args.strict and faults > 0))
 
 
@@ -111,7 +111,8 @@ def read(
     lack = ""
     if source.categories == IMAGENET_VID:
         counted = total if frames_per_video is None else None
-        lack = what_is_missing(source.subset, source.split, len(folders), counted)
+        filled = sum(1 for folder in folders if folder.entries)
+        lack = what_is_missing(source.subset, source.split, filled, counted)
     return data, problems, lack
 
 

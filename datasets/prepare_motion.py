@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prepare_clips import write_picture
-from reporting import exit_status
+from reporting import exit_status, plain_console
 from rich.console import Console
 from rich.progress import track
 
@@ -53,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, console = parse(argv), Console(soft_wrap=True)
+    args, console = parse(argv), plain_console()
     return exit_status(lambda: prepare(args, console), args.output, "nothing was recorded")
 
 

@@ -24,16 +24,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
-from reporting import exit_status
+from reporting import exit_status, plain_console
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from eventful_det.data.coco_video import CocoVideo, Frame, load_coco_video
+from eventful_det.data.coco_video import CocoVideo, Frame, json_rows, load_coco_video, read_json_object
 from eventful_det.data.near_duplicates import Hashes, connected, dhash, distances, near_pairs
+from eventful_det.data.pictures import read_grey
 from eventful_det.errors import UserError
 
 NEAR = 6  # bits: above, pictures of unlike things start to chain together
@@ -64,7 +64,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, console = parse(argv), Console(soft_wrap=True)
+    args, console = parse(argv), plain_console()
     return exit_status(lambda: prepare(args, console), args.output)
 
 
@@ -74,9 +74,16 @@ def prepare(args: argparse.Namespace, console: Console) -> int:
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}; expected 0 or more")
     data = load_coco_video(args.annotations)
+    if any(len(video.frames) != 1 for video in data.videos):
+        raise UserError(
+            f"{args.annotations} holds videos; expected still pictures. Leave out its 'videos' or split it by video"
+        )
     data.videos.sort(key=lambda video: video.name)  # the order of the file must not matter
+    found, faults = hash_images(data, args.workers, console)
+    data.videos = [video for video in data.videos if video.frames[0].image_id in found]
     stills = read_stills(args.annotations, data)
-    groups = group_stills(stills, *hash_images(data, args.workers, console))
+    hashes = np.array(list(found.values()), np.uint64).reshape(-1, 2)
+    groups = group_stills(stills, hashes[:, 0], hashes[:, 1])
     held_out = stratify(stills, groups, args.holdout, args.seed)
     if not 0 < held_out.sum() < len(stills):
         raise UserError(
@@ -90,6 +97,7 @@ def prepare(args: argparse.Namespace, console: Console) -> int:
         CocoVideo(data.categories, videos, data.image_root).save(folder / f"{name}.json")
     sizes = Counter(groups.tolist())
     record = {
+        "left_out": faults,
         "annotations_sha256": hashlib.sha256(args.annotations.read_bytes()).hexdigest(),
         "holdout": args.holdout,
         "seed": args.seed,
@@ -103,17 +111,14 @@ def prepare(args: argparse.Namespace, console: Console) -> int:
     sources = [(source, source) for source in sorted({still.source for still in stills})]
     console.print(summary("source", sources, stills, held_out))
     console.print(summary("class", [(str(i), name) for i, name in data.categories], stills, held_out))
-    console.print(
-        f"{len(stills)} images in {len(sizes)} groups, the largest of {max(sizes.values())}\nwrote {folder}",
-        highlight=False,
-    )
+    if faults:
+        console.print(f"warning: {len(faults)} images are left out, the first: {faults[0]}", style="yellow")
+    console.print(f"{len(stills)} images in {len(sizes)} groups, the largest of {max(sizes.values())}\nwrote {folder}")
     return 0
 
 
 def read_stills(path: Path, data: CocoVideo) -> list[Still]:
-    if any(len(video.frames) != 1 for video in data.videos):
-        raise UserError(f"{path} holds videos; expected still pictures. Leave out its 'videos' or split it by video")
-    entries: dict[int, dict[str, Any]] = {e["id"]: e for e in json.loads(path.read_text(encoding="utf-8"))["images"]}
+    entries = {int(entry["id"]): entry for entry in json_rows(read_json_object(path), "images", path)}
     stills = []
     for frame in data.frames:
         entry = entries[frame.image_id]
@@ -123,23 +128,23 @@ def read_stills(path: Path, data: CocoVideo) -> list[Still]:
     return stills
 
 
-def hash_images(data: CocoVideo, workers: int, console: Console) -> tuple[Hashes, Hashes]:
-    """The hashes of all images as they are, and of all mirrored."""
+def hash_images(
+    data: CocoVideo, workers: int, console: Console
+) -> tuple[dict[int, tuple[np.uint64, np.uint64]], list[str]]:
+    """The hashes by image id, as they are and mirrored; and why other images cannot be read."""
 
-    def hash_image(frame: Frame) -> tuple[np.uint64, np.uint64]:
-        path = data.image_path(frame)
-        raw = np.frombuffer(path.read_bytes(), np.uint8)
-        grey = cv2.imdecode(raw, cv2.IMREAD_GRAYSCALE) if raw.size else None
-        if grey is None:
-            raise UserError(f"cannot read the image {path}: it is truncated or not a picture")
-        image = np.asarray(grey, np.uint8)
+    def hash_image(frame: Frame) -> tuple[np.uint64, np.uint64] | str:
+        try:
+            image = read_grey(data.image_path(frame))
+        except UserError as error:
+            return str(error)
         return dhash(image), dhash(np.ascontiguousarray(image[:, ::-1]))
 
     frames = list(data.frames)
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         found = list(track(pool.map(hash_image, frames), "comparing images", len(frames), console=console))
-    hashes = np.array(found, np.uint64).reshape(-1, 2)
-    return hashes[:, 0], hashes[:, 1]
+    hashes = {f.image_id: pair for f, pair in zip(frames, found, strict=True) if not isinstance(pair, str)}
+    return hashes, [fault for fault in found if isinstance(fault, str)]
 
 
 def group_stills(stills: Sequence[Still], hashes: Hashes, mirrored: Hashes) -> NDArray[np.intp]:

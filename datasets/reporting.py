@@ -12,9 +12,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from eventful_det.data.coco_video import CocoVideo
-from eventful_det.data.imagenet_vid import Problem
-from eventful_det.errors import UserError
+from eventful_det.data.coco_video import CocoVideo, Problem
+from eventful_det.errors import UserError, printable
+
+
+def plain_console() -> Console:
+    """A console that prints names as they are: brackets in them are no markup."""
+    return Console(soft_wrap=True, markup=False, highlight=False)
 
 
 def exit_status(
@@ -32,7 +36,7 @@ def exit_status(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"error: {error.filename or place}: {error.strerror or error}", file=sys.stderr)
+        print(printable(f"error: {error.filename or place}: {error.strerror or error}"), file=sys.stderr)
     except KeyboardInterrupt:
         print(f"stopped; {stopped}", file=sys.stderr)
         return 130
@@ -76,7 +80,7 @@ def summary(name: str, data: CocoVideo) -> Table:
     ):
         table.add_column(title, footer=str(total), justify="right")
     for i, category in data.categories:
-        table.add_row(category, str(videos[i]), str(frames[i]), str(boxes[i]))
+        table.add_row(printable(category), str(videos[i]), str(frames[i]), str(boxes[i]))
     return table
 
 
@@ -85,8 +89,8 @@ def show(console: Console, problems: Sequence[Problem], limit: int, report: Path
     if not problems:
         return
     counts = ", ".join(f"{n} {kind}" for kind, n in Counter(p.kind for p in problems).most_common())
-    console.print(f"[yellow]warning:[/] {len(problems)} faults in the data: {counts}", highlight=False)
+    console.print(f"warning: {len(problems)} faults in the data: {counts}", style="yellow")
     for problem in problems[: max(limit, 0)]:
-        console.print(f"  {problem.kind}  {problem.file}: {problem.detail}", highlight=False, markup=False)
+        console.print(printable(f"  {problem.kind}  {problem.file}: {problem.detail}"))
     if len(problems) > limit:
-        console.print(f"  ... all of them in {report}", highlight=False)
+        console.print(printable(f"  ... all of them in {report}"))

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import coco_results
-from eventful_det.models.regions import Detections
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.runtime.session import StreamResult
 
 if TYPE_CHECKING:
     import supervision

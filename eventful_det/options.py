@@ -17,8 +17,9 @@ import dataclasses
 import difflib
 import functools
 import math
+import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -50,6 +51,7 @@ Natural = Annotated[int, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
 
 _ENTRIES = 100_000  # of a list
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -76,7 +78,7 @@ def from_values(cls: type[T], values: Mapping[str, Any], name: str) -> T:
     absent = (dataclasses.MISSING, dataclasses.MISSING)
     missing = [key for key, f in fields.items() if key not in values and (f.default, f.default_factory) == absent]
     if missing:
-        raise UserError(f"{name}: give {', '.join(missing)} as well")
+        raise UserError(f"{name}{': ' if name else ''}give {', '.join(missing)} as well")
     hints = _hints(cls)  # type: ignore[arg-type]
     return cls(**{key: convert(value, hints[key], f"{name}.{key}" if name else key) for key, value in values.items()})
 
@@ -89,9 +91,43 @@ def refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any], name: str
     """
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            guess = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-            raise UserError(f"{name}: unknown option {_short(key)}; {guess}" if name else f"unknown {key}; {guess}")
+            raise UserError(f"{name}{': ' if name else ''}unknown option {_short(key)}; {nearest(key, known)}")
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """What to say to somebody who gave a name that is not known."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, 1)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+
+
+def find_type(kind: Any, path: str) -> Any:
+    """The type of an option by its dotted path in a dataclass; Any where nothing is known of it.
+
+    Raises:
+        UserError: there is no such option.
+    """
+    place = ""
+    for part in path.split("."):
+        records = [option for option in alternatives(kind) if dataclasses.is_dataclass(option)]
+        mappings = [option for option in alternatives(kind) if _is_mapping(get_origin(option))]
+        if records:
+            hints: dict[str, Any] = _hints(records[0])  # type: ignore[arg-type]
+            refuse_unknown({part: None}, hints, place)
+            kind = hints[part]
+        elif mappings:
+            kind = get_args(mappings[0])[1]
+        elif kind is not Any:
+            raise UserError(f"unknown option {place}.{part}; {place} holds no further options")
+        place = f"{place}.{part}".strip(".")
+    return kind
+
+
+def alternatives(kind: Any) -> list[Any]:
+    """The members of a union, without their ranges; of another type itself."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return [one for option in get_args(kind) for one in alternatives(option)]
+    return [get_args(kind)[0]] if get_origin(kind) is Annotated else [kind]
 
 
 def convert(value: Any, hint: Any, name: str) -> Any:
@@ -119,7 +155,7 @@ def convert(value: Any, hint: Any, name: str) -> Any:
             return tuple(
                 convert(item, kind, f"{name}[{i}]") for i, (item, kind) in enumerate(zip(value, inner, strict=True))
             )
-    elif isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+    elif _is_mapping(origin) and isinstance(value, Mapping):
         return {convert(key, str, name): convert(item, arguments[1], f"{name}.{key}") for key, item in value.items()}
     elif dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return from_values(hint, value, name)  # type: ignore[arg-type]
@@ -132,23 +168,26 @@ def convert(value: Any, hint: Any, name: str) -> Any:
         if converted is not None and all(converted in limit for limit in arguments[1:]):
             return converted
     elif _fits(value, hint):
-        return (
-            _WORDS[value.lower()]
-            if isinstance(value, str) and hint is bool
-            else hint(value)
-            if hint in (int, float)
-            else value
-        )
+        if isinstance(value, str) and hint is bool:
+            return _WORDS[value.lower()]
+        return hint(value) if hint in (bool, int, float) else value
     raise UserError(f"{name} must be {_describe(hint)}, got {_short(value)}")
 
 
 def _convert_union(value: Any, kinds: tuple[Any, ...], name: str, hint: Any) -> Any:
+    nested = [kind for kind in kinds if dataclasses.is_dataclass(kind) or _is_mapping(get_origin(kind))]
+    if isinstance(value, Mapping) and len(nested) == 1:
+        return convert(value, nested[0], name)  # whose messages say more
     for kind in kinds:
         try:
             return convert(value, kind, name)
         except UserError:
             continue
     raise UserError(f"{name} must be {_describe(hint)}, got {_short(value)}")
+
+
+def _is_mapping(origin: Any) -> bool:
+    return isinstance(origin, type) and issubclass(origin, Mapping)
 
 
 def _fits(value: Any, kind: type) -> bool:
@@ -161,7 +200,8 @@ def _fits(value: Any, kind: type) -> bool:
             or (number and value in (0, 1))
         )
     if kind is int:
-        return number and (isinstance(value, Integral) or float(value).is_integer())
+        whole = number and (isinstance(value, Integral) or float(value).is_integer())
+        return whole and abs(value) <= sys.maxsize
     if kind is float:
         try:
             return number and math.isfinite(value)
@@ -189,6 +229,8 @@ def _describe(hint: Any) -> str:
             else f"a list of {len(arguments)}: {', '.join(map(_describe, arguments))}"
         )
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    if dataclasses.is_dataclass(hint) or _is_mapping(origin):
+        return "a group of options"
     return words.get(hint) or f"a {getattr(origin or hint, '__name__', hint)}"
 
 

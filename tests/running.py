@@ -11,11 +11,9 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -59,16 +57,9 @@ def _run_here(command: tuple[str, ...], out: str, err: str) -> None:
         sys.stdout.flush()
 
 
-def compose_config(name: str, *options: str) -> DictConfig:
-    """The config of a tool, as its command line would make it."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose(name, list(options))
-
-
-def import_tool(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A tool as a module."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return importlib.import_module(name)
+def options_of(name: str, *arguments: str) -> Any:
+    """The options of a tool, as its command line makes them."""
+    return importlib.import_module("command_line").options_of(name, arguments)
 
 
 def script_main(name: str) -> Callable[[list[str]], int]:

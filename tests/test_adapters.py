@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from eventful_det.adapters import to_coco, to_record, to_supervision
+from eventful_det.detectors.results import Detections, FrameCost
 from eventful_det.errors import UserError
-from eventful_det.models.cost import FrameCost
-from eventful_det.models.regions import Detections
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.runtime.session import StreamResult
 
 NAMES = ("cat", "dog")
 FOUND = Detections(

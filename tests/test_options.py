@@ -73,8 +73,8 @@ def test_values_become_what_their_type_says() -> None:
         ("kind", ["cosine"], "'cosine' or 'step'"),
         ("marks", "abc", "a list, each a number from 0 to 1"),
         ("pair", [0.1], "a list of 2"),
-        ("factors", [1], "a Mapping"),
-        ("inner", 3, "a Inner"),
+        ("factors", [1], "a group of options"),
+        ("inner", 3, "a group of options"),
     ],
 )
 def test_one_line_names_the_option(key: str, value: Any, wanted: str) -> None:

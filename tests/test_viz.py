@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from eventful_det.gating.policy import Focus, RandomK, Threshold, TopFraction, TopK, select_all
-from eventful_det.models.cost import PARTS, FrameCost
-from eventful_det.models.regions import Detections
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.detectors.results import Detections, FrameCost
+from eventful_det.gating.selector import EVERYTHING, Budget, Gmacs, RandomK, Selector, Threshold, TopFraction, TopK
+from eventful_det.runtime.session import StreamResult
 from eventful_det.viz import (
-    PART_COLOURS,
     Caption,
     annotate,
     budget_text,
@@ -27,8 +25,11 @@ from eventful_det.viz import (
     draw_work,
     plot_cost,
 )
+from eventful_det.viz.panel import part_colours
+from eventful_det.viz.text import write
 
 NAMES = ("circle", "square")
+PARTS = ("backbone", "pyramid", "rpn", "roi")
 
 
 def cost(share: float = 0.5, **changes: Any) -> FrameCost:
@@ -93,7 +94,7 @@ def test_history_shows_shares_of_dense() -> None:
     canvas = np.zeros((148, 768, 3), np.uint8)
     draw_history(canvas, [cost(0.25)] * 50 + [cost(1.0)] * 50)
     left, right = canvas[:, 60:400], canvas[:, 410:]
-    backbone = PART_COLOURS["backbone"]
+    backbone = part_colours(PARTS)["backbone"]
     assert count(right, backbone) == pytest.approx(4 * count(left, backbone), rel=0.15)
     draw_history(canvas, [])
     draw_history(canvas, [cost(0.0, recomputed=0, seconds={})] * 500)
@@ -133,7 +134,7 @@ def test_annotate_every_width(width: int) -> None:
         assert drawn.shape[1] <= max(width, 320) and drawn.shape[1] > 0.6 * width
         edge = np.concatenate([drawn[:, :5].reshape(-1, 3), drawn[:, -5:].reshape(-1, 3), drawn[-3:].reshape(-1, 3)])
         assert np.ptp(edge, axis=0).max() == 0  # nothing runs out of the picture
-        assert count(drawn, class_colour(0)) > 0 and count(drawn, PART_COLOURS["roi"]) > 0
+        assert count(drawn, class_colour(0)) > 0 and count(drawn, part_colours(PARTS)["roi"]) > 0
 
 
 def test_header_tells_age_and_budget() -> None:
@@ -150,21 +151,18 @@ def test_header_tells_age_and_budget() -> None:
 @pytest.mark.parametrize(
     ("budget", "text"),
     [
-        (None, "dense"),
+        (None, "focus, threshold 2, 35% of tokens"),
         (96, "96 tokens"),
         (0.25, "25% of tokens"),
-        (TopK(7), "7 tokens"),
-        (TopFraction(0.5), "50% of tokens"),
-        (RandomK(fraction=0.125), "12% of tokens"),
-        (RandomK(3), "3 tokens"),
-        (Threshold(2, 0.5), "threshold 2, at most 50%"),
-        (select_all, "all tokens"),
-        (Focus(2.0, cap=0.4), "focus, threshold 2, at most 40%"),
-        (Focus(2.0, cap=0.35, floor=0.25), "focus, threshold 2, 25% to 35%"),
-        ("40GMACs", "40GMACs"),
+        (Gmacs(40), "40GMACs"),
+        (TopK(7), "largest errors, 7 tokens"),
+        (TopFraction(0.5), "largest errors, 50% of tokens"),
+        (RandomK(3), "random, 3 tokens"),
+        (Threshold(2), "threshold 2"),
+        (EVERYTHING, "largest errors"),
     ],
 )
-def test_budget_text(budget: object, text: str) -> None:
+def test_budget_text(budget: Budget | Selector, text: str) -> None:
     assert budget_text(budget) == text
 
 
@@ -175,7 +173,7 @@ def test_annotate_every_shape(height: int, width: int) -> None:
     again = annotate(result(height, width, timestamp=None, held=True, cost=cost(0, seconds={})), [])
     assert drawn.dtype == np.uint8 and drawn.shape == again.shape
     assert max(drawn.shape) <= 1600
-    assert count(drawn, PART_COLOURS["roi"]) > 0
+    assert count(drawn, part_colours(PARTS)["roi"]) > 0
 
 
 def test_annotate_has_one_size_per_aspect_ratio() -> None:
@@ -190,3 +188,8 @@ def test_plot(tmp_path: Path) -> None:
     picture = cv2.imread(str(tmp_path / "cost.png"))
     assert picture is not None and picture.shape[1] >= 1000
     plot_cost({key: np.array([value]) for key, value in rows[0].items()}, tmp_path / "one.png")
+
+
+def test_text_of_any_characters_can_be_drawn() -> None:
+    canvas = np.zeros((20, 90, 3), np.uint8)
+    assert write(canvas, "a\udcff\0\n", 2, 15, 12) > 12 and canvas.any()

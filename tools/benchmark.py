@@ -19,31 +19,27 @@ import dataclasses
 import math
 import platform
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
-from benchmark_cases import DENSE, PARTS, PEERS, Case, cases_of
+from benchmark_cases import DENSE, PARTS, PEERS, Case, Options, cases_of
 from benchmark_methods import Method, Step, prepare
 from benchmark_streams import bench_streams
-from common import choose_device, console, tool, write_results
-from omegaconf import DictConfig
+from common import choose_device, command, console, say, write_results
 from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
-from eventful_det.errors import UserError
-from eventful_det.evaluation.peers import PeerCode
+from eventful_det.evaluation.efficiency import Spread
+from eventful_det.evaluation.official_code import OfficialCode
 from eventful_det.evaluation.summary import jsonable
 from eventful_det.evaluation.timing import (
     Operation,
-    Spread,
     Timed,
     attention_kernels,
     paired_ratios,
@@ -51,6 +47,7 @@ from eventful_det.evaluation.timing import (
     profile_operations,
     time_together,
 )
+from eventful_det.outputs import owned, write_text
 
 NOTE = (
     "GMACs are 1e9 multiply-adds as counted while running; timm's dense blocks spend some on the padded tokens of "
@@ -82,7 +79,7 @@ def run_alone(method: Method, frames: Sequence[Tensor], device: torch.device, pr
     return Alone(peak, kernels, operations)
 
 
-def run_case(case: Case, config: DictConfig, code: PeerCode | None) -> dict[str, Any]:
+def run_case(case: Case, config: Options, code: OfficialCode | None) -> dict[str, Any]:
     """A case's entry in `results.json`."""
     device = choose_device(config.device)
     count = max(config.warm_up + config.repetitions, _ALONE)
@@ -109,14 +106,14 @@ def run_case(case: Case, config: DictConfig, code: PeerCode | None) -> dict[str,
 
 
 def take_turns(
-    title: str, methods: dict[str, Method], frames: Sequence[Tensor], config: DictConfig, device: torch.device
+    title: str, methods: dict[str, Method], frames: Sequence[Tensor], config: Options, device: torch.device
 ) -> dict[str, Timed[Step]]:
     """Time all methods on the same frames, with a progress bar."""
 
     def step(method: Method, i: int) -> Step:
         return method.step(frames[i])
 
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     # Without a thread that refreshes the bar: it would take time from what is being timed.
     with Progress(*columns, console=console, auto_refresh=False) as progress:
         task = progress.add_task(title, total=config.warm_up + config.repetitions)
@@ -224,7 +221,7 @@ def show(case: dict[str, Any]) -> None:
         printed.add_column(title, justify="right" if i > 1 else "left", no_wrap=True)
     for line in lines:
         printed.add_row(*line)
-    console.print(printed, *case["notes"], sep="\n", highlight=False)
+    console.print(printed, *case["notes"], sep="\n")
 
 
 def show_profile(title: str, operations: Sequence[Operation], directory: Path) -> None:
@@ -234,47 +231,48 @@ def show_profile(title: str, operations: Sequence[Operation], directory: Path) -
         f"{'share':>6} {'ms':>9} {'calls':>6}  operator",
         *(f"{op.share:6.1%} {1e3 * op.seconds:9.2f} {op.calls:6}  {op.name}" for op in operations[:30]),
     ]
-    directory.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w.=+-]+", "-", f"profile-{title}")
-    (directory / f"{name}.txt").write_text("\n".join(lines) + "\n")
-    console.print(*lines[:14], sep="\n", highlight=False, soft_wrap=True)
+    write_text(directory / f"{name}.txt", "\n".join(lines) + "\n")
+    console.print(*lines[:14], sep="\n", soft_wrap=True)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="benchmark")
-@tool
-def main(config: DictConfig) -> None:
+def run(config: Options) -> None:
     """Run the cases one after another, then write the results."""
-    for option in ("repetitions", "warm_up", "threads"):
-        value = config[option]
-        if not (isinstance(value, int) and value > 0 or option == "threads" and value is None):
-            raise UserError(f"{option} must be a whole number of at least 1, got {value}")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
-    code = None if config.peer is None else PeerCode(config.peer)
+    code = None if config.peer is None else OfficialCode(config.peer)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = {
-        "command": " ".join(sys.argv),
+        "command": command(),
         "machine": f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32",
         "repetitions": config.repetitions,
         "warm_up": config.warm_up,
         "seed": config.seed,
-        "note": NOTE,
     }
-    if config.streams is not None:
-        bench_streams(config, {key: value for key, value in about.items() if key != "note"})
-        return
+    with owned(Path(config.output)):
+        if config.streams is None:
+            bench_cases(config, about, code)
+        else:
+            bench_streams(config, about)
+
+
+def bench_cases(config: Options, about: dict[str, Any], code: OfficialCode | None) -> None:
+    """Run the cases, print a table of each and write the results."""
     cases, skipped = cases_of(config)
     for name in skipped:
-        console.print(f"left out, because it needs clip=... or peer=...: {name}", soft_wrap=True)
+        say(f"left out, because it needs clip=... or peer=...: {name}")
     directory = Path(config.output)
     results: list[dict[str, Any]] = []
     for case in cases:
         results.append(run_case(case, config, code))
+        # A run may be cut short.
+        write_results(directory, jsonable(about | {"note": NOTE, "left_out": skipped, "cases": results}))
+        write_text(directory / "benchmark.md", markdown(about, results))
         show(results[-1])
-        write_results(directory, jsonable(about | {"left_out": skipped, "cases": results}))  # a run may be cut short
-        (directory / "benchmark.md").write_text(markdown(about, results))
 
 
 if __name__ == "__main__":
-    main()
+    from command_line import start
+
+    start("benchmark")

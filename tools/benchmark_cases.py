@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from common import plain
-from omegaconf import DictConfig
+from common import Side
 
+from eventful_det.detectors.protocol import AnyRule
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import RULES, Rule
+from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.models.detector import DIVISOR
+from eventful_det.options import Count, Range, Seed, Share, from_values
 
 DENSE = "dense"  # what all other methods are compared with
-GATED: dict[str, Callable[[], Rule]] = {**RULES, "rows_half": partial(Rows, cache_dtype="float16")}
+GATED: dict[str, AnyRule] = {"rows": Rows(), "paper": Paper(), "rows_half": Rows(cache_dtype="float16")}
 OURS, PEERS = (DENSE, *GATED), ("peer_dense", "peer")
-USUAL = (DENSE, *RULES)  # of a case that names no methods
+USUAL = (DENSE, "rows", "paper")  # of a case that names no methods
+Changes = Literal["synthetic", "clip", "still"]
 PARTS = {"backbone": ("backbone",), "detector": ("backbone", "heads", "total")}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be asked of the benchmark; configs/benchmark.yaml explains it."""
+
+    repetitions: Count
+    warm_up: Count
+    threads: Annotated[int, Range(1, 1024)] | None
+    device: str
+    seed: Seed
+    clip: str | None
+    peer: str | None
+    only: str | None
+    streams: tuple[Count, ...] | None
+    budget: float | int | str
+    hold: Count
+    profile: bool
+    changes: Changes
+    classes: Count
+    output: str
+    cases: tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -28,21 +49,15 @@ class Case:
     """What is run and on what; see configs/benchmark.yaml."""
 
     model: str
-    size: tuple[int, int]
-    what: str = "detector"
-    k: int | None = None
-    fraction: float | None = None
-    changes: str = "synthetic"
+    size: tuple[Side, Side]
+    what: Literal["backbone", "detector"] = "detector"
+    k: Count | None = None
+    fraction: Share | None = None
+    changes: Changes = "synthetic"
     methods: tuple[str, ...] | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.what not in PARTS:
-            raise UserError(f"{self.name}: what must be one of {', '.join(PARTS)}")
-        if self.changes not in ("synthetic", "clip", "still"):
-            raise UserError(f"{self.name}: changes must be synthetic, clip or still, got {self.changes!r}")
-        if len(self.size) != 2 or not all(isinstance(side, int) and side > 0 for side in self.size):
-            raise UserError(f"{self.name}: size must be [height,width] in pixels")
         if any(side % DIVISOR for side in self.size):
             raise UserError(f"{self.name}: height and width must be multiples of {DIVISOR} pixels")
         self._check_budget()
@@ -59,8 +74,6 @@ class Case:
                 raise UserError(f"{self.name}: nothing changes in still frames; give neither k nor fraction")
         elif (self.k is None) == (self.fraction is None):
             raise UserError(f"{self.name}: give exactly one of k (tokens) and fraction (share of the tokens)")
-        elif not (isinstance(self.k, int) if self.fraction is None else isinstance(self.fraction, (int, float))):
-            raise UserError(f"{self.name}: k must be a whole number, and fraction a number")
 
     @property
     def name(self) -> str:
@@ -79,14 +92,15 @@ class Case:
         return k
 
 
-def cases_of(config: DictConfig) -> tuple[list[Case], list[str]]:
+def cases_of(config: Options) -> tuple[list[Case], list[str]]:
     """The cases of a config, and the names of those left out because they need a clip or a peer.
 
     Raises:
         UserError: a case is not written as in configs/benchmark.yaml, or none is left.
     """
-    cases = [_case({"changes": config.changes, **entry}) for entry in plain(config)["cases"]]
-    wanted = [case for case in cases if config.only is None or str(config.only) in case.name]
+    entries = [{"changes": config.changes, **entry} for entry in config.cases]
+    cases = [from_values(Case, entry, f"cases[{i}]") for i, entry in enumerate(entries)]
+    wanted = [case for case in cases if config.only is None or config.only in case.name]
     usable = [
         case
         for case in wanted
@@ -96,16 +110,3 @@ def cases_of(config: DictConfig) -> tuple[list[Case], list[str]]:
     if not usable:
         raise UserError(f"no case left of {len(cases)}; see only={config.only}, clip={config.clip}, peer={config.peer}")
     return usable, [case.name for case in wanted if case not in usable]
-
-
-def _case(entry: dict[str, Any]) -> Case:
-    known = [f.name for f in dataclasses.fields(Case)]
-    if unknown := sorted(set(entry) - set(known)):
-        raise UserError(f"cases: unknown option {unknown[0]}; known: {', '.join(known)}")
-    if missing := sorted({"model", "size"} - set(entry)):
-        raise UserError(f"cases: an entry has no {missing[0]}")
-    lists = {"size": entry["size"], "methods": entry.get("methods") or []}
-    if wrong := next((key for key, value in lists.items() if not isinstance(value, list)), None):
-        raise UserError(f"cases: {wrong} must be a list, got {entry[wrong]!r}")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-    return Case(**values)

@@ -7,29 +7,28 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from benchmark_cases import DENSE, GATED, PEERS, USUAL, Case
-from omegaconf import DictConfig
+from benchmark_cases import DENSE, GATED, PEERS, USUAL, Case, Options
 from torch import Tensor
 
 from eventful_det.data.transforms import resize, to_tensor
 from eventful_det.data.video import open_source
 from eventful_det.errors import UserError
 from eventful_det.evaluation.changes import BLOBS, blob_frames
-from eventful_det.evaluation.peers import PeerBackbone, PeerCode, dense_difference
-from eventful_det.gating.anatomy import Grid, anatomy_of
-from eventful_det.gating.closed_form import ViTShape, dense_counts
-from eventful_det.gating.convert import eventify
-from eventful_det.gating.policy import Policy, TopK
-from eventful_det.gating.rows import Rows
+from eventful_det.evaluation.official_code import OfficialBackbone, OfficialCode, dense_difference
+from eventful_det.gating.convert import Rule, eventify
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.macs import dense_macs
+from eventful_det.gating.selector import DEFAULT, Selector, TopK
+from eventful_det.gating.state import StreamState
+from eventful_det.gating.vit_spec import spec_of
+from eventful_det.gating.windows import Grid
 from eventful_det.models.checkpoints import load_detector
 from eventful_det.models.config import MODELS, ModelConfig
-from eventful_det.models.cost import window_padding_macs
 from eventful_det.models.detector import Detector
 
-STILL = Rows().policy  # of gated methods, where nothing changes
 PEER_TOLERANCE = 1e-4  # largest accepted difference of the dense token maps, relative to the largest value
 
 
@@ -58,8 +57,7 @@ class Method:
 
 def dense_backbone(net: Any, grid: Grid) -> Method:
     """The plain network."""
-    shape = ViTShape.of(anatomy_of(net))
-    step = Step({"backbone": dense_counts(shape, grid).macs + window_padding_macs(shape, grid)})
+    step = Step({"backbone": dense_macs(spec_of(net).shape, grid, padded_linear=True).total})
 
     @torch.no_grad()
     def run(frame: Tensor) -> Step:
@@ -69,27 +67,27 @@ def dense_backbone(net: Any, grid: Grid) -> Method:
     return Method(run)
 
 
-def policy_of(k: int) -> Policy:
+def selector_of(k: int) -> Selector:
     """The `k` tokens that changed most; where nothing changes, those that changed enough."""
-    return TopK(k) if k else STILL
+    return TopK(k) if k else DEFAULT
 
 
 def gated_backbone(net: Any, rule: str, k: int) -> Method:
     """The network made eventful by one of our rules."""
-    vit = eventify(net, GATED[rule](), policy_of(k))
+    vit = eventify(net, cast(Rule[StreamState], GATED[rule]), selector_of(k))
     state = vit.init_state()
 
     def run(frame: Tensor) -> Step:
         (update,) = vit.step(frame[None], state)
-        return Step({"backbone": update.counts.macs})
+        return Step({"backbone": update.macs.total})
 
     return Method(run, lambda: state.nbytes, state.reset)
 
 
-def peer_backbone(peer: PeerBackbone, frames: Sequence[Tensor]) -> Method:
+def peer_backbone(peer: OfficialBackbone, frames: Sequence[Tensor]) -> Method:
     """The official backbone. It counts its operations beforehand, because counting takes its time."""
     peer.count(frames[0])
-    step = Step({"backbone": peer.count(frames[1]).macs})
+    step = Step({"backbone": peer.count(frames[1])})
     peer.reset()
 
     def run(frame: Tensor) -> Step:
@@ -101,13 +99,11 @@ def peer_backbone(peer: PeerBackbone, frames: Sequence[Tensor]) -> Method:
 
 def whole_detector(detector: Detector, rule: str, k: int) -> Method:
     """The detector, dense or by one of our rules."""
-    view = detector.with_rule(GATED[rule]() if rule in GATED else None)
-    if view.rule is not None:
-        view.policy = policy_of(k)
-    state = view.init_state()
+    state, how = detector.init_state(), GATED.get(rule, Dense())
 
     def run(frame: Tensor) -> Step:
-        cost = view.step(frame[None], state)[0].cost
+        (step,) = detector.step(frame[None], state, rule=how, selector=selector_of(k), timing=True)
+        cost = step.cost
         macs = {"backbone": cost.macs["backbone"], "heads": cost.total - cost.macs["backbone"], "total": cost.total}
         heads = sum(seconds for part, seconds in cost.seconds.items() if part in ("pyramid", "rpn", "roi"))
         return Step(macs, {"backbone": cost.seconds["backbone"], "heads": heads})
@@ -146,7 +142,7 @@ class Setting:
     notes: list[str]
 
 
-def prepare(case: Case, config: DictConfig, count: int, device: torch.device, code: PeerCode | None) -> Setting:
+def prepare(case: Case, config: Options, count: int, device: torch.device, code: OfficialCode | None) -> Setting:
     """Build a case's model, methods and first `count` frames; checks that a peer computes what ours does."""
     detector = build_detector(case, config.classes, config.seed).to(device)
     patch = detector.config.patch
@@ -158,7 +154,7 @@ def prepare(case: Case, config: DictConfig, count: int, device: torch.device, co
         changes = "none, the same frame comes again and again"
     elif case.changes == "clip":
         changes = f"those of the clip {Path(str(config.clip)).name}, resized"
-    recomputed = f"{k} of {tokens} tokens" if k else f"what their policy selects, {STILL}"
+    recomputed = f"{k} of {tokens} tokens" if k else f"what the default selects, {DEFAULT}"
     notes = [f"Token changes: {changes}. Gated methods recompute {recomputed}."]
     if case.what == "detector":
         methods = {name: whole_detector(detector, name, k) for name in case.methods or USUAL}
@@ -187,11 +183,11 @@ def make_frames(case: Case, patch: int, k: int, count: int, clip: Any, seed: int
 
 
 def backbone_methods(
-    case: Case, detector: Detector, frames: Sequence[Tensor], k: int, code: PeerCode | None
+    case: Case, detector: Detector, frames: Sequence[Tensor], k: int, code: OfficialCode | None
 ) -> dict[str, Method]:
     """The methods of a case of the backbone alone; `frames` are normalised."""
     net = detector.backbone.net
-    grid = anatomy_of(net).grid(*case.size)
+    grid = spec_of(net).grid(*case.size)
     methods = {}
     for name in case.methods or USUAL + (PEERS if code else ()):
         if name == DENSE:
@@ -199,12 +195,12 @@ def backbone_methods(
         elif name in GATED:
             methods[name] = gated_backbone(net, name, k)
         elif code is not None:
-            peer = PeerBackbone(code, net, grid, k if name == "peer" else None)
+            peer = OfficialBackbone(code, net, grid, k if name == "peer" else None)
             methods[name] = peer_backbone(peer, frames)
     return methods
 
 
-def check_peer(code: PeerCode, detector: Detector, frame: Tensor) -> str:
+def check_peer(code: OfficialCode, detector: Detector, frame: Tensor) -> str:
     """Whether the official dense backbone computes what ours does, in words; `frame` is normalised.
 
     Raises:

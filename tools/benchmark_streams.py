@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from benchmark_cases import Options
 from common import choose_device, console, write_results
-from omegaconf import DictConfig
 from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -25,13 +25,17 @@ from rich.table import Table
 from eventful_det.data.transforms import Image
 from eventful_det.data.video import open_source
 from eventful_det.errors import UserError
+from eventful_det.evaluation.efficiency import Spread
 from eventful_det.evaluation.summary import jsonable
-from eventful_det.evaluation.timing import Spread, Timed, paired_ratios, time_together
+from eventful_det.evaluation.timing import Timed, paired_ratios, time_together
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import Budget
 from eventful_det.models.checkpoints import SYNTHETIC, load_detector
 from eventful_det.models.detector import Detector
-from eventful_det.runtime.budget import Budget, parse_budget
+from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.pool import StreamPool
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.runtime.session import StreamResult
 
 _LONGEST = 200  # frames of the clip that are kept in memory
 NOTE = (
@@ -58,24 +62,20 @@ class Round:
     state_bytes: int
 
 
-def bench_streams(config: DictConfig, about: dict[str, Any]) -> None:
+def bench_streams(config: Options, about: dict[str, Any]) -> None:
     """Run all numbers of streams, print a table and write the results."""
-    counts = list(config.streams)
-    if not counts or not all(isinstance(count, int) and count > 0 for count in counts):
-        raise UserError(f"streams must be a list of whole numbers of at least 1, got {config.streams}")
     budget = parse_budget(config.budget)
-    if budget is None:
-        raise UserError("streams need a budget, such as budget=0.25")
-    if not 1 <= config.hold <= config.repetitions:
-        raise UserError(f"hold must lie between 1 and repetitions={config.repetitions}, got {config.hold}")
+    assert budget is not None and config.streams is not None
+    if config.hold > config.repetitions:
+        raise UserError(f"hold must be at most repetitions={config.repetitions}, got {config.hold}")
     detector = load_detector(None if config.clip else SYNTHETIC).to(choose_device(config.device))
     clip = _clip(config.clip or "synthetic:1")
     rows: list[dict[str, Any]] = []
-    for count in counts:
+    for count in config.streams:
         rows += _bench(detector, budget, clip, count, config)
         results = about | {"budget": str(budget), "clip_frames": len(clip), "streams": rows, "note": NOTE}
         write_results(Path(config.output), jsonable(results))  # a run may be cut short
-    console.print(_table(rows), NOTE, sep="\n", highlight=False)
+    console.print(_table(rows), NOTE, sep="\n")
 
 
 def _clip(source: str) -> list[Image]:
@@ -91,18 +91,18 @@ def _play(clip: Sequence[Image], start: int) -> Iterator[Image]:
 
 
 def _bench(
-    detector: Detector, budget: Budget, clip: Sequence[Image], count: int, config: DictConfig
+    detector: Detector, budget: Budget, clip: Sequence[Image], count: int, config: Options
 ) -> list[dict[str, Any]]:
     """The rows of a number of streams."""
     methods = {
-        DENSE: _pools(detector.with_rule(None), None, clip, [count]),
+        DENSE: _pools(detector, None, clip, [count]),
         ALONE: _pools(detector, _part(budget, count), clip, [1] * count),
         POOL: _pools(detector, budget, clip, [count]),
     }
     if config.hold != 1:
-        methods[f"{DENSE}, hold {config.hold}"] = _pools(detector.with_rule(None), None, clip, [count], config.hold)
+        methods[f"{DENSE}, hold {config.hold}"] = _pools(detector, None, clip, [count], config.hold)
         methods[f"{POOL}, hold {config.hold}"] = _pools(detector, budget, clip, [count], config.hold)
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, console=console, auto_refresh=False) as progress:
         task = progress.add_task(f"{count} streams", total=config.warm_up + config.repetitions)
         timed = time_together(
@@ -118,7 +118,7 @@ def _bench(
 
 def _part(budget: Budget, count: int) -> Budget:
     """Of a budget for a round of so many streams, what each has when it is alone."""
-    if isinstance(budget, float) or callable(budget):
+    if budget is None or isinstance(budget, float):
         return budget
     if isinstance(budget, int):
         return budget // count
@@ -126,10 +126,11 @@ def _part(budget: Budget, count: int) -> Budget:
 
 
 def _pools(
-    detector: Detector, budget: Budget | None, clip: Sequence[Image], sizes: Sequence[int], hold: int = 1
+    detector: Detector, budget: Budget, clip: Sequence[Image], sizes: Sequence[int], hold: int = 1
 ) -> Callable[[int], Round]:
-    """A callable that runs a round of all streams, in pools of these sizes."""
-    pools = [StreamPool(detector, budget=budget, scene_cuts=False, hold=hold) for _ in sizes]
+    """A callable that runs a round of all streams, in pools of these sizes; without a budget, of the dense detector."""
+    rule = Dense() if budget is None else Rows()
+    pools = [StreamPool(detector, budget=budget, rule=rule, scene_cuts=False, hold=hold) for _ in sizes]
     homes = [pool for pool, size in zip(pools, sizes, strict=True) for _ in range(size)]
     for i, pool in enumerate(homes):
         pool.add(_play(clip, i * len(clip) // len(homes)), name=str(i))

@@ -1,66 +1,173 @@
-"""What the tools share: one-line errors, results files, building models, gates and data from a config."""
+"""What the tools share: printing, devices, and building models and gates from their options."""
 
 from __future__ import annotations
 
-import functools
-import json
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.text import Text
 
-from eventful_det.errors import UserError
-from eventful_det.gating.convert import RULES, Rule
-from eventful_det.gating.policy import Focus, Policy, RandomK, Threshold, TopFraction, TopK
+from eventful_det.detectors.protocol import AnyRule
+from eventful_det.errors import UserError, printable
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.paper import Paper
+from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import DEFAULT, Focus, LargestError, RandomOrder, Selector
 from eventful_det.models.checkpoints import SYNTHETIC, load_detector
 from eventful_det.models.detector import Detector
+from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Share, from_values, nearest
+from eventful_det.outputs import write_json
 
-console = Console()
+Texts = str | int | tuple[str | int, ...]  # several names, or one; some are numbers
+Side = Annotated[int, Range(32, 16384)]  # of the network's input in pixels
+RULES: dict[str, type[AnyRule]] = {"rows": Rows, "paper": Paper, "dense": Dense}
 
-POLICIES: dict[str, Callable[..., Policy]] = {
-    "topk": TopK,
-    "fraction": TopFraction,
-    "threshold": Threshold,
-    "focus": Focus,
-    "random": RandomK,
+
+class Gate(NamedTuple):
+    """How tokens are recomputed, and which."""
+
+    rule: AnyRule
+    selector: Selector
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Largest:
+    """Tokens by their change; see configs/gate/policy."""
+
+    age_power: NonNegative = 0.0
+    saliency: NonNegative = 0.0
+
+    def within(self, budget: float | int, threshold: float | None = None) -> Selector:
+        return Selector(LargestError(threshold, self.age_power, self.saliency), budget)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TopK(_Largest):
+    k: Natural
+
+    def selector(self) -> Selector:
+        return self.within(self.k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fraction(_Largest):
+    fraction: Share = 0.25
+
+    def selector(self) -> Selector:
+        return self.within(self.fraction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Threshold(_Largest):
+    threshold: float
+    cap: Share = 1.0
+
+    def selector(self) -> Selector:
+        return self.within(self.cap, self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Focus:
+    threshold: float
+    cap: Share = 1.0
+    floor: Share = 0.0
+    saliency: NonNegative = 100.0
+    block: Count = 4
+    renew: NonNegative = 2.0
+
+    def selector(self) -> Selector:
+        return Selector(Focus(self.threshold, self.floor, self.saliency, self.block, self.renew), self.cap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Random:
+    k: Natural | None = None
+    fraction: Share | None = None
+    seed: Natural = 0
+
+    def selector(self) -> Selector:
+        return Selector(RandomOrder(self.seed), self.k if self.fraction is None else self.fraction)
+
+
+POLICIES: dict[str, type[_TopK | _Fraction | _Threshold | _Focus | _Random]] = {
+    "topk": _TopK,
+    "fraction": _Fraction,
+    "threshold": _Threshold,
+    "focus": _Focus,
+    "random": _Random,
 }
 
 
-def tool(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """Print a user's error in one line and exit with 2, without a traceback.
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """A data set; configs/data explains it."""
 
-    Ctrl-C and a request to terminate end the tool in the same orderly way, with 128 + the signal's number.
-    """
+    root: str
+    val: str
+    train: str | None = None
+    repeat_threshold: NonNegative = 0.0
+    emphasis: dict[str, Positive] = field(default_factory=dict)
+    absent: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    weights: str | None = None
 
-    @functools.wraps(main)
-    def wrapped(config: DictConfig) -> None:
-        signal.signal(signal.SIGTERM, _stop)
+
+class _Stdout:
+    """Standard output. A closed pipe or a full disk behind it silences it: printing decides nothing."""
+
+    def write(self, text: str) -> int:
+        with self._silenced():
+            sys.stdout.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._silenced():
+            sys.stdout.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+    @contextmanager
+    def _silenced(self) -> Iterator[None]:
         try:
-            main(config)
-        except UserError as error:
-            message = str(error).rpartition("UserError: ")[2]  # of a data loader's process: without its traceback
-            print(f"error: {' '.join(message.split())}", file=sys.stderr)
-            sys.exit(2)
-        except OSError as error:
-            place = f": {error.filename}" if error.filename else ""
-            print(f"error: {error.strerror or error}{place}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt as stop:
-            print("stopped", file=sys.stderr)
-            sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
-
-    return wrapped
+            yield
+        except UnicodeEncodeError:
+            raise
+        except (OSError, ValueError, AttributeError):
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
-def _stop(number: int, _: object) -> None:
-    raise KeyboardInterrupt(number)
+console = Console(file=_Stdout(), markup=False, emoji=False, highlight=False)  # type: ignore[arg-type]
+
+
+def say(text: str) -> None:
+    """Print a line of text."""
+    console.print(printable(text), soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning."""
+    console.print(Text.assemble(("warning:", "yellow"), " ", printable(text)), soft_wrap=True)
+
+
+def print_error(text: str, kind: str = "error: ") -> None:
+    """Print an error in one line."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"{kind}{' '.join(printable(text).split())}", file=sys.stderr, flush=True)
+
+
+def as_list(texts: Texts | None) -> list[str]:
+    """None, one or several texts as a list."""
+    several = texts if isinstance(texts, tuple) else () if texts is None else (texts,)
+    return [str(text) for text in several]
 
 
 @contextmanager
@@ -78,20 +185,20 @@ def uninterrupted() -> Iterator[None]:
         raise KeyboardInterrupt(asked[0])
 
 
-def plain(config: Any) -> dict[str, Any]:
-    """A config node as a plain dictionary; lists become tuples, as our dataclasses hold them."""
-    values = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+def command() -> str:
+    """The command of this run, for its results: without passwords."""
+    return " ".join(map(printable, sys.argv))
 
 
 def write_results(directory: Path, results: dict[str, Any]) -> Path:
-    """Write `results.json` atomically and print where it is."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Write `results.json` and print where it is.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     path = directory / "results.json"
-    part = path.with_name("results.json.part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(part, path)
-    console.print(f"results: {path}", soft_wrap=True)
+    write_json(path, results)
+    say(f"results: {path}")
     return path
 
 
@@ -109,43 +216,36 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"device={name} cannot be used here ({str(error).splitlines()[0]}); try device=cpu") from error
 
 
-def open_detector(config: DictConfig, sources: Sequence[Any]) -> Detector:
-    """The detector of a config; without a name, the shipped weights that know the sources.
-
-    Args:
-        config: "weights", "labels", "device" and "gate".
-        sources: what it is to watch.
-    """
+def open_detector(weights: str | None, labels: str | None, device: str, sources: Sequence[Any]) -> Detector:
+    """A detector; without a name of weights, the shipped ones that know the sources."""
     synthetic = bool(sources) and all(str(source).startswith("synthetic") for source in sources)
-    detector = load_detector(config.weights or (SYNTHETIC if synthetic else None), config.labels)
-    return detector.to(choose_device(config.device)).with_rule(build_rule(config.gate))
+    return load_detector(weights or (SYNTHETIC if synthetic else None), labels).to(choose_device(device))
 
 
-def build_rule(gate: DictConfig) -> Rule | None:
-    """The update rule of a `gate` config (configs/gate/*.yaml), or None for dense.
+def build_gate(gate: Mapping[str, Any]) -> Gate:
+    """The rule and the selector of a `gate` config (configs/gate/*.yaml).
 
     Args:
         gate: "rule" ("rows", "paper" or "dense"), "policy" with its "name" ("topk", "fraction", "threshold",
-            "focus", "random") and its options, and the options of the rule. Options are named as in the code.
+            "focus", "random") and its options, and the options of the rule.
 
     Raises:
         UserError: a name is unknown, or an option does not belong to the rule or policy it was given to.
     """
-    options = plain(gate)
-    rule, policy = options.pop("rule"), options.pop("policy", None)
+    options = dict(gate)
+    rule, policy = options.pop("rule", None), options.pop("policy", None)
+    made = _build("rule", RULES, rule, options, "gate")
+    if policy is None:
+        return Gate(made, DEFAULT)
     if rule == "dense":
-        return None
-    if policy is not None:
-        policy = dict(policy)
-        options["policy"] = _build("policy", POLICIES, policy.pop("name"), policy)
-    return _build("rule", RULES, rule, options)
+        raise UserError("unknown option gate.policy; gate=dense has none")
+    if not isinstance(policy, Mapping):
+        raise UserError(f"gate.policy must be a group of options, got {policy!r}; choose with gate/policy={policy}")
+    policy = dict(policy)
+    return Gate(made, _build("policy", POLICIES, policy.pop("name", None), policy, "gate.policy").selector())
 
 
-def _build(kind: str, table: Mapping[str, Callable[..., Any]], name: str, options: dict[str, Any]) -> Any:
+def _build(kind: str, table: Mapping[str, Any], name: Any, options: dict[str, Any], where: str) -> Any:
     if name not in table:
-        extra = " or dense" if kind == "rule" else ""
-        raise UserError(f"unknown {kind} {name!r}; known: {', '.join(table)}{extra}")
-    try:
-        return table[name](**options)
-    except TypeError as error:
-        raise UserError(f"{kind} {name}: {str(error).partition('() ')[2] or error}") from error
+        raise UserError(f"unknown {kind} {name!r}; {nearest(name, table)}")
+    return from_values(table[name], options, where)

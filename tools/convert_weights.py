@@ -11,12 +11,12 @@ conversions of them. Every key is accounted for.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-import hydra
 import torch
-from common import console, plain, tool, write_results
-from omegaconf import DictConfig
+from common import Texts, as_list, say, write_results
 
 from eventful_det.errors import UserError
 from eventful_det.models.checkpoints import find_weights, load_detector, read_weights, save_detector, save_detectron2
@@ -24,26 +24,39 @@ from eventful_det.models.checkpoints import find_weights, load_detector, read_we
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def convert(config: DictConfig) -> None:
+@dataclass(frozen=True)
+class Options:
+    """What may be asked of the converter; configs/convert_weights.yaml explains it."""
+
+    positional: ClassVar = ("input", "output")
+
+    input: str | None
+    output: str | None
+    dtype: Literal["float32", "float16", "bfloat16"] | None
+    notes: dict[str, str]
+    model: dict[str, Any]
+    allow: Texts
+    results: str
+
+
+def run(config: Options) -> None:
     """Read, check, and write a weights file, then the results."""
     if config.input is None or config.output is None:
         raise UserError("give input=WEIGHTS and output=FILE, with the suffix .safetensors, .pth or .pkl")
     path = Path(config.output)
     ours = path.suffix == ".safetensors"
     dtype = config.dtype or ("float16" if ours else "float32")
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source = find_weights(config.input)
     weights = read_weights(source)
-    detector = load_detector(source, allow=config.allow, **plain(config.model))
+    detector = load_detector(source, allow=as_list(config.allow), **config.model)
     notes = {key: value for key, value in weights.notes.items() if key not in ("format", "config")}
-    notes |= {key: str(value) for key, value in config.notes.items()}
+    notes |= config.notes
     (save_detector if ours else save_detectron2)(detector, path, DTYPES[dtype], notes)
     left_out = dict.fromkeys(key.rpartition(".")[0] or key for key in weights.left_out)
     if left_out:
-        console.print(f"left out, for a detector of boxes: {', '.join(left_out)}", soft_wrap=True)
+        say(f"left out, for a detector of boxes: {', '.join(left_out)}")
     megabytes = path.stat().st_size / 1e6
-    console.print(f"{path}: {megabytes:.1f} MB, {dtype}, from {weights.format} names", soft_wrap=True)
+    say(f"{path}: {megabytes:.1f} MB, {dtype}, from {weights.format} names")
     results = {
         "input": str(config.input),
         "format": weights.format,
@@ -56,12 +69,7 @@ def convert(config: DictConfig) -> None:
     write_results(Path(config.results), results)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="convert_weights")
-@tool
-def main(config: DictConfig) -> None:
-    """Entry point."""
-    convert(config)
-
-
 if __name__ == "__main__":
-    main()
+    from command_line import start
+
+    start("convert_weights")

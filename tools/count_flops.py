@@ -14,39 +14,38 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
-import hydra
 import torch
-from common import console, plain, tool, write_results
-from omegaconf import DictConfig
+from common import command, console, write_results
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from eventful_det.data.transforms import fit_size
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import Grid, anatomy_of
-from eventful_det.gating.closed_form import (
+from eventful_det.gating.macs import (
+    Ablation,
     ViTShape,
-    WindowLoad,
-    dense_counts,
     expected_cells,
-    paper_counts,
-    rows_counts,
-    window_load_bound,
+    most_window_queries,
+    paper_macs,
+    paper_sizes,
+    rows_macs,
+    rows_sizes,
 )
-from eventful_det.gating.cost import Counts
-from eventful_det.gating.paper import Ablation
+from eventful_det.gating.windows import Grid
 from eventful_det.models.config import MODELS, ModelConfig
-from eventful_det.models.cost import pyramid_macs, roi_macs, rpn_macs
 from eventful_det.models.detector import DIVISOR, Detector
+from eventful_det.options import Count, Range, Share, from_values, nearest
+from eventful_det.outputs import owned
+from eventful_det.testing.official import official_counts
 
-RULES = ("dense", "paper", "rows")
-AXES = ("size", "rule", "k", "fraction", "ablation", "pool")
+RuleName = Literal["dense", "paper", "rows"]
+LARGEST = 16384  # side of an input in pixels
+Fraction = Annotated[float, Range(0, 1, above=True)]
 
 _NOTES = (
     "Steady frames; a flush costs what dense does. official: the backbone as the paper's code counts it. backbone to "
@@ -72,14 +71,31 @@ class Case:
 class Assumptions:
     """Where the selected tokens lie; see configs/count_flops.yaml."""
 
-    padding: float | None
-    scatter: float
+    padding: Annotated[float, Range(1)] | None  # queries per selected token
+    scatter: Share
 
-    def __post_init__(self) -> None:
-        if self.padding is not None and self.padding < 1:
-            raise UserError(f"assume.padding must be at least 1 query per selected token, got {self.padding}")
-        if not 0 <= self.scatter <= 1:
-            raise UserError(f"assume.scatter must lie in [0, 1], got {self.scatter}")
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What to count of one model: all combinations of its lists; configs/count_flops.yaml explains it."""
+
+    model: dict[str, Any] | str | None = None
+    size: tuple[int, int] | tuple[tuple[int, int], ...] | None = None
+    rule: RuleName | tuple[RuleName, ...] | None = None
+    k: Count | tuple[Count, ...] | None = None
+    fraction: Fraction | tuple[Fraction, ...] | None = None
+    ablation: Ablation | tuple[Ablation, ...] | None = None
+    pool: Count | tuple[Count, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Wish):
+    """What may be asked of the counter; configs/count_flops.yaml explains it."""
+
+    classes: Count
+    assume: Assumptions
+    output: str
+    cases: tuple[Wish, ...]
 
 
 class Network:
@@ -89,12 +105,13 @@ class Network:
         changes = {key: value for key, value in model.items() if key not in ("name", "init")}
         name = model["name"]
         if name not in MODELS:
-            raise UserError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
+            raise UserError(f"unknown model {name!r}; {nearest(name, MODELS)}")
         config = MODELS[name](tuple(f"class{i}" for i in range(classes)))
-        self.config = ModelConfig.from_dict({**dataclasses.asdict(config), **changes})
+        self.name = str(name)
+        self.config = from_values(ModelConfig, {**dataclasses.asdict(config), **changes}, "model")
         with torch.device("meta"):
             self.detector = Detector(self.config)
-        self.shape = ViTShape.of(anatomy_of(self.detector.backbone.net))
+        self.shape = self.detector.spec.shape
 
     @property
     def usual_size(self) -> tuple[int, int]:
@@ -108,109 +125,89 @@ class Network:
 
     def heads(self, grid: Grid) -> dict[str, int]:
         """MACs of the parts behind the backbone."""
-        return {
-            "pyramid": pyramid_macs(self.detector.backbone, grid),
-            "rpn": rpn_macs(self.detector.proposal_generator.rpn_head, grid),
-            "roi": roi_macs(self.detector.roi_heads, self.config.proposals),
-        }
+        return self.detector.head_weights.dense(grid, self.config.proposals)
 
 
-def expand(wish: Mapping[str, Any], network: Network) -> Iterator[Case]:
+def expand(wish: Wish, network: Network) -> Iterator[Case]:
     """The cases that one wish asks of one network: all combinations of its lists that differ."""
-    pools, ablations = _list(wish.get("pool") or 1), _list(wish.get("ablation") or "full")
-    rules = _list(wish.get("rule") or RULES)
-    if unknown := sorted(set(ablations) - set(get_args(Ablation))):
-        raise UserError(f"unknown ablation {unknown[0]!r}; known: {', '.join(get_args(Ablation))}")
-    for size, rule in itertools.product(_sizes(wish.get("size") or network.usual_size), rules):
-        if rule not in RULES:
-            raise UserError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
+    pools, ablations = _list(wish.pool or 1), _list(wish.ablation or "full")
+    rules = _list(wish.rule or get_args(RuleName))
+    for size, rule in itertools.product(_sizes(wish.size or network.usual_size), rules):
         if rule == "rows" and pools != [1]:
             raise UserError("rule=rows does not pool keys; set pool=1 or rule=[dense,paper]")
         budgets = [None] if rule == "dense" else _budgets(wish, network.grid(*size))
         for pool, ablation, k in itertools.product(pools, ablations if rule == "paper" else [None], budgets):
-            yield Case(wish["model"]["name"], *size, rule, k, ablation, pool)
+            yield Case(network.name, *size, rule, k, ablation, pool)
 
 
 def count(case: Case, network: Network, assume: Assumptions) -> dict[str, Any]:
     """A case's entry in `results.json`; counts in GMACs."""
     grid = network.grid(case.height, case.width)
-    counts, embedding, assumed = _count_backbone(case, network.shape, grid, assume)
-    parts = {"backbone": counts.macs, **network.heads(grid)}
+    official, backbone, assumed = _count_backbone(case, network.shape, grid, assume)
+    parts = {"backbone": backbone, **network.heads(grid)}
     return {
         **dataclasses.asdict(case),
         "pool": None if case.pool == 1 else case.pool,
         "tokens": grid[0] * grid[1],
-        "official_gmacs": (counts.official - embedding) / 1e9,
+        "official_gmacs": None if official is None else official / 1e9,
         **{part: macs / 1e9 for part, macs in parts.items()},
         "total": sum(parts.values()) / 1e9,
         "assumed": assumed,
     }
 
 
-def _count_backbone(case: Case, shape: ViTShape, grid: Grid, assume: Assumptions) -> tuple[Counts, int, str | None]:
-    """Operations of the backbone; those of them that embed patches; what was assumed, if anything."""
+def _count_backbone(case: Case, shape: ViTShape, grid: Grid, assume: Assumptions) -> tuple[int | None, int, str | None]:
+    """Operations of the backbone as the official code counts them; its MACs; what was assumed, if anything."""
     tokens = grid[0] * grid[1]
     if case.pool < 1 or grid[0] % case.pool or grid[1] % case.pool:
         raise UserError(f"pool={case.pool} does not divide a grid of {grid[0]} x {grid[1]} tokens")
-    if case.k is None:
-        return dense_counts(shape, grid, case.pool), _embedding(shape, tokens), None
-    if case.rule == "rows":
-        load, assumed = _load(shape, grid, case.k, assume.padding)
-        return rows_counts(shape, grid, case.k, load), _embedding(shape, case.k), assumed
-    cells, assumed = _cells(grid, case.k, case.pool, assume.scatter)
-    counts = paper_counts(shape, grid, case.k, case.ablation or "full", case.pool, cells)
-    return counts, _embedding(shape, tokens), assumed
+    if case.rule == "rows" and case.k is not None:
+        queries, assumed = _queries(shape, grid, case.k, assume.padding)
+        return None, rows_macs(shape, grid, rows_sizes(shape, grid, case.k, queries)).total, assumed
+    sizes, assumed = paper_sizes(shape, grid, tokens), None
+    if case.k is not None:
+        cells, assumed = _cells(grid, case.k, case.pool, assume.scatter)
+        sizes = tuple(dataclasses.replace(block, cells=cells) for block in paper_sizes(shape, grid, case.k))
+    how = (case.ablation or "full", case.pool, case.k is None)
+    return official_counts(shape, grid, sizes, *how).total, paper_macs(shape, grid, sizes, *how).total, assumed
 
 
-def _embedding(shape: ViTShape, tokens: int) -> int:
-    """Operations of the patch embedding, which the official code does not count."""
-    return tokens * shape.dim * (shape.channels * shape.patch**2 + 1)
-
-
-def _load(shape: ViTShape, grid: Grid, k: int, padding: float | None) -> tuple[WindowLoad | None, str | None]:
-    """How the tokens fall into windows; only the product of the two numbers matters."""
+def _queries(shape: ViTShape, grid: Grid, k: int, padding: float | None) -> tuple[int | None, str | None]:
+    """Queries that the tokens make in windows; None = the most there can be."""
     if not shape.windowed:
         return None, None
-    bound = window_load_bound(grid, shape.window, k)
-    most = bound.tiles * bound.tile
     if padding is None:
-        return bound, "selected tokens fall into windows the costliest way"
+        return None, "selected tokens fall into windows the costliest way"
     assumed = f"windowed attention pads its queries to {padding} per selected token (assume.padding)"
-    return WindowLoad(1, min(round(padding * k), most)), assumed
+    return min(round(padding * k), most_window_queries(grid, shape.window, k)), assumed
 
 
-def _cells(grid: Grid, k: int, pool: int, scatter: float) -> tuple[int | None, str | None]:
+def _cells(grid: Grid, k: int, pool: int, scatter: float) -> tuple[int, str | None]:
     """Pooled cells that the tokens fall in."""
     if pool == 1:
-        return None, None
+        return k, None
     compact, scattered = k / pool**2, expected_cells(grid, k, pool)
     cells = round(compact + scatter * (scattered - compact))
     among = f"{compact:.0f} if compact, {scattered:.0f} if scattered; assume.scatter={scatter}"
     return cells, f"{k} tokens fall in {cells} cells ({among})"
 
 
-def _budgets(wish: Mapping[str, Any], grid: Grid) -> list[int]:
+def _budgets(wish: Wish, grid: Grid) -> list[int]:
     """Numbers of tokens, none more than the frame has."""
     tokens = grid[0] * grid[1]
-    if wish.get("k") is not None:
-        budgets = _list(wish["k"])
-    else:
-        fractions = _list(0.25 if wish.get("fraction") is None else wish["fraction"])
-        if not all(isinstance(fraction, (int, float)) and 0 < fraction <= 1 for fraction in fractions):
-            raise UserError(f"fraction must lie in (0, 1], got {wish['fraction']}")
-        budgets = [int(fraction * tokens) for fraction in fractions]
+    budgets = _list(wish.k) if wish.k is not None else [int(f * tokens) for f in _list(wish.fraction or 0.25)]
     for k in budgets:
-        if not isinstance(k, int) or not 1 <= k <= tokens:
+        if not 1 <= k <= tokens:
             raise UserError(f"k must be a whole number of 1 to {tokens} tokens ({grid[0]} x {grid[1]}), got {k}")
     return budgets
 
 
 def _sizes(value: Any) -> list[tuple[int, int]]:
-    sizes = [value] if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (list, tuple)) else value
-    for size in _list(sizes):
-        if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
-            raise UserError(f"size must be [height,width] in pixels, or a list of these, got {value}")
-    return [(height, width) for height, width in sizes]
+    sizes: list[tuple[int, int]] = list(value) if isinstance(value[0], tuple) else [value]
+    for height, width in sizes:
+        if not (0 < height <= LARGEST and 0 < width <= LARGEST):
+            raise UserError(f"size must be [height,width] of 1 to {LARGEST} pixels, got {[height, width]}")
+    return sizes
 
 
 def _list(value: Any) -> list[Any]:
@@ -228,7 +225,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         for column in ("k", "official", "backbone", "pyramid", "rpn", "roi", "total", "share"):
             table.add_column(column, justify="right", no_wrap=True)
         for row in group:
-            numbers = [f"{row[part]:.2f}" for part in ("official_gmacs", "backbone", "pyramid", "rpn", "roi", "total")]
+            parts = ("official_gmacs", "backbone", "pyramid", "rpn", "roi", "total")
+            numbers = ["" if row[part] is None else f"{row[part]:.2f}" for part in parts]
             share = f"{row['total'] / dense:.0%}" if dense else ""
             table.add_row(_label(row), "" if row["k"] is None else str(row["k"]), *numbers, share)
         console.print(table)
@@ -242,35 +240,32 @@ def _label(row: Mapping[str, Any]) -> str:
     return ", ".join([row["rule"], *variant, *([f"pool {row['pool']}"] if row["pool"] else [])])
 
 
-def collect(config: DictConfig) -> list[dict[str, Any]]:
+def collect(options: Options) -> list[dict[str, Any]]:
     """The rows of `results.json` that a config asks for.
 
     Raises:
         UserError: a value cannot be used.
     """
-    options = plain(config)
-    assume = Assumptions(**options["assume"])
-    wish = {axis: options[axis] for axis in AXES if options[axis] is not None}
-    if "model" in options or wish:
-        wishes = [{"model": {"name": "vitdet_tiny", **options.get("model", {})}, **wish}]
-    else:
-        wishes = [{**case, "model": {"name": case["model"]}} for case in options["cases"]]
+    axes = [field.name for field in dataclasses.fields(Wish)]
+    own = any(getattr(options, axis) is not None for axis in axes)
     rows: dict[Case, dict[str, Any]] = {}
-    for item in wishes:
-        network = Network(item["model"], options["classes"])
-        rows |= {case: count(case, network, assume) for case in expand(item, network)}
+    for wish in [options] if own else options.cases:
+        model = {"name": wish.model} if isinstance(wish.model, str) else wish.model or {}
+        network = Network({"name": "vitdet_tiny", **model}, options.classes)
+        rows |= {case: count(case, network, options.assume) for case in expand(wish, network)}
     return sorted(rows.values(), key=lambda row: (row["model"], -row["height"], -row["width"]))
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="count_flops")
-@tool
-def main(config: DictConfig) -> None:
+def run(options: Options) -> None:
     """Count, print and write the table."""
-    rows = collect(config)
+    rows = collect(options)
+    with owned(Path(options.output)):
+        results = {"command": command(), "assume": dataclasses.asdict(options.assume), "rows": rows}
+        write_results(Path(options.output), results)
     show(rows)
-    results = {"command": " ".join(sys.argv), "assume": plain(config.assume), "rows": rows}
-    write_results(Path(config.output), results)
 
 
 if __name__ == "__main__":
-    main()
+    from command_line import start
+
+    start("count_flops")

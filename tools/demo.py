@@ -16,68 +16,106 @@ from __future__ import annotations
 
 import glob
 import itertools
+import re
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-import hydra
 import torch
-from common import console, open_detector, tool, uninterrupted, write_results
-from demo_compare import Comparison
+from common import Side, Texts, as_list, build_gate, command, console, open_detector, say, uninterrupted, write_results
 from demo_files import Outputs
-from omegaconf import DictConfig, ListConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, open_source
-from eventful_det.errors import UserError
+from eventful_det.errors import UserError, printable
 from eventful_det.evaluation.efficiency import peak_memory
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.selector import Budget
 from eventful_det.models.detector import Detector
 from eventful_det.models.labels import relabel
-from eventful_det.runtime.budget import parse_budget
+from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Share
+from eventful_det.outputs import file_names, owned
+from eventful_det.runtime.budget import BudgetOptions, parse_budget
 from eventful_det.runtime.rescoring import Rescorer
-from eventful_det.runtime.sharing import Terms
-from eventful_det.runtime.stream import Stream, StreamResult
+from eventful_det.runtime.session import StreamResult
+from eventful_det.runtime.stream import Stream
 from eventful_det.runtime.tracking import Tracker
 from eventful_det.viz import Caption, budget_text
 
 AHEAD = 2  # frames that are decoded while the detector runs
 
 
-def find_sources(source: Any) -> list[Any]:
-    """The sources that a config names: those of a list, the videos of a folder or glob, or one of any other kind."""
-    if isinstance(source, ListConfig):
-        return [found for one in source for found in find_sources(one)]
-    if isinstance(source, str) and "://" not in source:
-        inside = f"{glob.escape(source)}/*" if Path(source).is_dir() else source
-        videos = sorted(path for path in glob.glob(inside) if Path(path).suffix.lower() in VIDEO_SUFFIXES)
-        if videos and not Path(source).is_file():
-            return videos
-    return [source]
+@dataclass(frozen=True)
+class Options:
+    """What may be asked of the demo; configs/demo.yaml explains it."""
+
+    positional: ClassVar = ("source",)
+
+    gate: dict[str, Any]
+    source: Texts
+    output: str
+    weights: str | None
+    labels: str | None
+    classes: Texts | None
+    max_frames: Count | None
+    budget: float | int | str | None
+    max_age: Natural
+    bucket: NonNegative
+    show: Share
+    width: Annotated[int, Range(320, 7680)]
+    short_side: Side | None
+    long_side: Side | None
+    scene_cuts: bool
+    hold: Count
+    shadow_every: Natural
+    rescore: bool
+    track: bool
+    reconnect: NonNegative
+    silence: Positive
+    compare: bool
+    device: str
 
 
-def name_folders(output: Path, sources: Sequence[Any]) -> list[Path]:
+def find_sources(sources: Sequence[str]) -> list[str | Path]:
+    """The sources that a config names: those of a list, the videos of a folder or glob, or one of any other kind.
+
+    What is there is a path, whatever its name means otherwise.
+    """
+    return [found for source in sources for found in _find(source)]
+
+
+def _find(source: str) -> list[str | Path]:
+    if "://" in source:
+        return [source]
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    inside = f"{glob.escape(str(path))}/*" if path.is_dir() else str(path)
+    videos = sorted(path for path in map(Path, glob.glob(inside)) if path.suffix.lower() in VIDEO_SUFFIXES)
+    if videos:
+        return list(videos)
+    camera = re.fullmatch(r"[0-9]|[1-9][0-9]{1,2}", source)
+    return [path if path.exists() or (source.isdigit() and not camera) else source]
+
+
+def name_folders(output: Path, sources: Sequence[str | Path]) -> list[Path]:
     """A folder for the outputs of each source: the only one's is `output`, others are named after their source."""
     if len(sources) == 1:
         return [output]
-    folders: list[Path] = []
-    for source in sources:
-        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in Path(str(source)).stem) or "source"
-        numbered = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-        folders.append(next(output / n for n in numbered if output / n not in folders))
-    return folders
+    return [output / name for name in file_names((Path(printable(str(s))).stem for s in sources), {"results.json"})]
 
 
-def build_detector(config: DictConfig, sources: Sequence[Any]) -> Detector:
+def build_detector(options: Options, sources: Sequence[str | Path]) -> Detector:
     """The detector of a config, with the classes that it asks for."""
-    detector = open_detector(config, sources)
-    if detector.rule is None and config.budget is not None:
+    if options.gate.get("rule") == "dense" and options.budget is not None:
         raise UserError("gate=dense recomputes everything; leave budget out, or choose gate=rows or gate=paper")
-    if config.classes is None:
+    detector = open_detector(options.weights, options.labels, options.device, sources)
+    if options.classes is None:
         return detector
-    return keep_classes(detector, [config.classes] if isinstance(config.classes, str) else config.classes)
+    return keep_classes(detector, as_list(options.classes))
 
 
 def keep_classes(detector: Detector, classes: Sequence[str]) -> Detector:
@@ -87,18 +125,12 @@ def keep_classes(detector: Detector, classes: Sequence[str]) -> Detector:
         raise UserError(f"classes: no class {', '.join(unknown)}; the weights know {', '.join(detector.names)}")
     kept = Detector(relabel(detector.config, {name: None for name in detector.names if name not in classes}))
     kept.load_state_dict(detector.state_dict())
-    return kept.eval().to(detector.device).with_rule(detector.rule)
-
-
-def build_terms(config: DictConfig) -> Terms | None:
-    """The terms of a budget; None where none are given."""
-    given = {name: config[name] for name in ("max_age", "bank") if config[name] is not None}
-    return Terms(**given) if given else None
+    return kept.eval().to(detector.device)
 
 
 def time_dense(detector: Detector, first: StreamResult, sizes: dict[str, Any]) -> float:
     """Seconds that the dense detector takes for such a frame: the median of as many runs as fit into a second."""
-    runs = detector.with_rule(None).stream(itertools.repeat(first.image), scene_cuts=False, **sizes)
+    runs = detector.stream(itertools.repeat(first.image), rule=Dense(), scene_cuts=False, timing=True, **sizes)
     next(runs)  # warms up
     seconds = [next(runs).cost.latency]
     while sum(seconds) < 1 and len(seconds) < 9:
@@ -110,24 +142,35 @@ class Run:
     """One source on its way through the detector into its files.
 
     Args:
-        config: of the tool.
-        detector: its rule is that of the stream.
+        options: of the tool.
+        budget: that they ask for.
+        detector: whose stream it is.
         source: open.
         directory: for the outputs.
     """
 
-    def __init__(self, config: DictConfig, detector: Detector, source: VideoSource, directory: Path) -> None:
-        self.source, self.directory = source, directory
-        self._sizes = {"short_side": config.short_side, "long_side": config.long_side}
-        options = {"budget": parse_budget(config.budget), "scene_cuts": config.scene_cuts, "hold": config.hold}
-        options |= {"shadow_every": config.shadow_every, "terms": build_terms(config)}
-        self.stream: Stream = detector.stream(source, max_frames=config.max_frames, **options, **self._sizes)
-        compared = {"show": config.show, "rescore": config.rescore, "scene_cuts": False, **self._sizes}
-        self.comparison = Comparison(detector, **compared) if config.compare else None
-        self._look = {"show": config.show, "width": config.width}
-        self._limit = config.max_frames
-        self._results: Iterator[StreamResult] = map(Rescorer(), self.stream) if config.rescore else self.stream
-        if config.track:
+    def __init__(
+        self, options: Options, budget: Budget, detector: Detector, source: VideoSource, directory: Path
+    ) -> None:
+        self.source, self.directory, self.detector = source, directory, detector
+        self._sizes: dict[str, Any] = {"short_side": options.short_side, "long_side": options.long_side}
+        gate = build_gate(options.gate)
+        self.stream: Stream = detector.stream(
+            source,
+            budget=gate.selector if budget is None else budget,
+            options=BudgetOptions(max_age=options.max_age, bucket=options.bucket),
+            rule=gate.rule,
+            max_frames=options.max_frames,
+            scene_cuts=options.scene_cuts,
+            hold=options.hold,
+            shadow_every=1 if options.compare else options.shadow_every,
+            shadow_score=options.show,
+            timing=True,
+            **self._sizes,
+        )
+        self.options = options
+        self._results: Iterator[StreamResult] = map(Rescorer(), self.stream) if options.rescore else self.stream
+        if options.track:
             self._results = map(Tracker(source.fps), self._results)
 
     def __call__(self) -> dict[str, Any]:
@@ -138,19 +181,26 @@ class Run:
             KeyboardInterrupt: someone wanted it to stop.
         """
         first = next(self._results)  # the outputs of an earlier run stay until the source has proved to work
-        self._dense_seconds = time_dense(self.stream.detector, first, self._sizes)
-        began, stopped, outputs = time.perf_counter(), None, None
+        self._dense_seconds = time_dense(self.detector, first, self._sizes)
+        fps = self.source.fps if self.source.fps and 1 <= self.source.fps <= 240 else 25.0
+        outputs = Outputs(self.directory, fps, show=self.options.show, width=self.options.width)
+        began, stopped = time.perf_counter(), None
         try:
             with uninterrupted():
-                fps = self.source.fps if self.source.fps and 1 <= self.source.fps <= 240 else 25.0
-                outputs = Outputs(self.directory, fps, **self._look)
+                outputs.open()
             self._carry(itertools.chain([first], self._results), outputs)
         except BaseException as error:
-            if outputs is None:
-                raise
             stopped = error
+        seconds, source = time.perf_counter() - began, self.source
+        counts = {"skipped": source.skipped, "dropped": source.dropped, "reconnects": source.reconnects}
         with uninterrupted():
-            results = self._finish(outputs, began, stopped)
+            outputs.drain()
+            if stopped is not None and not outputs.frames:
+                outputs.discard()
+                raise stopped
+            results = self._finish(outputs, seconds, counts, stopped)
+        print_summary(results)
+        say(f"results: {self.directory / 'results.json'}")
         if stopped is not None:
             raise stopped
         return results
@@ -158,38 +208,32 @@ class Run:
     def _carry(self, results: Iterator[StreamResult], outputs: Outputs) -> None:
         """Take every frame to the files, and show how far they are."""
         columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")]
-        total = min((n for n in (self.source.frames, self._limit) if n), default=None)
+        total = min((n for n in (self.source.frames, self.options.max_frames) if n), default=None)
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
             task, began = progress.add_task("", total=total, rate=""), time.perf_counter()
             for count, result in enumerate(results, start=1):
-                budget = self.stream.budget if self.stream.budget is not None else self.stream.policy
-                outputs.write(result, Caption(budget_text(budget), self._dense_seconds))
-                if self.comparison is not None:
-                    self.comparison.add(result)
+                budget = "dense" if self.stream.rule == Dense() else budget_text(self.stream.budget)
+                outputs.write(result, Caption(budget, self._dense_seconds))
                 rate = count / (time.perf_counter() - began)
                 progress.update(task, completed=count, rate=f"{rate:.1f} frames/s")
 
-    def _finish(self, outputs: Outputs, began: float, stopped: BaseException | None) -> dict[str, Any]:
-        outputs.drain()
-        seconds = time.perf_counter() - began
+    def _finish(
+        self, outputs: Outputs, seconds: float, counts: dict[str, int], stopped: BaseException | None
+    ) -> dict[str, Any]:
         summary = outputs.finish()
         results = {
-            "command": " ".join(sys.argv),
+            "command": command(),
             "source": self.source.name,
-            "rule": str(self.stream.detector.rule or "dense"),
+            "rule": str(self.stream.rule),
             **summary,
             "dense_latency_ms": 1e3 * self._dense_seconds,
             "frames_per_second": summary["frames"] / seconds,
             "state_bytes": self.stream.state_bytes,
             "peak_memory_mb": round(peak_memory(torch.device("cpu")) / 1e6),
-            "skipped": self.source.skipped,
-            "dropped": self.source.dropped,
-            "reconnects": self.source.reconnects,
+            **counts,
             "stopped": _ending(stopped),
-            **({"compare": self.comparison.summary()} if self.comparison else {}),
             **({"drift": self.stream.drift.summary()} if self.stream.drift else {}),
         }
-        print_summary(results)
         outputs.publish(results)
         return results
 
@@ -204,7 +248,7 @@ def _ending(stopped: BaseException | None) -> str | None:
 def print_summary(results: dict[str, Any]) -> None:
     """What was found out, and where it is."""
     gmacs, dense, share = (results[k]["total"] for k in ("gmacs_per_frame", "dense_gmacs_per_frame", "share_of_dense"))
-    console.print(
+    say(
         f"{results['frames']} frames, {gmacs:.2f} GMACs each: {share:.0%} of dense ({dense:.2f}); "
         f"median {results['latency_ms']['median']:.0f} ms, dense {results['dense_latency_ms']:.0f}; "
         f"{results['frames_per_second']:.1f} frames/s with decoding, drawing and encoding, "
@@ -213,44 +257,44 @@ def print_summary(results: dict[str, Any]) -> None:
     if results.get("drift", {}).get("frames"):
         drift = results["drift"]
         agreement = "none has a detection" if drift["agreement_f1"] is None else f"F1 {drift['agreement_f1']:.2f}"
-        console.print(f"agreement with dense on {drift['frames']} frames: {agreement}")
+        say(f"agreement with dense on {drift['frames']} frames: {agreement}")
     if results["skipped"]:
-        console.print(f"{results['skipped']} pieces of the source could not be decoded")
+        say(f"{results['skipped']} pieces of the source could not be decoded")
     if results["dropped"] or results["reconnects"]:
-        console.print(f"{results['dropped']} frames were overtaken; {results['reconnects']} times lost and found again")
+        say(f"{results['dropped']} frames were overtaken; {results['reconnects']} times lost and found again")
     for path in results["files"]:
-        console.print(path, soft_wrap=True)
+        say(path)
 
 
-def demo(config: DictConfig) -> None:
+def run(options: Options) -> None:
     """Run every source. One that fails does not keep the others from running."""
-    if config.max_frames is not None and config.max_frames < 1:
-        raise UserError(f"max_frames must be at least 1, got {config.max_frames}")
-    sources, output = find_sources(config.source), Path(config.output)
-    detector = build_detector(config, sources)
+    budget = parse_budget(options.budget)
+    sources, output = find_sources(as_list(options.source)), Path(options.output)
+    detector = build_detector(options, sources)
+    with owned(output):
+        run_all(options, budget, detector, dict(zip(name_folders(output, sources), sources, strict=True)))
+
+
+def run_all(options: Options, budget: Budget | None, detector: Detector, sources: dict[Path, str | Path]) -> None:
+    """Run each source into its folder."""
     runs: dict[str, Any] = {}
     failed: list[str] = []
-    for source, directory in zip(sources, name_folders(output, sources), strict=True):
+    for directory, source in sources.items():
         try:
-            with open_source(source, ahead=AHEAD, reconnect=config.reconnect, silence=config.silence) as opened:
-                runs[directory.name] = Run(config, detector, opened, directory)()
+            with open_source(source, ahead=AHEAD, reconnect=options.reconnect, silence=options.silence) as opened:
+                runs[directory.name] = Run(options, budget, detector, opened, directory)()
         except UserError as error:
             if len(sources) == 1:
                 raise
-            console.print(f"failed: {error}", soft_wrap=True, markup=False)
-            failed.append(str(source))
+            say(f"failed: {error}")
+            failed.append(printable(str(source)))
     if len(sources) > 1:
-        write_results(output, {"command": " ".join(sys.argv), "runs": runs, "failed": failed})
+        write_results(Path(options.output), {"command": command(), "runs": runs, "failed": failed})
     if failed:
         raise UserError(f"{len(failed)} of {len(sources)} sources failed: {', '.join(failed)}")
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="demo")
-@tool
-def main(config: DictConfig) -> None:
-    """Entry point."""
-    demo(config)
-
-
 if __name__ == "__main__":
-    main()
+    from command_line import start
+
+    start("demo")

@@ -7,21 +7,22 @@ import csv
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import write_results
+from common import say
 from numpy.typing import NDArray
 
 from eventful_det.adapters import to_record
 from eventful_det.data.video_writer import VideoWriter
+from eventful_det.detectors.results import FrameCost
 from eventful_det.errors import UserError
-from eventful_det.models.cost import FrameCost
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.files import written_whole
+from eventful_det.outputs import printable_values, reporting
+from eventful_det.runtime.session import StreamResult
 from eventful_det.viz import Caption, annotate, cost_row, plot_cost
 
 HISTORY = 100  # frames in the strip charts
@@ -33,31 +34,38 @@ class Outputs:
     """Writes annotated.mp4, detections.jsonl, cost.csv, cost.png and results.json into a folder.
 
     Until the run is over they are called annotated.part.mp4 and so on; then they replace those of an earlier run. A
-    thread draws and writes; it goes on where the caller is interrupted.
+    thread draws and writes; it goes on where the caller is interrupted. `open` comes first.
 
     Args:
-        directory: made if it does not exist.
+        directory: made if it does not exist; it belongs to this run, see `owned`.
         fps: frames per second of the video, for frames without a time.
         show, width: of the pictures; see `annotate`.
-
-    Raises:
-        UserError: the folder cannot be written to.
     """
 
     def __init__(self, directory: Path, fps: float, *, show: float, width: int) -> None:
-        self.directory, self.show, self.width = directory, show, width
+        self.directory, self.fps, self.show, self.width = directory, fps, show, width
         self.frames = 0
         self._history: deque[FrameCost] = deque(maxlen=HISTORY)
         self._video_path, self._lines_path, self._table_path, self._plot_path = (_part(directory / n) for n in _NAMES)
-        with self._reporting():
-            directory.mkdir(parents=True, exist_ok=True)
-            self._lines = self._lines_path.open("w", buffering=1)  # line by line: complete whatever ends the run
-            self._table = self._table_path.open("w", buffering=1, newline="")
-            self._video = VideoWriter(self._video_path, fps)
+        self._open_files = contextlib.ExitStack()
         self._rows: csv.DictWriter[str] | None = None
         self._error: BaseException | None = None
         self._thread = ThreadPoolExecutor(1, "demo-writer")
         self._waiting: deque[Future[None]] = deque()
+
+    def open(self) -> None:
+        """Begin the files.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        with reporting(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            # Line by line: complete whatever ends the run.
+            self._lines = self._open_files.enter_context(self._lines_path.open("w", buffering=1, encoding="utf-8"))
+            self._table = self._open_files.enter_context(self._table_path.open("w", buffering=1, newline=""))
+            self._video = VideoWriter(self._video_path, self.fps)
+            self._open_files.callback(self._video.close)
 
     def write(self, result: StreamResult, caption: Caption) -> None:
         """Append a frame to every file, soon.
@@ -77,31 +85,51 @@ class Outputs:
         """Write what waits, close the files and sum them up.
 
         Raises:
-            UserError: they cannot be written. What is there remains under its temporary name.
+            UserError: they cannot be written. Nothing of them is left; those of an earlier run are.
         """
         self.drain()
         try:
-            with self._reporting():
-                if self._error is not None:
-                    raise self._error
-                self._lines.close()
-                self._table.close()
-                self._video.close()
+            if self._error is not None:
+                raise self._error
+            with reporting(self._table_path):
+                self._open_files.close()
                 columns = _read_table(self._table_path)
-                plot_cost(columns, self._plot_path)
-        except BaseException as error:
-            self._abandon()
-            if self.frames and isinstance(error, UserError):
-                raise UserError(f"{error}; the first {self.frames} frames are in its *.part.* files") from error
+            self._plot(columns)
+        except BaseException:
+            self.discard()
             raise
-        return {**sum_up(columns), "files": [str(self.directory / name) for name in _NAMES]}
+        names = [name for name in _NAMES if _part(self.directory / name).exists()]
+        return {**sum_up(columns), "files": [str(self.directory / name) for name in names]}
+
+    def _plot(self, columns: dict[str, NDArray[np.float64]]) -> None:
+        try:
+            with reporting(self.directory / "cost.png"):
+                plot_cost(columns, self._plot_path)
+        except ImportError:
+            say("no cost.png, which needs matplotlib: python -m pip install matplotlib")
 
     def publish(self, results: dict[str, Any]) -> None:
-        """Write results.json, and put all files in the places of those of an earlier run."""
-        with self._reporting():
-            write_results(self.directory, results)
-            for name in _NAMES:
-                os.replace(_part(self.directory / name), self.directory / name)
+        """Write results.json, and put all files in the places of those of an earlier run.
+
+        Raises:
+            UserError: they cannot be written. Nothing of them is left; those of an earlier run are.
+        """
+        try:
+            with written_whole(self.directory / "results.json") as part:
+                part.write_text(json.dumps(printable_values(results), indent=1) + "\n", encoding="utf-8")
+                for name in _NAMES:
+                    if _part(self.directory / name).exists():
+                        os.replace(_part(self.directory / name), self.directory / name)
+        except UserError:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Close what can be closed, and remove what was written."""
+        with contextlib.suppress(OSError, UserError):
+            self._open_files.close()
+        for path in (self._video_path, self._lines_path, self._table_path, self._plot_path):
+            path.unlink(missing_ok=True)
 
     def _write(self, result: StreamResult, caption: Caption) -> None:
         if self._error is not None:
@@ -110,9 +138,10 @@ class Outputs:
             self._history.append(result.cost)
             picture = annotate(result, self._history, self.show, caption=caption, width=self.width)
             row = {"frame": result.frame_index, **cost_row(result.cost), "held": int(result.held)}
-            with self._reporting():
-                self._video.write(picture, result.timestamp)
+            self._video.write(picture, result.timestamp)
+            with reporting(self.directory / "detections.jsonl"):
                 self._lines.write(json.dumps(to_record(result)) + "\n")
+            with reporting(self.directory / "cost.csv"):
                 if self._rows is None:
                     self._rows = csv.DictWriter(self._table, list(row))
                     self._rows.writeheader()
@@ -121,23 +150,6 @@ class Outputs:
         except BaseException as error:
             self._error = error
             raise
-
-    def _abandon(self) -> None:
-        """Close what can be closed; empty files are removed."""
-        for file in (self._lines, self._table, self._video):
-            with contextlib.suppress(OSError, UserError):
-                file.close()
-        for path in (self._video_path, self._lines_path, self._table_path, self._plot_path):
-            if not self.frames:
-                path.unlink(missing_ok=True)
-
-    @contextmanager
-    def _reporting(self) -> Iterator[None]:
-        """Errors of files as one line."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"cannot write to output={self.directory}: {error.strerror or error}") from error
 
 
 def _part(path: Path) -> Path:

@@ -2,59 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
-from common import build_rule
-from omegaconf import DictConfig, OmegaConf, open_dict
+from common import Gate, Texts, build_gate
 
 from eventful_det.errors import UserError
 from eventful_det.evaluation.runs import Method
-from eventful_det.gating.convert import Rule
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.selector import DEFAULT
+from eventful_det.options import Count, NonNegative, Range, Share, convert
+
+Scale = Annotated[float, Range(0.05, 8)]  # of the network's input
 
 
-def sweep_methods(config: DictConfig) -> list[Method]:
-    """The methods of an `eval` config with curves (configs/eval/sweep.yaml).
+@dataclass(frozen=True)
+class Curve:
+    """Methods that differ in one option; see configs/eval/sweep.yaml."""
+
+    gate: dict[str, Any] | None = None
+    vary: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    square: bool = False
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What to run: one method (configs/eval/single.yaml), or curves (configs/eval/sweep.yaml)."""
+
+    hold: Count = 1
+    scale: Scale = 1.0
+    square: bool = False
+    fractions: tuple[Share, ...] = ()
+    thresholds: tuple[NonNegative, ...] = ()
+    caps: tuple[Share, ...] = ()
+    only: Texts | None = None
+    curves: dict[str, Curve] | None = None
+
+
+def sweep_methods(curves: Mapping[str, Curve]) -> list[Method]:
+    """The methods of curves.
 
     Raises:
-        UserError: a curve is not written as there.
+        UserError: a curve is not written as in configs/eval/sweep.yaml.
     """
     methods: list[Method] = []
-    for curve, entry in config.curves.items():
-        unknown = sorted(set(entry) - {"gate", "vary", "square"})
-        vary = entry.get("vary") or {}
-        if unknown or len(vary) > 1:
-            expected = "gate, square and vary, vary with one option"
-            raise UserError(f"eval.curves.{curve}: expected {expected}; got {dict(entry)}")
-        square = bool(entry.get("square", False))
-        if not vary:
-            methods.append(Method(curve, rule=_rule_with(entry.get("gate")), square=square))
-        for option, values in vary.items():
+    for name, curve in curves.items():
+        where = f"eval.curves.{name}"
+        if len(curve.vary) > 1:
+            raise UserError(f"{where}: vary has to name one option, got {', '.join(curve.vary)}")
+        if not curve.vary:
+            methods.append(Method(name, None, *_gate_with(where, curve.gate), square=curve.square))
+        for option, values in curve.vary.items():
+            own = {"hold": Count, "scale": Scale}.get(option)
             for value in values:
-                own = {option: value} if option in ("hold", "scale") else {}
-                rule = _rule_with(entry.get("gate"), **({} if own else {option: value}))
-                methods.append(Method(curve, float(value), rule, square=square, **own))
+                value = convert(value, own or float, f"{where}.vary.{option}")
+                gate = _gate_with(where, curve.gate, **({} if own else {option: value}))
+                settings: dict[str, Any] = {option: value} if own else {}
+                methods.append(Method(name, float(value), *gate, square=curve.square, **settings))
     return methods
 
 
-def chosen(methods: list[Method], only: str | Sequence[str]) -> list[Method]:
+def chosen(methods: list[Method], only: Sequence[str]) -> list[Method]:
     """The methods of some curves.
 
     Raises:
         UserError: there is no such curve.
     """
-    names = {only} if isinstance(only, str) else set(only)
     curves = dict.fromkeys(method.curve for method in methods)
-    unknown = sorted(names - set(curves))
+    unknown = sorted(set(only) - set(curves))
     if unknown:
         raise UserError(f"eval.only: there is no curve {', '.join(unknown)}; there are {', '.join(curves)}")
-    return [method for method in methods if method.curve in names]
+    return [method for method in methods if method.curve in only]
 
 
-def _rule_with(gate: DictConfig | None, **policy: Any) -> Rule | None:
+def _gate_with(where: str, gate: Mapping[str, Any] | None, **policy: Any) -> Gate:
     if gate is None:
         if policy:
-            raise UserError(f"eval.curves: {', '.join(policy)} varies a policy, but the curve has no gate")
-        return None
-    with open_dict(gate):
-        return build_rule(cast(DictConfig, OmegaConf.merge(gate, {"policy": policy} if policy else {})))
+            raise UserError(f"{where}: {', '.join(policy)} varies a policy, but the curve has no gate")
+        return Gate(Dense(), DEFAULT)
+    return build_gate({**gate, "policy": {**(gate.get("policy") or {}), **policy}} if policy else gate)

@@ -18,22 +18,21 @@ sweep.json, sweep.md, sweep.png and sweep.pdf.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import platform
 import sys
+from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 import torch.distributed as dist
-from common import build_rule, choose_device, console, tool, write_results
-from eval_methods import chosen, sweep_methods
-from omegaconf import DictConfig
+from common import Data, as_list, build_gate, choose_device, command, console, say, warn, write_results
+from eval_methods import EvalOptions, chosen, sweep_methods
 from rich import box
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -52,14 +51,15 @@ from eventful_det.errors import UserError
 from eventful_det.evaluation import report
 from eventful_det.evaluation.detection import ENOUGH, labelled_frames
 from eventful_det.evaluation.flushes import ap50_since_flush
-from eventful_det.evaluation.rescored import rescored
 from eventful_det.evaluation.runs import Method, MethodRun
 from eventful_det.evaluation.store import ResultStore, file_hash
 from eventful_det.evaluation.summary import Row, jsonable, row_of
 from eventful_det.evaluation.sweep import collect, complete, first
+from eventful_det.files import written_whole
 from eventful_det.models.checkpoints import DEFAULT, find_weights, load_detector
 from eventful_det.models.detector import Detector
-from eventful_det.runtime.rescoring import Rescoring
+from eventful_det.options import Count, Natural
+from eventful_det.outputs import owned, write_json, write_text
 
 READERS = 4  # threads that read frames ahead for a GPU; on a CPU they would take time from what is measured
 REASONS = 20  # of skipped frames that results.json quotes
@@ -73,21 +73,41 @@ NOTE = (
 )
 
 
-def evaluate_single(config: DictConfig, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Options:
+    """What may be asked of the evaluation; configs/eval_net.yaml explains it."""
+
+    data: Data
+    gate: dict[str, Any]
+    eval: EvalOptions
+    weights: str | None
+    labels: str | None
+    common_classes: bool
+    rescore: bool
+    output: str
+    device: str
+    max_videos: Count | None
+    max_frames: Count | None
+    scene_cuts: bool
+    streams: Count
+    workers: Natural | None
+
+
+def evaluate_single(config: Options, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
     """Evaluate the rule of the gate group."""
     labelled_frames(data)
-    rule, options = build_rule(config.gate), config.eval
-    name = "dense" if rule is None else config.gate.rule
-    method = Method(name, None, rule, options.hold, options.scale, options.square)
+    gate, options = build_gate(config.gate), config.eval
+    ways: dict[str, Any] = {"hold": options.hold, "scale": options.scale, "square": options.square}
+    method = Method(str(config.gate["rule"]), None, gate.rule, gate.selector, **ways)
     run = gather(config, complete_all(config, detector, data, [method]), method, data)
     scores = run.scores()
-    row = row_of(run, scores)
-    (directory / "coco_results.json").write_text(json.dumps(run.results) + "\n")
+    row = row_of(run)
+    write_json(directory / "coco_results.json", run.results, indent=None)
     _show([list(line) for line in zip(*report.table([row]), strict=True) if line[1] != "-"])
     lines = [[n, report.percent(ap, 1), str(scores.objects_by_class[n])] for n, ap in scores.ap50_by_class.items()]
     _show([["class", "AP50", "objects"], *lines])
     common = scores.ap50_of_common(ENOUGH)
-    console.print(f"AP50 {report.percent(common, 1)} over the classes with {ENOUGH} or more objects")
+    say(f"AP50 {report.percent(common, 1)} over the classes with {ENOUGH} or more objects")
     return {
         "rows": [row],
         "ap50_by_class": scores.ap50_by_class,
@@ -100,12 +120,14 @@ def evaluate_single(config: DictConfig, detector: Detector, data: CocoVideo, dir
     }
 
 
-def evaluate_sweep(config: DictConfig, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
+def evaluate_sweep(config: Options, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
     """Evaluate all curves in one run."""
-    methods = sweep_methods(config.eval)
+    import_module("matplotlib")  # rather missed now than when all is done
+    methods = sweep_methods(config.eval.curves or {})
     if config.eval.only is not None:
-        complete_all(config, detector, data, chosen(methods, config.eval.only))
-        console.print(f"{config.eval.only}: kept in {directory}; the command without eval.only makes the table")
+        only = as_list(config.eval.only)
+        complete_all(config, detector, data, chosen(methods, only))
+        say(f"{', '.join(only)}: kept in {directory}; the command without eval.only makes the table")
         return {}
     store = complete_all(config, detector, data, methods)
     dense = next((method for method in methods if method.is_dense), None)
@@ -114,21 +136,23 @@ def evaluate_sweep(config: DictConfig, detector: Detector, data: CocoVideo, dire
     skipped: dict[int, str] = {}
     for method in track(methods, "scoring", console=console, transient=True):  # one by one, for the memory's sake
         run = reference if method is dense and reference else gather(config, store, method, data)
-        rows.append(row_of(run, run.scores(), reference))
+        rows.append(row_of(run, reference))
         skipped |= run.skipped
-    report.write_csv(rows, directory / "sweep.csv")
-    (directory / "sweep.json").write_text(json.dumps(jsonable(rows), indent=1) + "\n")
-    (directory / "sweep.md").write_text(report.markdown(rows))
+    with written_whole(directory / "sweep.csv") as part:
+        report.write_csv(rows, part)
+    write_json(directory / "sweep.json", jsonable(rows))
+    write_text(directory / "sweep.md", report.markdown(rows))
     title = f"Average precision against cost: {rows[0].videos} videos, {rows[0].frames} frames"
     for suffix in ("png", "pdf"):
-        report.plot(rows, directory / f"sweep.{suffix}", title)
+        with written_whole(directory / f"sweep.{suffix}") as part:
+            report.plot(rows, part, title)
     header, *lines = report.table(rows)
     _show([list(TERMINAL), *([line[header.index(name)] for name in TERMINAL] for line in lines)])
-    console.print(f"plot: {directory / 'sweep.png'}", soft_wrap=True)
+    say(f"plot: {directory / 'sweep.png'}")
     return {"rows": rows, "skipped": _skipped(skipped)}
 
 
-def complete_all(config: DictConfig, detector: Detector, data: CocoVideo, methods: list[Method]) -> ResultStore:
+def complete_all(config: Options, detector: Detector, data: CocoVideo, methods: list[Method]) -> ResultStore:
     """Run what has not been run, on all processes of torchrun; only the first returns, the others are done.
 
     Every process runs videos of its own and leaves the results in the store, from where the first one takes them.
@@ -141,14 +165,14 @@ def complete_all(config: DictConfig, detector: Detector, data: CocoVideo, method
         "streams": config.streams,
         "device": detector.device.type,
     }
-    store = ResultStore(Path(config.output) / "videos", about)
+    store = ResultStore(Path(config.output) / "videos", about, data)
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = sorted(share_out([len(video.frames) for video in data.videos], ranks)[rank])
     own = CocoVideo(data.categories, [data.videos[i] for i in share], data.image_root)
     workers = config.workers if config.workers is not None else 0 if detector.device.type == "cpu" else READERS
-    options = {"streams": config.streams, "workers": workers, "scene_cuts": config.scene_cuts}
+    options: dict[str, Any] = {"streams": config.streams, "workers": workers, "scene_cuts": config.scene_cuts}
     frames = sum(len(video.frames) for video in own.videos)
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()]
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=rank > 0) as progress:
         task = progress.add_task("warming up", total=frames * len(methods))
 
@@ -164,10 +188,10 @@ def complete_all(config: DictConfig, detector: Detector, data: CocoVideo, method
     return store
 
 
-def gather(config: DictConfig, store: ResultStore, method: Method, data: CocoVideo) -> MethodRun:
+def gather(config: Options, store: ResultStore, method: Method, data: CocoVideo) -> MethodRun:
     """What a method did, with the scores that the config asks for."""
     run = collect(store, method, data)
-    return rescored(run, Rescoring()) if config.rescore else run
+    return run.rescored() if config.rescore else run
 
 
 def _by_video(run: MethodRun) -> list[dict[str, Any]]:
@@ -189,12 +213,8 @@ def _skipped(skipped: dict[int, str]) -> dict[str, Any]:
     """How many frames could not be read, and why not the first of them."""
     if skipped:
         first_of_all = next(iter(skipped.values()))
-        _warn(f"{len(skipped)} frames could not be read; they are in no number. The first: {first_of_all}")
+        warn(f"{len(skipped)} frames could not be read; they are in no number. The first: {first_of_all}")
     return {"frames": len(skipped), "reasons": list(skipped.values())[:REASONS]}
-
-
-def _warn(text: str) -> None:
-    console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
 def _show(cells: list[list[str]]) -> None:
@@ -207,7 +227,7 @@ def _show(cells: list[list[str]]) -> None:
     console.print(table)
 
 
-def load_data(config: DictConfig) -> CocoVideo:
+def load_data(config: Options) -> CocoVideo:
     """The data set of the config, and warnings about what it lacks.
 
     Raises:
@@ -217,31 +237,40 @@ def load_data(config: DictConfig) -> CocoVideo:
     if not data.videos:
         raise UserError(f"{config.data.val} holds no video with frames; there is nothing to evaluate. Prepare it again")
     if all(len(video.frames) == 1 for video in data.videos):
-        _warn(
+        warn(
             f"every video of {config.data.val} has one frame, so that nothing can be gated; "
             "if these are frames of videos, import them with datasets/import_annotations.py"
         )
     if any(frame.labelled for frame in data.frames) and not any(frame.annotations for frame in data.frames):
-        _warn(f"{config.data.val} has not one box on its labelled frames; average precisions are not defined")
+        warn(f"{config.data.val} has not one box on its labelled frames; average precisions are not defined")
     return data
 
 
-def run(config: DictConfig) -> None:
+def evaluate_all(config: Options) -> None:
     """Evaluate, then write the results."""
+    build_gate(config.gate)
     data = load_data(config)
     device = choose_device(config.device)
     detector = load_detector(config.weights, config.labels).to(device)
     if config.common_classes:
         data = for_classes(data, detector.names)
     directory = Path(config.output)
-    directory.mkdir(parents=True, exist_ok=True)
-    evaluate = evaluate_sweep if "curves" in config.eval else evaluate_single
-    results = evaluate(config, detector, data, directory)
-    if not results:
-        return
+    evaluate = evaluate_single if config.eval.curves is None else evaluate_sweep
+    # Jobs that share out a sweep write whole files into one folder; so do the processes of torchrun.
+    alone = config.eval.only is None and not (dist.is_initialized() and dist.get_rank())
+    with owned(directory) if alone else contextlib.nullcontext():
+        results = evaluate(config, detector, data, directory)
+        if results:
+            report_results(config, detector.device, data, directory, results)
+
+
+def report_results(
+    config: Options, device: torch.device, data: CocoVideo, directory: Path, results: dict[str, Any]
+) -> None:
+    """Write `results.json`."""
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = {
-        "command": " ".join(sys.argv),
+        "command": command(),
         "weights": config.weights or DEFAULT,
         "labelled_frames": sum(frame.labelled for frame in data.frames),
         "streams": config.streams,
@@ -253,27 +282,20 @@ def run(config: DictConfig) -> None:
     write_results(directory, jsonable(about | results))
 
 
-def start(config: DictConfig) -> None:
+def run(config: Options) -> None:
     """Evaluate with or without torchrun."""
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo", timeout=PATIENCE)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     try:
-        run(config)
+        evaluate_all(config)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="eval_net")
-@tool
-def main(config: DictConfig) -> None:
-    """Entry point."""
-    import eval_net  # by its name: Hydra's launchers pickle this function with all that it refers to
-
-    eval_net.start(config)
-
-
 if __name__ == "__main__":
-    main()
+    from command_line import start
+
+    start("eval_net")

@@ -13,50 +13,72 @@ from __future__ import annotations
 import secrets
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
-import hydra
-from common import console, open_detector, tool
-from omegaconf import DictConfig, ListConfig
+from common import Side, Texts, as_list, build_gate, console, open_detector
 
 from eventful_det.data.classes import SYNTHETIC_SHAPES
 from eventful_det.errors import UserError
+from eventful_det.gating.dense import Dense
 from eventful_det.models.detector import Detector
+from eventful_det.options import Count, Positive, Range
+from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.pool import StreamPool
-
-try:
-    from eventful_det.serving.app import create_app
-    from eventful_det.serving.limits import build_server
-    from eventful_det.serving.runner import PoolRunner
-    from eventful_det.serving.sources import SourceOpener, play, public_name
-except ImportError as error:
-    raise SystemExit(f"error: the web page needs more libraries ({error}); pip install 'eventful_det[serve]'") from None
+from eventful_det.serving.app import create_app
+from eventful_det.serving.limits import build_server
+from eventful_det.serving.runner import PoolRunner
+from eventful_det.serving.sources import SourceOpener, play, public_name
 
 _TOKEN = 16  # characters of the shortest token that is accepted
 
 
-def sources_of(config: DictConfig) -> list[str]:
-    """The sources to watch from the start."""
-    if config.source is None:
-        return []
-    return [str(source) for source in config.source] if isinstance(config.source, ListConfig) else [str(config.source)]
+@dataclass(frozen=True)
+class Options:
+    """What may be asked of the page; configs/serve.yaml explains it."""
+
+    positional: ClassVar = ("source",)
+
+    gate: dict[str, Any]
+    source: Texts | None
+    weights: str | None
+    labels: str | None
+    budget: float | int | str
+    hold: Count
+    rescore: bool
+    track: bool
+    short_side: Side | None
+    long_side: Side | None
+    device: str
+    port: Annotated[int, Range(0, 65535)]
+    host: str
+    expose: bool
+    token: str | None
+    hosts: Texts
+    media: str | None
+    cameras: bool | None
+    urls: bool | None
+    upload_mb: Positive
+    root_path: str
+    max_streams: Count
 
 
-def token_of(config: DictConfig) -> str | None:
+def token_of(options: Options) -> str | None:
     """The token that everybody has to give.
 
     Raises:
         UserError: other machines could connect although nobody said so, or without a token.
     """
-    token = secrets.token_urlsafe(24) if config.token == "auto" else config.token
-    if token is not None and len(str(token)) < _TOKEN:
+    token = secrets.token_urlsafe(24) if options.token == "auto" else options.token
+    if token is not None and len(token) < _TOKEN:
         raise UserError(f"a token needs at least {_TOKEN} characters; token=auto makes one up")
-    if not is_loopback(config.host) and not (config.expose and token):
+    if not is_loopback(options.host) and not (options.expose and token):
         raise UserError(
-            f"host={config.host} lets other machines connect; say so with expose=true, and give a token (token=auto)"
+            f"host={options.host} lets other machines connect; say so with expose=true, and give a token (token=auto)"
         )
-    return None if token is None else str(token)
+    return token
 
 
 def is_loopback(host: str) -> bool:
@@ -80,51 +102,57 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host}:{port}: {error}; try another port, or port=0") from error
 
 
-def build_opener(config: DictConfig, detector: Detector) -> SourceOpener:
+def build_opener(options: Options, detector: Detector) -> SourceOpener:
     """What people may open."""
     synthetic = {shape.name for shape in SYNTHETIC_SHAPES} <= set(detector.names)
-    local = not config.expose
+    local = not options.expose
     return SourceOpener(
-        media=None if config.media is None else Path(config.media),
-        cameras=local if config.cameras is None else config.cameras,
-        urls=local if config.urls is None else config.urls,
+        media=None if options.media is None else Path(options.media),
+        cameras=local if options.cameras is None else options.cameras,
+        urls=local if options.urls is None else options.urls,
         synthetic=synthetic,
-        max_bytes=int(config.upload_mb * 2**20),
-        max_uploads=config.max_streams,
+        max_bytes=int(options.upload_mb * 2**20),
+        max_uploads=options.max_streams,
     )
 
 
-def build_runner(config: DictConfig, detector: Detector, sources: Sequence[str]) -> PoolRunner:
+def build_runner(options: Options, detector: Detector, sources: Sequence[str]) -> PoolRunner:
     """A pool of the sources to watch from the start, and what drives it."""
-    pool = StreamPool(detector, short_side=config.short_side, long_side=config.long_side, hold=config.hold)
-    runner = PoolRunner(pool, max_streams=config.max_streams, track=config.track, rescore=config.rescore)
-    if detector.rule is not None:
-        runner.set_budget(str(config.budget))
+    gate = build_gate(options.gate)
+    pool = StreamPool(
+        detector,
+        budget=gate.selector,
+        rule=gate.rule,
+        short_side=options.short_side,
+        long_side=options.long_side,
+        hold=options.hold,
+        timing=True,
+    )
+    runner = PoolRunner(pool, max_streams=options.max_streams, track=options.track, rescore=options.rescore)
+    if gate.rule != Dense():
+        runner.set_budget(str(options.budget))
     for opened in [play(source, public_name(source)) for source in sources]:
         runner.add(opened)
     return runner
 
 
-def serve(config: DictConfig) -> None:
+def run(options: Options) -> None:
     """Run until Ctrl-C."""
-    token, sources = token_of(config), sources_of(config)
-    detector = open_detector(config, sources)
-    opener = build_opener(config, detector)
-    port = listen(config.host, config.port)
-    runner = build_runner(config, detector, sources)
-    app = create_app(runner, opener, token=token, hosts=config.hosts, root_path=config.root_path)
-    host = f"[{config.host}]" if ":" in config.host else config.host
+    token, sources = token_of(options), as_list(options.source)
+    if options.budget != "auto":
+        parse_budget(options.budget)
+    detector = open_detector(options.weights, options.labels, options.device, sources)
+    opener = build_opener(options, detector)
+    port = listen(options.host, options.port)
+    runner = build_runner(options, detector, sources)
+    app = create_app(runner, opener, token=token, hosts=as_list(options.hosts), root_path=options.root_path)
+    host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"http://{host}:{port.getsockname()[1]}/" + (f"?token={token}" if token else "")
-    console.print(f"watch at {address} (Ctrl-C ends)", soft_wrap=True, highlight=False)
+    console.print(f"watch at {address} (Ctrl-C ends)", soft_wrap=True)
     build_server(app).run(sockets=[port])
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="serve")
-@tool
-def main(config: DictConfig) -> None:
-    """Entry point."""
-    serve(config)
-
-
 if __name__ == "__main__":
-    main()
+    from command_line import start
+
+    start("serve")

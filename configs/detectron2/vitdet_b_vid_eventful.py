@@ -11,7 +11,7 @@ import os
 
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
-from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 
 from eventful_det.integrations.detectron2 import (
@@ -24,7 +24,8 @@ from eventful_det.integrations.detectron2 import (
 from .model import make_model
 from .schedule import make_lr_multiplier, make_optimizer
 
-register_imagenet_vid(os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "ILSVRC2015"))
+if not {"imagenet_vid_train", "imagenet_vid_val"} <= set(DatasetCatalog):  # those that you registered stay
+    register_imagenet_vid(os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "ILSVRC2015"))
 
 model = make_model()
 model.backbone.square_pad = 0  # frames are padded to multiples of 32 pixels only

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from eventful_det.data.transforms import Image, resize
+from eventful_det.errors import UserError
+from eventful_det.options import Positive, Range, Share, convert_fields
 
+_Side = Annotated[int, Range(32, 8192)]
 Boxes = NDArray[np.float32]
 _SPLIT = (0.35, 0.65)  # where a mosaic is divided, as a share of each side
 _BLUR = (3, 9)  # shortest and longest motion blur in pixels
@@ -40,17 +44,22 @@ class Augmentation:
         mosaic: probability of a sample made of four pictures (Bochkovskiy et al. 2020, YOLOv4).
     """
 
-    sizes: Sequence[Sequence[int]] = ((256, 384),)
-    scale: tuple[float, float] = (0.6, 1.6)
-    aspect: float = 1.0
-    flip: float = 0.5
-    rotate: float = 0.0
-    turn: float = 0.0
-    colour: float = 0.3
-    hue: float = 0.0
-    degrade: float = 0.0
-    min_visible: float = 0.3
-    mosaic: float = 0.0
+    sizes: tuple[tuple[_Side, _Side], ...] = ((256, 384),)
+    scale: tuple[Positive, Positive] = (0.6, 1.6)
+    aspect: Annotated[float, Range(1, 100)] = 1.0
+    flip: Share = 0.5
+    rotate: Annotated[float, Range(0, 180)] = 0.0
+    turn: Share = 0.0
+    colour: Share = 0.3
+    hue: Annotated[float, Range(0, 0.5)] = 0.0
+    degrade: Share = 0.0
+    min_visible: Share = 0.3
+    mosaic: Share = 0.0
+
+    def __post_init__(self) -> None:
+        convert_fields(self, "augment")
+        if not self.sizes or self.scale[0] > self.scale[1]:
+            raise UserError("augment: sizes must name one, and scale be [smallest, largest]")
 
     def __call__(
         self, image: Image, boxes: Boxes, size: Sequence[int], rng: np.random.Generator

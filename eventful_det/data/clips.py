@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from eventful_det.data.augmentation import Augmentation
 from eventful_det.data.coco_video import CocoVideo, Frame, Video
+from eventful_det.data.frame_reader import first_readable, read_labelled
 from eventful_det.data.motion import Camera, Sprite, camera_path
-from eventful_det.data.pictures import first_readable, read_image
 from eventful_det.data.training_set import Target, TrainingSet
 from eventful_det.data.transforms import Image
-from eventful_det.errors import UserError
+from eventful_det.options import Count, Range, Share, convert_fields
 
 _MARGIN = 1.25  # sides of the picture that a camera moves over, relative to those of a frame
 _SPRITE = (0.003, 0.2)  # smallest and largest area of a pasted object, as a share of the frame
@@ -35,18 +36,17 @@ class ClipOptions:
         noise: largest standard deviation of sensor noise, drawn for every clip, in grey levels.
     """
 
-    length: int = 6
-    stride: int = 1
-    static: float = 0.5
-    pan: float = 0.02
-    zoom: float = 0.01
-    sprites: int = 2
-    speed: float = 0.03
-    noise: float = 3.0
+    length: Annotated[int, Range(2, 1000)] = 6
+    stride: Count = 1
+    static: Share = 0.5
+    pan: Share = 0.02
+    zoom: Share = 0.01
+    sprites: Annotated[int, Range(0, 100)] = 2
+    speed: Share = 0.03
+    noise: Annotated[float, Range(0, 255)] = 3.0
 
     def __post_init__(self) -> None:
-        if self.length < 2 or self.stride < 1:
-            raise UserError(f"clips: need length 2 or more and stride 1 or more, got {self.length} and {self.stride}")
+        convert_fields(self, "clips")
 
 
 class ClipSet(TrainingSet):
@@ -109,7 +109,7 @@ class ClipSet(TrainingSet):
         """A frame of clip n; all its frames draw the same random numbers."""
         rng = np.random.default_rng([self.seed, 2, n])
         boxes, labels = self._truth(frame)
-        picture = read_image(str(self.data.image_path(frame)))
+        picture = read_labelled(self.data.image_path(frame), frame)
         picture, boxes, keep = self.augmentation(picture, boxes, (height, width), rng)
         target = {"boxes": torch.from_numpy(boxes[keep]), "labels": torch.from_numpy(labels[keep])}
         areas = torch.tensor([[0.0, 0.0, width, height]])

@@ -12,6 +12,7 @@ from typing import Any
 import av
 import numpy as np
 from av.error import ExitError, FFmpegError
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
@@ -28,6 +29,9 @@ _OPTIONS = {
     "http": {"reconnect": "1", "reconnect_delay_max": "4"},  # of files: FFmpeg goes on where the connection broke
     "https": {"reconnect": "1", "reconnect_delay_max": "4"},
 }
+_TIMED = {"matroska", "mov", "avi", "flv"}  # formats whose header holds the duration
+_WHOLE = 0.95  # share of the frames named by the header from which on a video counts as whole
+_ASPECTS = (0.2, 5.0)  # of pixels that are believed
 Skip = Callable[[str, object], None]
 
 
@@ -64,18 +68,11 @@ class Decoder:
         transport = _OPTIONS.get(url.partition("://")[0].lower(), {}) if self.remote else {}
         options = {**transport, **options, **limit}
         try:
-            self._container = av.open(
-                url, timeout=silence if self.remote else None, options=options, metadata_errors="replace"
-            )
+            self._container = open_container(url, options, silence if self.remote else None)
         except (FFmpegError, OSError, ValueError) as error:
             raise UserError(f"cannot open {self.name} as a video: {_reason(error)}") from error
         weakref.finalize(self, self._container.close)
-        videos = self._container.streams.video
-        if not videos or self._container.format.name == "tty":  # FFmpeg renders text files as pictures
-            raise UserError(f"{self.name} holds no video")
-        self._stream = videos[0]
-        if self._stream.codec_context is None:
-            raise UserError(f"{self.name}: there is no decoder for its video")
+        self._stream = best_video(self._container, self.name)
         self._stream.codec_context.options = limit
         self.pixels = self._stream.width * self._stream.height
         self._clock = float(self._stream.time_base or 0)
@@ -83,21 +80,31 @@ class Decoder:
         rate = self._stream.average_rate or self._stream.guessed_rate
         self.fps = float(rate) if rate else None
         self.frames = self._stream.frames or (round(seconds * self.fps) if seconds and self.fps else None)
+        self._told = self._stream.frames or (self.frames if self._has_duration() else None)
         self.live = self.remote and seconds is None and self._container.format.name not in _SEGMENTED
 
     def read(self, skip: Skip) -> Iterator[VideoFrame]:
         """All frames, in order. `skip` is told what cannot be decoded, and why."""
         first: int | None = None
-        picture = _Painter()
-        for packet in self._packets(skip):
-            for frame in self._decode(packet, skip):
+        picture, count, lost = self._painter(), 0, 0
+
+        def lose(what: str, error: object) -> None:
+            nonlocal lost
+            lost += 1
+            skip(what, error)
+
+        for packet in self._packets(lose):
+            for frame in self._decode(packet, lose):
                 first = frame.pts if first is None else first
                 timed = first is not None and frame.pts is not None
+                count += 1
                 yield VideoFrame(picture(frame), (frame.pts - first) * self._clock if timed else None)
+        if not lost and self._told and count < _WHOLE * self._told:
+            skip("the rest", f"it ends after {count} of {self._told} frames that its header names; it was cut short")
 
     def read_live(self, skip: Skip) -> Iterator[CapturedFrame | None]:
         """The frames of a live stream as they come; None in place of one that came too late to be worth decoding."""
-        clock, picture = LiveClock(), _Painter()
+        clock, picture = LiveClock(), self._painter()
         captured, asked = None, time.monotonic()
         seen = asked
         for packet in self._packets(skip):
@@ -119,6 +126,15 @@ class Decoder:
     def close(self) -> None:
         """Close the file or connection."""
         self._container.close()
+
+    def _has_duration(self) -> bool:
+        """Whether its header says how long the video is; otherwise the duration is that of the sound, or estimated."""
+        alone = len(self._container.streams) == 1
+        return alone and bool(_TIMED & set(self._container.format.name.split(",")))
+
+    def _painter(self) -> _Painter:
+        aspect = self._stream.sample_aspect_ratio
+        return _Painter(float(aspect) if aspect else 1.0)
 
     def _decode(self, packet: Any, skip: Skip) -> list[Any]:
         try:
@@ -160,16 +176,69 @@ class VideoFile(VideoSource):
 
 
 class _Painter:
-    """Turns decoded frames into upright RGB pictures."""
+    """Turns decoded frames into RGB pictures as they are meant: upright, not mirrored, with square pixels.
 
-    def __init__(self) -> None:
+    Args:
+        aspect: width of a stored pixel relative to its height.
+    """
+
+    def __init__(self, aspect: float) -> None:
         self._reformatter = VideoReformatter()
+        self._aspect = aspect if _ASPECTS[0] <= aspect <= _ASPECTS[1] and abs(aspect - 1) > 0.01 else 1.0
 
     def __call__(self, frame: Any) -> NDArray[np.uint8]:
         """`(h, w, 3)` uint8 RGB."""
-        image = np.asarray(self._reformatter.reformat(frame, format="rgb24").to_ndarray(), np.uint8)
-        turns = round(frame.rotation / 90) % 4
-        return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+        width, height = round(frame.width * max(1, self._aspect)), round(frame.height * max(1, 1 / self._aspect))
+        scaled = self._reformatter.reformat(frame, width=width, height=height, format="rgb24")
+        image = np.asarray(scaled.to_ndarray(), np.uint8)
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        return np.ascontiguousarray(image if matrix is None else _displayed(image, np.frombuffer(matrix, np.int32)))
+
+
+def _displayed(image: NDArray[np.uint8], matrix: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """A picture `(h, w, 3)` turned and mirrored by a display matrix `(9,)` of FFmpeg, to whole quarters of a turn.
+
+    A stored pixel (x, y) is shown at (a x + c y, b x + d y), with a, b, _, c, d as the first five numbers.
+    """
+    a, b, _, c, d = matrix[:5].tolist()
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        image, a, d = image.swapaxes(0, 1), c, b
+    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def open_container(url: str, options: dict[str, str] | None = None, timeout: float | None = None) -> Any:
+    """FFmpeg's view of a file or address; titles in whatever encoding are no reason to refuse it.
+
+    Raises:
+        FFmpegError, OSError, ValueError: it cannot be opened.
+    """
+    try:
+        return av.open(url, timeout=timeout, options=options or {}, metadata_errors="replace")
+    except TypeError:  # PyAV 19 and later always replace what they cannot decode
+        return av.open(url, timeout=timeout, options=options or {})
+
+
+def best_video(container: Any, name: str) -> Any:
+    """The video stream that players show: no cover picture, the default one, the largest.
+
+    Args:
+        container: from `open_container`.
+        name: of the file, for messages.
+
+    Raises:
+        UserError: there is none, or no decoder for it.
+    """
+    videos = [v for v in container.streams.video if not Disposition(v.disposition) & Disposition.attached_pic]
+    if not videos or container.format.name == "tty":  # FFmpeg renders text files as pictures
+        raise UserError(f"{name} holds no video")
+    decodable = [video for video in videos if video.codec_context is not None]
+    if not decodable:
+        raise UserError(f"{name}: there is no decoder for its video")
+
+    def rank(video: Any) -> tuple[bool, int]:
+        return bool(Disposition(video.disposition) & Disposition.default), video.width * video.height
+
+    return max(decodable, key=rank)
 
 
 def _reason(error: BaseException) -> str:

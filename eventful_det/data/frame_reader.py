@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from eventful_det.data.coco_video import CocoVideo, Frame, Video
-from eventful_det.data.pictures import read_image
+from eventful_det.data.pictures import UnreadablePicture, read_image
 from eventful_det.data.transforms import Image
 from eventful_det.data.video import VideoFrame, VideoSource, open_source
 from eventful_det.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+_ATTEMPTS = 10  # samples in a row that may hold an unreadable picture
+Sample = TypeVar("Sample")
 
 
 class FrameReader:
@@ -37,12 +43,8 @@ class FrameReader:
                     self._files[video.id] = _VideoFile(self._data.image_root / video.file_name, video)
             image = self._files[video.id].read(frame.frame_id)
         else:
-            image = read_image(str(self._data.image_path(frame)))
-        height, width = image.shape[:2]
-        if (width, height) != (frame.width, frame.height):
-            told = f"{frame.width}x{frame.height}"
-            raise UserError(f"{frame.file_name} is {width}x{height}, but the data set says {told}; prepare it again")
-        return image
+            image = read_image(self._data.image_path(frame))
+        return check_size(image, frame)
 
     def close(self) -> None:
         """Close all video files."""
@@ -112,3 +114,42 @@ class _VideoFile:
         """Let go of the file and of the frames that nobody asked for."""
         self._release()
         self._decoded.clear()
+
+
+def read_labelled(path: str | Path, frame: Frame) -> Image:
+    """Read a picture of a data set, see `read_image`.
+
+    Raises:
+        UnreadablePicture: it cannot be read, or has another size than the data set says: its labels would not fit.
+    """
+    return check_size(read_image(path), frame)
+
+
+def check_size(image: Image, frame: Frame) -> Image:
+    """The picture of a frame, if it has the size that the data set says.
+
+    Raises:
+        UnreadablePicture: it has not; for example because it was resized, or turned where EXIF data asks for it.
+    """
+    height, width = image.shape[:2]
+    if (width, height) != (frame.width, frame.height):
+        told = f"{frame.width}x{frame.height}"
+        raise UnreadablePicture(
+            f"{frame.file_name} is {width}x{height}, but the data set says {told}; prepare it again"
+        )
+    return image
+
+
+def first_readable(make: Callable[[int], Sample], n: int) -> Sample:
+    """`make(n)`; where a picture of it cannot be read, `make(n + 1)`, and so on: one bad file must not end a training.
+
+    Raises:
+        UnreadablePicture: none of ten in a row can be read.
+    """
+    for attempt in range(n, n + _ATTEMPTS):
+        try:
+            return make(attempt)
+        except UnreadablePicture as error:
+            last = error
+            _LOG.warning("%s; sample %d is left out", error, attempt)
+    raise UnreadablePicture(f"{_ATTEMPTS} training samples in a row hold unreadable pictures, the last: {last}")

@@ -12,6 +12,10 @@ the rest, and nothing is dropped silently: every fault becomes a ``Problem``.
 =====================  =================================================================
 problem                what happens to the frame or box
 =====================  =================================================================
+``linked_folder``      a link to a folder that is in the tree already, perhaps in a circle: left out
+``unreadable_folder``  left out
+``irregular_file``     a pipe, socket or link to nowhere in place of a file: left out
+``duplicate_frame``    two files for one frame (``1`` and ``000001``, .jpg and .JPEG): the first is taken
 ``missing_image``      the frame is dropped
 ``unreadable_image``   the frame is dropped
 ``missing_xml``        val: the frame stays, ``labelled`` is False; train: it is dropped
@@ -34,6 +38,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,24 +46,15 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from PIL import Image
-
 from eventful_det.data.classes import Category
-from eventful_det.data.coco_video import Annotation, Box, CocoVideo, Frame, Video
+from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Problem, Video, clip_box
 from eventful_det.data.parallel import map_ordered
+from eventful_det.data.pictures import picture_size
 from eventful_det.data.sampling import evenly
 from eventful_det.errors import UserError
 
 IMAGE_SUFFIXES = {".jpeg", ".jpg"}
 TREE_NAMES = ("ILSVRC2015", "ILSVRC2017", "ILSVRC")
-
-
-class Problem(NamedTuple):
-    """One fault of a tree: its kind (see the module), the file (relative to the tree) and what is wrong."""
-
-    kind: str
-    file: str
-    detail: str
 
 
 class Entry(NamedTuple):
@@ -70,10 +66,14 @@ class Entry(NamedTuple):
 
 
 class Folder(NamedTuple):
-    """One directory of frames; ``name`` is its path below ``Data/<subset>/<split>``."""
+    """One directory of frames; ``name`` is its path below ``Data/<subset>/<split>``.
+
+    ``faults`` are those of the directory as such; one that cannot be used has faults and no entries.
+    """
 
     name: str
     entries: list[Entry]
+    faults: list[Problem] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +121,10 @@ def list_folders(source: Source, frames_per_video: int | None = None) -> list[Fo
     """
     if not source.annotations.is_dir():
         raise UserError(f"no annotations in {source.annotations}; unpack the annotation archive beside the images")
-    images = _files(source.images, IMAGE_SUFFIXES)
-    xmls = _files(source.annotations, {".xml"})
-    names = sorted(xmls if source.subset == "DET" else images.keys() | xmls.keys())
+    faults: dict[str, list[Problem]] = {}
+    images = _files(source, source.images, IMAGE_SUFFIXES, faults)
+    xmls = _files(source, source.annotations, {".xml"}, faults)
+    names = sorted((xmls if source.subset == "DET" else images.keys() | xmls.keys()) | faults.keys())
     folders = []
     for name in names:
         pictures, labels = images.get(name, {}), xmls.get(name, {})
@@ -131,7 +132,7 @@ def list_folders(source: Source, frames_per_video: int | None = None) -> list[Fo
         stems = sorted(labels if source.subset == "DET" else pictures.keys() | labels.keys())
         if frames_per_video is not None:
             stems = evenly(stems, frames_per_video)
-        folders.append(Folder(name, [Entry(s, pictures.get(s), labels.get(s)) for s in stems]))
+        folders.append(Folder(name, [Entry(s, pictures.get(s), labels.get(s)) for s in stems], faults.get(name, [])))
     return folders
 
 
@@ -160,7 +161,7 @@ def convert(
         for frame in frames:
             frame.image_id += position + 1
         position += len(folder.entries)
-        problems += faults
+        problems += folder.faults + faults
         if source.subset == "DET":
             videos += [Video(0, frame.file_name, [frame]) for frame in frames]
         elif frames:
@@ -173,27 +174,70 @@ def convert(
     return data, problems
 
 
-def _files(top: Path, suffixes: set[str]) -> dict[str, dict[str, str]]:
-    """Folder below ``top`` -> stem -> file name, for the files with these suffixes."""
+def _files(
+    source: Source, top: Path, suffixes: set[str], faults: dict[str, list[Problem]]
+) -> dict[str, dict[str, str]]:
+    """Folder below ``top`` -> stem -> file name, for the regular files with these suffixes, each frame once.
+
+    Args:
+        faults: gets those of each folder.
+    """
     found: dict[str, dict[str, str]] = {}
-    for folder, _, names in os.walk(top, followlinks=True):
-        split = (os.path.splitext(name) for name in names)
-        files = {stem: stem + suffix for stem, suffix in split if suffix.lower() in suffixes}
-        if files:
-            found[Path(folder).relative_to(top).as_posix()] = files
+    visited = set(map(str, Path(os.path.realpath(top)).parents))
+    waiting, links = [top], deque[Path]()  # links come last, so that what they lead to is found in its own place
+    while waiting or links:
+        folder = waiting.pop() if waiting else links.popleft()
+        name = folder.relative_to(top).as_posix()
+
+        def report(kind: str, path: str, detail: str, name: str = name) -> None:
+            faults.setdefault(name, []).append(Problem(kind, os.path.relpath(path, source.tree), detail))
+
+        real = os.path.realpath(folder)
+        if real in visited:
+            report("linked_folder", str(folder), f"leads to {real}, which holds it or is in the tree already")
+            continue
+        visited.add(real)
+        try:
+            with os.scandir(folder) as scan:
+                entries = sorted(scan, key=lambda entry: entry.name)
+        except OSError as error:
+            report("unreadable_folder", str(folder), str(error.strerror))
+            continue
+        taken: dict[int | str, str] = {}
+        for entry in entries:
+            stem, suffix = os.path.splitext(entry.name)
+            if entry.is_dir() or suffix.lower() not in suffixes:
+                continue
+            frame = int(stem) if source.subset == "VID" and _is_number(stem) else stem
+            if not entry.is_file():
+                report("irregular_file", entry.path, "expected a regular file")
+            elif frame in taken:
+                report("duplicate_frame", entry.path, f"the same frame as {taken[frame]}")
+            else:
+                taken[frame] = entry.name
+        if taken:
+            found[name] = {os.path.splitext(file)[0]: file for file in taken.values()}
+        for entry in entries:
+            if entry.is_dir():
+                (links if entry.is_symlink() else waiting).append(Path(entry.path))
     return found
+
+
+def _is_number(stem: str) -> bool:
+    return stem.isascii() and stem.isdecimal() and len(stem) < 16
 
 
 def _read_folder(source: Source, folder: Folder) -> tuple[list[Frame], list[Problem]]:
     """Frames of one folder; their ``image_id`` is the position in ``folder.entries``."""
     frames: list[Frame] = []
     problems: list[Problem] = []
+    numbered = all(_is_number(entry.stem) for entry in folder.entries)
     for i, entry in enumerate(folder.entries):
         frame = _read_frame(source, folder.name, entry, problems)
         if frame is not None:
             frame.image_id = i
             if source.subset == "VID":
-                frame.frame_id = int(entry.stem) if entry.stem.isdigit() else i
+                frame.frame_id = int(entry.stem) if numbered else i
             frames.append(frame)
     return frames, problems
 
@@ -206,14 +250,14 @@ def _read_frame(source: Source, folder: str, entry: Entry, problems: list[Proble
         problems.append(Problem(kind, file.relative_to(source.tree).as_posix(), detail))
 
     told: tuple[int, int] | None = None
-    raw: list[_RawObject] = []
+    raw: list[RawObject] = []
     labelled = True
     try:
-        told, raw = _parse_xml(xml)
+        told, raw = parse_xml(xml)
     except FileNotFoundError:
         labelled = False
         report("missing_xml", xml, "no annotation for this image")
-    except (OSError, ElementTree.ParseError, ValueError) as error:
+    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
         labelled = False
         report("malformed_xml", xml, str(error))
     known = {c.wnid: c.id for c in source.categories}
@@ -225,9 +269,8 @@ def _read_frame(source: Source, folder: str, entry: Entry, problems: list[Proble
         report("missing_image", image, f"named by {xml.name}, not in the tree")
         return None
     try:
-        with Image.open(image) as opened:  # reads the header only
-            size = opened.size
-    except (OSError, ValueError, SyntaxError) as error:
+        size = picture_size(image)  # of the header alone
+    except (OSError, ValueError) as error:
         report("unreadable_image", image, str(error).replace(str(image), image.name))
         return None
     if not labelled and source.split == "train":
@@ -239,7 +282,7 @@ def _read_frame(source: Source, folder: str, entry: Entry, problems: list[Proble
         if o.wnid not in known:
             report("unknown_class", xml, f"{o.wnid!r} is none of the {len(known)} categories")
             continue
-        box, fault = clip_box(o.box, size)
+        box, fault = clip_box(o.box, *size)
         if fault:
             report(fault, xml, f"box {o.box} of {o.wnid} on a {size[0]}x{size[1]} image")
         if box is not None:
@@ -266,7 +309,7 @@ def _untangle_tracks(frame: Frame) -> list[tuple[str, str]]:
     return faults
 
 
-class _RawObject(NamedTuple):
+class RawObject(NamedTuple):
     wnid: str
     box: tuple[float, float, float, float]
     track_id: int | None
@@ -274,7 +317,7 @@ class _RawObject(NamedTuple):
     generated: bool
 
 
-def _parse_xml(path: Path) -> tuple[tuple[int, int], list[_RawObject]]:
+def parse_xml(path: Path) -> tuple[tuple[int, int], list[RawObject]]:
     """(width, height) and the objects as written; ValueError where an element is missing or no number."""
     root = ElementTree.parse(path).getroot()
 
@@ -286,7 +329,7 @@ def _parse_xml(path: Path) -> tuple[tuple[int, int], list[_RawObject]]:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value):
+        if not abs(value) < 1e15:
             raise ValueError(f"<{tag}> is {text!r}, expected a number")
         return value
 
@@ -299,21 +342,5 @@ def _parse_xml(path: Path) -> tuple[tuple[int, int], list[_RawObject]]:
         x1, y1, x2, y2 = (number(element, f"bndbox/{tag}") for tag in ("xmin", "ymin", "xmax", "ymax"))
         track = int(number(element, "trackid")) if element.find("trackid") is not None else None
         occluded, generated = (bool(number(element, tag, "0")) for tag in ("occluded", "generated"))
-        objects.append(_RawObject(name.strip(), (x1, y1, x2, y2), track, occluded, generated))
+        objects.append(RawObject(name.strip(), (x1, y1, x2, y2), track, occluded, generated))
     return size, objects
-
-
-def clip_box(box: Box, size: tuple[int, int]) -> tuple[Box | None, str]:
-    """The part of a box inside the image (None if there is none) and the name of what was wrong ('' if nothing).
-
-    Args:
-        box: x1, y1, x2, y2 in pixels.
-        size: width and height of the image.
-    """
-    x1, y1, x2, y2 = box
-    if not (x2 > x1 and y2 > y1):
-        return None, "box_degenerate"
-    inside = (max(x1, 0.0), max(y1, 0.0), min(x2, float(size[0])), min(y2, float(size[1])))
-    if not (inside[2] > inside[0] and inside[3] > inside[1]):
-        return None, "box_outside"
-    return inside, "" if inside == box else "box_clipped"

@@ -7,6 +7,8 @@
 ``eventful``
     As in ``vid_data.tar`` of the official Eventful Transformers: no ``videos``, one folder for all frames of a split,
     named ``..._<video>_<frame>.JPEG``. Where a video lacks frames, its parts become videos of their own.
+``cvat``
+    "COCO 1.0" of CVAT, of a video: ``frame_000000.jpg``, tracks among the ``attributes`` of a box.
 ``folders``
     Plain COCO whose frames lie in a folder for each video, as for YOLOV: ``.../<video>/<frame>.JPEG``.
 """
@@ -19,118 +21,126 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from eventful_det.data.classes import IMAGENET_VID
-from eventful_det.data.coco_video import Box, CocoVideo, parse_coco_video, read_json_object
-from eventful_det.data.imagenet_vid import Problem, clip_box
+from eventful_det.data.coco_video import CocoVideo, Problem, clip_box, json_rows, parse_coco_video, read_json_object
 from eventful_det.errors import UserError
 
 Json = dict[str, Any]
 Place = tuple[str, int]  # name of the video, number of the frame
-LAYOUTS = ("mmtracking", "eventful", "folders")
-_FLAT = re.compile(r"(?:.*_)?(\d+)_(\d+)$")  # of the name without its suffix
+COCO_LAYOUTS = ("mmtracking", "eventful", "cvat", "folders")
+_FLAT = re.compile(r"(?:.*_)?(\d{1,15})_(\d{1,15})$", re.ASCII)  # of the name without its suffix
+_CVAT = re.compile(r"frame_\d{6,15}\.\w+$", re.ASCII)
 
 
-def import_annotations(
+def import_coco(
     path: Path, layout: str | None = None, images: Path | None = None, key_frames: bool = False
 ) -> tuple[CocoVideo, list[Problem]]:
     """Read a COCO file of another program.
 
     Args:
         path: of the JSON file.
-        layout: one of `LAYOUTS`; None = tell by the content.
+        layout: one of `COCO_LAYOUTS`; None = tell by the content.
         images: folder that the file names are relative to; None = look where the layout has it.
         key_frames: only the frames that the field trains on (mmtracking's ``is_vid_train_frame``).
 
     Returns:
         The data set, and what was wrong with it; boxes are clipped to their image, those without area
-        or of unknown classes are dropped.
+        or of unknown images or classes are dropped.
 
     Raises:
         UserError: the file is of no known layout, or the images are not found.
     """
-    data = _checked(read_json_object(path), path)
-    layout = layout or detect_layout(data, path)
+    data = read_json_object(path)
+    data["categories"] = data.get("categories") or [{"id": c.id, "name": c.name} for c in IMAGENET_VID]
+    lists = {key: json_rows(data, key, path) for key in ("categories", "images", "annotations")}
+    if not lists["images"]:
+        raise UserError(f"{path} holds no image; there is nothing to import")
+    layout = layout or detect_coco_layout(data, path)
     if layout == "mmtracking":
-        content = _from_mmtracking(data, path, key_frames)
+        content = _from_mmtracking(lists, data.get("videos") or ())
     elif key_frames:
         raise UserError(f"{path} is of the layout {layout}, which does not say which frames are key frames")
     else:
-        content = _from_names(data, path, _flat if layout == "eventful" else _in_folder, layout == "eventful")
-    root, content["images"] = _locate(content["images"], path, layout, images)
-    problems = _mend_boxes(content, {image["id"] for image in data["images"]})
-    return parse_coco_video(content, path, root), problems
+        place_of = {"eventful": _flat, "cvat": _numbered(path.stem), "folders": _in_folder}[layout]
+        content = _from_names(lists, path, place_of, layout == "eventful")
+    problems: list[Problem] = []
+    loaded = parse_coco_video(content, path, path.parent, problems, lenient=True)
+    if key_frames:
+        _keep_key_frames(loaded, lists["images"], path)
+    loaded.image_root, name_of = _locate(next(loaded.frames).file_name, path, layout, images)
+    for frame in loaded.frames:
+        frame.file_name = name_of(frame.file_name)
+    clip_boxes(loaded, problems)
+    return loaded, problems
 
 
-def _checked(data: Json, path: Path) -> Json:
-    """The lists of a COCO file, each of objects with what is needed of them."""
-    data = {**data, "categories": data.get("categories") or _vid_categories()}
-    needed = {"categories": ("id", "name"), "images": ("id", "file_name", "width", "height"), "annotations": ()}
-    for key, fields in needed.items():
-        rows = data.get(key)
-        if not isinstance(rows, list):
-            raise UserError(f"{path}: expected a COCO file with a list named '{key}'")
-        for n, row in enumerate(rows):
-            missing = [field for field in fields if field not in row] if isinstance(row, dict) else ["everything"]
-            if missing:
-                raise UserError(f"{path}: {key}[{n}] lacks {', '.join(missing)}; expected an object of COCO")
-    if not data["images"]:
-        raise UserError(f"{path} holds no image; there is nothing to import")
-    return data
+def clip_boxes(data: CocoVideo, problems: list[Problem]) -> None:
+    """Clip boxes to their image, drop those without area in it, number the rest; `problems` gets what was wrong."""
+    for frame in data.frames:
+        kept = []
+        for annotation in frame.annotations:
+            box, fault = clip_box(annotation.box, frame.width, frame.height)
+            if fault:
+                problems.append(Problem(fault, frame.file_name, f"box {[round(v, 3) for v in annotation.box]}"))
+            if box is not None:
+                annotation.box, annotation.area = box, (box[2] - box[0]) * (box[3] - box[1])
+                kept.append(annotation)
+        frame.annotations = kept
+    data.renumber()
 
 
-def detect_layout(data: Json, path: Path) -> str:
-    """Which of `LAYOUTS` a file is of.
+def detect_coco_layout(data: Json, path: Path) -> str:
+    """Which of `COCO_LAYOUTS` a file is of.
 
     Raises:
         UserError: none.
     """
-    images, annotations = data["images"], data["annotations"]
-    if any("is_vid_train_frame" in i for i in images[:1]) or any("instance_id" in a for a in annotations[:1]):
+    images, annotations = data["images"][:100], data["annotations"]
+    if "is_vid_train_frame" in images[0] or any("instance_id" in a for a in annotations[:1]):
         return "mmtracking"
     if "videos" in data:
         raise UserError(f"{path} has videos, but no instance_id; if it is COCO-video already, use it as it is")
+    names = [str(image.get("file_name")) for image in images]
+    tracked = any(isinstance(a.get("attributes"), dict) and "track_id" in a["attributes"] for a in annotations)
+    if all(_CVAT.search(name) for name in names) or (tracked and all(map(_numbered(""), names))):
+        return "cvat"
     for layout, place in (("eventful", _flat), ("folders", _in_folder)):
-        if images and all(place(str(image.get("file_name"))) for image in images[:100]):
+        if all(map(place, names)):
             return layout
-    raise UserError(f"{path} is of no known layout ({', '.join(LAYOUTS)}): its file names tell no video and frame")
+    raise UserError(f"{path} is of no known layout ({', '.join(COCO_LAYOUTS)}): its file names tell no video and frame")
 
 
-def _vid_categories() -> list[Json]:
-    return [{"id": category.id, "name": category.name} for category in IMAGENET_VID]
-
-
-def _from_mmtracking(data: Json, path: Path, key_frames: bool) -> Json:
-    names = {video["id"]: str(video.get("name", video["id"])) for video in data.get("videos") or ()}
+def _from_mmtracking(lists: dict[str, list[Json]], videos: Iterable[Json]) -> Json:
+    names = {video["id"]: str(video.get("name", video["id"])) for video in videos if isinstance(video.get("id"), int)}
     images: list[Json] = []
-    for image in data["images"]:
-        if key_frames and not image.get("is_vid_train_frame"):
-            continue
-        if image.get("video_id") not in names:  # a still
+    for image in lists["images"]:
+        if not isinstance(image.get("video_id"), int) or image["video_id"] not in names:  # a still
             image = {**image, "video_id": max(names, default=0) + 1, "frame_id": 0}
-            names[image["video_id"]] = str(image["file_name"])
+            names[image["video_id"]] = str(image.get("file_name"))
         images.append(image)
-    if not images:
-        raise UserError(f"{path}: no image has is_vid_train_frame, so there are no key frames; take all frames")
-    used = {image["video_id"] for image in images}
-    others = {c["id"] for c in data["categories"] if c.get("encode_name", "") is None}
+    others = [category.get("id") for category in lists["categories"] if category.get("encode_name", "") is None]
     return {
-        "categories": [c for c in data["categories"] if c["id"] not in others],
-        "videos": [{"id": i, "name": name} for i, name in names.items() if i in used],
+        "categories": [category for category in lists["categories"] if category.get("id") not in others],
+        "videos": [{"id": i, "name": name} for i, name in names.items()],
         "images": images,
-        "annotations": [_tracked(a) for a in data["annotations"] if a.get("category_id") not in others],
+        "annotations": [a for a in lists["annotations"] if a.get("category_id") not in others],
     }
 
 
-def _tracked(annotation: Json) -> Json:
-    """An annotation with our names; -1 says "unknown" there."""
-    flags = {key: annotation.get(key) in (True, 1) for key in ("occluded", "generated")}
-    instance = annotation.get("instance_id", -1)
-    return {**annotation, **flags, "track_id": instance if isinstance(instance, int) and instance >= 0 else None}
+def _keep_key_frames(data: CocoVideo, images: Sequence[Json], path: Path) -> None:
+    chosen = {int(image["id"]) for image in images if image.get("is_vid_train_frame")}
+    for video in data.videos:
+        video.frames = [frame for frame in video.frames if frame.image_id in chosen]
+    data.videos = [video for video in data.videos if video.frames]
+    if not data.videos:
+        raise UserError(f"{path}: no image has is_vid_train_frame, so there are no key frames; take all frames")
 
 
-def _from_names(data: Json, path: Path, place_of: Callable[[str], Place | None], split_gaps: bool) -> Json:
+def _from_names(
+    lists: dict[str, list[Json]], path: Path, place_of: Callable[[str], Place | None], split_gaps: bool
+) -> Json:
     """Videos, and the place of each image in them, from the file names."""
     places: dict[str, list[tuple[int, Json]]] = {}
-    for image in data["images"]:
+    for image in lists["images"]:
         place = place_of(str(image.get("file_name")))
         if place is None:
             raise UserError(f"{path}: the file name {image.get('file_name')!r} tells no video and frame")
@@ -142,7 +152,17 @@ def _from_names(data: Json, path: Path, place_of: Callable[[str], Place | None],
             whole = len(part) == len(frames)
             videos.append({"id": len(videos) + 1, "name": name if whole else f"{name}/{part[0][0]:06d}"})
             images += [{**image, "video_id": len(videos), "frame_id": number} for number, image in part]
-    return {"videos": videos, "images": images, **{key: data[key] for key in ("categories", "annotations")}}
+    annotations = [_with_attributes(annotation) for annotation in lists["annotations"]]
+    return {"categories": lists["categories"], "videos": videos, "images": images, "annotations": annotations}
+
+
+def _with_attributes(annotation: Json) -> Json:
+    """An annotation with what CVAT keeps in its attributes; boxes between its key frames are computed."""
+    more = annotation.get("attributes")
+    if not isinstance(more, dict):
+        return annotation
+    told = {key: more.get(key) for key in ("track_id", "occluded")} | {"generated": more.get("keyframe") is False}
+    return told | annotation
 
 
 def _parts(frames: Sequence[tuple[int, Json]], split_gaps: bool) -> list[list[tuple[int, Json]]]:
@@ -161,25 +181,35 @@ def _flat(file_name: str) -> Place | None:
 
 
 def _in_folder(file_name: str) -> Place | None:
-    file = PurePosixPath(file_name)
-    digits = re.search(r"\d+$", file.stem)
-    return (file.parent.name, int(digits[0])) if digits and file.parent.name else None
+    return _numbered("")(file_name) if PurePosixPath(file_name).parent.name else None
 
 
-def _locate(images: list[Json], path: Path, layout: str, folder: Path | None) -> tuple[Path, list[Json]]:
-    """The folder in which the images are, and the images with file names relative to it.
+def _numbered(video: str) -> Callable[[str], Place | None]:
+    """The place of a frame whose name ends in its number, in its folder or, without one, in a given video."""
+
+    def place(file_name: str) -> Place | None:
+        file = PurePosixPath(file_name)
+        digits = re.search(r"(?<!\d)\d{1,15}$", file.stem, re.ASCII)
+        return (file.parent.name or video, int(digits[0])) if digits else None
+
+    return place
+
+
+def _locate(file_name: str, path: Path, layout: str, folder: Path | None) -> tuple[Path, Callable[[str], str]]:
+    """The folder in which the images are, and what turns their file names into such relative to it.
 
     Raises:
         UserError: the first image is in none of the places where the layout has it.
     """
     looked = []
     for root, name_of in _places(path, layout, folder):
-        place = root / name_of(str(images[0]["file_name"]))
+        place = root / name_of(file_name)
         if place.is_file():
-            return root, [{**image, "file_name": name_of(str(image["file_name"]))} for image in images]
+            return root, name_of
         looked.append(str(place))
-    told = f"looked for {' and '.join(looked)}; say where they are with --images"
-    raise UserError(f"{path}: cannot find the images: {told}")
+    raise UserError(
+        f"{path}: cannot find the images: looked for {' and '.join(looked)}; say where they are with --images"
+    )
 
 
 def _places(path: Path, layout: str, folder: Path | None) -> Iterable[tuple[Path, Callable[[str], str]]]:
@@ -190,6 +220,9 @@ def _places(path: Path, layout: str, folder: Path | None) -> Iterable[tuple[Path
         split = path.stem.replace("minival", "val")
         names = [lambda name: PurePosixPath(name).name, _unpacked]
         folders = [base.parent / split, base / "frames"]
+    elif layout == "cvat":
+        images = base.parent / "images"
+        folders = [images, images / path.stem.removeprefix("instances_"), base.parent, base]
     else:
         folders = [base.parent / "Data" / "VID", base.parent / "Data" / "DET", base.parent / "Data", base.parent, base]
     for root in [folder] if folder is not None else folders:
@@ -201,44 +234,3 @@ def _unpacked(file_name: str) -> str:
     """Where the official code moves an image of its archive."""
     video, frame = PurePosixPath(file_name).stem.split("_")[-2:]
     return f"{video}/{frame}.jpg"
-
-
-def _mend_boxes(content: Json, known: set[int]) -> list[Problem]:
-    """Clip boxes to their image, drop those that cannot be used; what was wrong.
-
-    Args:
-        content: COCO-video lists; its annotations are replaced.
-        known: ids of all images of the file, also of those that were left out.
-    """
-    images = {image["id"]: image for image in content["images"]}
-    classes = {category["id"] for category in content["categories"]}
-    kept: list[Json] = []
-    problems: list[Problem] = []
-    for annotation in content["annotations"]:
-        image = images.get(annotation.get("image_id"))
-        told = f"annotation {annotation.get('id')}"
-        if image is None:
-            if annotation.get("image_id") not in known:
-                problems.append(Problem("unknown_image", told, f"image_id {annotation.get('image_id')!r}"))
-            continue
-        file = str(image["file_name"])
-        if annotation.get("category_id") not in classes:
-            problems.append(Problem("unknown_class", file, f"{told}: category_id {annotation.get('category_id')!r}"))
-            continue
-        box, fault = _clipped(annotation.get("bbox"), (image["width"], image["height"]))
-        if fault:
-            problems.append(Problem(fault, file, f"{told}: bbox {annotation.get('bbox')!r}"))
-        if box is not None:
-            x1, y1, x2, y2 = box
-            size = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
-            kept.append({**annotation, **size, "id": len(kept) + 1})
-    content["annotations"] = kept
-    return problems
-
-
-def _clipped(bbox: Any, size: tuple[int, int]) -> tuple[Box | None, str]:
-    try:
-        x, y, w, h = (float(value) for value in bbox)
-    except (TypeError, ValueError):
-        return None, "box_degenerate"
-    return clip_box((x, y, x + w, y + h), size)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eventful_det.data.background import BackgroundReader
-from eventful_det.errors import UserError
+from eventful_det.errors import UserError, printable
 from eventful_det.secrets import mask_secrets
 
 _LOG = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class VideoSource(Iterable[VideoFrame]):
     remote = False
 
     def __init__(self, name: str, fps: float | None = None, frames: int | None = None) -> None:
-        self.name, self.fps, self.frames = name, fps, frames
+        self.name, self.fps, self.frames = printable(name), fps, frames
         self.ahead = 0
         self.skipped = self.dropped = self.reconnects = 0
         # Weak, as threads refer to their source: nobody but those who read keeps the readers alive.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from eventful_det.data.augmentation import Augmentation
 from eventful_det.data.coco_video import CocoVideo, Frame
-from eventful_det.data.pictures import first_readable, read_image
+from eventful_det.data.frame_reader import first_readable, read_labelled
 from eventful_det.data.transforms import Image
 from eventful_det.errors import UserError
 
@@ -96,7 +97,7 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         boxes, labels, areas, exhaustive = [], [], [], []
         for i, (top, left, bottom, right) in enumerate(self.augmentation.cells((height, width), rng)):
             frame = self.frame_of(n if i == 0 else int(rng.integers(n + 1, n + len(self.frames))))
-            picture = read_image(str(self.data.image_path(frame)))
+            picture = read_labelled(self.data.image_path(frame), frame)
             box, label = self._truth(frame)
             picture, box, keep = self.augmentation(picture, box, (bottom - top, right - left), rng)
             canvas[top:bottom, left:right] = picture
@@ -156,15 +157,21 @@ def training_loader(
     data: Samples, batch: int, first_step: int = 0, workers: int = 0, rank: int = 0, ranks: int = 1
 ) -> Iterable[tuple[Tensor, list[Target]]]:
     """Batches of images `(batch, 3, h, w)` uint8 with their targets, from step `first_step` on, without end."""
-    return DataLoader(
+    loader = DataLoader(
         cast(Dataset[tuple[Tensor, Target]], data),
         batch_sampler=_Batches(data, batch, first_step, rank, ranks),
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=_collate_bytes if workers else _collate,
         persistent_workers=workers > 0,
     )
+    return map(pickle.loads, loader) if workers else loader
 
 
 def _collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]]:
     images, targets = zip(*samples, strict=True)
     return torch.stack(images), list(targets)
+
+
+def _collate_bytes(samples: Sequence[tuple[Tensor, Target]]) -> bytes:
+    """A batch that comes through a pipe: tensors would take shared memory, of which containers have 64 MB."""
+    return pickle.dumps(_collate(samples))

@@ -36,6 +36,8 @@ __all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "VideoFrame", "VideoSource", "ope
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".ts", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
 
+_WEBCAMS = 100  # OpenCV takes greater numbers for the choice of a driver
+
 
 def open_source(source: Any, *, ahead: int = 0, reconnect: float = RECONNECT, silence: float = SILENCE) -> VideoSource:
     """Open a source of frames.
@@ -62,7 +64,11 @@ def open_source(source: Any, *, ahead: int = 0, reconnect: float = RECONNECT, si
 
 
 def _open(source: Any, reconnect: float, silence: float) -> VideoSource:
-    if isinstance(source, (int, np.integer)) or (isinstance(source, str) and source.isdigit()):
+    if isinstance(source, str) and re.fullmatch(r"\d+", source, re.ASCII) and not os.path.exists(source):
+        source = int(source)
+    if isinstance(source, (int, np.integer)) and not isinstance(source, bool):
+        if not 0 <= source < _WEBCAMS:
+            raise UserError(f"there is no webcam {source}; expected a number from 0 to {_WEBCAMS - 1}")
         connect = partial(_Webcam, int(source))
         return LiveSource(f"webcam {source}", connect(), connect, reconnect)
     if isinstance(source, str) and "://" in source:
@@ -84,14 +90,13 @@ def _open_path(text: str) -> VideoSource:
         return _Synthetic(int(text.partition(":")[2] or 0))
     path = Path(text).expanduser()
     if path.is_dir():
-        return _Pictures(text, [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES])
+        return _Pictures(text, path.iterdir())
     if path.is_file():
         return _Pictures(text, [path]) if path.suffix.lower() in IMAGE_SUFFIXES else VideoFile(Decoder(str(path)))
-    if glob.has_magic(text):
-        found = map(Path, glob.glob(str(path), recursive=True))
-        return _Pictures(text, [p for p in found if p.suffix.lower() in IMAGE_SUFFIXES])
+    if glob.has_magic(text) and "\0" not in text:
+        return _Pictures(text, map(Path, glob.iglob(str(path), recursive=True)))
     raise UserError(
-        f"no such file or folder: {text!r}; "
+        f"no such file or folder: '{text}'; "
         "a source is a video, a folder or glob of pictures, a webcam number, a URL, or synthetic"
     )
 
@@ -100,9 +105,9 @@ class _Webcam:
     """A connection to a webcam."""
 
     def __init__(self, index: int) -> None:
-        log = cv2.utils.logging
+        log = getattr(cv2.utils, "logging", cv2)  # OpenCV 4.9 has it one level up
         level = log.getLogLevel()
-        log.setLogLevel(log.LOG_LEVEL_SILENT)  # or a page of warnings about every backend that was tried
+        log.setLogLevel(0)  # or a page of warnings about every backend that was tried
         self._capture = cv2.VideoCapture(index)
         log.setLogLevel(level)
         if not self._capture.isOpened():
@@ -124,18 +129,19 @@ class _Webcam:
 
 
 class _Pictures(VideoSource):
-    """Picture files; their sizes may differ."""
+    """Picture files, each once also where links lead in a circle; their sizes may differ."""
 
-    def __init__(self, name: str, paths: list[Path]) -> None:
-        if not paths:
-            raise UserError(f"no pictures in {name!r}; expected files that end in {', '.join(IMAGE_SUFFIXES)}")
-        super().__init__(name, None, len(paths))
-        self._paths = sorted(paths, key=_natural)
+    def __init__(self, name: str, paths: Iterable[Path]) -> None:
+        pictures = [p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+        self._paths = sorted({(p.parent.resolve(), p.name): p for p in pictures}.values(), key=_natural)
+        if not pictures:
+            raise UserError(f"no pictures in '{name}'; expected files that end in {', '.join(IMAGE_SUFFIXES)}")
+        super().__init__(name, None, len(self._paths))
 
     def _read(self) -> Iterator[VideoFrame]:
         for path in self._paths:
             try:
-                image = read_image(str(path))
+                image = read_image(path)
             except UserError as error:
                 self._skip(path.name, error)
                 continue
@@ -178,4 +184,4 @@ def _rgb(image: Any) -> NDArray[np.uint8]:
 
 def _natural(path: Path) -> list[tuple[int, str]]:
     """A key that puts frame_2 before frame_10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]

@@ -24,9 +24,10 @@ from eventful_det.data.transforms import resize
 from eventful_det.errors import UserError
 
 # Fragments, so that the file plays however its writing ends; `close` turns them into an ordinary seekable mp4.
-_OPTIONS = {"movflags": "hybrid_fragmented+frag_keyframe", "flush_packets": "1"}
+# Negative offsets, so that it begins at 0 although the encoder holds frames back.
+_OPTIONS = {"movflags": "hybrid_fragmented+frag_keyframe+negative_cts_offsets", "flush_packets": "1"}
 _TICKS = 90_000  # per second, in which the times of frames are written
-_GAP = 10.0  # seconds that a frame is shown at most
+_GAP = 3600.0  # seconds that a frame is shown at most; a longer leap is one of the clock
 
 
 class VideoWriter:
@@ -59,8 +60,8 @@ class VideoWriter:
 
         Args:
             image: `(h, w, 3)` uint8 RGB.
-            timestamp: seconds since the first frame at which it is shown; None = a frame after the last one. Where
-                times run backwards or stand still for long, so does the video not.
+            timestamp: seconds at which it is shown, relative to that of the first frame; None = a frame after the
+                last one. Gaps stay; where times run backwards or leap by more than an hour, the next frame follows.
 
         Raises:
             UserError: the file cannot be written, for example because the disk is full.
@@ -109,7 +110,7 @@ class VideoWriter:
         step = round(_TICKS / self.fps)
         following = self._ticks + step if self._ticks >= 0 else 0
         given = following if timestamp is None else round(timestamp * _TICKS) + self._shift
-        if not self._ticks < given <= self._ticks + _GAP * _TICKS:
+        if self._ticks < 0 or not self._ticks < given <= self._ticks + _GAP * _TICKS:
             self._shift += following - given
             given = following
         self._ticks = given

@@ -11,12 +11,14 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame
+from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
 
 try:
@@ -25,9 +27,6 @@ try:
 except ImportError:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
-
-if TYPE_CHECKING:
-    from eventful_det.models.regions import Detections
 
 Entry = dict[str, Any]
 _AREAS = [[0.0, 1e10]]  # objects of every size; COCO's small / medium / large are not reported
@@ -82,6 +81,14 @@ def coco_results(detections: Mapping[int, Detections], categories: Sequence[int]
             box = [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)]
             entries.append({"image_id": image, "category_id": categories[label], "bbox": box, "score": round(score, 6)})
     return entries
+
+
+def detections_of(entries: Sequence[Entry]) -> Detections:
+    """The entries of one frame as detections, in their order; labels are category ids."""
+    x, y, w, h = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float64).reshape(-1, 4).unbind(1)
+    scores = torch.tensor([entry["score"] for entry in entries], dtype=torch.float64)
+    labels = torch.tensor([entry["category_id"] for entry in entries], dtype=torch.int64)
+    return Detections(torch.stack([x, y, x + w, y + h], 1), scores, labels)
 
 
 def category_ids(data: CocoVideo, names: Sequence[str]) -> list[int]:

@@ -9,25 +9,30 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from eventful_det.models.cost import FrameCost
+from eventful_det.detectors.results import FrameCost
 
 TOTAL = "total"
 
 
 @dataclass(frozen=True)
-class Milliseconds:
-    """Times of one part over some frames."""
+class Spread:
+    """A distribution: its mean and median, and the values that 5 and 95 of 100 do not exceed."""
 
     mean: float
     median: float
+    p5: float
     p95: float
+
+    @staticmethod
+    def of(values: Sequence[float] | NDArray[np.float64]) -> Spread:
+        """The spread of some values, at least one."""
+        p5, median, p95 = np.percentile(np.asarray(values), [5, 50, 95])
+        return Spread(float(np.mean(values)), float(median), float(p5), float(p95))
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,9 @@ class Efficiency:
     gmacs: dict[str, float]
     gmacs_steady: dict[str, float]
     gmacs_dense: dict[str, float]
-    ms: dict[str, Milliseconds]
-    latency: Milliseconds | None
-    latency_flush: Milliseconds | None
+    ms: dict[str, Spread]
+    latency: Spread | None
+    latency_flush: Spread | None
     frames_per_second: float
     tokens: float
     recomputed: float
@@ -70,7 +75,7 @@ def summarise(costs: Sequence[FrameCost], latencies: Sequence[float] | None = No
         latencies: seconds that each of them took to be there; by default the time that it cost.
     """
     seconds = [cost.latency for cost in costs]
-    waits = np.array(seconds if latencies is None else latencies)
+    waits = 1e3 * np.array(seconds if latencies is None else latencies)
     flushes = np.array([cost.flush for cost in costs])
     timed = sum(seconds) > 0
     return Efficiency(
@@ -80,8 +85,8 @@ def summarise(costs: Sequence[FrameCost], latencies: Sequence[float] | None = No
         gmacs_steady=_gmacs([cost.macs for cost in costs if not cost.flush]),
         gmacs_dense=_gmacs([cost.dense for cost in costs]),
         ms=_milliseconds(costs),
-        latency=_spread(waits) if timed else None,
-        latency_flush=_spread(waits[flushes]) if timed and flushes.any() else None,
+        latency=Spread.of(waits) if timed else None,
+        latency_flush=Spread.of(waits[flushes]) if timed and flushes.any() else None,
         frames_per_second=len(costs) / sum(seconds) if timed else math.nan,
         tokens=float(np.mean([cost.tokens for cost in costs])),
         recomputed=float(np.mean([cost.recomputed for cost in costs])),
@@ -115,15 +120,10 @@ def _gmacs(macs: Sequence[dict[str, int]]) -> dict[str, float]:
     return parts | {TOTAL: sum(parts.values())}
 
 
-def _milliseconds(costs: Sequence[FrameCost]) -> dict[str, Milliseconds]:
+def _milliseconds(costs: Sequence[FrameCost]) -> dict[str, Spread]:
     parts = dict.fromkeys(part for cost in costs for part in cost.seconds)
-    times = {part: np.array([cost.seconds.get(part, 0.0) for cost in costs]) for part in parts}
+    times = {part: 1e3 * np.array([cost.seconds.get(part, 0.0) for cost in costs]) for part in parts}
     if not times:
         return {}
     times[TOTAL] = np.sum(list(times.values()), axis=0)
-    return {part: _spread(t) for part, t in times.items()}
-
-
-def _spread(seconds: NDArray[np.float64]) -> Milliseconds:
-    ms = 1e3 * seconds
-    return Milliseconds(float(ms.mean()), float(np.median(ms)), float(np.percentile(ms, 95)))
+    return {part: Spread.of(t) for part, t in times.items()}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from eventful_det.data.coco_video import CocoVideo, Frame, Video
+from eventful_det.data.coco_video import CocoVideo, Video
 from eventful_det.evaluation.detection import Entry, evaluate
 
 EDGES = (0, 1, 4, 16, 64)
@@ -28,17 +28,6 @@ class FlushBin:
     ap50: float
     images: int
     objects: int
-
-
-@dataclass
-class _Bin:
-    frames: list[Frame] = field(default_factory=list)
-    results: list[Entry] = field(default_factory=list)
-
-    def score(self, data: CocoVideo, first: int, last: int | None) -> FlushBin:
-        part = CocoVideo(data.categories, [Video(0, "", self.frames)], data.image_root)
-        scores = evaluate(part, self.results)
-        return FlushBin(first, last, scores.ap50, scores.images, scores.objects)
 
 
 def frames_since_flush(flushes: Iterable[bool]) -> list[int]:
@@ -63,12 +52,12 @@ def ap50_since_flush(
         ages: frames since the last flush by image id, of every frame of `data`.
         edges: the first age of each bin, rising from 0.
     """
-    bins = [_Bin() for _ in edges]
-    place = {image: bins[bisect_right(edges, age) - 1] for image, age in ages.items()}
-    for frame in data.frames:
-        place[frame.image_id].frames.append(frame)
-    for entry in results:
-        if entry["image_id"] in place:
-            place[entry["image_id"]].results.append(entry)
-    lasts = [*(edge - 1 for edge in edges[1:]), None]
-    return [part.score(data, first, last) for part, first, last in zip(bins, edges, lasts, strict=True)]
+    results, bins = list(results), []
+    for first, after in zip(edges, [*edges[1:], math.inf], strict=True):
+        frames = [frame for frame in data.frames if first <= ages[frame.image_id] < after]
+        images = {frame.image_id for frame in frames}
+        part = CocoVideo(data.categories, [Video(0, "", frames)], data.image_root)
+        scores = evaluate(part, [entry for entry in results if entry["image_id"] in images])
+        last = None if after == math.inf else int(after) - 1
+        bins.append(FlushBin(first, last, scores.ap50, scores.images, scores.objects))
+    return bins

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
-
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from eventful_det.evaluation.runs import DENSE
 from eventful_det.evaluation.summary import Row, jsonable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, told apart by colour-blind readers and in grey print; markers tell the same again.
 _STYLES = (
@@ -79,7 +78,8 @@ def markdown(rows: Sequence[Row]) -> str:
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """All columns; empty where a number is not defined."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)])
+        names = [f.name for f in dataclasses.fields(Row) if not f.name.endswith("_by_class")]
+        writer = csv.DictWriter(file, ["method", *(name for name in names if name != "method")], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(jsonable(row) for row in rows)
 
@@ -90,6 +90,9 @@ def plot(rows: Sequence[Row], path: Path, title: str = "") -> None:
     Without labels, agreement with the dense detector takes the place of AP50.
     Curves whose precision falls far below that of dense leave the picture at its lower edge.
     """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(13.5, 5.4), dpi=160, layout="constrained")
     curves = list(dict.fromkeys(row.curve for row in rows if row.curve != DENSE))
     styles = dict(zip(curves, itertools.cycle(_STYLES)))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from eventful_det.data.coco_video import CocoVideo, Video
-from eventful_det.evaluation.detection import DetectionScores, Entry, evaluate
+from eventful_det.detectors.protocol import AnyRule
+from eventful_det.detectors.results import FrameCost
+from eventful_det.evaluation.detection import DetectionScores, Entry, detections_of, evaluate
 from eventful_det.evaluation.efficiency import Efficiency, summarise
 from eventful_det.evaluation.flushes import frames_since_flush
 from eventful_det.evaluation.ilsvrc import VidScores, vid_scores
-
-if TYPE_CHECKING:
-    from eventful_det.gating.convert import Rule
-    from eventful_det.models.cost import FrameCost
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.selector import Budget, Selector
+from eventful_det.runtime.rescoring import Objects, Rescoring, rescore
 
 DENSE = "dense"  # the curve that all others are compared with
 SESSION = uuid.uuid4().hex  # of this process; times are compared only within one
@@ -28,7 +30,8 @@ class Method:
     Attributes:
         curve: methods of the same curve differ in `setting` only.
         setting: the budget or the like that the curve varies; None where there is nothing to vary.
-        rule: how a frame's tokens are recomputed; None = dense.
+        rule: how a frame's tokens are recomputed.
+        budget: as for a stream, which every video has for itself.
         hold: run on every n-th frame only and hold its boxes in between.
         scale: of the network's input, relative to the model's own.
         square: frames are padded to a square, as the official code of Eventful Transformers does.
@@ -36,7 +39,8 @@ class Method:
 
     curve: str
     setting: float | None = None
-    rule: Rule | None = None
+    rule: AnyRule = Dense()
+    budget: Budget | Selector = None
     hold: int = 1
     scale: float = 1.0
     square: bool = False
@@ -50,7 +54,7 @@ class Method:
     @property
     def is_dense(self) -> bool:
         """Whether this is the plain detector: what all others are compared with."""
-        return self.rule is None and self.hold == 1 and self.scale == 1 and not self.square
+        return self.rule == Dense() and self.hold == 1 and self.scale == 1 and not self.square
 
 
 @dataclass(frozen=True)
@@ -136,3 +140,23 @@ class MethodRun:
             since = frames_since_flush(cost.flush for cost in run.costs)
             ages |= {frame.image_id: age for frame, age in zip(run.video.frames, since, strict=True)}
         return ages
+
+    def rescored(self) -> MethodRun:
+        """The same run with the scores that `eventful_det.runtime.rescoring` gives, video by video."""
+        return dataclasses.replace(self, videos=[_rescored(run) for run in self.videos])
+
+
+def _rescored(run: VideoRun) -> VideoRun:
+    by_image: dict[int, list[Entry]] = defaultdict(list)
+    for entry in run.results:
+        by_image[entry["image_id"]].append(entry)
+    results: list[Entry] = []
+    objects: Objects | None = None
+    scores: list[float] = []
+    for frame, cost, latency in zip(run.video.frames, run.costs, run.latencies, strict=True):
+        entries = by_image[frame.image_id]
+        if latency:  # the detector ran
+            new, objects = rescore(detections_of(entries), None if cost.flush else objects, Rescoring())
+            scores = new.tolist()
+        results += [entry | {"score": score} for entry, score in zip(entries, scores, strict=True)]
+    return dataclasses.replace(run, results=results)

@@ -1,7 +1,8 @@
 """Results kept video by video while an evaluation runs, so that a killed run goes on where it was.
 
-A kept result is used again only if nothing it depends on has changed: weights, code, data, the method and its options,
-the number of streams, on which times depend. Processes may share a store: each writes whole files of its own videos.
+A kept result is used again only if nothing it depends on has changed: weights, code, data and its pictures, the method
+and its options, the number of streams, on which times depend. Processes may share a store: each writes whole files of
+its own videos.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
-from eventful_det.data.coco_video import Video
+from eventful_det.data.coco_video import CocoVideo, Video
+from eventful_det.detectors.results import FrameCost
 from eventful_det.evaluation.runs import Method, VideoRun
-from eventful_det.models.cost import FrameCost
+from eventful_det.outputs import write_text
 
 _PLAIN = ("results", "latencies", "state_bytes", "peak_bytes", "session")  # what JSON holds as it is
 
@@ -55,10 +57,12 @@ class ResultStore:
     Args:
         directory: made when needed.
         about: whatever else the results depend on, as JSON values: the weights, the data set, the options of the run.
+        data: whose videos are run; their files are known by their places, sizes and times.
     """
 
-    def __init__(self, directory: Path, about: Mapping[str, Any]) -> None:
-        self.directory, self.about = directory, {**about, "code": code_hash()}
+    def __init__(self, directory: Path, about: Mapping[str, Any], data: CocoVideo) -> None:
+        self.directory, self.about, self._data = directory, {**about, "code": code_hash()}, data
+        self._files: dict[int, str] = {}
 
     def load(self, method: Method, video: Video) -> VideoRun | None:
         """What the method did on the video, or None where that is not known."""
@@ -82,20 +86,36 @@ class ResultStore:
     def save(self, method: Method, run: VideoRun) -> None:
         """Keep what a method did on a video; the file is whole or not there."""
         path = self._path(method, run.video)
-        path.parent.mkdir(parents=True, exist_ok=True)
         record = {key: getattr(run, key) for key in _PLAIN}
         record["images"] = [frame.image_id for frame in run.video.frames]
         record["costs"] = [dataclasses.asdict(cost) for cost in run.costs]
         record["skipped"] = run.skipped
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(record))
-        os.replace(part, path)
+        write_text(path, json.dumps(record))
 
     def _path(self, method: Method, video: Video) -> Path:
-        options = [repr(method.rule), method.hold, method.scale, method.square]
-        spec = json.dumps({**self.about, "method": options}, sort_keys=True)
+        options = repr(dataclasses.replace(method, curve="", setting=None))
+        about = {**self.about, "method": options, "files": self._files_hash(video)}
+        spec = json.dumps(about, sort_keys=True)
         name = re.sub(r"[^\w.]+", "_", method.name)
         return self.directory / f"{name}-{hashlib.sha256(spec.encode()).hexdigest()[:12]}" / f"{video.id}.json"
+
+    def _files_hash(self, video: Video) -> str:
+        if video.id not in self._files:
+            self._files[video.id] = files_hash(self._data, video.id)
+        return self._files[video.id]
+
+
+def files_hash(data: CocoVideo, video_id: int) -> str:
+    """SHA-256 of where the files of a video lie, how long they are and when they were written."""
+    (video,) = (video for video in data.videos if video.id == video_id)
+    root = data.image_root.resolve()
+    names = [video.file_name] if video.file_name else [frame.file_name for frame in video.frames]
+    digest = hashlib.sha256()
+    for name in names:
+        path = root / name
+        about = path.stat() if path.exists() else None
+        digest.update(repr((str(path), about and (about.st_size, about.st_mtime_ns))).encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:

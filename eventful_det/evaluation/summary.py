@@ -5,37 +5,33 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from eventful_det.data.coco_video import CocoVideo
+from eventful_det.detectors.protocol import S, VideoDetector
 from eventful_det.evaluation.consistency import flicker, found_share, likeness
 from eventful_det.evaluation.detection import DetectionScores, agreement, labelled_frames
-from eventful_det.evaluation.efficiency import TOTAL, Milliseconds
+from eventful_det.evaluation.efficiency import TOTAL, Spread
+from eventful_det.evaluation.ilsvrc import VidScores
 from eventful_det.evaluation.runs import DENSE, Method, MethodRun
-from eventful_det.evaluation.sweep import run_method
+from eventful_det.evaluation.sweep import run_methods
 
-if TYPE_CHECKING:
-    from eventful_det.models.detector import Detector
-
-_NO_TIME = Milliseconds(math.nan, math.nan, math.nan)
+_NO_TIME = Spread(math.nan, math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
-class Row:
-    """A method in the table of a sweep. Precisions lie in [0, 1]; `nan` = not defined.
+class Row(DetectionScores, VidScores):
+    """A method in the table of a sweep, its scores included. Precisions lie in [0, 1]; `nan` = not defined.
 
     "Relative" is relative to the dense method of the same sweep. Times come from one run on one machine, in which
     the methods took turns video by video; `relative_time` is the median over videos of the ratio of their times,
     and the number to trust on a machine that does other things as well. Decoding and resizing are not timed.
 
     Attributes:
-        ap, ap50, ap75: against the labels.
-        ap50_vid, ap50_slow, ap50_medium, ap50_fast, ap_ilsvrc: as papers on ImageNet VID count it, see
-            docs/metrics.md; groups of motion are `nan` without track ids.
         agreement50: AP50 against the dense detections.
         likeness: share of sure detections with their like in the dense run or in this one, `consistency.likeness`.
         found: share of the labelled objects that a sure detection covers.
@@ -50,29 +46,19 @@ class Row:
             frame costs nothing.
         recomputed: share of the tokens that were recomputed.
         state_bytes: remembered per stream; peak_bytes: largest memory while the method ran.
-        images: frames that were scored, of `frames` that were run.
+        frames: that were run; `images` of them were scored.
         skipped: frames that could not be read; they are in no other number.
     """
 
     method: str
     curve: str
     setting: float | None
-    ap: float
-    ap50: float
-    ap75: float
-    ap50_vid: float
-    ap50_slow: float
-    ap50_medium: float
-    ap50_fast: float
-    ap_ilsvrc: float
     agreement50: float
     likeness: float
     found: float
     flicker: float
     gmacs_backbone: float
-    gmacs_pyramid: float
-    gmacs_rpn: float
-    gmacs_roi: float
+    gmacs_heads: float
     gmacs_total: float
     gmacs_backbone_steady: float
     gmacs_total_steady: float
@@ -92,72 +78,75 @@ class Row:
     peak_bytes: int
     videos: int
     frames: int
-    images: int
     skipped: int
 
 
 def evaluate_detector(
-    detector: Detector, data: CocoVideo, method: Method | None = None, **options: Any
+    detector: VideoDetector[S],
+    data: CocoVideo,
+    method: Method | None = None,
+    *,
+    streams: int = 1,
+    workers: int = 0,
+    scene_cuts: bool = True,
+    on_frame: Callable[[Method], None] | None = None,
 ) -> dict[str, Any]:
     """Run and score a detector in one way.
 
     Args:
-        detector: what to evaluate, in any mode.
+        detector: what to evaluate, in evaluation mode.
         data: what to evaluate on; see `first` for a part of it.
         method: how to run it; dense by default.
-        options: as in `run_methods`.
+        streams, workers, scene_cuts, on_frame: see `complete`.
 
     Returns:
-        The fields of `Row`, and "ap50_by_class"; undefined numbers are `nan`, see `jsonable`.
+        The fields of `Row`; undefined numbers are `nan`, see `jsonable`.
 
     Raises:
         UserError: no frame is labelled.
     """
     labelled_frames(data)
-    run = run_method(detector, data, method or Method(DENSE), **options)
-    scores = run.scores()
-    return vars(row_of(run, scores)) | {"ap50_by_class": scores.ap50_by_class}
+    (run,) = run_methods(
+        detector,
+        data,
+        [method or Method(DENSE)],
+        streams=streams,
+        workers=workers,
+        scene_cuts=scene_cuts,
+        on_frame=on_frame,
+    )
+    return vars(row_of(run))
 
 
 def rows_of(runs: Sequence[MethodRun]) -> list[Row]:
     """The table of a sweep, in the order of its methods."""
     dense = next((run for run in runs if run.method.is_dense), None)
-    return [row_of(run, run.scores(), dense) for run in runs]
+    return [row_of(run, dense) for run in runs]
 
 
-def row_of(run: MethodRun, scores: DetectionScores, dense: MethodRun | None = None) -> Row:
+def row_of(run: MethodRun, dense: MethodRun | None = None) -> Row:
     """A method in the table of a sweep.
 
     Args:
         run: of the method.
-        scores: of the run.
         dense: the run to compare with; without it MACs are compared with dense frames of the same size.
     """
     cost = run.efficiency
     reference = cost.gmacs_dense if dense is None else dense.efficiency.gmacs
     latency = cost.latency or _NO_TIME
     flush = cost.latency_flush or _NO_TIME
-    vid = run.vid_scores()
     return Row(
+        **vars(run.scores()),
+        **vars(run.vid_scores()),
         method=run.method.name,
         curve=run.method.curve,
         setting=run.method.setting,
-        ap=scores.ap,
-        ap50=scores.ap50,
-        ap75=scores.ap75,
-        ap50_vid=vid.ap50_vid,
-        ap50_slow=vid.ap50_slow,
-        ap50_medium=vid.ap50_medium,
-        ap50_fast=vid.ap50_fast,
-        ap_ilsvrc=vid.ap_ilsvrc,
         agreement50=math.nan if dense is None else agreement(dense.results, run.results),
         likeness=math.nan if dense is None else likeness(dense.results, run.results),
         found=found_share(run.data, run.results),
         flicker=flicker(run.data, run.results),
         gmacs_backbone=cost.gmacs["backbone"],
-        gmacs_pyramid=cost.gmacs["pyramid"],
-        gmacs_rpn=cost.gmacs["rpn"],
-        gmacs_roi=cost.gmacs["roi"],
+        gmacs_heads=cost.gmacs[TOTAL] - cost.gmacs["backbone"],
         gmacs_total=cost.gmacs[TOTAL],
         gmacs_backbone_steady=cost.gmacs_steady.get("backbone", math.nan),
         gmacs_total_steady=cost.gmacs_steady.get(TOTAL, math.nan),
@@ -177,7 +166,6 @@ def row_of(run: MethodRun, scores: DetectionScores, dense: MethodRun | None = No
         peak_bytes=max(video.peak_bytes for video in run.videos),
         videos=len(run.videos),
         frames=cost.frames,
-        images=scores.images,
         skipped=len(run.skipped),
     )
 

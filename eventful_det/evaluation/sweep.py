@@ -1,21 +1,33 @@
-"""One detector, many ways to run it, on the same videos: what average precision is kept at which cost."""
+"""One detector, many ways to run it, on the same videos: what average precision is kept at which cost.
+
+Several videos may share the steps of the detector. What comes out of a video does not depend on which others do. Time
+does: the clock runs from when the frames of a step are at hand, decoded and resized, until all its detections are
+there.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import closing
+from typing import Generic
 
 from eventful_det.data.coco_video import CocoVideo, Frame, Video
 from eventful_det.data.frame_reader import FrameReader
+from eventful_det.data.source import VideoFrame
+from eventful_det.data.streams import VideoStreams
+from eventful_det.detectors.protocol import S, VideoDetector, exactly
+from eventful_det.detectors.results import FrameCost
 from eventful_det.errors import UserError
-from eventful_det.evaluation.detection import category_ids
+from eventful_det.evaluation.detection import Entry, category_ids, coco_results
+from eventful_det.evaluation.efficiency import peak_memory, reset_peak_memory
 from eventful_det.evaluation.runs import Method, MethodRun, VideoRun
 from eventful_det.evaluation.store import MemoryStore, Store
-from eventful_det.evaluation.streaming import run_videos
-
-if TYPE_CHECKING:
-    from eventful_det.models.detector import Detector
+from eventful_det.gating.selector import Gmacs, Latency
+from eventful_det.runtime.budget import selector_for
+from eventful_det.runtime.control import Stepper
+from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
 _WARM_UP = 2  # frames run before anything is timed: one flush, one update
 _TURN = 4  # videos per stream that a method runs before it is the turn of the next
@@ -36,32 +48,28 @@ def first(data: CocoVideo, videos: int | None = None, frames: int | None = None)
 
 
 def run_methods(
-    detector: Detector, data: CocoVideo, methods: Sequence[Method], *, store: Store | None = None, **options: Any
+    detector: VideoDetector[S],
+    data: CocoVideo,
+    methods: Sequence[Method],
+    *,
+    store: Store | None = None,
+    streams: int = 1,
+    workers: int = 0,
+    scene_cuts: bool = True,
+    on_frame: Callable[[Method], None] | None = None,
 ) -> list[MethodRun]:
-    """Run a detector over whole videos in several ways, and hold all results in memory.
-
-    Args:
-        detector: the weights; its own rule does not matter.
-        data: what to run on.
-        methods: the ways.
-        store: what it holds is not run again; what is run is kept in it.
-        options: as in `complete`.
+    """Run a detector over whole videos in several ways, and hold all results in memory; see `complete`.
 
     Raises:
         UserError: not one frame can be read, or the detector knows other classes.
     """
     store = MemoryStore() if store is None else store
-    complete(detector, data, methods, store, **options)
+    complete(detector, data, methods, store, streams=streams, workers=workers, scene_cuts=scene_cuts, on_frame=on_frame)
     return [collect(store, method, data) for method in methods]
 
 
-def run_method(detector: Detector, data: CocoVideo, method: Method, **options: Any) -> MethodRun:
-    """Run a detector over whole videos in one way; options as in `run_methods`."""
-    return run_methods(detector, data, [method], **options)[0]
-
-
 def complete(
-    detector: Detector,
+    detector: VideoDetector[S],
     data: CocoVideo,
     methods: Sequence[Method],
     store: Store,
@@ -77,7 +85,7 @@ def complete(
     videos, so that whatever else slows the machine down for a while slows all of them.
 
     Args:
-        detector: the weights; its own rule does not matter.
+        detector: in evaluation mode.
         data: what to run on.
         methods: the ways.
         store: keeps the results. What it holds is not run again, unless frames were skipped that can be read now.
@@ -92,24 +100,124 @@ def complete(
     category_ids(data, detector.names)
     if streams < 1:
         raise UserError(f"streams must be at least 1, got {streams}")
-    options: dict[str, Any] = {"streams": streams, "workers": workers, "scene_cuts": scene_cuts}
-    training = detector.training
-    detector.eval()
-    try:
-        missing = [_missing(data, method, store) for method in methods]
+
+    def run(part: CocoVideo, method: Method, on_frame: Callable[[Method], None] | None) -> Iterator[VideoRun]:
+        return run_videos(
+            detector, part, method, streams=streams, workers=workers, scene_cuts=scene_cuts, on_frame=on_frame
+        )
+
+    missing = [_missing(data, method, store) for method in methods]
+    for method, videos in zip(methods, missing, strict=True):
+        if videos:
+            list(run(first(data, streams, _WARM_UP), method, None))
+    for turn in _turns(data, streams):
         for method, videos in zip(methods, missing, strict=True):
-            if videos:
-                list(run_videos(detector, first(data, streams, _WARM_UP), method, **options))
-        for turn in _turns(data, streams):
-            for method, videos in zip(methods, missing, strict=True):
+            if on_frame is not None:
+                for _ in range(sum(len(video.frames) for video in turn if video.id not in videos)):
+                    on_frame(method)
+            due = CocoVideo(data.categories, [v for v in turn if v.id in videos], data.image_root)
+            for done in run(due, method, on_frame):
+                store.save(method, done)
+
+
+def run_videos(
+    detector: VideoDetector[S],
+    data: CocoVideo,
+    method: Method,
+    *,
+    streams: int = 1,
+    workers: int = 0,
+    scene_cuts: bool = True,
+    on_frame: Callable[[Method], None] | None = None,
+) -> Iterator[VideoRun]:
+    """Run a detector over whole videos in one way; arguments as for `complete`.
+
+    Yields:
+        The run of each video, as soon as its last frame is done.
+
+    Raises:
+        UserError: the detector knows other classes than the data set, or a number is out of its range.
+    """
+    reset_peak_memory(detector.device)
+    categories = category_ids(data, detector.names)
+    transform = detector.input_transform.scaled(method.scale)
+    if method.square:
+        transform = transform.squared()
+    selector = selector_for(method.budget)
+    if streams > 1 and isinstance(selector.budget, (Gmacs, Latency)):
+        raise UserError(f"a budget of {selector.budget} is one of a step, which videos would share; set streams=1")
+    stepper = Stepper(detector, rule=exactly(method.rule), budget=selector, options=None, timing=True)
+    running: dict[int, _Running[S]] = {}
+    sides = (transform.short_side, transform.long_side)
+    with closing(iter(VideoStreams(data, streams, size=sides, workers=workers))) as batches:
+        for batch in batches:
+            due: list[tuple[_Running[S], Frame, KeyFrame]] = []
+            for item in batch:
+                if item.is_first:
+                    session = StreamSession(detector, transform, scene_cuts=scene_cuts, hold=method.hold)
+                    running[item.slot] = _Running(item.video, session, categories)
+                run = running[item.slot]
+                if item.image is None:
+                    run.skipped[item.frame.image_id] = item.fault
+                    continue
+                begun = run.session.begin(VideoFrame(item.image), item.resized)
+                if isinstance(begun, KeyFrame):
+                    due.append((run, item.frame, begun))
+                else:
+                    run.add(item.frame, begun, begun.cost)
+            if due:
+                began = time.perf_counter()
+                results = stepper.step([(run.session, key) for run, _, key in due])
+                results = [dataclasses.replace(one, detections=one.detections.to("cpu")) for one in results]
+                latency = time.perf_counter() - began + sum(key.seconds for _, _, key in due)
+                for (run, frame, _), result, cost in zip(due, results, _shared(results, latency), strict=True):
+                    run.add(frame, result, cost, latency)
+            for item in batch:
                 if on_frame is not None:
-                    for _ in range(sum(len(video.frames) for video in turn if video.id not in videos)):
-                        on_frame(method)
-                due = CocoVideo(data.categories, [v for v in turn if v.id in videos], data.image_root)
-                for run in run_videos(detector, due, method, on_frame=on_frame, **options):
-                    store.save(method, run)
-    finally:
-        detector.train(training)
+                    on_frame(method)
+                if item.is_last:
+                    yield running.pop(item.slot).finish()
+
+
+class _Running(Generic[S]):
+    """A video on its way. Numbers, not tensors, outlive a frame: they would fragment the heap."""
+
+    def __init__(self, video: Video, session: StreamSession[S], categories: Sequence[int]) -> None:
+        self.video, self.session, self.categories = video, session, categories
+        self.frames: list[Frame] = []
+        self.results: list[Entry] = []
+        self.costs: list[FrameCost] = []
+        self.latencies: list[float] = []
+        self.skipped: dict[int, str] = {}
+
+    def add(self, frame: Frame, result: StreamResult, cost: FrameCost, latency: float = 0.0) -> None:
+        """Record a frame."""
+        self.frames.append(frame)
+        self.results += coco_results({frame.image_id: result.detections}, self.categories)
+        self.costs.append(cost)
+        self.latencies.append(latency)
+
+    def finish(self) -> VideoRun:
+        """What was done, after the last frame."""
+        return VideoRun(
+            video=dataclasses.replace(self.video, frames=self.frames),
+            results=self.results,
+            costs=self.costs,
+            latencies=self.latencies,
+            state_bytes=self.session.state.nbytes,
+            peak_bytes=peak_memory(self.session.detector.device),
+            skipped=self.skipped,
+        )
+
+
+def _shared(results: Sequence[StreamResult], seconds: float) -> list[FrameCost]:
+    """The costs of frames that shared a step: their times add up to that of the step."""
+    measured = sum(result.cost.latency for result in results)
+    scale = seconds / measured if measured else 0.0
+    return [
+        dataclasses.replace(result.cost, seconds={part: scale * s for part, s in result.cost.seconds.items()})
+        for result in results
+    ]
 
 
 def collect(store: Store, method: Method, data: CocoVideo) -> MethodRun:

@@ -14,11 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eventful_det.evaluation.efficiency import peak_memory, reset_peak_memory
+from eventful_det.evaluation.efficiency import Spread, peak_memory, reset_peak_memory
 
 T = TypeVar("T")
 
@@ -42,21 +41,6 @@ class Timed(Generic[T]):
 
     first: Call[T]
     calls: list[Call[T]]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A distribution: its median, and the values that 5 and 95 of 100 do not exceed."""
-
-    median: float
-    p5: float
-    p95: float
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Spread:
-        """The spread of some values, at least one."""
-        p5, median, p95 = np.percentile(np.asarray(values), [5, 50, 95])
-        return Spread(float(median), float(p5), float(p95))
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,12 @@ class VideoStates(Generic[T]):
     begins anew, with a new state.
 
     Args:
-        make: makes the state of a video that begins.
+        make: makes the state of a video that begins, from the (height, width) of its frames.
         max_streams: videos remembered; beyond, the least recently seen one is forgotten, with a warning.
         max_gap: largest step of the frame number with which a video goes on.
     """
 
-    def __init__(self, make: Callable[[], T], max_streams: int = 8, max_gap: int = 1) -> None:
+    def __init__(self, make: Callable[[tuple[int, int]], T], max_streams: int = 8, max_gap: int = 1) -> None:
         if max_streams < 1 or max_gap < 1:
             raise UserError(f"max_streams and max_gap must be at least 1, got {max_streams} and {max_gap}")
         self.make, self.max_streams, self.max_gap = make, max_streams, max_gap
@@ -57,7 +57,7 @@ class VideoStates(Generic[T]):
         """
         video = self._videos.get(video_id)
         if video is None or frame_id == 0 or size != video.size or not 0 < frame_id - video.frame_id <= self.max_gap:
-            video = self._videos[video_id] = _Video(frame_id, size, self.make())
+            video = self._videos[video_id] = _Video(frame_id, size, self.make(size))
         video.frame_id = frame_id
         self._videos.move_to_end(video_id)
         if len(self._videos) > self.max_streams:

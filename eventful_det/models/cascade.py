@@ -9,17 +9,17 @@ from torchvision.ops import clip_boxes_to_image
 from eventful_det.errors import UserError
 from eventful_det.models.boxes import decode
 from eventful_det.models.config import ModelConfig
-from eventful_det.models.regions import BoxHead, BoxPredictor, Detections, Reader, RegionHeads, Regions
+from eventful_det.models.roi_heads import BoxHead, BoxPredictor, Reader, RegionOutput, RoIHeads, SingleHead
 
 _WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))  # of each stage's deltas
 
 
-def region_heads(config: ModelConfig) -> Regions:
+def roi_heads(config: ModelConfig) -> RoIHeads:
     """The region heads of a config."""
-    return RegionHeads(config) if config.box_stages == 1 else CascadeHeads(config)
+    return SingleHead(config) if config.box_stages == 1 else CascadeHeads(config)
 
 
-class CascadeHeads(Regions):
+class CascadeHeads(RoIHeads):
     """Three heads in turn; boxes are the same for all classes, scores the mean of the stages'. For inference only."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -28,26 +28,16 @@ class CascadeHeads(Regions):
         self.box_head = nn.ModuleList(heads)
         self.box_predictor = nn.ModuleList(BoxPredictor(head.width, len(config.classes), 1) for head in heads)
 
-    def score(self, read: Reader, proposals: list[Tensor], sizes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Class probabilities `(n, K + 1)`, and the boxes `(n, 12)` after each stage, of all images' proposals."""
+    def score(self, read: Reader, proposals: list[Tensor], sizes: list[tuple[int, int]]) -> RegionOutput:
+        """What the stages say of the proposals of all images, each of the boxes of the one before."""
         counts = [len(image) for image in proposals]
-        boxes, scores, refined = torch.cat(proposals), [], []
+        boxes, scores = [torch.cat(proposals)], []
         for head, predictor, weights in zip(self.box_head, self.box_predictor, _WEIGHTS, strict=True):
-            logits, deltas = predictor(head(read(list(boxes.split(counts)))))
+            logits, deltas = predictor(head(read(list(boxes[-1].split(counts)))))
             scores.append(logits.float().softmax(dim=1))
-            decoded = decode(deltas.float(), boxes, weights).split(counts)
-            boxes = torch.cat([clip_boxes_to_image(*image) for image in zip(decoded, sizes, strict=True)])
-            refined.append(boxes)
-        return torch.stack(scores).mean(dim=0), torch.cat(refined, dim=1)
-
-    def select(self, proposals: Tensor, scores: Tensor, boxes: Tensor, size: tuple[int, int]) -> Detections:
-        """The objects of one image of (height, width) `size`, from class probabilities and the last stage's boxes."""
-        scores = scores[:, :-1].clone()
-        return self.choose(scores, boxes[:, None, -4:].expand(-1, scores.shape[1], 4), size)
-
-    def regions(self, proposals: Tensor, boxes: Tensor) -> list[Tensor]:
-        """The proposals, and the boxes after the first and the second stage."""
-        return [proposals, *boxes[:, :-4].split(4, dim=1)]
+            decoded = decode(deltas.float(), boxes[-1], weights).split(counts)
+            boxes.append(torch.cat([clip_boxes_to_image(*image) for image in zip(decoded, sizes, strict=True)]))
+        return RegionOutput(torch.stack(boxes[:-1], dim=1), torch.stack(scores).mean(dim=0), boxes[-1][:, None])
 
     def losses(
         self, levels: list[Tensor], proposals: list[Tensor], targets: list[dict[str, Tensor]]

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
+from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import Anatomy, anatomy_of
-from eventful_det.gating.closed_form import ViTShape, dense_counts
-from eventful_det.gating.convert import Rule, flush_flags, step_streams
-from eventful_det.gating.cost import Counts
-from eventful_det.gating.policy import JointPolicy, Policy
-from eventful_det.gating.rows import Rows, RowsState
-from eventful_det.gating.state import State, TensorTree
+from eventful_det.gating.convert import Rule, per_stream, step_streams
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.macs import dense_macs
+from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import DEFAULT, Budget, Select, Selector
+from eventful_det.gating.state import State, StreamState, TensorTree
 from eventful_det.gating.update import Update
-from eventful_det.models.cascade import region_heads
+from eventful_det.gating.vit_spec import spec_of
+from eventful_det.models.cascade import roi_heads
 from eventful_det.models.config import ModelConfig
-from eventful_det.models.cost import FrameCost, pyramid_macs, roi_macs, rpn_macs, window_padding_macs
 from eventful_det.models.incremental import (
     HeadsState,
     init_heads,
@@ -31,13 +32,14 @@ from eventful_det.models.incremental import (
     refresh_pyramid,
     refresh_regions,
 )
-from eventful_det.models.interest import token_interest
-from eventful_det.models.proposals import ProposalGenerator
-from eventful_det.models.regions import Detections
+from eventful_det.models.macs import DetectorCosts, HeadSizes, HeadWeights
+from eventful_det.models.rpn import ProposalGenerator
+from eventful_det.models.saliency import token_saliency
 from eventful_det.models.vitdet import ViTDetBackbone
 
 if TYPE_CHECKING:
-    from eventful_det.runtime.stream import Stream
+    from eventful_det.runtime.budget import BudgetOptions
+    from eventful_det.runtime.stream import Source, Stream
 
 DIVISOR = 32  # sides of the network's input are multiples of the stride of p5
 
@@ -53,49 +55,38 @@ class DetectorStream(TensorTree):
         detections: of the last frame; they stand while nothing changes.
     """
 
-    backbone: State
+    backbone: State[StreamState]
     size: tuple[int, int]
     heads: HeadsState | None = None
     detections: Detections | None = None
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """One frame of one stream.
-
-    Attributes:
-        detections: in pixels of the frame given to `step`.
-        cost: of this frame.
-        work: `(H, W)` share of its token-wise work that each token had done, 0 to 1.
-    """
-
-    detections: Detections
-    cost: FrameCost
-    work: Tensor
-
-
 class Detector(nn.Module):
-    """ViTDet: a windowed ViT, a simple feature pyramid, region proposals and region heads.
+    """ViTDet: a windowed ViT, a simple feature pyramid, region proposals and region heads; a `VideoDetector`.
 
-    Parameters carry detectron2's names. Dense in `forward`; eventful in `step` and `stream`, by `rule`.
+    Parameters carry detectron2's names. Dense in `forward`; eventful in `step` and `stream`.
 
     Args:
         config: sizes and class names.
-        rule: how a frame's tokens are recomputed in `step`; `Rows()` by default. Set `rule` to None for dense.
+
+    Attributes:
+        spec: the ViT as the update rules see it.
+        head_weights: MACs of the heads at one place.
     """
 
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, config: ModelConfig, rule: Rule | None = None) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if not config.classes:
             raise UserError("model: classes is empty; a detector needs at least one class name")
         self.config = config
-        self.rule: Rule | None = Rows() if rule is None else rule
         self.backbone = ViTDetBackbone(config)
         self.proposal_generator = ProposalGenerator(config)
-        self.roi_heads = region_heads(config)
+        self.roi_heads = roi_heads(config)
+        self.spec = spec_of(self.backbone.net)
+        self.head_weights = HeadWeights.of(self.backbone, self.proposal_generator.rpn_head, self.roi_heads)
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False)
 
@@ -110,22 +101,10 @@ class Detector(nn.Module):
         return self.config.classes
 
     @property
-    def policy(self) -> Policy | None:
-        """Which tokens are recomputed; None = dense. Settable between any two frames."""
-        return None if self.rule is None else self.rule.policy
-
-    @policy.setter
-    def policy(self, policy: Policy) -> None:
-        if self.rule is None:
-            self.rule = Rows(policy)
-        else:
-            self.rule.policy = policy
-
-    def with_rule(self, rule: Rule | None) -> Detector:
-        """A view of this detector, sharing all modules, that recomputes tokens by another rule; None = dense."""
-        view = copy.copy(self)
-        view.rule = rule
-        return view
+    def input_transform(self) -> InputTransform:
+        """How a frame becomes an input, in the model's own size."""
+        config = self.config
+        return InputTransform(config.short_side, config.long_side, config.patch, config.pixel_mean)
 
     def forward(
         self, images: Tensor | Sequence[Tensor], targets: list[dict[str, Tensor]] | None = None
@@ -149,35 +128,41 @@ class Detector(nn.Module):
         proposals, losses = self.proposal_generator(levels, sizes, targets)
         return {**losses, **self.roi_heads.losses(levels, proposals, targets)}
 
-    def init_state(self, batch: int = 1) -> State:
+    def init_state(self, batch: int = 1) -> State[DetectorStream]:
         """An empty state for `batch` streams."""
         return State([None] * batch)
 
+    @torch.inference_mode(False)  # so that the state can go on in and outside of inference mode
     @torch.no_grad()
     def step(
         self,
         frames: Tensor | Sequence[Tensor],
-        state: State,
+        state: State[DetectorStream],
+        *,
+        rule: AnyRule = DEFAULT_RULE,
+        selector: Select = DEFAULT,
         flush: Sequence[bool] | bool = False,
-        joint: JointPolicy | None = None,
+        timing: bool = False,
     ) -> list[StepResult]:
         """Detect in the next frame of every stream.
 
         Args:
             frames: `(B, 3, h, w)` or B tensors `(3, h, w)`, RGB in [0, 1]; sizes may differ.
             state: of the B streams, updated in place. A frame of a new size flushes its stream alone.
+            rule: how tokens are recomputed.
+            selector: which tokens are recomputed.
             flush: streams to recompute in full.
-            joint: selects the tokens of all streams together; by default `policy` is asked about each alone.
+            timing: measure the seconds of each part, for which a GPU is waited for once.
 
         Raises:
-            UserError: the numbers of frames and streams differ, or the module is in training mode.
+            UserError: the numbers of frames and streams differ, or a module is in training mode.
         """
-        if self.training:
-            raise UserError("Detector.step is for inference; call .eval() first")
-        flushes = flush_flags(frames, state, flush)
-        stopwatch = _Stopwatch(self.device)
-        anatomy, images, streams = anatomy_of(self.backbone.net), [], []
-        for i, frame in enumerate(frames):
+        if any(module.training for module in self.modules()):
+            raise UserError("Detector.step is for inference, and the detector or a part of it trains; call .eval()")
+        flushes = [flush] * len(state) if isinstance(flush, bool) else list(flush)
+        stopwatch = Stopwatch(self.device, timing)
+        images, streams = [], []
+        for i, frame in enumerate(per_stream("frames", list(frames), state)):
             size = (frame.shape[-2], frame.shape[-1])
             stream = state.streams[i]
             if stream is None or stream.size != size:
@@ -185,20 +170,76 @@ class Detector(nn.Module):
             images.append(self._prepare(frame, *size))
             streams.append(stream)
         stopwatch.lap("other")
-        updates = self._update_tokens(anatomy, images, streams, flushes, joint)
+        backbones = State([stream.backbone.streams[0] for stream in streams])
+        saliency = [self._saliency(*pair) for pair in zip(images, streams, strict=True)]
+        updates = step_streams(
+            self.spec,
+            images,
+            backbones,
+            rule=cast(Rule[StreamState], rule),
+            selector=selector,
+            flush=flushes,
+            saliency=saliency,
+        )
+        for stream, backbone in zip(streams, backbones.streams, strict=True):
+            stream.backbone.streams[0] = backbone
         stopwatch.lap("backbone")
-        shared = {part: seconds / len(streams) for part, seconds in stopwatch.seconds.items()}
-        dense = {update.tokens.shape: self._dense_macs(anatomy, update.tokens) for update in updates}
-        return [
-            self._step_heads(update, stream, dense[update.tokens.shape], _Stopwatch(self.device, shared))
-            for update, stream in zip(updates, streams, strict=True)
-        ]
+        heads = [Stopwatch(self.device, timing) for _ in streams]
+        results = []
+        with torch.autocast(self.device.type, enabled=False):  # the heads compute in the type of their parameters
+            for update, stream, watch in zip(updates, streams, heads, strict=True):
+                update = dataclasses.replace(update, tokens=update.tokens.to(self.spec.dtype))
+                results.append(self._step_heads(update, stream, isinstance(rule, Dense), watch))
+        shared = {part: seconds / len(streams) for part, seconds in stopwatch.seconds().items()}
+        for result, watch in zip(results, heads, strict=True):
+            result.cost.seconds.update(shared | watch.seconds())
+        return results
 
-    def stream(self, source: Any, **options: Any) -> Stream:
-        """Detect in a video, lazily and in constant memory; see `eventful_det.runtime.stream.stream`."""
-        from eventful_det.runtime.stream import stream
+    def cost_model(self, rule: AnyRule) -> DetectorCosts:
+        """What frames will cost under a rule.
 
-        return stream(self, source, **options)
+        Raises:
+            UserError: it is not the rows rule with the patch gate.
+        """
+        if not isinstance(rule, Rows) or rule.gate != "patches":
+            raise UserError("costs are known in advance under the rows rule with the patch gate only")
+        static = self.device.type != "cpu" if rule.static is None else rule.static
+        return DetectorCosts(self.spec.shape, self.head_weights, self.config.proposals, static)
+
+    def stream(
+        self,
+        source: Source,
+        *,
+        budget: Budget | Selector = None,
+        options: BudgetOptions | None = None,
+        rule: AnyRule = DEFAULT_RULE,
+        max_frames: int | None = None,
+        short_side: int | None = None,
+        long_side: int | None = None,
+        scene_cuts: bool = True,
+        hold: int = 1,
+        shadow_every: int = 0,
+        shadow_score: float = 0.5,
+        timing: bool = False,
+    ) -> Stream:
+        """Detect in a video, lazily and in constant memory; see `eventful_det.runtime.stream.Stream`."""
+        from eventful_det.runtime.stream import Stream
+
+        return Stream(
+            self,
+            source,
+            budget=budget,
+            options=options,
+            rule=rule,
+            max_frames=max_frames,
+            short_side=short_side,
+            long_side=long_side,
+            scene_cuts=scene_cuts,
+            hold=hold,
+            shadow_every=shadow_every,
+            shadow_score=shadow_score,
+            timing=timing,
+        )
 
     def _batch(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Normalise and pad all images to the size of the largest."""
@@ -216,112 +257,88 @@ class Detector(nn.Module):
         height, width = (-(-max(side, least) // DIVISOR) * DIVISOR for side in (height, width))
         return image if (h, w) == (height, width) else F.pad(image, (0, width - w, 0, height - h))
 
-    def _update_tokens(
-        self,
-        anatomy: Anatomy,
-        images: Sequence[Tensor],
-        streams: Sequence[DetectorStream],
-        flushes: Sequence[bool],
-        joint: JointPolicy | None,
-    ) -> list[Update]:
-        """The token maps of the next frames `(3, h, w)`, and what changed in them."""
-        if self.rule is None:
-            return [self._dense_update(anatomy, *pair) for pair in zip(images, flushes, strict=True)]
-        for stream in streams:
-            self._point_out(stream)
-        backbones = State([stream.backbone.streams[0] for stream in streams])
-        updates = step_streams(self.rule, anatomy, images, backbones, flushes, joint)
-        for stream, backbone in zip(streams, backbones.streams, strict=True):
-            stream.backbone.streams[0] = backbone
-        return updates
+    def _saliency(self, image: Tensor, stream: DetectorStream) -> Tensor | None:
+        """How much each token of a prepared frame matters, `(N,)`: by what was detected on the frame before."""
+        found = stream.detections
+        if found is None:
+            return None
+        return token_saliency(found.boxes, found.scores, self.spec.grid(*image.shape[-2:]), self.config.patch)
 
-    def _point_out(self, stream: DetectorStream) -> None:
-        """Tell the gate where something was found on the last frame."""
-        backbone, found = stream.backbone.streams[0], stream.detections
-        if isinstance(backbone, RowsState) and found is not None:
-            backbone.interest.copy_(token_interest(found.boxes, found.scores, backbone.grid, self.config.patch))
-
-    def _dense_update(self, anatomy: Anatomy, image: Tensor, flush: bool) -> Update:
-        """Everything, as if all tokens had changed."""
-        tokens = self.backbone.net(image[None])[0].permute(1, 2, 0)
-        shape, grid = ViTShape.of(anatomy), anatomy.grid(*image.shape[-2:])
-        changed = torch.arange(tokens[..., 0].numel(), device=tokens.device)
-        counts = Counts(linear=dense_counts(shape, grid).macs + window_padding_macs(shape, grid))
-        return Update(tokens, changed, torch.ones(changed.numel()), flush, counts)
-
-    def _dense_macs(self, anatomy: Anatomy, tokens: Tensor) -> dict[str, int]:
-        """What the dense detector spends on a frame with a token map like `(H, W, D)`, by part."""
-        grid = (tokens.shape[0], tokens.shape[1])
-        return {
-            "backbone": dense_counts(ViTShape.of(anatomy), grid).macs,
-            "pyramid": pyramid_macs(self.backbone, grid),
-            "rpn": rpn_macs(self.proposal_generator.rpn_head, grid),
-            "roi": roi_macs(self.roi_heads, self.config.proposals),
-        }
-
-    def _step_heads(
-        self, update: Update, stream: DetectorStream, dense: dict[str, int], stopwatch: _Stopwatch
-    ) -> StepResult:
+    def _step_heads(self, update: Update, stream: DetectorStream, dense: bool, watch: Stopwatch) -> StepResult:
         """Detections from the token map of one stream."""
-        if self.rule is None:
-            macs = {**dense, "backbone": update.counts.macs}
-            stream.detections = self._run_heads(update.tokens, stream.size, stopwatch, macs)
-        else:
-            macs = {**dict.fromkeys(dense, 0), "backbone": update.counts.macs}
-            if update.changed.numel() or stream.detections is None:
-                stream.detections = self._refresh_heads(update, stream, stopwatch, macs)
-        recomputed = round(float(update.work.sum()))
-        cost = FrameCost(macs, dense, recomputed, len(update.work), update.flush, stopwatch.seconds)
-        return StepResult(stream.detections.clone(), cost, update.work.view(update.tokens.shape[:2]))
+        grid = (update.tokens.shape[0], update.tokens.shape[1])
+        weights = self.head_weights
+        everything = {
+            "backbone": dense_macs(self.spec.shape, grid).total,
+            **weights.dense(grid, self.config.proposals),
+        }
+        macs = {**dict.fromkeys(everything, 0), "backbone": update.macs.total}
+        if dense:
+            stream.detections, proposals = self._run_heads(update.tokens, stream.size, watch)
+            macs |= weights.dense(grid, proposals)
+        elif update.changed.numel() or stream.detections is None:
+            stream.detections, sizes = self._refresh_heads(update, stream, watch)
+            macs |= weights.macs(sizes)
+        cost = FrameCost(macs, everything, round(float(update.work.sum())), len(update.work), update.flush)
+        assert stream.detections is not None
+        return StepResult(stream.detections.clone(), cost, update.work.view(grid))
 
-    def _run_heads(
-        self, tokens: Tensor, size: tuple[int, int], stopwatch: _Stopwatch, macs: dict[str, int]
-    ) -> Detections:
-        """All heads in full, from the token map `(H, W, D)`."""
-        levels = self.backbone.pyramid(tokens.permute(2, 0, 1)[None])
-        stopwatch.lap("pyramid")
+    def _run_heads(self, tokens: Tensor, size: tuple[int, int], watch: Stopwatch) -> tuple[Detections, int]:
+        """All heads in full, from the token map `(H, W, D)`; also the number of proposals."""
+        levels = self.backbone.pyramid(tokens.permute(2, 0, 1)[None])  # (1, C, h, w) each
+        watch.lap("pyramid")
         proposals, _ = self.proposal_generator(levels, [size])
-        stopwatch.lap("rpn")
+        watch.lap("rpn")
         (detections,) = self.roi_heads.detect(levels, proposals, [size])
-        macs["roi"] = roi_macs(self.roi_heads, len(proposals[0]))
-        stopwatch.lap("roi")
-        return detections
+        watch.lap("roi")
+        return detections, len(proposals[0])
 
     def _refresh_heads(
-        self, update: Update, stream: DetectorStream, stopwatch: _Stopwatch, macs: dict[str, int]
-    ) -> Detections:
-        """The heads where changed tokens reach."""
+        self, update: Update, stream: DetectorStream, watch: Stopwatch
+    ) -> tuple[Detections, HeadSizes[int]]:
+        """The heads where changed tokens reach; also at how many places they ran."""
         tokens, changed, generator = update.tokens, update.changed, self.proposal_generator
         if stream.heads is None:
             stream.heads = init_heads(self.backbone, generator, tokens)
             changed = torch.arange(len(update.work), device=tokens.device)
         heads = stream.heads
-        cells, macs["pyramid"] = refresh_pyramid(self.backbone, tokens, changed, heads)
-        stopwatch.lap("pyramid")
-        macs["rpn"] = refresh_proposals(generator, heads, cells)
+        pyramid = refresh_pyramid(self.backbone, tokens, changed, heads)
+        watch.lap("pyramid")
+        rpn = refresh_proposals(generator, heads, pyramid.cells)
         proposals = generator.select(heads.layout.sizes, heads.logits, heads.deltas, stream.size)
-        stopwatch.lap("rpn")
-        scores, boxes, computed = refresh_regions(self.roi_heads, proposals, changed, heads, stream.size)
-        macs["roi"] = roi_macs(self.roi_heads, computed)
-        detections = self.roi_heads.select(proposals, scores, boxes, stream.size)
-        stopwatch.lap("roi")
-        return detections
+        watch.lap("rpn")
+        regions, computed = refresh_regions(self.roi_heads, proposals, changed, heads, stream.size)
+        detections = self.roi_heads.select(regions, stream.size)
+        watch.lap("roi")
+        return detections, HeadSizes(pyramid.sources, pyramid.convolved, rpn.convolved, rpn.predicted, computed)
 
 
-class _Stopwatch:
-    """Seconds between laps, by name, added to those given."""
+class Stopwatch:
+    """Seconds between laps, by name. A GPU is not waited for until they are asked for."""
 
-    def __init__(self, device: torch.device, seconds: dict[str, float] | None = None) -> None:
-        self.device = device
-        self.seconds = dict(seconds or {})
-        self.last = self._now()
+    def __init__(self, device: torch.device, timing: bool) -> None:
+        self._timing, self._cuda = timing, device.type == "cuda"
+        self._laps: list[tuple[str, float | torch.cuda.Event]] = []
+        self.lap("")
 
     def lap(self, name: str) -> None:
-        now = self._now()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
-        self.last = now
+        if not self._timing:
+            return
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._laps.append((name, event))
+        else:
+            self._laps.append((name, time.perf_counter()))
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def seconds(self) -> dict[str, float]:
+        if self._cuda and self._laps:
+            torch.cuda.synchronize()
+        pairs = zip(self._laps, self._laps[1:], strict=False)
+        return {name: _seconds(before, after) for (_, before), (name, after) in pairs}
+
+
+def _seconds(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
+    if isinstance(before, float) or isinstance(after, float):
+        return cast(float, after) - cast(float, before)
+    return before.elapsed_time(after) / 1e3

@@ -15,34 +15,24 @@ import torch.nn.functional as F
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
-from eventful_det.gating.anatomy import Grid
 from eventful_det.gating.state import TensorTree
-from eventful_det.models.cost import level_sizes
-from eventful_det.models.maps import Layout, convolve, layout_of
+from eventful_det.gating.windows import Grid
+from eventful_det.models.cells import Layout, cells_run, convolve, layout_of
+from eventful_det.models.macs import level_sizes
 from eventful_det.models.pooling import pool_regions
-from eventful_det.models.proposals import ProposalGenerator
-from eventful_det.models.regions import Regions, level_of
-from eventful_det.models.vitdet import ConvNorm, ViTDetBackbone
+from eventful_det.models.roi_heads import RegionOutput, RoIHeads, level_of
+from eventful_det.models.rpn import ProposalGenerator
+from eventful_det.models.vitdet import SCALES, ConvNorm, ViTDetBackbone
 
 _STAGES = 4  # p2 to p5 are computed from the token map; p6 is every other cell of p5
 TOKEN = 16  # pixels along a side of a token
-SCALES = (4, 2, 1, 1)  # cells of these levels along a side of a token, or of 2x2 tokens for p5
-
-
-@dataclass
-class RegionState(TensorTree):
-    """Proposals `(n, 4)` of the last frame, and what the region heads said of them: see `Regions.score`."""
-
-    proposals: Tensor
-    scores: Tensor
-    boxes: Tensor
 
 
 @dataclass
 class HeadsState(TensorTree):
     """What the heads remember of a stream: maps of the levels p2 to p6, and the last proposals.
 
-    Maps are `(cells, C)`, see `maps.Layout`; of the predictions there are none on borders.
+    Maps are `(cells, C)`, see `cells.Layout`; of the predictions there are none on borders.
 
     Attributes:
         grid: token grid (H, W).
@@ -60,7 +50,7 @@ class HeadsState(TensorTree):
     hidden: list[Tensor]
     logits: Tensor
     deltas: Tensor
-    regions: RegionState | None = None
+    regions: RegionOutput | None = None
 
     @property
     def layout(self) -> Layout:
@@ -89,7 +79,29 @@ def init_heads(backbone: ViTDetBackbone, generator: ProposalGenerator, tokens: T
     )
 
 
-def refresh_pyramid(backbone: ViTDetBackbone, tokens: Tensor, changed: Tensor, state: HeadsState) -> tuple[Tensor, int]:
+@dataclass(frozen=True)
+class PyramidUpdate:
+    """What of a pyramid was recomputed.
+
+    Attributes:
+        cells: `(n,)` of p2 to p6 whose values may have changed, in order.
+        sources, convolved: the entries `sources` and `pyramid` of `HeadSizes`.
+    """
+
+    cells: Tensor
+    sources: tuple[int, ...]
+    convolved: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ProposalsUpdate:
+    """At how many cells the proposal head ran: the entries `rpn` and `predicted` of `HeadSizes`."""
+
+    convolved: tuple[int, ...]
+    predicted: int
+
+
+def refresh_pyramid(backbone: ViTDetBackbone, tokens: Tensor, changed: Tensor, state: HeadsState) -> PyramidUpdate:
     """Recompute the cells of p2 to p6 that changed tokens reach.
 
     Args:
@@ -97,52 +109,49 @@ def refresh_pyramid(backbone: ViTDetBackbone, tokens: Tensor, changed: Tensor, s
         tokens: `(H, W, D)` the full token map.
         changed: `(r,)` flat indices of the changed tokens.
         state: updated in place.
-
-    Returns:
-        The cells that were recomputed, in order; and the MACs that ran.
     """
-    layout, stages = state.layout, (backbone.simfp_2, backbone.simfp_3, backbone.simfp_4, backbone.simfp_5)
+    layout = state.layout
     y, x = changed // state.grid[1], changed % state.grid[1]
     fine, coarse = (y, x, tokens.flatten(0, 1).index_select(0, changed)), _halve(tokens, y, x)
-    written, macs = [], 0
-    for level, stage in enumerate(stages):
-        cells, more = _refresh_inner(stage, level, coarse if level == _STAGES - 1 else fine, state)
-        written.append(cells)
-        macs += more
+    sources = [fine, fine, fine, coarse]
+    places = zip(backbone.stages, sources, strict=True)
+    written = [_refresh_inner(stage, level, source, state) for level, (stage, source) in enumerate(places)]
     reached = layout.union(layout.neighbours(torch.cat(written)))
     counts = layout.per_level(reached)
-    for level, (stage, cells) in enumerate(zip(stages, reached.split(counts), strict=False)):
-        macs += _refresh_level(cast(ConvNorm, stage[-1]), level, cells, state)
+    for level, (stage, cells) in enumerate(zip(backbone.stages, reached.split(counts), strict=False)):
+        _refresh_level(cast(ConvNorm, stage[-1]), level, cells, state)
     top = _refresh_top(reached.split(counts)[_STAGES - 1], state)
-    return torch.cat([reached, top]), macs
+    return PyramidUpdate(
+        cells=torch.cat([reached, top]),
+        sources=tuple(len(rows) for rows, _, _ in sources),
+        convolved=tuple(map(cells_run, counts[:_STAGES], layout.lengths)),
+    )
 
 
-def refresh_proposals(generator: ProposalGenerator, state: HeadsState, cells: Tensor) -> int:
-    """Recompute objectness and deltas where changed cells `(n,)` reach, updating the state; returns MACs that ran."""
-    layout, head, macs = state.layout, generator.rpn_head, 0
+def refresh_proposals(generator: ProposalGenerator, state: HeadsState, cells: Tensor) -> ProposalsUpdate:
+    """Recompute objectness and deltas where changed cells `(n,)` reach, updating the state."""
+    layout, head, convolved = state.layout, generator.rpn_head, []
     neighbours = layout.neighbours(cells)
     for conv, source, target in zip(head.convs, [state.feature, *state.hidden], [*state.hidden, None], strict=True):
         cells = layout.union(neighbours)
-        neighbours = layout.neighbours(cells)
-        rows, more = convolve(cast(nn.Conv2d, conv), source, layout, cells, neighbours, layout.per_level(cells))
-        rows.relu_()
-        macs += more
+        neighbours, counts = layout.neighbours(cells), layout.per_level(cells)
+        rows = convolve(cast(nn.Conv2d, conv), source, layout, cells, neighbours, counts).relu_()  # (n, C)
+        convolved.append(sum(map(cells_run, counts, layout.lengths)))
         if target is not None:
             target.index_copy_(0, cells, rows)
     places = layout.place.index_select(0, cells)
     for layer, values in ((head.objectness_logits, state.logits), (head.anchor_deltas, state.deltas)):
-        update = F.linear(rows, layer.weight.flatten(1), layer.bias)
+        update = F.linear(rows, layer.weight.flatten(1), layer.bias)  # (n, A) or (n, 4 A)
         values.view(-1, update.shape[1]).index_copy_(0, places, update)
-        macs += update.shape[0] * layer.weight.numel()
-    return macs
+    return ProposalsUpdate(tuple(convolved), len(cells))
 
 
 def refresh_regions(
-    heads: Regions, proposals: Tensor, changed: Tensor, state: HeadsState, size: tuple[int, int]
-) -> tuple[Tensor, Tensor, int]:
-    """What the region heads say of the proposals `(n, 4)`; only new or touched ones are computed.
+    heads: RoIHeads, proposals: Tensor, changed: Tensor, state: HeadsState, size: tuple[int, int]
+) -> tuple[RegionOutput, int]:
+    """Judge the proposals `(n, 4)`; only new or touched ones are computed.
 
-    A proposal that is bit-identical to one of the last frame, and whose region saw no changed cell, keeps its result.
+    A proposal that is bit-identical to one of the last frame, and whose regions saw no changed cell, keeps its result.
 
     Args:
         heads: the region heads.
@@ -152,27 +161,28 @@ def refresh_regions(
         size: (height, width) of the frame in pixels.
 
     Returns:
-        The results of `Regions.score`, and the number of proposals that were computed.
+        What the heads say of them, and the number of proposals that were computed.
     """
     before = state.regions
     known = torch.full((len(proposals),), -1, dtype=torch.long, device=proposals.device)
-    if before is not None and len(before.proposals) and len(proposals):
-        same = (proposals[:, None] == before.proposals[None]).all(dim=-1)
+    if before is not None and len(before.read) and len(proposals):
+        same = (proposals[:, None] == before.proposals[None]).all(dim=-1)  # (n, those before)
         found, place = same.max(dim=1)
-        seen = heads.regions(before.proposals, before.boxes)
-        changed_in = [touched(boxes, heads.config.canonical_box, changed, state.grid) for boxes in seen]
-        known = torch.where(found & ~torch.stack(changed_in).any(dim=0)[place], place, -1)
+        read, canonical = before.read, heads.config.canonical_box
+        dirty = touched(read.flatten(0, 1), canonical, changed, state.grid).view(read.shape[:2]).any(dim=1)
+        known = torch.where(found & ~dirty[place], place, -1)
     fresh = (known < 0).nonzero().squeeze(1)
 
-    def read(boxes: list[Tensor]) -> Tensor:
+    def pool(boxes: list[Tensor]) -> Tensor:
         return pool_regions(state.feature, state.layout, torch.cat(boxes), heads.config.canonical_box)
 
-    scores, boxes = heads.score(read, [proposals[fresh]], [size])
+    output = heads.score(pool, [proposals[fresh]], [size])
     if before is not None and len(fresh) < len(proposals):
-        scores = before.scores[known.clamp(min=0)].index_copy(0, fresh, scores)
-        boxes = before.boxes[known.clamp(min=0)].index_copy(0, fresh, boxes)
-    state.regions = RegionState(proposals, scores, boxes)
-    return scores, boxes, len(fresh)
+        kept = before.map(lambda values: values[known.clamp(min=0)])
+        pairs = zip(kept.tensors(), output.tensors(), strict=True)
+        output = RegionOutput(*(old.index_copy(0, fresh, new) for old, new in pairs))
+    state.regions = output
+    return output, len(fresh)
 
 
 def touched(proposals: Tensor, canonical_box: float, changed: Tensor, grid: Grid) -> Tensor:
@@ -203,7 +213,7 @@ def touched(proposals: Tensor, canonical_box: float, changed: Tensor, grid: Grid
 
 def _refresh_inner(
     stage: nn.Sequential, level: int, sources: tuple[Tensor, Tensor, Tensor], state: HeadsState
-) -> tuple[Tensor, int]:
+) -> Tensor:
     """Recompute what the last convolution of a pyramid stage reads of changed source cells.
 
     Args:
@@ -214,27 +224,25 @@ def _refresh_inner(
         state: updated in place.
 
     Returns:
-        The cells of the level that were written, and the MACs that ran.
+        The cells of the level that were written.
     """
     y, x, values = sources
-    values, macs = values[:, None, None], 0
+    values = values[:, None, None]  # (n, 1, 1, D)
     for layer in stage[:-1]:
-        values, more = _pointwise(layer, values)
-        macs += more
+        values = _pointwise(layer, values)  # (n, s, s, C)
     within = torch.arange(SCALES[level], device=y.device)
-    rows, cols = (place[:, None] * SCALES[level] + within for place in (y, x))
-    cells = state.layout.numbers(level, rows[:, :, None], cols[:, None]).flatten()
+    rows, cols = (place[:, None] * SCALES[level] + within for place in (y, x))  # (n, s)
+    cells = state.layout.numbers(level, rows[:, :, None], cols[:, None]).flatten()  # (n, s, s) to (n * s * s,)
     state.inner.index_copy_(0, cells, values.flatten(0, 2))
-    return cells, macs
+    return cells
 
 
-def _refresh_level(last: ConvNorm, level: int, cells: Tensor, state: HeadsState) -> int:
-    """Recompute a level at some cells `(n,)` of it; updates the state, returns the MACs that ran."""
+def _refresh_level(last: ConvNorm, level: int, cells: Tensor, state: HeadsState) -> None:
+    """Recompute a level at some cells `(n,)` of it, updating the state."""
     layout = state.layout
     counts = [len(cells) if i == level else 0 for i in range(len(layout.sizes))]
-    rows, macs = convolve(last, state.inner, layout, cells, layout.neighbours(cells), counts)
+    rows = convolve(last, state.inner, layout, cells, layout.neighbours(cells), counts)
     state.feature.index_copy_(0, cells, _normalise(last.norm, rows))
-    return macs
 
 
 def _refresh_top(cells: Tensor, state: HeadsState) -> Tensor:
@@ -257,24 +265,21 @@ def _halve(tokens: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor
     return y, x, torch.stack(four).amax(dim=0)
 
 
-def _pointwise(layer: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """One layer of a pyramid stage on separate patches of cells, `(n, s, s, C)`; also its MACs.
+def _pointwise(layer: nn.Module, x: Tensor) -> Tensor:
+    """One layer of a pyramid stage on separate patches of cells, `(n, s, s, C)`.
 
     A transposed convolution whose stride is its size turns every cell into 2x2 cells, so it is a matrix product.
     """
     if isinstance(layer, nn.ConvTranspose2d):
         n, side, _, channels = x.shape
-        x = x.reshape(-1, channels) @ layer.weight.flatten(1)
-        x = x.view(n, side, side, layer.out_channels, 2, 2).permute(0, 1, 4, 2, 5, 3)
-        x = x.reshape(n, 2 * side, 2 * side, layer.out_channels) + cast(Tensor, layer.bias)
-        return x, n * side * side * layer.weight.numel()
+        x = x.reshape(-1, channels) @ layer.weight.flatten(1)  # (n * s * s, C' * 2 * 2)
+        x = x.view(n, side, side, layer.out_channels, 2, 2).permute(0, 1, 4, 2, 5, 3)  # (n, s, 2, s, 2, C')
+        return x.reshape(n, 2 * side, 2 * side, layer.out_channels) + cast(Tensor, layer.bias)
     if isinstance(layer, nn.Conv2d):  # with its norm: a ConvNorm, or detectron2's Conv2d
-        cells = x.shape[:3].numel()
-        norm = cast(ConvNorm, layer).norm
-        return _normalise(norm, F.linear(x, layer.weight.flatten(1))), cells * layer.weight.numel()
+        return _normalise(cast(ConvNorm, layer).norm, F.linear(x, layer.weight.flatten(1)))
     if hasattr(layer, "normalized_shape"):
-        return _normalise(cast(LayerNorm2d, layer), x), 0
-    return (x, 0) if isinstance(layer, nn.MaxPool2d) else (layer(x), 0)  # the maximum was taken before
+        return _normalise(cast(LayerNorm2d, layer), x)
+    return x if isinstance(layer, nn.MaxPool2d) else cast(Tensor, layer(x))  # the maximum was taken before
 
 
 def _normalise(norm: LayerNorm2d, x: Tensor) -> Tensor:

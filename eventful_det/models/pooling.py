@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eventful_det.models.maps import Layout
-from eventful_det.models.regions import POOL, level_of
+from eventful_det.models.cells import Layout
+from eventful_det.models.roi_heads import POOL, level_of
 from eventful_det.models.vitdet import STRIDES
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import resize_positions
+from eventful_det.gating.vit_spec import resize_positions
 from eventful_det.models.checkpoints import find_weights
 from eventful_det.models.key_maps import from_official, is_official, position_map
 from eventful_det.models.vitdet import WindowedViT

@@ -12,10 +12,12 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from eventful_det.gating.anatomy import Grid, resize_positions
+from eventful_det.gating.vit_spec import resize_positions
+from eventful_det.gating.windows import Grid
 from eventful_det.models.config import ModelConfig
 
 STRIDES = (4, 8, 16, 32, 64)
+SCALES = (4, 2, 1, 1)  # cells of p2 to p5 along a side of a token, or of 2x2 tokens for p5
 
 
 class WindowedViT(VisionTransformerSAM):
@@ -94,9 +96,14 @@ class ViTDetBackbone(nn.Module):
         self.simfp_4 = nn.Sequential(ConvNorm(dim, out, 1), ConvNorm(out, out, 3))
         self.simfp_5 = nn.Sequential(nn.MaxPool2d(2, 2), ConvNorm(dim, out, 1), ConvNorm(out, out, 3))
 
+    @property
+    def stages(self) -> list[nn.Sequential]:
+        """Those that make p2 to p5 of the token map."""
+        return [self.simfp_2, self.simfp_3, self.simfp_4, self.simfp_5]
+
     def pyramid(self, tokens: Tensor) -> list[Tensor]:
         """Token map `(B, D, H, W)` to the levels p2 to p6, each `(B, channels, h, w)`."""
-        levels = [stage(tokens) for stage in (self.simfp_2, self.simfp_3, self.simfp_4, self.simfp_5)]
+        levels = [stage(tokens) for stage in self.stages]
         return [*levels, F.max_pool2d(levels[-1], kernel_size=1, stride=2)]
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -1,68 +1,57 @@
-"""What a user may spend, as small typed values, and how they are written down."""
+"""How budgets are written down, and what may be made of them from step to step."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import re
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from eventful_det.errors import UserError
-from eventful_det.gating.policy import Policy, TopFraction, TopK, select_all
-
-AGE_POWER = 0.5  # error x sqrt(age): no token starves
-_FORMS = "a share of dense (0.25 or 25%), tokens (96), GMACs (40GMACs) or a time (50ms, 0.05s)"
-INTEREST = 4.0  # a token in a sure box counts five times (docs/policies.md)
+from eventful_det.gating.selector import BUDGET_FORMS, DEFAULT, Budget, Gmacs, Latency, Selector, check_budget
 
 
 @dataclass(frozen=True)
-class Gmacs:
-    """So many 1e9 multiply-adds of the whole detector per step."""
+class BudgetOptions:
+    """What is kept of a budget, how old tokens may grow, and what every stream may count on.
 
-    value: float
+    Attributes:
+        assured: of a budget that several streams share, each is assured of this part of its proportion, see
+            `eventful_det.gating.selector.merge`.
+        max_age: no token grows older than so many frames; 0 = no bound. It wins over the budget.
+        bucket: what is left over of a budget is kept for busy moments, up to that of so many steps. 0 = no step may
+            cost more than the budget. Seconds cannot be kept.
+    """
 
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.value) and self.value > 0):
-            raise UserError(f"a budget of {self.value} GMACs cannot be held; give a number above 0")
-
-    def __str__(self) -> str:
-        return f"{self.value:g}GMACs"
-
-
-@dataclass(frozen=True)
-class Latency:
-    """So many seconds of the whole detector per step."""
-
-    seconds: float
+    assured: float = 0.5
+    max_age: int = 0
+    bucket: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.seconds) and self.seconds > 0):
-            raise UserError(f"a budget of {self.seconds} s cannot be held; give a time above 0")
-
-    def __str__(self) -> str:
-        return f"{1e3 * self.seconds:g}ms"
-
-
-Budget = float | int | Gmacs | Latency | Policy
-"""What one step may cost, which is a frame of a `Stream` or a round of a `StreamPool`: a share of the tokens (float in
-[0, 1]), tokens (int), `Gmacs`, `Latency`, or a policy, which decides frame by frame and knows no cost."""
+        if not 0 <= self.assured <= 1:
+            raise UserError(f"assured must lie in [0, 1], got {self.assured}")
+        if self.max_age < 0:
+            raise UserError(f"max_age must be a number of frames, or 0 for no bound, got {self.max_age}")
+        if not self.bucket >= 0:
+            raise UserError(f"bucket must be a number of steps, 0 or more, got {self.bucket}")
 
 
-def check_budget(budget: Budget) -> Budget:
-    """The budget itself.
+def selector_for(budget: Budget | Selector, assured: float | None = None) -> Selector:
+    """The selector that a budget means: the default policy within it. None is the default selector.
 
     Raises:
-        UserError: it is none.
+        UserError: the budget is none.
     """
-    if isinstance(budget, (Gmacs, Latency)) or callable(budget):
+    if isinstance(budget, Selector):
         return budget
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget >= 0:
-        raise UserError(f"budget={budget!r} is none; give {_FORMS}, or a policy")
-    if isinstance(budget, float) and budget > 1:
-        raise UserError(f"a budget of {budget} is more than the frame; give a share in [0, 1], or tokens as an int")
-    return budget
+    if callable(budget):
+        raise UserError(f"budget={budget!r} is none; make a policy one by Selector(policy, budget)")
+    return DEFAULT if budget is None else Selector(DEFAULT.policy, budget, assured)
 
 
-def parse_budget(value: object) -> Budget | None:
+def parse_budget(value: object) -> Budget:
     """A budget as written in a config or on a slider: a number, or text such as "25%", "40 GMACs" or "50ms".
 
     Returns:
@@ -71,14 +60,12 @@ def parse_budget(value: object) -> Budget | None:
     Raises:
         UserError: it cannot be understood.
     """
-    if value is None:
-        return None
     if not isinstance(value, str):
         return check_budget(value)  # type: ignore[arg-type]
     found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%|[a-z]*)\s*", value, re.IGNORECASE)
     unit = found[2].lower() if found else None
     if found is None or unit not in ("", "%", "tokens", "gmacs", "gmac", "ms", "s"):
-        raise UserError(f"budget={value!r} cannot be understood; give {_FORMS}")
+        raise UserError(f"budget={value!r} cannot be understood; give {BUDGET_FORMS}")
     number = float(found[1])
     if unit == "%":
         return check_budget(number / 100)
@@ -89,20 +76,41 @@ def parse_budget(value: object) -> Budget | None:
     return check_budget(number if "." in found[1] and not unit else int(number))
 
 
-def policy_for(budget: Budget) -> Policy:
-    """The policy that spends a budget of tokens on each frame alone.
+@dataclass(frozen=True)
+class TokenBucket:
+    """Budget that was not spent is kept, up to so many steps' worth, for a busy moment.
 
-    Args:
-        budget: tokens per frame (an int), a share of the tokens (a float in [0, 1]), or a policy.
+    In any n steps in a row at most n allowances and the bucket's capacity are spent. It starts empty.
 
-    Raises:
-        UserError: the budget is none, or one that takes a stream to hold.
+    Attributes:
+        capacity: in allowances of one step.
+        level: what is in it, in tokens or MACs.
     """
-    budget = check_budget(budget)
-    if isinstance(budget, (Gmacs, Latency)):
-        raise UserError(f"a budget of {budget} is held by streams and pools; here give tokens, a share, or a policy")
-    if isinstance(budget, int):
-        return TopK(budget, AGE_POWER, INTEREST)
-    if isinstance(budget, float):
-        return select_all if budget == 1 else TopFraction(budget, AGE_POWER, INTEREST)
-    return budget
+
+    capacity: float
+    level: float = 0.0
+
+    def limit(self, allowance: float) -> float:
+        """What may be spent on a step."""
+        return allowance + self.level
+
+    def after(self, allowance: float, spent: float) -> TokenBucket:
+        """The bucket after a step."""
+        most = max(self.capacity * allowance, self.level)  # a step of fewer streams takes nothing away
+        return dataclasses.replace(self, level=min(most, max(0.0, self.limit(allowance) - spent)))
+
+
+def due_tokens(age: Tensor, max_age: int) -> Tensor:
+    """Tokens that have to be recomputed now so that none grows older than `max_age` frames, `(N,)` booleans.
+
+    In the last S = `max_age` / 4 frames before their time tokens are renewed oldest first, N / S at once, so that even
+    if all N are equally old, as after a flush, the last are just in time.
+
+    Example: of six tokens, all 10 frames old, with `max_age` 12, two are due on each of the next three frames.
+    """
+    due = torch.zeros_like(age, dtype=torch.bool)
+    if max_age:
+        frames = max(1, max_age // 4)
+        oldest = age.argsort(descending=True, stable=True)[: -(-age.numel() // frames)]
+        due[oldest] = age[oldest] > max_age - frames
+    return due

@@ -1,45 +1,43 @@
-"""What holds a budget: a bank for what was left over, and the pace of the machine for budgets in seconds.
+"""Steps of a detector within a budget.
 
-Both are small values and pure functions of them; neither integrates an error, so nothing winds up while the budget is
-out of reach or not needed.
+Shares and tokens are held by the selector itself. What takes memory from step to step is here: GMACs, which need
+prices; seconds, which need a clock of the machine; a token bucket; and tokens that would grow too old. Nothing
+integrates an error, so nothing winds up while a budget is out of reach or not needed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eventful_det.detectors.protocol import AnyRule, CostModel, S, VideoDetector
+from eventful_det.detectors.results import StepResult
+from eventful_det.gating.selector import (
+    Budget,
+    GateInput,
+    Gmacs,
+    Latency,
+    Merged,
+    Ranking,
+    Selector,
+    merge,
+    tokens_allowed,
+)
+from eventful_det.gating.state import State
+from eventful_det.gating.windows import Grid
+from eventful_det.runtime.budget import BudgetOptions, TokenBucket, due_tokens, selector_for
+from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
 _SPIKE = 2.0  # a step is taken to have lasted at most so many times longer than expected
 _FIRST = 0.1  # of the first step that is measured, taken to be spent whatever is recomputed
-
-
-@dataclass(frozen=True)
-class Bank:
-    """A token bucket: budget that was not spent is kept, up to so many steps' worth, for a busy moment.
-
-    In any n steps in a row at most n allowances and the bank's cap are spent. It starts empty. Units are the caller's.
-
-    Attributes:
-        steps: the cap, in allowances of one step.
-        balance: what is in it.
-    """
-
-    steps: float
-    balance: float = 0.0
-
-    def purse(self, allowance: float) -> float:
-        """What may be spent on a step."""
-        return allowance + self.balance
-
-    def surplus(self, allowance: float) -> float:
-        """What would be lost if it were not spent on a step, because the bank is full."""
-        return max(0.0, self.purse(allowance) - self.steps * allowance)
-
-    def settle(self, allowance: float, spent: float) -> Bank:
-        """The bank after a step."""
-        cap = max(self.steps * allowance, self.balance)  # a round of fewer streams takes nothing away
-        return dataclasses.replace(self, balance=min(cap, max(0.0, self.purse(allowance) - spent)))
+_FLOOR = 1 / 32  # of the tokens may be recomputed however slow the machine is: the detector stays alive
+_MEMORY = 0.7  # weight of what was known in a running mean
 
 
 @dataclass(frozen=True)
@@ -125,3 +123,192 @@ class Clock:
     def prefers_dense(self, load: Load, dense_gmacs: float, seconds: float) -> bool:
         """Whether recomputing everything is expected to take no longer than `load`, nor than so many seconds."""
         return self.pace is not None and self.dense * dense_gmacs <= min(seconds, self.pace.seconds(load))
+
+
+Due = tuple[StreamSession[S], KeyFrame]  # a stream and the frame of it on which the detector has to run
+
+
+class _Setting(NamedTuple):
+    """A budget as it was set, the selector that it means, and what is left over of it."""
+
+    budget: Budget | Selector
+    selector: Selector
+    bucket: TokenBucket
+
+
+class Stepper(Generic[S]):
+    """Runs the key frames of one or more streams in one step of the detector, within a budget.
+
+    A step spends at most the budget and what the bucket holds; seconds are held by feedback. Flushes are paid from
+    outside of it, and so are tokens that would grow too old where the budget is too small even for them. Of GMACs the
+    variable part of the detector is reckoned at its bound; what it leaves goes to the bucket.
+
+    Args:
+        detector: runs the steps.
+        rule: how tokens are recomputed.
+        budget: of a step, as for `Stream`; streams share all but a `Selector` that says otherwise.
+        options: of the budget. Under a `Selector` that streams do not share, `max_age` alone counts.
+        timing: measure the seconds of each part, as a budget in seconds does in any case.
+
+    Raises:
+        UserError: the budget is none, or the rule cannot hold it.
+    """
+
+    def __init__(
+        self,
+        detector: VideoDetector[S],
+        *,
+        rule: AnyRule,
+        budget: Budget | Selector,
+        options: BudgetOptions | None,
+        timing: bool,
+    ) -> None:
+        self.detector, self.rule, self.timing = detector, rule, timing
+        self.options = options or BudgetOptions()
+        self.clock = Clock()
+        self.budget = budget
+
+    @property
+    def budget(self) -> Budget | Selector:
+        """As it was set. A new budget begins with an empty bucket."""
+        return self._setting.budget
+
+    @budget.setter
+    def budget(self, budget: Budget | Selector) -> None:
+        selector = selector_for(budget, self.options.assured)
+        if isinstance(selector.budget, (Gmacs, Latency)) or self.options != BudgetOptions(self.options.assured):
+            self.detector.cost_model(self.rule)  # raises where there is none
+        self._setting = _Setting(budget, selector, TokenBucket(self.options.bucket))  # at once: threads may set it
+
+    def step(self, due: Sequence[Due[S]]) -> list[StreamResult]:
+        """Run the detector on the next key frame of each of some streams."""
+        setting = self._setting
+        plan = _Plan(self, due, setting)
+        timing = self.timing or isinstance(plan.selector.budget, Latency)
+        state = State([session.state.streams[0] for session, _ in due])
+        results = self.detector.step(
+            [key.image for _, key in due],
+            state,
+            rule=self.rule,
+            selector=plan if plan.needed else plan.selector,
+            flush=[key.flush for _, key in due],
+            timing=timing,
+        )
+        for (session, key), remembered, result in zip(due, state.streams, results, strict=True):
+            session.state.streams[0] = remembered
+            if timing:
+                result.cost.seconds["other"] = result.cost.seconds.get("other", 0.0) + key.seconds
+        if setting is self._setting:  # whatever budget was set meanwhile counts from the next step on
+            self._setting = setting._replace(bucket=plan.settle(results))
+        if timing:
+            self._observe(results)
+        if isinstance(plan.selector.budget, Latency):
+            plan.remember(results)
+        return [session.finish(key, result) for (session, key), result in zip(due, results, strict=True)]
+
+    def _observe(self, results: Sequence[StepResult]) -> None:
+        """Remember how long a step took."""
+        costs = [result.cost for result in results]
+        whole = all(cost.recomputed == cost.tokens for cost in costs)
+        if whole or not any(cost.flush for cost in costs):
+            load = Load(len(costs), sum(cost.total for cost in costs) / 1e9)
+            self.clock.observe(load, sum(cost.latency for cost in costs), whole)
+
+
+class _Plan(Generic[S]):
+    """Selects the tokens of one step, where the selector alone cannot."""
+
+    def __init__(self, stepper: Stepper[S], due: Sequence[Due[S]], setting: _Setting) -> None:
+        self.stepper, self.options = stepper, stepper.options
+        _, selector, bucket = setting
+        self.selector, self.bucket = selector, bucket
+        self.sessions = [session for session, _ in due]
+        self.priced = isinstance(selector.budget, (Gmacs, Latency))
+        self.shared = self.priced or selector.assured is not None
+        self.needed = self.priced or self.options.max_age > 0 or (self.shared and self.options.bucket > 0)
+        self.asked: list[int] = []  # places of the streams that the budget is for: all but those that are flushed
+        self.allowance = 0.0  # in tokens or MACs
+
+    def __call__(self, gates: Sequence[GateInput]) -> Sequence[Tensor]:
+        """For each gate the flat indices of its tokens."""
+        if not self.shared:
+            return [self._choose([gate])[0] for gate in gates]
+        self.asked = [gate.stream for gate in gates]
+        return self._choose(gates) if gates else []
+
+    def settle(self, results: Sequence[StepResult]) -> TokenBucket:
+        """The bucket after the step."""
+        if not self.asked or isinstance(self.selector.budget, Latency):
+            return self.bucket
+        costs = [results[i].cost for i in self.asked]
+        spent = sum(cost.total if self.priced else cost.recomputed for cost in costs)
+        return self.bucket.after(self.allowance, spent)
+
+    def remember(self, results: Sequence[StepResult]) -> None:
+        """How much the variable part of the detector took."""
+        variable = self._costs.variable
+        for session, result in zip(self.sessions, results, strict=True):
+            if result.cost.recomputed:
+                now = float(result.cost.macs[variable])
+                before = now if session.variable_macs is None else session.variable_macs
+                session.variable_macs = _MEMORY * before + (1 - _MEMORY) * now
+
+    @property
+    def _costs(self) -> CostModel:
+        return self.stepper.detector.cost_model(self.stepper.rule)
+
+    def _choose(self, gates: Sequence[GateInput]) -> Sequence[Tensor]:
+        """The tokens of streams that share the budget."""
+        order, due = self._order(gates)
+        tokens = sum(gate.age.numel() for gate in gates)
+        budget = self.selector.budget
+        if isinstance(budget, Latency):
+            return self._choose_in_time(gates, order, due, budget.seconds)
+        if isinstance(budget, Gmacs):
+            self.allowance = 1e9 * budget.value
+            count = int((self._totals(gates, order) <= self.bucket.limit(self.allowance)).sum()) - 1
+        else:
+            self.allowance = budget * tokens if isinstance(budget, float) else float(tokens_allowed(budget, tokens))
+            count = int(self.bucket.limit(self.allowance))
+        return order.take(max(due, count))
+
+    def _order(self, gates: Sequence[GateInput]) -> tuple[Merged, int]:
+        """The wanted tokens of all streams, those that would grow too old first, and how many these are."""
+        due = [due_tokens(gate.age, self.options.max_age) for gate in gates]
+        rankings = []
+        for gate, old in zip(gates, due, strict=True):
+            order, wanted = self.selector.policy(gate)
+            rest = order[:wanted][~old[order[:wanted]]]
+            rankings.append(Ranking(rest, len(rest)))
+        merged = merge(rankings, [gate.age.numel() for gate in gates], self.selector.assured or 0.0)
+        first = [old.nonzero().squeeze(1) for old in due]
+        stream = [torch.full_like(index, i) for i, index in enumerate(first)]
+        both = Merged(torch.cat([*stream, merged.stream]), torch.cat([*first, merged.index]), len(gates))
+        return both, sum(map(len, first))
+
+    def _choose_in_time(self, gates: Sequence[GateInput], order: Merged, due: int, seconds: float) -> Sequence[Tensor]:
+        """As many tokens as the machine can do in so many seconds; all of them where that is quicker than some."""
+        totals, clock = self._totals(gates, order, expected=True), self.stepper.clock
+        tokens = sum(gate.age.numel() for gate in gates)
+        floor = float(totals[min(len(order.index), math.ceil(_FLOOR * tokens))])
+        affordable = max(floor, 1e9 * clock.gmacs(len(gates), seconds))
+        count = max(due, int((totals <= affordable).sum()) - 1)
+        dense = sum(self._costs.everything(_grid(gate)) for gate in gates) / 1e9
+        if count and clock.prefers_dense(Load(len(gates), float(totals[count]) / 1e9), dense, seconds):
+            return [torch.arange(gate.age.numel(), device=gate.age.device) for gate in gates]
+        return order.take(count)
+
+    def _totals(self, gates: Sequence[GateInput], order: Merged, expected: bool = False) -> Tensor:
+        """`(M + 1,)` MACs of the first 0, 1, ... M tokens of an order, the variable part as expected or at most."""
+        totals = torch.zeros(len(order.index) + 1, dtype=torch.long, device=order.index.device)
+        for i, gate in enumerate(gates):
+            mine = order.stream == i
+            variable = self.sessions[gate.stream].variable_macs if expected else None
+            macs = self._costs.macs(_grid(gate), order.index[mine], None if variable is None else round(variable))
+            totals += macs[F.pad(mine.cumsum(0), (1, 0))]
+        return totals
+
+
+def _grid(gate: GateInput) -> Grid:
+    """Tokens of the frame, which gates of rules with a cost model always tell."""
+    return cast(Grid, gate.grid)

@@ -5,21 +5,19 @@ The dense detector runs beside the stream on every n-th frame, as its shadow.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Generic
 
 import numpy as np
 from numpy.typing import NDArray
 from torchvision.ops import box_iou
 
-from eventful_det.models.detector import Detector
-from eventful_det.models.regions import Detections
+from eventful_det.detectors.protocol import InputTransform, S, VideoDetector
+from eventful_det.detectors.results import Detections, FrameCost
+from eventful_det.gating.dense import Dense
 
-if TYPE_CHECKING:
-    from eventful_det.runtime.stream import Viewer
-
-SURE = 0.5  # detections of at least this score are compared
 _OVERLAP = 0.5
 
 
@@ -32,7 +30,8 @@ class Drift:
         ours, dense: detections of each.
         both: detections that both have: of the same class, overlapping by half.
         overlap: sum of the intersections over unions of those.
-        seconds: that the dense detector took.
+        timed: frames among these that were timed; flushes are not.
+        seconds, dense_seconds: that these took the stream and the dense detector.
     """
 
     frames: int = 0
@@ -40,17 +39,12 @@ class Drift:
     dense: int = 0
     both: int = 0
     overlap: float = 0.0
+    timed: int = 0
     seconds: float = 0.0
+    dense_seconds: float = 0.0
 
     def __add__(self, other: Drift) -> Drift:
-        return Drift(
-            self.frames + other.frames,
-            self.ours + other.ours,
-            self.dense + other.dense,
-            self.both + other.both,
-            self.overlap + other.overlap,
-            self.seconds + other.seconds,
-        )
+        return Drift(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
     @property
     def agreement(self) -> float | None:
@@ -82,49 +76,54 @@ class Drift:
             "mean_overlap": self.mean_overlap,
             "detections": self.ours,
             "dense_detections": self.dense,
-            "dense_ms": 1e3 * self.seconds / self.frames if self.frames else None,
+            "dense_ms": 1e3 * self.dense_seconds / self.timed if self.timed else None,
+            "times_faster": self.dense_seconds / self.seconds if self.seconds else None,
         }
 
 
-class Shadow:
+class DriftMonitor(Generic[S]):
     """Runs the dense detector on every n-th frame of a stream and compares.
 
     Args:
-        detector: whose modules are shared.
-        viewer: of the stream.
+        detector: of the stream.
+        transform: makes its inputs.
         every: n >= 1. The first frame to be compared is the n-th.
+        score: detections of at least this score are compared.
 
     Attributes:
         total: of all frames so far.
     """
 
-    def __init__(self, detector: Detector, viewer: Viewer, every: int) -> None:
-        self._dense, self._viewer, self._every = detector.with_rule(None), viewer, every
+    def __init__(self, detector: VideoDetector[S], transform: InputTransform, every: int, score: float) -> None:
+        self._detector, self._transform, self._every, self._score = detector, transform, every, score
         self.total = Drift()
 
-    def compare(self, index: int, image: NDArray[np.uint8], ours: Detections) -> Drift | None:
+    def compare(self, index: int, image: NDArray[np.uint8], detections: Detections, cost: FrameCost) -> Drift | None:
         """Compare a frame if it is one of those.
 
         Args:
             index: of the frame, from 0.
             image: `(h, w, 3)` the frame.
-            ours: what the stream found, in pixels of the frame.
+            detections: of the stream, in pixels of the frame.
+            cost: of the frame in the stream.
         """
         if (index + 1) % self._every:
             return None
-        frame = self._viewer.look(image, self._dense.device)
-        (step,) = self._dense.step(frame[None], self._dense.init_state())
-        dense = self._viewer.tell(step, image, index, None).detections
-        drift = compare(ours, dense, step.cost.latency, SURE)
+        frame = self._transform(image).to(self._detector.device)
+        state = self._detector.init_state()
+        (step,) = self._detector.step([frame], state, rule=Dense(), timing=bool(cost.seconds))
+        drift = compare(detections, self._transform.restore(step.detections, image), self._score)
+        if cost.seconds and not cost.flush:
+            drift = dataclasses.replace(drift, timed=1, seconds=cost.latency, dense_seconds=step.cost.latency)
         self.total += drift
         return drift
 
 
-def compare(ours: Detections, dense: Detections, seconds: float = 0.0, sure: float = SURE) -> Drift:
-    """Compare the detections of one frame whose score is at least `sure`."""
-    ours, dense = _at_least(ours, sure), _at_least(dense, sure)
+def compare(ours: Detections, dense: Detections, score: float) -> Drift:
+    """Compare the detections of one frame whose score is at least `score`."""
+    ours, dense = _at_least(ours, score), _at_least(dense, score)
     overlaps = list(matches(ours, dense))
-    return Drift(1, len(ours), len(dense), len(overlaps), sum(overlaps), seconds)
+    return Drift(1, len(ours), len(dense), len(overlaps), sum(overlaps))
 
 
 def matches(ours: Detections, theirs: Detections) -> Iterable[float]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from eventful_det.models.cost import FrameCost
+from eventful_det.detectors.results import FrameCost
 
 _RECENT = 100  # frames that rates and means are taken over
+_COUNTS = ("frames", "dropped", "flushes", "macs", "dense_macs")
+_MEANS = ("gmacs", "dense_gmacs", "milliseconds")
 
 
 @dataclass(frozen=True)
@@ -59,64 +62,52 @@ class PoolMetrics:
         rate = sum(one.frames_per_second for one in here)
         weights = [one.frames_per_second / rate if rate else 1 / len(here) for one in here]
         return StreamMetrics(
-            frames=sum(one.frames for one in every),
-            dropped=sum(one.dropped for one in every),
-            flushes=sum(one.flushes for one in every),
-            macs=sum(one.macs for one in every),
-            dense_macs=sum(one.dense_macs for one in every),
+            **{name: sum(getattr(one, name) for one in every) for name in _COUNTS},
+            **{name: sum(w * getattr(one, name) for w, one in zip(weights, here, strict=True)) for name in _MEANS},
             frames_per_second=rate,
-            gmacs=_mean(weights, [one.gmacs for one in here]),
-            dense_gmacs=_mean(weights, [one.dense_gmacs for one in here]),
-            milliseconds=_mean(weights, [one.milliseconds for one in here]),
             state_bytes=sum(one.state_bytes for one in here),
             active=bool(here),
         )
 
 
-@dataclass
 class Tally:
-    """Keeps count of one stream's frames."""
+    """Keeps count of one stream's frames.
 
-    frames: int = 0
-    dropped: int = 0
-    flushes: int = 0
-    macs: int = 0
-    dense_macs: int = 0
-    state_bytes: int = 0
-    error: str | None = None
-    recent: deque[tuple[float, FrameCost]] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    Attributes:
+        error: why it failed, if it did.
+    """
+
+    def __init__(self) -> None:
+        self.error: str | None = None
+        self._counts = StreamMetrics()
+        self._recent: deque[tuple[float, FrameCost]] = deque(maxlen=_RECENT)
 
     def count(self, cost: FrameCost, dropped: int, state_bytes: int) -> None:
         """A frame more."""
-        self.frames += 1
-        self.dropped = dropped
-        self.flushes += cost.flush
-        self.macs += cost.total
-        self.dense_macs += cost.dense_total
-        self.state_bytes = state_bytes
-        self.recent.append((time.monotonic(), cost))
+        before = self._counts
+        self._counts = dataclasses.replace(
+            before,
+            frames=before.frames + 1,
+            dropped=dropped,
+            flushes=before.flushes + cost.flush,
+            macs=before.macs + cost.total,
+            dense_macs=before.dense_macs + cost.dense_total,
+            state_bytes=state_bytes,
+        )
+        self._recent.append((time.monotonic(), cost))
 
     def metrics(self, active: bool, lost: bool = False) -> StreamMetrics:
         """The counts, and rates and means of the last frames."""
-        recent = list(self.recent)
+        recent = list(self._recent)
         count = len(recent)
         elapsed = time.monotonic() - recent[0][0] if recent else 0.0
-        return StreamMetrics(
-            frames=self.frames,
-            dropped=self.dropped,
-            flushes=self.flushes,
-            macs=self.macs,
-            dense_macs=self.dense_macs,
-            state_bytes=self.state_bytes,
+        return dataclasses.replace(
+            self._counts,
             error=self.error,
             frames_per_second=count / elapsed if active and count > 1 and elapsed else 0.0,
-            gmacs=sum(cost.total for _, cost in recent) / count / 1e9 if count else 0.0,
-            dense_gmacs=sum(cost.dense_total for _, cost in recent) / count / 1e9 if count else 0.0,
-            milliseconds=1e3 * sum(cost.latency for _, cost in recent) / count if count else 0.0,
+            gmacs=sum(cost.total for _, cost in recent) / max(1, count) / 1e9,
+            dense_gmacs=sum(cost.dense_total for _, cost in recent) / max(1, count) / 1e9,
+            milliseconds=1e3 * sum(cost.latency for _, cost in recent) / max(1, count),
             active=active,
             lost=lost,
         )
-
-
-def _mean(weights: list[float], values: list[float]) -> float:
-    return sum(weight * value for weight, value in zip(weights, values, strict=True))

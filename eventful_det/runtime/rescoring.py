@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
-from eventful_det.models.regions import Detections
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.runtime.session import StreamResult
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
     for result in map(tracker, detector.stream("video.mp4")):
         print(result.detections.tracks)
 
-The tracker is ByteTrack of the `trackers` library: ``pip install 'eventful_det[tracks]'``.
+The tracker is ByteTrack of the `trackers` library: ``python -m pip install trackers supervision``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import dataclasses
 import torch
 
 from eventful_det.errors import UserError
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.runtime.session import StreamResult
 
 
 class Tracker:

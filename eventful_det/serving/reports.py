@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from eventful_det.adapters import to_record
-from eventful_det.models.cost import PARTS
-from eventful_det.runtime.budget import Budget, Gmacs, Latency
+from eventful_det.gating.selector import Budget, Gmacs, Latency, Selector
 from eventful_det.runtime.metrics import StreamMetrics
 from eventful_det.secrets import mask_secrets
 from eventful_det.serving.runner import AUTO, PoolRunner
@@ -45,7 +44,7 @@ def _status(counts: StreamMetrics, seen: bool) -> str:
     return "lost" if counts.lost else "running" if seen else "starting"
 
 
-def budget_text(budget: Budget | None) -> str:
+def budget_text(budget: Budget | Selector) -> str:
     """A budget as `PoolRunner.set_budget` reads it."""
     if isinstance(budget, float):
         return f"{100 * budget:g}%"
@@ -76,7 +75,7 @@ def message(name: str, frame: LatestFrame, samples: Sequence[CostSample]) -> byt
 def _sample(sample: CostSample) -> list[Any]:
     """Number, seconds on a clock of its own, GMACs by part, dense GMACs, milliseconds, flush."""
     cost = sample.cost
-    gmacs = [round(cost.macs[part] / 1e9, 4) for part in PARTS]
+    gmacs = [round(macs / 1e9, 4) for macs in cost.macs.values()]
     dense, latency = round(cost.dense_total / 1e9, 4), round(cost.latency * 1e3, 2)
     return [sample.number, round(sample.at, 3), gmacs, dense, latency, int(cost.flush)]
 

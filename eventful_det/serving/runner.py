@@ -9,16 +9,17 @@ import threading
 from collections.abc import Callable
 
 from eventful_det.errors import UserError
-from eventful_det.gating.policy import Policy
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.selector import Selector
 from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.pool import StreamPool
 from eventful_det.runtime.rescoring import Rescorer
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.runtime.session import StreamResult
 from eventful_det.runtime.tracking import Tracker
 from eventful_det.serving.sources import OpenedSource
 from eventful_det.serving.views import CostSample, LatestFrame, StreamView
 
-AUTO = "auto"  # the budget with which the detector's own policy decides
+AUTO = "auto"  # the budget with which the selector that the pool had at first decides
 _LOG = logging.getLogger(__name__)
 
 
@@ -46,7 +47,7 @@ class PoolRunner:
         self.lock = threading.Lock()
         self.views: dict[str, StreamView] = {}
         self.on_round: Callable[[], None] = lambda: None
-        self._own_policy: Policy | None = pool.detector.policy
+        self._own_budget = pool.budget if isinstance(pool.budget, Selector) else None
         self._wake, self._stopped = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="detector", daemon=True)
 
@@ -69,12 +70,9 @@ class PoolRunner:
         Raises:
             UserError: the budget cannot be understood, or the detector's rule cannot hold it.
         """
-        if self._own_policy is None:
+        if self.pool.rule == Dense():
             raise UserError("the detector is dense (gate=dense); it has no budget to set")
-        budget = self._own_policy if text.strip().lower() == AUTO else parse_budget(text)
-        if budget is None:
-            raise UserError(f"budget={text!r} is none")
-        self.pool.budget = budget
+        self.pool.budget = self._own_budget if text.strip().lower() == AUTO else parse_budget(text)
 
     def add(self, opened: OpenedSource) -> str:
         """Have a stream join.

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eventful_det.data.transforms import resize
-from eventful_det.models.cost import FrameCost
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.detectors.results import FrameCost
+from eventful_det.runtime.session import StreamResult
 
 HISTORY = 160  # frames in a strip chart
 _LONGEST = 960  # side of the pictures that are sent, in pixels

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import Anatomy, Block, Grid, resize_table
-from eventful_det.gating.policy import GateInput, select_all
 from eventful_det.gating.rows import Rows
-from eventful_det.gating.windows import relative_bias, relative_places, relative_terms, windows_of
+from eventful_det.gating.selector import DEFAULT, GateInput, Select, token_errors
+from eventful_det.gating.vit_spec import Block, ViTSpec, resize_table
+from eventful_det.gating.windows import Grid, relative_bias, relative_places, relative_terms, windows_of
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,23 @@ class _Layout:
 
 
 def gated_tokens(
-    anatomy: Anatomy, rule: Rows, frames: Tensor, checkpointing: bool = False, interest: Tensor | None = None
+    vit: ViTSpec,
+    frames: Tensor,
+    *,
+    rule: Rows = Rows(),  # noqa: B008 (immutable)
+    selector: Select = DEFAULT,
+    checkpointing: bool = False,
+    saliency: Tensor | None = None,
 ) -> Tensor:
     """The token maps that `rule` gives on the frames of a clip; differentiable.
 
     Args:
-        anatomy: the network, without class and register tokens.
-        rule: selects the tokens of each frame; the first frame is computed in full.
+        vit: the network, without class and register tokens.
         frames: `(T, C, h, w)`, normalised, in the order of time.
+        rule: how tokens are recomputed; the first frame is computed in full.
+        selector: which tokens are recomputed.
         checkpointing: recompute the activations of the blocks in the backward pass, to save memory.
-        interest: `(T, N)` how much each token matters to the gate on each frame, 0 to 1; None = not told.
+        saliency: `(T, N)` how much each token matters to the gate on each frame, 0 to 1; None = nobody said.
 
     Returns:
         `(T, H, W, C)`; drop path is off.
@@ -97,40 +104,44 @@ def gated_tokens(
     Raises:
         UserError: the network has class or register tokens.
     """
-    if anatomy.prefix is not None:
+    if vit.prefix is not None:
         raise UserError("training with gates on needs a network without class and register tokens")
-    grid = anatomy.grid(frames.shape[-2], frames.shape[-1])
-    patches = torch.stack([anatomy.patches(frame) for frame in frames])
+    grid = vit.grid(frames.shape[-2], frames.shape[-1])
+    patches = torch.stack([vit.patches(frame) for frame in frames])
     with torch.no_grad():
-        compared = patches if rule.gate == "patches" else anatomy.embed(patches)
-        plan = ClipPlan.of(select_updates(rule, compared, grid, interest), grid)
-    layouts = {side: _layout(plan, side) for side in {block.window for block in anatomy.blocks}}
-    z = anatomy.embed(patches[plan.frame, plan.token])
-    if anatomy.positions is not None:
-        z = z + anatomy.positions(grid)[plan.token]
-    for block in anatomy.blocks:
+        compared = patches if rule.gate == "patches" else vit.embed(patches)
+        plan = ClipPlan.of(select_updates(rule, selector, compared, grid, saliency), grid)
+    layouts = {side: _layout(plan, side) for side in {block.window for block in vit.blocks}}
+    z = vit.embed(patches[plan.frame, plan.token])
+    if vit.positions is not None:
+        z = z + vit.positions(grid)[plan.token]
+    for block in vit.blocks:
         arguments = (block, z, layouts[block.window])
         z = checkpoint(_run_block, *arguments, use_reentrant=False) if checkpointing else _run_block(*arguments)
-    return anatomy.norm(z)[plan.source].unflatten(1, grid)
+    return vit.norm(z)[plan.source].unflatten(1, grid)
 
 
-def select_updates(rule: Rows, compared: Tensor, grid: Grid, interest: Tensor | None = None) -> list[Tensor]:
-    """The tokens that `rule` recomputes on each frame of a clip, each `(r,)`.
+def select_updates(
+    rule: Rows, selector: Select, compared: Tensor, grid: Grid, saliency: Tensor | None = None
+) -> list[Tensor]:
+    """The tokens that are recomputed on each frame of a clip, each `(r,)`.
 
     Args:
-        rule: with its policy.
+        rule: renews all tokens now and then.
+        selector: selects some of them on all other frames but the first.
         compared: `(T, N, P)` what the gate compares with its reference.
         grid: tokens of a frame (H, W).
-        interest: `(T, N)` how much each token matters on each frame, 0 to 1; None = not told.
+        saliency: `(T, N)` how much each token matters on each frame, 0 to 1; None = nobody said.
     """
     reference = torch.zeros_like(compared[0])
     age = torch.ones(compared.shape[1], dtype=torch.int32, device=compared.device)
     selected = []
     for t, values in enumerate(compared):
-        everything = t == 0 or (rule.renew_every > 0 and t % rule.renew_every == 0)
-        error = torch.linalg.vector_norm(values - reference, dim=1)
-        gate = GateInput(error, age, t, grid, None if interest is None else interest[t])
-        index = (select_all if everything else rule.policy)(gate)
+        if t == 0 or (rule.renew_every > 0 and t % rule.renew_every == 0):
+            index = torch.arange(len(age), device=age.device)
+        else:
+            weight = None if saliency is None else saliency[t]
+            (index,) = selector([GateInput(token_errors(values, reference), age, t, grid, weight)])
         reference = reference.index_copy(0, index, values[index])
         age = (age + 1).index_fill(0, index, 1)
         selected.append(index)
@@ -175,8 +186,9 @@ def _windowed(plan: ClipPlan, side: int) -> _Layout:
 def _run_block(block: Block, z: Tensor, layout: _Layout) -> Tensor:
     """Carry the rows `(R, D)` of a clip through a block."""
     padded = F.pad(block.norm1(z), (0, 0, 0, 1))  # a padded token is zero after the norm, so its qkv is the bias
-    q, k, v = block.qkv(padded).unflatten(1, (3, block.heads, -1)).unbind(1)
-    tables = [resize_table(table, size) for table, size in zip(block.rel_pos or (), layout.shape, strict=False)]
+    q, k, v = block.qkv(padded).unbind(1)  # (R + 1, heads, d) each
+    pair = () if block.rel_pos is None else block.rel_pos()
+    tables = [resize_table(table, size) for table, size in zip(pair, layout.shape, strict=False)]
     pieces = []
     for group in layout.groups:
         bias = None
@@ -187,5 +199,5 @@ def _run_block(block: Block, z: Tensor, layout: _Layout) -> Tensor:
         queries, keys, values = (x.transpose(1, 2) for x in (q[group.queries], k[group.keys], v[group.keys]))
         x = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
         pieces.append(x.transpose(1, 2).flatten(0, 1))
-    z = z + block.project(torch.cat(pieces)[layout.place].flatten(1))
+    z = z + block.proj(torch.cat(pieces)[layout.place].flatten(1))
     return z + block.mlp(block.norm2(z))

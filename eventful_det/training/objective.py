@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 
 from eventful_det.data.training_set import Target
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import Grid, anatomy_of
-from eventful_det.gating.policy import Focus, Policy, Threshold
-from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import Focus, LargestError, Policy, Selector
+from eventful_det.gating.windows import Grid
 from eventful_det.models.detector import DIVISOR, Detector
-from eventful_det.models.interest import token_interest
+from eventful_det.models.saliency import token_saliency
+from eventful_det.options import Count, NonNegative, Share, convert_fields
 from eventful_det.training.eventful import gated_tokens
 
 _SURE = 0.5  # score from which a detection of the dense detector serves as a label
@@ -29,7 +30,7 @@ class EventfulOptions:
     Attributes:
         budgets: smallest and largest share of the tokens that a frame may recompute; drawn for every clip, evenly
             in its logarithm.
-        thresholds: drawn for every clip, see `Threshold`; with 0 the budget is always spent.
+        thresholds: drawn for every clip, see `LargestError`; with 0 the budget is always spent.
         policy: "threshold", which orders tokens by change x age^age_power, or "focus", to which the true boxes of the
             frame before are what it found there.
         age_power: see there.
@@ -38,25 +39,22 @@ class EventfulOptions:
         distil: weight of the squared distance between the pyramid and that of the dense detector before training.
     """
 
-    budgets: tuple[float, float] = (1 / 16, 1 / 2)
-    thresholds: tuple[float, ...] = (0.0, 2.0)
-    policy: str = "threshold"
-    age_power: float = 0.5
-    supervised: int = 3
-    labels: str = "truth"
-    distil: float = 1.0
+    budgets: tuple[Share, Share] = (1 / 16, 1 / 2)
+    thresholds: tuple[NonNegative, ...] = (0.0, 2.0)
+    policy: Literal["threshold", "focus"] = "threshold"
+    age_power: NonNegative = 0.5
+    supervised: Count = 3
+    labels: Literal["truth", "dense", "none"] = "truth"
+    distil: NonNegative = 1.0
 
     def __post_init__(self) -> None:
-        if self.policy not in ("threshold", "focus"):
-            raise UserError(f"eventful.policy must be 'threshold' or 'focus', got {self.policy!r}")
-        if self.labels not in ("truth", "dense", "none"):
-            raise UserError(f"eventful.labels must be 'truth', 'dense' or 'none', got {self.labels!r}")
+        convert_fields(self, "eventful")
         if self.labels == "none" and not self.distil:
             raise UserError("eventful: labels=none needs distil above 0, or there is nothing to learn from")
-        if len(self.budgets) != 2 or not 0 < self.budgets[0] <= self.budgets[1] <= 1:
+        if not 0 < self.budgets[0] <= self.budgets[1] <= 1:
             raise UserError(f"eventful.budgets: expected 0 < smallest <= largest <= 1, got {list(self.budgets)}")
-        if self.supervised < 1 or not self.thresholds:
-            raise UserError("eventful: supervised must be at least 1, and thresholds must not be empty")
+        if not self.thresholds:
+            raise UserError("eventful.thresholds must not be empty")
 
 
 class EventfulObjective(nn.Module):
@@ -114,25 +112,25 @@ class EventfulObjective(nn.Module):
 
     def _tokens(self, clip: Tensor, chosen: Tensor, targets: list[Target]) -> Tensor:
         """Token maps `(n, D, H, W)` of the chosen frames of a clip, under a budget drawn at random."""
-        net, options = self.detector.backbone.net, self.options
-        anatomy = anatomy_of(net)
+        vit, options = self.detector.spec, self.options
         low, high = (math.log(budget) for budget in options.budgets)
         cap = math.exp(low + (high - low) * float(torch.rand(())))
         threshold = options.thresholds[int(torch.randint(len(options.thresholds), ()))]
-        policy: Policy = Threshold(threshold, cap, age_power=options.age_power)
-        interest = None
+        policy: Policy = LargestError(threshold, options.age_power)
+        saliency = None
         if options.policy == "focus":
-            policy = Focus(threshold, cap)
-            interest = self._interest(targets, anatomy.grid(clip.shape[-2], clip.shape[-1]))
-        tokens = gated_tokens(anatomy, Rows(policy), clip, net.grad_checkpointing, interest)
+            policy = Focus(threshold)
+            saliency = self._saliency(targets, vit.grid(clip.shape[-2], clip.shape[-1]))
+        checkpointing = self.detector.backbone.net.grad_checkpointing
+        tokens = gated_tokens(vit, clip, selector=Selector(policy, cap), checkpointing=checkpointing, saliency=saliency)
         return tokens[chosen].permute(0, 3, 1, 2)
 
-    def _interest(self, targets: list[Target], grid: Grid) -> Tensor:
+    def _saliency(self, targets: list[Target], grid: Grid) -> Tensor:
         """How much each token of each frame matters `(T, N)`: where there was an object on the frame before."""
         boxes = [target["boxes"] for target in targets]
         before = [boxes[0][:0], *boxes[:-1]]
         patch = self.detector.config.patch
-        return torch.stack([token_interest(box, box.new_ones(len(box)), grid, patch) for box in before])
+        return torch.stack([token_saliency(box, box.new_ones(len(box)), grid, patch) for box in before])
 
     def _supervised(self, length: int) -> Tensor:
         others = 1 + torch.randperm(length - 1)[: self.options.supervised - 1]

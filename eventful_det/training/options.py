@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from eventful_det.errors import UserError
+from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Seed, Share, convert_fields
 
 
 @dataclass(frozen=True)
@@ -27,28 +29,27 @@ class TrainOptions:
         log_every, checkpoint_every, eval_every: steps; eval_every = 0: no evaluation while training.
     """
 
-    steps: int = 3000
-    batch: int = 8
-    at_once: int = 0
-    lr: float = 4e-4
-    warmup: int = 100
-    schedule: str = "cosine"
-    milestones: tuple[float, ...] = (0.89, 0.96)
-    weight_decay: float = 0.05
-    layer_decay: float = 0.8
-    clip: float = 1.0
-    ema: float = 0.998
+    steps: Count = 3000
+    batch: Count = 8
+    at_once: Natural = 0
+    lr: Positive = 4e-4
+    warmup: Natural = 100
+    schedule: Literal["cosine", "step"] = "cosine"
+    milestones: tuple[Share, ...] = (0.89, 0.96)
+    weight_decay: NonNegative = 0.05
+    layer_decay: Annotated[float, Range(0, 1, above=True)] = 0.8
+    clip: NonNegative = 1.0
+    ema: Share = 0.998
     amp: str = "auto"
     checkpointing: bool = False
-    seed: int = 0
-    workers: int = 1
-    log_every: int = 20
-    checkpoint_every: int = 200
-    eval_every: int = 0
+    seed: Seed = 0
+    workers: Annotated[int, Range(0, 256)] = 1
+    log_every: Count = 20
+    checkpoint_every: Count = 200
+    eval_every: Natural = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1:
-            raise UserError(f"train.steps and train.batch must be at least 1, got {self.steps} and {self.batch}")
+        convert_fields(self, "train")
 
     def shares(self, ranks: int) -> tuple[int, int]:
         """Images per step of each of `ranks` processes, and how many of them it works off at once.

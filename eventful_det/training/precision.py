@@ -26,7 +26,11 @@ def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else torch.float32
+    return (
+        torch.bfloat16
+        if device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+        else torch.float32
+    )
 
 
 def make_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from eventful_det.models.regions import Detections
+from eventful_det.detectors.results import Detections
 from eventful_det.viz.text import Colour, Image, ink_on, width_of, write
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from eventful_det.models.cost import FrameCost
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.detectors.results import FrameCost
+from eventful_det.runtime.session import StreamResult
 from eventful_det.viz.frame import draw_detections, draw_work
 from eventful_det.viz.panel import draw_cost, draw_history, draw_latency
 from eventful_det.viz.text import FAINT, PAPER, Colour, Image, pill, shorten, width_of, write

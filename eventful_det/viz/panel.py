@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from eventful_det.models.cost import PARTS, FrameCost
+from eventful_det.detectors.results import FrameCost
 from eventful_det.viz.text import FAINT, INK, LINE, Colour, Image, pill, write
 
-PART_COLOURS: dict[str, Colour] = {
-    "backbone": (45, 196, 178),
-    "pyramid": (86, 146, 246),
-    "rpn": (172, 120, 246),
-    "roi": (246, 172, 66),
-}
+_COLOURS: tuple[Colour, ...] = ((45, 196, 178), (86, 146, 246), (172, 120, 246), (246, 172, 66))
 _TIME: Colour = (120, 176, 222)
 _FLUSH, _HELD = (240, 92, 84), (112, 120, 132)
+
+
+def part_colours(parts: Iterable[str]) -> dict[str, Colour]:
+    """The colours of the parts of a detector, in their order."""
+    return dict(zip(parts, itertools.cycle(_COLOURS)))
 
 
 def draw_cost(
@@ -44,8 +45,8 @@ def draw_cost(
     cv2.rectangle(canvas, (0, s(46)), (right - 1, s(62)), LINE, -1)
     _stack(canvas, cost.macs, (s(46), s(62)), right / dense)
     x = 0
-    for part in PARTS:
-        cv2.rectangle(canvas, (x, s(77)), (x + s(9), s(86)), PART_COLOURS[part], -1)
+    for part, colour in part_colours(cost.dense).items():
+        cv2.rectangle(canvas, (x, s(77)), (x + s(9), s(86)), colour, -1)
         x = write(canvas, part, x + s(15), s(87), s(14), FAINT) + s(6)
         x = write(canvas, f"{cost.macs[part] / 1e9:.2f}", x, s(87), s(14)) + s(18)
     if cost.latency:
@@ -64,9 +65,9 @@ def draw_history(canvas: Image, history: Sequence[FrameCost], length: int = 100,
     chart.name(f"GMACs of {length} frames", f"mean {total / dense.sum():.0%}" if shown else "")
     chart.grid(1.0, "{:.0%}".format)
     floor = np.zeros(len(shown))
-    for part in PARTS:
+    for part, colour in part_colours(shown[-1].dense if shown else ()).items():
         ceiling = floor + np.array([cost.macs[part] for cost in shown]) / dense
-        chart.bars(floor, ceiling, PART_COLOURS[part])
+        chart.bars(floor, ceiling, colour)
         floor = ceiling
     chart.line(1.0)
 
@@ -159,8 +160,8 @@ def _quantity(canvas: Image, value: str, name: str, share: float | None, y: int,
 def _stack(canvas: Image, macs: Mapping[str, int], rows: tuple[int, int], scale: float) -> None:
     """Horizontal bars of the parts, one after the other."""
     x = 0.0
-    for part in PARTS:
+    for part, colour in part_colours(macs).items():
         end = x + macs[part] * scale
         if round(end) > round(x):
-            cv2.rectangle(canvas, (round(x), rows[0]), (round(end) - 1, rows[1]), PART_COLOURS[part], -1)
+            cv2.rectangle(canvas, (round(x), rows[0]), (round(end) - 1, rows[1]), colour, -1)
         x = end

@@ -8,18 +8,18 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from eventful_det.models.cost import PARTS, FrameCost
-from eventful_det.viz.panel import PART_COLOURS
+from eventful_det.detectors.results import FrameCost
+from eventful_det.viz.panel import part_colours
 
 
 def cost_row(cost: FrameCost) -> dict[str, float]:
     """A frame's cost as one flat row for tables: GMACs and ms by part, tokens, flush."""
     return {
-        **{f"gmacs_{part}": cost.macs[part] / 1e9 for part in PARTS},
+        **{f"gmacs_{part}": macs / 1e9 for part, macs in cost.macs.items()},
         "gmacs_total": cost.total / 1e9,
-        **{f"dense_{part}": cost.dense[part] / 1e9 for part in PARTS},
+        **{f"dense_{part}": macs / 1e9 for part, macs in cost.dense.items()},
         "dense_total": cost.dense_total / 1e9,
-        **{f"ms_{part}": cost.seconds.get(part, 0.0) * 1e3 for part in (*PARTS, "other")},
+        **{f"ms_{part}": cost.seconds.get(part, 0.0) * 1e3 for part in (*cost.dense, "other")},
         "ms_total": cost.latency * 1e3,
         "recomputed": cost.recomputed,
         "tokens": cost.tokens,
@@ -40,16 +40,17 @@ def plot_cost(rows: Mapping[str, NDArray[np.float64]], path: str | os.PathLike[s
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     floor = np.zeros(len(frames))
-    for part in PARTS:
+    parts = [name.removeprefix("gmacs_") for name in rows if name.startswith("gmacs_") and name != "gmacs_total"]
+    for part, ink in part_colours(parts).items():
         ceiling = floor + _steps(rows[f"gmacs_{part}"])
-        colour = np.divide(PART_COLOURS[part], 255)
+        colour = np.divide(ink, 255)
         top.fill_between(frames, floor, ceiling, step="post", label=part, color=colour, linewidth=0)
         floor = ceiling
     top.step(frames, _steps(rows["dense_total"]), where="post", color="black", label="dense", linewidth=1.2)
     share = rows["gmacs_total"].sum() / max(rows["dense_total"].sum(), 1e-9)
     top.set_title(f"mean {rows['gmacs_total'].mean():.2f} GMACs per frame, {share:.0%} of dense", loc="left")
     top.set_ylabel("GMACs")
-    top.legend(ncols=len(PARTS) + 1, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    top.legend(ncols=len(parts) + 1, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     latency = rows["ms_total"]
     bottom.step(frames, _steps(latency), where="post", color="0.35", linewidth=1)
     median = float(np.median(latency))

@@ -6,7 +6,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from eventful_det.gating.policy import Focus, RandomK, Threshold, TopFraction, TopK, select_all
+from eventful_det.errors import printable
+from eventful_det.gating.selector import DEFAULT, Budget, Focus, LargestError, Policy, RandomOrder, Selector
 
 Image = NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -19,13 +20,13 @@ def write(canvas: Image, text: str, x: int, y: int, size: int, colour: Colour = 
     """Write with the baseline at `y`, from or (`right`) up to `x`; returns where the text ends or (`right`) begins."""
     width = width_of(text, size)
     x = x - width if right else x
-    cv2.putText(canvas, text, (x, y), _FONT, size / 32, colour, max(1, round(size / 20)), cv2.LINE_AA)
+    cv2.putText(canvas, printable(text), (x, y), _FONT, size / 32, colour, max(1, round(size / 20)), cv2.LINE_AA)
     return x if right else x + width
 
 
 def width_of(text: str, size: int) -> int:
     """Pixels that a text is wide."""
-    return int(cv2.getTextSize(text, _FONT, size / 32, max(1, round(size / 20)))[0][0])
+    return int(cv2.getTextSize(printable(text), _FONT, size / 32, max(1, round(size / 20)))[0][0])
 
 
 def shorten(text: str, width: int, size: int) -> str:
@@ -51,22 +52,27 @@ def ink_on(ground: Colour) -> Colour:
     return INK if np.dot(ground, (0.299, 0.587, 0.114)) < 120 else PAPER
 
 
-def budget_text(budget: object) -> str:
-    """A budget or policy in a few words."""
-    match budget:
-        case None:
-            return "dense"
-        case TopK(k=tokens) | RandomK(k=int(tokens)) | int(tokens):
-            return f"{tokens} tokens"
-        case TopFraction(fraction=share) | RandomK(fraction=float(share)) | float(share):
-            return f"{share:.0%} of tokens"
-        case Threshold(threshold=threshold, cap=cap, floor=floor):
-            return f"threshold {threshold:g}, {_between(floor, cap)}"
-        case Focus(threshold=threshold, cap=cap, floor=floor):
-            return f"focus, threshold {threshold:g}, {_between(floor, cap)}"
+def budget_text(budget: Budget | Selector) -> str:
+    """A budget or selector in a few words."""
+    if isinstance(budget, Selector):
+        limit = "" if budget.budget is None else f", {budget_text(budget.budget)}"
+        return f"{_policy_text(budget.policy)}{limit}"
+    if budget is None:
+        return budget_text(DEFAULT)
+    if isinstance(budget, float):
+        return f"{budget:.0%} of tokens"
+    return f"{budget} tokens" if isinstance(budget, int) else str(budget)
+
+
+def _policy_text(policy: Policy) -> str:
+    match policy:
+        case Focus(threshold=threshold):
+            return f"focus, threshold {threshold:g}"
+        case LargestError(threshold=None):
+            return "largest errors"
+        case LargestError(threshold=threshold):
+            return f"threshold {threshold:g}"
+        case RandomOrder():
+            return "random"
         case _:
-            return "all tokens" if budget is select_all else str(budget)
-
-
-def _between(floor: float, cap: float) -> str:
-    return f"{floor:.0%} to {cap:.0%}" if floor else f"at most {cap:.0%}"
+            return getattr(policy, "__name__", type(policy).__name__)

@@ -132,7 +132,7 @@ def test_frames_nobody_labelled_have_no_negatives(videos: CocoVideo) -> None:
 
 
 def test_clips_need_two_frames() -> None:
-    with pytest.raises(UserError, match="length 2 or more"):
+    with pytest.raises(UserError, match="length must be a whole number from 2"):
         ClipOptions(length=1)
 
 

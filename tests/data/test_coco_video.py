@@ -95,19 +95,29 @@ def test_image_root_is_the_parent_of_annotations_or_as_told(tmp_path: Path) -> N
         (("categories",), [], "categories is empty"),
         (("categories",), None, "categories is missing"),
         (("images",), {}, "images is no list"),
-        (("images", 0, "id"), 2, "id 2; expected a whole number, each once"),
-        (("images", 0, "file_name"), ..., r"images\[0\] lacks file_name"),
-        (("images", 0, "width"), 0, "image 1 is 0 x 48"),
-        (("images", 0, "frame_id"), "x", "image 1 has frame_id 'x'"),
-        (("images", 0, "frame_id"), 1, r"video 1 \(a\) has a frame_id twice"),
-        (("images", 0, "video_id"), 9, "image 1 has video_id 9"),
-        (("annotations", 0, "image_id"), 99, "annotation 1 has image_id 99"),
-        (("annotations", 0, "category_id"), 99, "annotation 1 has category_id 99"),
-        (("annotations", 0, "bbox"), [0, 0, 0, 5], r"annotation 1 has the bbox \[0, 0, 0, 5\]"),
-        (("annotations", 0, "bbox"), [70, 0, 5, 5], "overlaps its 64x48 image"),
-        (("annotations", 0, "bbox"), [1, 2], "has the bbox"),
-        (("annotations", 0, "bbox"), ["a", 0, 1, 1], "has the bbox"),
-        (("annotations", 0), 5, r"annotations\[0\] lacks"),
+        (("images", 0, "id"), 2, r"images\[1\] has the id 2; expected every id once"),
+        (("images", 0, "file_name"), ..., r"images\[0\] \(id 1\) lacks file_name"),
+        (("images", 0, "file_name"), "a\0b", r"images\[0\] has file_name 'a.x00b'"),
+        (("images", 0, "file_name"), ["a"], r"images\[0\] has file_name \['a'\]"),
+        (("images", 0, "width"), 0, r"images\[0\] has width 0"),
+        (("images", 0, "width"), 10**400, r"images\[0\] has width 1000+\.\.\.0+; expected a number of whole pixels"),
+        (("images", 0, "frame_id"), "x", r"images\[0\] has frame_id 'x'"),
+        (("images", 0, "frame_id"), 1, r"video 1 \(a\) has the frame_id 1 twice"),
+        (("images", 0, "video_id"), 9, r"images\[0\] \(id 1\) has video_id 9"),
+        (("annotations", 0, "image_id"), 99, r"annotations\[0\] \(id 1\) has image_id 99"),
+        (("annotations", 0, "category_id"), 99, r"annotations\[0\] \(id 1\) has category_id 99"),
+        (("annotations", 0, "category_id"), [1], r"annotations\[0\] has category_id \[1\]"),
+        (("annotations", 0, "iscrowd"), "perhaps", r"annotations\[0\] has iscrowd 'perhaps'; expected true or false"),
+        (("annotations", 0, "area"), "large", r"annotations\[0\] has area 'large'"),
+        (("annotations", 0, "track_id"), {}, r"annotations\[0\] has track_id {}"),
+        (("annotations", 0, "bbox"), [1, 2], r"annotations\[0\] has bbox \[1, 2\]"),
+        (("annotations", 0, "bbox"), ["a", 0, 1, 1], "has bbox"),
+        (("annotations", 0, "bbox"), [10**400, 0, 1, 1], "has bbox"),
+        (("annotations", 0, "bbox"), [float("nan"), 0, 1, 1], "has bbox"),
+        (("annotations", 0), 5, r"annotations\[0\] is 5"),
+        (("categories", 0, "name"), ["dog"], r"categories\[0\] has name \['dog'\]"),
+        (("categories", 1, "name"), "dog ", r"category 'dog' has the ids 1 and 2"),
+        (("info", "image_root"), 5, "info has image_root 5"),
     ],
 )
 def test_faults_are_named(tmp_path: Path, where: tuple[Any, ...], value: Any, message: str) -> None:
@@ -126,9 +136,79 @@ def test_faults_are_named(tmp_path: Path, where: tuple[Any, ...], value: Any, me
     with pytest.raises(UserError, match=message) as caught:
         load_coco_video(path)
     assert str(path) in str(caught.value) and "expected" in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[]", "expected a JSON object")])
+def test_values_as_other_programs_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    example(tmp_path).save(path)
+    whole = load_coco_video(path)
+    content = json.loads(path.read_text())
+    for row in content["annotations"]:
+        row |= {"id": str(row["id"]), "image_id": float(row["image_id"]), "category_id": f"{row['category_id']}"}
+        row |= {"iscrowd": str(row["iscrowd"]), "occluded": str(row["occluded"]), "bbox": list(map(str, row["bbox"]))}
+        row |= {"area": None if row["area"] > 9 else str(row["area"]), "generated": str(int(row["generated"]))}
+    for row in content["images"]:
+        row |= {"width": str(row["width"]), "license": None, "frame_id": float(row["frame_id"])}
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_text(json.dumps(content), encoding=encoding)
+        assert load_coco_video(path) == whole
+
+
+def test_tracks_may_have_names(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    example(tmp_path).save(path)
+    content = json.loads(path.read_text())
+    content["images"][2]["labelled"] = True
+    content["annotations"] = [
+        {"id": n, "image_id": image, "category_id": 1, "bbox": [1, 1, 5, 5], "track_id": track}
+        for n, (image, track) in enumerate([(1, "a"), (1, "7"), (2, "a"), (2, "b"), (3, 7), (3, -1), (4, "a")])
+    ]
+    path.write_text(json.dumps(content))
+    tracks = [a.track_id for frame in load_coco_video(path).frames for a in frame.annotations]
+    assert tracks[0] == tracks[2] != tracks[3] and tracks[1] == tracks[4] == 7 and tracks[5] is None
+    assert tracks[6] not in tracks[:6], "a name means something within its video"
+
+
+def test_boxes_without_area_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "x.json"
+    example(tmp_path).save(path)
+    content = json.loads(path.read_text())
+    boxes = [[0, 0, 5, 0], [64, 0, 5, 5], [9, 9, -3, 5], [-2, -2, 9, 9]]
+    content["annotations"] = [
+        {"id": n, "image_id": 1, "category_id": 1, "bbox": bbox} for n, bbox in enumerate(boxes, start=11)
+    ]
+    path.write_text(json.dumps(content))
+    (left,) = [a for frame in load_coco_video(path).frames for a in frame.annotations]
+    assert left.id == 14 and left.box == (-2, -2, 7, 7), "what lies partly outside is as it was"
+    (record,) = caplog.records
+    for told in ("3 boxes", "annotations[0] (id 11), [0, 0, 5, 0]", "(id 12)", "a/0.jpg"):
+        assert told in record.getMessage()
+
+
+def test_a_class_listed_twice_is_one_class_if_only_one_has_boxes(tmp_path: Path) -> None:
+    """As Roboflow writes files: the first category is the project, and may be called like a class."""
+    path = tmp_path / "x.json"
+    example(tmp_path).save(path)
+    whole = load_coco_video(path)
+    content = json.loads(path.read_text())
+    content["categories"] = [{"id": 0, "name": "dog"}, *content["categories"], {"id": 3, "name": "fox"}]
+    content["images"][3]["labelled_category_ids"] = [0, 3]
+    path.write_text(json.dumps(content))
+    whole.videos[1].frames[0].exhaustive = frozenset([1, 2])
+    assert load_coco_video(path) == whole
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object"),
+        ("[" * 99_999, "not valid JSON"),
+        ('{"a": 1' + "0" * 9999 + "}", "not valid JSON"),
+    ],
+    ids=["cut", "list", "deep", "long"],
+)
 def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "x.json"
     path.write_text(content)

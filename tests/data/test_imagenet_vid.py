@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +15,9 @@ import numpy as np
 import pytest
 from running import script_main
 
-from eventful_det.data.classes import IMAGENET_VID, classes_json, load_classes
-from eventful_det.data.coco_video import load_coco_video
-from eventful_det.data.imagenet_vid import Entry, Folder, Source, find_tree, list_folders
+from eventful_det.data.classes import IMAGENET_VID, SYNTHETIC_SHAPES, classes_json, load_classes
+from eventful_det.data.coco_video import Problem, load_coco_video
+from eventful_det.data.imagenet_vid import Entry, Folder, Source, convert, find_tree, list_folders
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.synthetic_tree import TreeOptions, make_tree
 from eventful_det.errors import UserError
@@ -112,7 +115,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "missing_image": (lambda image, xml: image.unlink(), "not in the tree"),
     "missing_xml": (lambda image, xml: xml.unlink(), "no annotation"),
     "malformed_xml": (lambda image, xml: edit(xml, "</annotation>", ""), "no element found"),
-    "unreadable_image": (lambda image, xml: image.write_bytes(b"\xff\xd8 no picture"), "000002.JPEG"),
+    "unreadable_image": (lambda image, xml: image.write_bytes(b"\xff\xd8 no picture"), "not a readable picture"),
     "size_mismatch": (lambda image, xml: edit(xml, "<width>128<", "<width>640<"), "says 640x96, the image is 128x96"),
     "unknown_class": (lambda image, xml: edit(xml, "<name>s0", "<name>x0"), "none of the 10"),
     "box_degenerate": (lambda image, xml: xml.write_text(xml_text((128, 96), ("s00000001", (9, 9, 9, 20)))), "box"),
@@ -320,6 +323,67 @@ def test_user_errors_are_one_line_and_leave_nothing_behind(
     shutil.rmtree(tree / "Annotations")
     assert prepare([str(tree), "--workers", "1"]) == 2
     assert "no annotations in" in capsys.readouterr().err
+
+
+def test_unknown_encodings_and_claims_of_huge_pictures(tree: Path) -> None:
+    edit(
+        tree / "Annotations" / VIDEO / "000001.xml", "<annotation>", '<?xml version="1.0" encoding="nope"?><annotation>'
+    )
+    edit(tree / "Annotations" / VIDEO / "000003.xml", "<width>128<", "<width>1e300<")
+    png = bytearray(cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))[1].tobytes())
+    png[16:24] = (60_000).to_bytes(4, "big") * 2
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
+    (tree / "Data" / VIDEO / "000002.JPEG").write_bytes(png)
+    data, problems = convert(source := Source(tree, "VID", "val", SYNTHETIC_SHAPES), list_folders(source))
+    assert [(problem.kind, Path(problem.file).stem) for problem in problems] == [
+        ("malformed_xml", "000001"),
+        ("unreadable_image", "000002"),
+        ("malformed_xml", "000003"),
+    ]
+    assert "claims more than" in problems[1].detail
+    assert [frame.labelled for frame in data.videos[0].frames] == [True, False, False]
+
+
+def test_brackets_in_a_path_are_no_markup(prepare: Main, tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree.with_name("[").mkdir()
+    renamed = tree.rename(tree.with_name("[") / "x]")
+    (renamed / "Data" / VIDEO / "000002.JPEG").unlink()
+    assert prepare([str(renamed), "--sets", "vid_val", "--workers", "1"]) == 0
+    assert str(renamed / "annotations") in capsys.readouterr().out
+
+
+def test_trees_with_links_pipes_and_frames_twice(tree: Path, tmp_path: Path) -> None:
+    """Every regular file once, whatever leads to it; what is left out is reported."""
+    images, labels = tree / "Data/VID/val", tree / "Annotations/VID/val"
+    whole, problems = convert(source := Source(tree, "VID", "val", SYNTHETIC_SHAPES), list_folders(source))
+    assert not problems
+    (first, *_), (last, *_) = sorted(images.iterdir()), sorted(images.iterdir(), reverse=True)
+    (images / "0_link").symlink_to(last)  # sorted before what it leads to
+    for circle in (images / "self", labels / "self", first / "a", first / "b"):
+        circle.symlink_to("..")
+    os.mkfifo(first / "000009.JPEG")
+    (first / "000010.JPEG").symlink_to("nowhere")
+    for folder, suffixes in ((first, (".JPEG", ".jpg")), (labels / first.name, (".xml",))):
+        for suffix in suffixes:
+            shutil.copy(folder / f"000001.{'xml' if suffix == '.xml' else 'JPEG'}", folder / f"1{suffix}")
+    data, problems = convert(source, list_folders(source))
+    assert data == whole
+    counts = Counter(problem.kind for problem in problems)
+    assert counts == {"linked_folder": 5, "irregular_file": 2, "duplicate_frame": 3}
+    assert Problem("duplicate_frame", f"Data/VID/val/{first.name}/1.jpg", "the same frame as 000001.JPEG") in problems
+
+
+def test_names_that_are_no_numbers(tree: Path, tmp_path: Path) -> None:
+    """Frames are then counted; files with names of any bytes are read, reported and saved."""
+    for top, suffix in (("Data", "JPEG"), ("Annotations", "xml")):
+        folder = tree / top / VIDEO
+        (folder / f"000003.{suffix}").rename(folder / f"\u00b2.{suffix}")
+        (folder / f"000002.{suffix}").rename(folder / os.fsdecode(b"\xff." + suffix.encode()))
+    source = Source(tree, "VID", "val", SYNTHETIC_SHAPES)
+    data, problems = convert(source, list_folders(source))
+    assert not problems and [frame.frame_id for frame in data.videos[0].frames] == [0, 1, 2, 3]
+    data.save(tmp_path / "x.json")
+    assert all(data.image_path(frame).is_file() for frame in load_coco_video(tmp_path / "x.json").frames)
 
 
 def test_two_trees_are_ambiguous(tmp_path: Path) -> None:

@@ -87,6 +87,24 @@ def test_unreadable_pictures_are_left_out_and_named(data: CocoVideo, caplog: pyt
         samples[0]
 
 
+def test_pictures_of_another_size_are_left_out_and_named(data: CocoVideo, caplog: pytest.LogCaptureFixture) -> None:
+    """Resized, or turned by EXIF data, which tools that draw boxes often pass over: the boxes would lie elsewhere."""
+    samples = TrainingSet(data, Augmentation(((32, 32),)))
+    bad = samples.frame_of(3)
+    cv2.imwrite(str(data.image_root / bad.file_name), np.zeros((32, 32, 3), np.uint8))
+    assert torch.equal(samples[3][0], samples[4][0])
+    assert f"{bad.file_name} is 32x32, but the data set says 64x64" in caplog.text
+
+
+def test_batches_of_worker_processes_need_no_shared_memory(data: CocoVideo) -> None:
+    """Containers have 64 MB of it; beyond that, writing to it ends in a bus error or never."""
+    samples = TrainingSet(data, Augmentation(((32, 32),)))
+    images, targets = next(iter(training_loader(samples, 2, workers=1)))
+    assert not images.is_shared() and not any(tensor.is_shared() for target in targets for tensor in target.values())
+    alone, _ = next(iter(training_loader(samples, 2)))
+    assert torch.equal(images, alone)
+
+
 def test_all_samples_of_a_batch_have_one_size(data: CocoVideo) -> None:
     sizes = ((32, 64), (64, 32), (48, 48))
     batches = iter(training_loader(TrainingSet(data, Augmentation(sizes)), 3))

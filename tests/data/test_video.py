@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import weakref
+import zlib
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ import av
 import cv2
 import numpy as np
 import pytest
-from videos import Image, damage, encode, encode_change, rotate
+from av.stream import Disposition
+from videos import Image, damage, display, encode, encode_change, encode_side_by_side, rotate, truncate
 
+from eventful_det.data.pictures import UnreadablePicture, read_image
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoSource, open_source
 from eventful_det.data.video_writer import VideoWriter
@@ -81,13 +85,64 @@ def test_rotation_of_the_container(tmp_path: Path, images: list[Image], angle: i
         assert difference(frame.image, np.rot90(image, -angle // 90)) < 8
 
 
+@pytest.mark.parametrize("matrix", [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)])
+def test_mirrored_pictures(tmp_path: Path, images: list[Image], matrix: tuple[int, int, int, int]) -> None:
+    """A stored pixel (x, y) is shown where the matrix says."""
+    a, b, c, d = matrix
+    path = display(encode(tmp_path / "a.mp4", images[:2]), *matrix)
+    (frame, _), (height, width, _) = list(open_source(path)), images[0].shape
+    for x, y in ((0, 0), (width - 1, 0), (30, 70), (width - 1, height - 1)):
+        column, row = a * x + c * y, b * x + d * y  # below 0: counted from the far edge
+        column, row = column - (a + c < 0), row - (b + d < 0)
+        assert np.abs(frame.image[row, column].astype(int) - images[0][y, x]).max() < 40
+    flat = images[0] if a else images[0].swapaxes(0, 1)
+    assert difference(frame.image, flat[:: b + d, :: a + c]) < 8
+
+
+@pytest.mark.parametrize(
+    ("aspect", "shape"), [("4/3", (96, 213)), ("1/2", (192, 160)), ("1/1", (96, 160)), ("1/90", (96, 160))]
+)
+def test_pixels_are_square(tmp_path: Path, images: list[Image], aspect: str, shape: tuple[int, int]) -> None:
+    path = encode(tmp_path / "a.mkv", images[:2], aspect=Fraction(aspect))
+    image = next(iter(open_source(path))).image
+    assert image.shape[:2] == shape
+    assert difference(image, cv2.resize(images[0], shape[::-1], interpolation=cv2.INTER_CUBIC)) < 10
+
+
+def test_the_video_that_players_show(tmp_path: Path, images: list[Image]) -> None:
+    """Not a cover picture, rather the default than another, rather a large one than a small one."""
+    small = [cv2.resize(image, (80, 48)) for image in images[:5]]
+    default, cover, none = Disposition.default, Disposition.attached_pic, Disposition(0)
+    for name, streams, shape in (
+        ("a.mkv", [(small, none), (images[:5], none)], (96, 160)),
+        ("b.mkv", [(images[:5], none), (small, default)], (48, 80)),
+        ("c.mp4", [(images[:1], cover), (small, none)], (48, 80)),
+    ):
+        frames = list(open_source(encode_side_by_side(tmp_path / name, streams)))
+        assert [frame.image.shape[:2] for frame in frames] == [shape] * 5, name
+    only = encode_side_by_side(tmp_path / "d.mp4", [(images[:1], cover)])
+    assert "holds no video" in rejection(only)
+
+
+@pytest.mark.parametrize("name", ["a.avi", "a.mkv"])
+def test_a_video_that_ends_before_its_header_says_is_cut_short(
+    tmp_path: Path, images: list[Image], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = encode(tmp_path / name, images, "mpeg4")
+    assert open_source(path).frames == FRAMES and len(list(open_source(path))) == FRAMES and not caplog.records
+    source = open_source(truncate(path, 0.6))
+    count = len(list(source))
+    assert FRAMES // 3 < count < FRAMES - 5 and source.skipped == 1
+    assert f"ends after {count} of {FRAMES} frames" in caplog.text and "cut short" in caplog.text
+
+
 def test_damage_in_the_middle_is_skipped(tmp_path: Path, images: list[Image], caplog: pytest.LogCaptureFixture) -> None:
     source = open_source(damage(encode(tmp_path / "a.mp4", images, movflags="faststart")))
     frames = list(source)
     assert FRAMES // 2 <= len(frames) < FRAMES
     assert source.skipped >= 1 and len(frames) + source.skipped >= FRAMES - 2
     assert difference(frames[-1].image, images[-1]) < 8  # it went on behind the damage
-    assert len(caplog.records) == 1
+    assert len([record for record in caplog.records if record.name.startswith("eventful_det")]) == 1
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.ts", "a.mkv"])
@@ -115,7 +170,10 @@ def test_not_a_video(tmp_path: Path) -> None:
     assert "no such file or folder" in rejection(str(tmp_path / "missing.mp4"))
     assert "webcam 97 cannot be opened" in rejection("97")
     assert "webcam 97 cannot be opened" in rejection(97)
-    assert "float" in rejection(1.5)
+    for number in (-1, 100, 10**20, np.int64(-5)):
+        assert f"there is no webcam {number}" in rejection(number)
+    assert "float" in rejection(1.5) and "bool" in rejection(True)
+    assert "no such file or folder: '²'" in rejection("²") and "no such file or folder" in rejection("a\0[b]\n.mp4")
     assert "Connection refused" in rejection("http://127.0.0.1:9/a.mp4")
     assert "Connection refused" in rejection("rtsp://127.0.0.1:9/a")
 
@@ -148,6 +206,57 @@ def test_pictures(tmp_path: Path, images: list[Image]) -> None:
     assert np.array_equal(only.image, images[2]) and only.timestamp is None
     assert len(list(open_source(f"{tmp_path}/frame_1*.*"))) == 3
     assert "no pictures" in rejection(f"{tmp_path}/nothing_*.png")
+
+
+def test_regular_files_each_once(tmp_path: Path, images: list[Image]) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), images[0])
+    os.mkfifo(tmp_path / "b.png")
+    (tmp_path / "c.png").mkdir()
+    (tmp_path / "circle").symlink_to(tmp_path, target_is_directory=True)
+    assert len(list(open_source(tmp_path))) == 1
+    assert len(list(open_source(str(tmp_path / "**/*.png")))) == 1
+    assert "no such file" in rejection(tmp_path / "b.png")
+
+
+def test_files_with_names_of_any_bytes(tmp_path: Path, images: list[Image]) -> None:
+    folder = tmp_path / os.fsdecode(b"Jos\xe9 [1]\n")
+    folder.mkdir()
+    encode(tmp_path / "a.mp4", images[:3]).rename(folder / os.fsdecode(b"\xff.mp4"))
+    cv2.imwrite(str(tmp_path / "a.png"), images[0])
+    (tmp_path / "a.png").rename(folder / os.fsdecode(b"\xff.png"))
+    for path, count in ((folder / os.fsdecode(b"\xff.mp4"), 3), (folder, 1)):
+        with open_source(path) as source:
+            assert len(list(source)) == count
+            assert "Jos\ufffd [1] " in source.name and source.name.isprintable()
+    (tmp_path / "0001").mkdir()
+    cv2.imwrite(str(tmp_path / "0001/a.png"), images[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert len(list(open_source("0001"))) == 1, "a folder, no webcam"
+
+
+def test_a_claim_of_a_huge_picture_is_skipped(tmp_path: Path, images: list[Image]) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), images[0])
+    data = (tmp_path / "a.png").read_bytes()
+    for name, side in (("b", 20_000), ("c", 60_000), ("d", 2**31 - 1)):
+        header = b"IHDR" + side.to_bytes(4, "big") * 2 + data[24:29]
+        (tmp_path / f"{name}.png").write_bytes(data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:])
+    source = open_source(tmp_path)
+    assert len(list(source)) == 1 and source.skipped == 3
+
+
+def test_what_follows_a_jpeg_does_not_matter_but_its_end_does(tmp_path: Path, images: list[Image]) -> None:
+    path = tmp_path / "a.jpg"
+    for options in ([], [cv2.IMWRITE_JPEG_PROGRESSIVE, 1], [cv2.IMWRITE_JPEG_RST_INTERVAL, 2]):
+        whole = cv2.imencode(".jpg", images[0], options)[1].tobytes()
+        for tail in (b"", b"\xff\xda", whole[: len(whole) // 2], bytes(999)):
+            path.write_bytes(whole + tail)
+            assert read_image(path).shape == images[0].shape
+        preview = b"\xff\xe1" + (2 + len(whole)).to_bytes(2, "big") + whole
+        for head in (whole[:2], whole[:2] + preview):
+            path.write_bytes(head + whole[2:-2])
+            with pytest.raises(UnreadablePicture, match="cut short"):
+                read_image(path)
 
 
 def test_arrays(images: list[Image]) -> None:
@@ -228,7 +337,17 @@ def test_frames_are_shown_at_their_times(tmp_path: Path, images: list[Image]) ->
         for image, timestamp in zip(images, given, strict=False):
             writer.write(image, timestamp)
     shown = [frame.timestamp for frame in open_source(tmp_path / "a.mp4")]
-    assert shown == pytest.approx([0, 0.04, 0.5, 0.52, 0.56, 0.60, 0.64, 0.68, 0.72, 0.76], abs=1e-4)
+    assert shown == pytest.approx([0, 0.04, 0.5, 0.52, 30.0, 30.04, 30.08, 30.12, 30.16, 30.2], abs=1e-4)
+
+
+def test_a_video_begins_at_0_and_a_leap_of_the_clock_is_no_gap(tmp_path: Path, images: list[Image]) -> None:
+    with VideoWriter(tmp_path / "a.mp4", fps=25) as writer:
+        for image, timestamp in zip(images, [7.0, 7.04, 95443.7, 95443.9], strict=False):
+            writer.write(image, timestamp)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].start_time == 0
+        shown = [frame.time for frame in container.decode(video=0)]
+    assert shown == pytest.approx([0, 0.04, 0.08, 0.28], abs=1e-4)
 
 
 def test_file_of_a_killed_writer_plays(tmp_path: Path) -> None:
@@ -244,6 +363,8 @@ def test_file_of_a_killed_writer_plays(tmp_path: Path) -> None:
     process = subprocess.run([sys.executable, "-c", code, str(path)], env=environment)
     assert process.returncode == -signal.SIGKILL
     assert 30 <= len(list(open_source(path))) < 60
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].start_time == 0
 
 
 def test_writer_says_why_it_cannot(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eventful_det.errors import UserError
 from eventful_det.evaluation.changes import blob_frames, blob_masks
-from eventful_det.gating.policy import GateInput, TopK
+from eventful_det.gating.selector import GateInput, TopK
 
 grids = st.tuples(st.integers(1, 24), st.integers(1, 24))
 
@@ -60,7 +60,7 @@ def test_frames_change_in_exactly_these_tokens(size: tuple[int, int], share: flo
     for (before, after), mask in zip(itertools.pairwise(frames), blob_masks(grid, count, seed=3), strict=False):
         error = changed(before, after, patch)
         assert torch.equal(error > 0, torch.from_numpy(mask).flatten())
-        chosen = TopK(count)(GateInput(error, torch.ones(len(error)), 1))
+        (chosen,) = TopK(count)([GateInput(error, torch.ones(len(error)), 1)])
         assert set(chosen.tolist()) == set(error.nonzero().flatten().tolist())
 
 

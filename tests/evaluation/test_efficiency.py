@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from eventful_det.detectors.results import FrameCost
 from eventful_det.evaluation.efficiency import peak_memory, reset_peak_memory, summarise
-from eventful_det.models.cost import FrameCost
 
 
 def cost(macs: int, seconds: dict[str, float], flush: bool = False) -> FrameCost:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eventful_det.evaluation.efficiency import Spread
 from eventful_det.evaluation.timing import (
-    Spread,
     attention_kernels,
     paired_ratios,
     peak_of,

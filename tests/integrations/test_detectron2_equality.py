@@ -17,16 +17,16 @@ from zoo_files import Zoo, official_tensors
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.transforms import fit_size, resize, to_tensor
 from eventful_det.data.video import open_source
-from eventful_det.gating.convert import Rule
+from eventful_det.detectors.protocol import AnyRule
+from eventful_det.detectors.results import Detections
 from eventful_det.gating.paper import Paper
-from eventful_det.gating.policy import Threshold, TopFraction
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import DEFAULT, LargestError, Selector, Threshold, TopFraction
 from eventful_det.models.checkpoints import load_detector, read_weights, save_detectron2
 from eventful_det.models.config import ModelConfig, vitdet_b_vid, vitdet_tiny
 from eventful_det.models.detector import Detector
 from eventful_det.models.infer_config import infer_config
 from eventful_det.models.key_maps import NOT_BOXES, from_detectron2
-from eventful_det.models.regions import Detections
 from eventful_det.models.weight_files import load_exactly, matching
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -98,15 +98,14 @@ def assert_same_rows(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> N
     assert float(distance.amin(dim=0).max()) <= tolerance and float(distance.amin(dim=1).max()) <= tolerance
 
 
-def assert_same_objects(found: Detections, instances: Instances) -> None:
-    """The same boxes, scores and labels."""
+def assert_same_objects(found: Detections, instances: Instances, tolerance: float = 1e-4) -> None:
+    """The same objects in any order: equal labels, scores to the tolerance, boxes to that of the picture's side."""
     assert len(found) == len(instances)
-    side = max(instances.image_size)
-    ours = (found.boxes, found.scores, found.labels)
-    theirs = (instances.pred_boxes.tensor, instances.scores, instances.pred_classes)
-    rows = [torch.cat([b / side, s[:, None], c[:, None]], dim=1) for b, s, c in (ours, theirs)]
-    if len(found):
-        assert_same_rows(*rows)
+    boxes = (found.boxes[:, None] - instances.pred_boxes.tensor).abs().amax(dim=2) / max(instances.image_size)
+    scores = (found.scores[:, None] - instances.scores).abs()
+    distance = torch.where(found.labels[:, None] == instances.pred_classes, boxes.maximum(scores), torch.inf)
+    for dim in (0, 1):
+        assert float(distance.amin(dim).amax() if len(found) else 0) <= tolerance
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -169,7 +168,7 @@ def test_training_losses(config: ModelConfig, box_loss: str, monkeypatch: pytest
     """Every anchor and all of detectron2's proposals are sampled, so that no random choice differs."""
     fewer = {"region_samples": 10**5, "proposals_train": 60, "nms_candidates_train": 60, "drop_path": 0.0}
     ours, theirs = make_pair(dataclasses.replace(config, box_loss=box_loss, **fewer))
-    monkeypatch.setattr("eventful_det.models.proposals._SAMPLES", 10**5)
+    monkeypatch.setattr("eventful_det.models.rpn._SAMPLES", 10**5)
     theirs.proposal_generator.batch_size_per_image = 10**5
     boxes, labels = torch.tensor([[10.0, 12.0, 60.0, 50.0], [20.0, 20.0, 63.0, 85.0]]), torch.tensor([0, 2])
     targets = [{"boxes": boxes, "labels": labels}]
@@ -239,7 +238,7 @@ def test_ours_to_detectron2_and_back_bit_for_bit(suffix: str, tmp_path: Path) ->
 
 
 def test_positions_are_resized_as_in_detectron2() -> None:
-    from eventful_det.gating.anatomy import relative_table, resize_positions
+    from eventful_det.gating.vit_spec import relative_table, resize_positions
 
     positions, table = torch.randn(1, 197, 8), torch.randn(27, 8)
     for grid in ((14, 14), (9, 16), (20, 11)):
@@ -264,28 +263,33 @@ def frames_of(source: str, config: ModelConfig) -> Iterable[Tensor]:
 
 @pytest.mark.parametrize("source", ["synthetic", "real"])
 @pytest.mark.parametrize(
-    "rule",
-    [Paper(TopFraction(0.25)), Paper(Threshold(0.5)), Rows(), Rows(TopFraction(0.25, 0.5, 4.0))],
+    ("rule", "selector"),
+    [
+        (Paper(), TopFraction(0.25)),
+        (Paper(), Threshold(0.5)),
+        (Rows(), DEFAULT),
+        (Rows(), Selector(LargestError(age_power=0.5, saliency=4.0), 0.25)),
+    ],
     ids=["paper, a quarter", "paper, threshold", "rows, default", "rows, a quarter"],
 )
 @pytest.mark.parametrize("incremental", [False, True])
 def test_eventful_rcnn_equals_our_detector_on_a_clip(
-    rule: Rule, source: str, incremental: bool, tmp_path: Path
+    rule: AnyRule, selector: Selector, source: str, incremental: bool, tmp_path: Path
 ) -> None:
     """The shipped weights in both, frame by frame: the same tokens are recomputed, the same objects found."""
     ours = load_detector(short_side=160, long_side=288, proposals=60)
-    config = dataclasses.replace(ours.config, pixel_mean=(0.5 / 255,) * 3, pixel_std=(0.5 / 255,) * 3)
-    theirs = zoo_model(config, EventfulRCNN, {"rule": rule, "incremental_heads": incremental})
+    options = {"rule": rule, "budget": selector, "incremental_heads": incremental}
+    theirs = zoo_model(ours.config, EventfulRCNN, options)
     save_detectron2(ours, tmp_path / "ours.pth")
     DetectionCheckpointer(theirs).load(str(tmp_path / "ours.pth"))
-    ours = ours.with_rule(dataclasses.replace(rule))  # type: ignore[type-var]
     state, objects = ours.init_state(), 0
     for i, frame in enumerate(frames_of(source, ours.config)):
-        (result,) = ours.step(frame[None], state)
+        (result,) = ours.step(frame[None], state, rule=rule, selector=selector)
         with torch.no_grad():
-            (output,) = theirs([{"image": frame, "video_id": 0, "frame_id": i}])
-        assert output["cost"].macs["backbone"] == result.cost.macs["backbone"]
-        assert output["cost"].recomputed == result.cost.recomputed and output["cost"].flush == (i == 0)
+            (output,) = theirs([{"image": (255 * frame).round().byte(), "video_id": 0, "frame_id": i}])
+        assert torch.equal(output["work"], result.work) and output["cost"].flush == (i == 0)
+        for part in ("backbone", "pyramid", "rpn") if incremental else ("backbone",):
+            assert output["cost"].macs[part] == result.cost.macs[part]
         assert_same_objects(result.detections, output["instances"])
         objects += len(result.detections)
     assert i == 19 and objects > 20

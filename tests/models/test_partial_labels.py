@@ -4,7 +4,7 @@ import torch
 
 from eventful_det.models.boxes import area_of
 from eventful_det.models.detector import Detector
-from eventful_det.models.regions import _merge_possible
+from eventful_det.models.roi_heads import _merge_possible
 
 SIZE = 64
 

@@ -6,18 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eventful_det.models.cells import layout_of
 from eventful_det.models.config import ModelConfig
-from eventful_det.models.cost import level_sizes
-from eventful_det.models.maps import layout_of
+from eventful_det.models.macs import level_sizes
 from eventful_det.models.pooling import pool_regions
-from eventful_det.models.regions import RegionHeads
+from eventful_det.models.roi_heads import SingleHead
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(2, 12), st.integers(2, 12), st.integers(0, 9), st.integers(0, 1000))
 def test_equals_torchvision_on_every_level(rows: int, cols: int, count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    heads = RegionHeads(ModelConfig(("a",), channels=5, canonical_box=40, box_fc=(8,)))
+    heads = SingleHead(ModelConfig(("a",), channels=5, canonical_box=40, box_fc=(8,)))
     layout = layout_of(tuple(level_sizes((rows, cols))), torch.device("cpu"))
     values = torch.randn(layout.starts[-1], 5, generator=generator) * layout.inside[:, None]
     levels = [layout.view(i, values)[..., 1:-1, 1:-1] for i in range(5)]

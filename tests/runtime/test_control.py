@@ -1,4 +1,4 @@
-"""Controllers on simulated machines: slow, noisy, suddenly loaded, idle; and the bank by hand."""
+"""The pace of simulated machines: slow, noisy, suddenly loaded, idle."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from eventful_det.runtime.control import Bank, Load, Pace
+from eventful_det.runtime.control import Load, Pace
 
 Machine = Callable[[int, Load], float]
 
@@ -89,27 +89,3 @@ def test_rounds_of_many_frames() -> None:
     assert pace.gmacs(4, 0.14) == pytest.approx(0.5)
     assert pace.gmacs(4, 0.03) < 0
     assert pace.learn(Load(4, 0.5), 0.14) == pace
-
-
-def test_bank_by_hand() -> None:
-    bank = Bank(steps=2)
-    assert bank.purse(10) == 10 and bank.surplus(10) == 0
-    bank = bank.settle(10, 4)
-    assert bank.balance == 6 and bank.purse(10) == 16
-    bank = bank.settle(10, 0).settle(10, 0)
-    assert bank.balance == 20 and bank.surplus(10) == 10
-    assert bank.settle(10, 30).balance == 0
-    assert bank.settle(1, 0).balance == 20, "a small round takes nothing away"
-    assert bank.settle(10, 1000).balance == 0, "no debts"
-    assert Bank(0).surplus(10) == 10 and Bank(0).settle(10, 3).balance == 0
-
-
-def test_bank_holds_every_window() -> None:
-    random = np.random.default_rng(1)
-    bank, spent = Bank(steps=3), []
-    for _ in range(500):
-        spent.append(min(random.exponential(12), bank.purse(10)))
-        bank = bank.settle(10, spent[-1])
-    total = np.concatenate([[0], np.cumsum(spent)])
-    for length in (1, 2, 5, 50):
-        assert (total[length:] - total[:-length]).max() <= 10 * length + 30 + 1e-9

@@ -23,15 +23,14 @@ import torch
 from numpy.typing import NDArray
 
 from eventful_det.data.synthetic import SceneOptions, render_video
-from eventful_det.gating.policy import Threshold
+from eventful_det.gating.selector import Budget, Gmacs, Latency, Selector, Threshold
 from eventful_det.models.detector import Detector
-from eventful_det.runtime.budget import Budget, Gmacs, Latency
+from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.pool import StreamPool
-from eventful_det.runtime.sharing import Terms
 
 FRAMES = int(os.environ.get("EVENTFUL_LONG_RUN", "480"))
 SIZES = ((144, 96), (96, 96), (128, 96), (96, 144))  # of the streams, width and height
-BUDGETS: list[Budget] = [
+BUDGETS: list[Budget | Selector] = [
     *(0.1, 0.4, 0.9, 20, 120, Gmacs(0.04), Gmacs(0.09), Latency(0.02), Latency(0.2)),
     Threshold(2),
 ]
@@ -79,7 +78,7 @@ class Held:
 def test_long_run(tiny_detector: Detector) -> None:
     draw, each, began = random.Random(0), FRAMES // len(SIZES), time.perf_counter()
     clips = {f"{width}x{height}": clip(i, width, height) for i, (width, height) in enumerate(SIZES)}
-    pool = StreamPool(tiny_detector, budget=0.25, terms=Terms(bank=4, max_age=50))
+    pool = StreamPool(tiny_detector, budget=0.25, options=BudgetOptions(bucket=4, max_age=50))
     for name, images in clips.items():
         pool.add(looped(images, each), name=name)
     macs, dense, guests, held = 0, 0, 0, []

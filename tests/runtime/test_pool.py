@@ -17,15 +17,14 @@ from videos import encode
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoFrame, VideoSource, open_source
 from eventful_det.errors import UserError
-from eventful_det.gating.policy import TopK
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import Gmacs, Latency, TopK
 from eventful_det.models.detector import Detector
-from eventful_det.runtime.budget import Gmacs, Latency
+from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.feed import Feed, open_feed
 from eventful_det.runtime.metrics import StreamMetrics
 from eventful_det.runtime.pool import StreamPool
-from eventful_det.runtime.sharing import Terms
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.runtime.session import StreamResult
 
 Image = NDArray[np.uint8]
 
@@ -69,8 +68,7 @@ def test_a_budget_is_one_for_all(tiny_detector: Detector) -> None:
     pool.add(clip(2, 6), name="busy")
     results = by_stream(pool)
     for quiet, busy in zip(results["still"][1:], results["busy"][1:], strict=True):
-        assert quiet.cost.recomputed + busy.cost.recomputed == 20
-        assert busy.cost.recomputed > 15
+        assert quiet.cost.recomputed == 0 and busy.cost.recomputed == 20
 
 
 def test_streams_take_turns_while_boxes_are_held(tiny_detector: Detector) -> None:
@@ -177,8 +175,8 @@ def test_who_comes_and_goes_does_not_disturb_a_bit(tiny_detector: Detector) -> N
         yield from clip(3, 2)
         raise RuntimeError("gone")
 
-    detector = tiny_detector.with_rule(Rows(exact=True))
-    pool = StreamPool(detector, budget=TopK(11), scene_cuts=False)
+    rule = Rows(exact=True)
+    pool = StreamPool(tiny_detector, budget=TopK(11), rule=rule, scene_cuts=False)
     for name, images in watched.items():
         pool.add(images, name=name)
     results: dict[str, list[StreamResult]] = {}
@@ -195,7 +193,7 @@ def test_who_comes_and_goes_does_not_disturb_a_bit(tiny_detector: Detector) -> N
         for result in pool.step():
             results.setdefault(result.stream, []).append(result)
     for name, images in watched.items():
-        alone = detector.stream(images, budget=TopK(11), scene_cuts=False)
+        alone = tiny_detector.stream(images, budget=TopK(11), rule=rule, scene_cuts=False)
         for mine, solo in zip(results[name], alone, strict=True):
             assert_equal(mine, solo)
     assert [r.cost.flush for r in results["mixed"]] == [True, False, False, True]
@@ -231,7 +229,7 @@ def test_a_flush_costs_the_others_nothing(tiny_detector: Detector) -> None:
 def test_every_stream_is_served_and_no_token_grows_old(tiny_detector: Detector) -> None:
     noisy = np.random.default_rng(0)
     loud = [noisy.integers(0, 255, (96, 144, 3), dtype=np.uint8) for _ in range(30)]
-    pool = StreamPool(tiny_detector, budget=12, terms=Terms(min_share=0.5, max_age=15), scene_cuts=False)
+    pool = StreamPool(tiny_detector, budget=12, options=BudgetOptions(max_age=15), scene_cuts=False)
     pool.add(loud, name="loud")
     pool.add(clip(4, 30), name="moving")
     pool.add([clip(1, 1)[0]] * 30, name="still")
@@ -241,7 +239,7 @@ def test_every_stream_is_served_and_no_token_grows_old(tiny_detector: Detector) 
             ages[result.stream] = torch.where(result.work > 0, 0, ages[result.stream] + 1)
             assert ages[result.stream].max() <= 15
             if 0 < step < 10 and result.stream == "moving":
-                assert result.cost.recomputed >= 12 * 0.5 / 3 - 1
+                assert result.cost.recomputed >= 12 * 0.5 / 3, "half of its proportion is assured"
 
 
 def test_a_stalled_stream_holds_nobody_up(tiny_detector: Detector) -> None:
@@ -315,7 +313,7 @@ def test_budget_and_members_from_another_thread(tiny_detector: Detector) -> None
 
 
 def test_metrics(tiny_detector: Detector) -> None:
-    pool = StreamPool(tiny_detector, budget=0.25)
+    pool = StreamPool(tiny_detector, budget=0.25, timing=True)
     assert pool.metrics().total == StreamMetrics(active=False)
     pool.add(clip(1, 5), name="a")
     pool.add(clip(2, 5), name="b")

@@ -10,11 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eventful_det.detectors.results import Detections, FrameCost
 from eventful_det.errors import UserError
-from eventful_det.models.cost import FrameCost
-from eventful_det.models.regions import Detections
 from eventful_det.runtime.rescoring import Objects, Rescorer, Rescoring, rescore
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.runtime.session import StreamResult
 
 COST = FrameCost({"backbone": 1}, {"backbone": 1}, 1, 1, False)
 

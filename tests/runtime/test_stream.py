@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from eventful_det.data.synthetic import SceneOptions, render_video, video_facts
 from eventful_det.data.video import VideoFrame, VideoSource
 from eventful_det.errors import UserError
-from eventful_det.gating.policy import TopK
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.selector import DEFAULT, EVERYTHING, Budget, Selector, TopK
 from eventful_det.models.detector import Detector
-from eventful_det.runtime.refresh import SceneCuts
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.runtime.pool import StreamPool
+from eventful_det.runtime.scene_cuts import SceneCuts
+from eventful_det.runtime.session import StreamResult
 
 Image = NDArray[np.uint8]
 TOKENS = 6 * 10  # of frames of 96 x 144, padded to 96 x 160
@@ -74,7 +76,7 @@ def test_memory_is_constant(tiny_detector: Detector) -> None:
 
 
 def test_result_describes_the_frame(tiny_detector: Detector, frames: list[Image]) -> None:
-    result, again = itertools.islice(tiny_detector.stream(frames, budget=0.25), 2)
+    result, again = itertools.islice(tiny_detector.stream(frames, budget=0.25, timing=True), 2)
     assert result.names == ("circle", "square", "star") and result.timestamp is None
     assert result.image is frames[0] and result.token_size == (16, 16)
     assert result.cost.flush and result.cost.recomputed == result.cost.tokens == TOKENS
@@ -96,19 +98,36 @@ def test_detections_are_in_pixels_of_the_source(tiny_detector: Detector, frames:
 def test_budget_between_frames(tiny_detector: Detector, frames: list[Image]) -> None:
     stream = tiny_detector.stream(frames, budget=7)
     recomputed = [next(stream).cost.recomputed, next(stream).cost.recomputed]
-    for budget in (0.5, TopK(3), 0, 1.0):
+    budgets: list[Budget | Selector] = [0.2, TopK(3), 0, EVERYTHING]
+    for budget in budgets:
         stream.budget = budget
         recomputed.append(next(stream).cost.recomputed)
-    assert recomputed == [TOKENS, 7, TOKENS // 2, 3, 0, TOKENS]
-    assert tiny_detector.policy is not stream.policy  # the detector keeps its own
-    for bad in (1.5, -1, "much", True):
+        assert stream.budget == budget
+    assert recomputed == [TOKENS, 7, TOKENS // 5, 3, 0, TOKENS]
+    for bad in (1.5, -1, "much", True, DEFAULT.policy):
         with pytest.raises(UserError, match="budget"):
             stream.budget = bad  # type: ignore[assignment]
 
 
+def test_a_budget_is_the_default_policy_within_it(tiny_detector: Detector, frames: list[Image]) -> None:
+    """To a stream, a pool and the step itself alike; a budget is a limit, and what nobody wants is not spent."""
+    within = DEFAULT.within(0.3)
+    for a, b in zip(tiny_detector.stream(frames, budget=0.3), tiny_detector.stream(frames, budget=within), strict=True):
+        assert equal(a, b)
+    pool = StreamPool(tiny_detector, budget=0.3)
+    pool.add(frames)
+    state = tiny_detector.init_state()
+    for (result,), stream in zip(pool, tiny_detector.stream(frames, budget=0.3), strict=True):
+        image = tiny_detector.input_transform(stream.image)
+        (step,) = tiny_detector.step([image], state, selector=within, flush=stream.cost.flush)
+        assert equal(result, stream) and torch.equal(step.work, stream.work)
+    still = list(tiny_detector.stream([frames[0]] * 4, budget=0.5))
+    assert [result.cost.recomputed for result in still] == [TOKENS, 0, 0, 0]
+
+
 def test_everything_recomputed_equals_dense(tiny_detector: Detector, frames: list[Image]) -> None:
-    dense = tiny_detector.with_rule(None).stream(frames)
-    for a, b in zip(tiny_detector.stream(frames, budget=1.0), dense, strict=True):
+    dense = tiny_detector.stream(frames, rule=Dense())
+    for a, b in zip(tiny_detector.stream(frames, budget=EVERYTHING), dense, strict=True):
         torch.testing.assert_close(a.detections.boxes, b.detections.boxes, atol=1e-2, rtol=0)
 
 
@@ -128,7 +147,7 @@ def test_size_change_flushes(tiny_detector: Detector, frames: list[Image]) -> No
 
 
 def test_hold(tiny_detector: Detector, frames: list[Image]) -> None:
-    results = list(tiny_detector.stream(frames[:7], budget=1.0, hold=3))
+    results = list(tiny_detector.stream(frames[:7], hold=3))
     assert [r.held for r in results] == [False, True, True, False, True, True, False]
     assert [r.frame_index for r in results] == list(range(7))
     for result, image in zip(results, frames, strict=False):
@@ -177,7 +196,7 @@ class Camera(VideoSource):
 def test_live_source(tiny_detector: Detector, frames: list[Image]) -> None:
     results = list(tiny_detector.stream(Camera(frames), scene_cuts=False, hold=3))
     assert [r.cost.flush for r in results] == [True, False, False, False, True, False, False, False]
-    assert [r.held for r in results] == [False, True, True, False, False, True, False, True]
+    assert [r.held for r in results] == [False, True, True, False, False, True, True, False]
     assert [r.dropped for r in results] == [0] * 4 + [5] * 4
     assert all(r.stream == "camera" and r.frame_age is not None and 0.5 <= r.frame_age < 5 for r in results)
     assert all(r.frame_age is None and r.dropped == 0 for r in tiny_detector.stream(frames[:2]))

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from eventful_det.detectors.results import Detections, FrameCost
 from eventful_det.errors import UserError
-from eventful_det.models.cost import FrameCost
-from eventful_det.models.regions import Detections
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.runtime.session import StreamResult
 from eventful_det.runtime.tracking import Tracker
 
 COST = FrameCost({"backbone": 1}, {"backbone": 1}, 1, 1, False)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule
 from eventful_det.models.detector import Detector
 from eventful_det.runtime.pool import StreamPool
 
@@ -66,6 +67,7 @@ class Server:
 def serving(
     detector: Detector,
     *,
+    rule: AnyRule = DEFAULT_RULE,
     token: str | None = None,
     max_streams: int = 4,
     track: bool = False,
@@ -73,7 +75,8 @@ def serving(
     **options: Any,
 ) -> Iterator[Server]:
     """The application while it runs."""
-    runner, opener = PoolRunner(StreamPool(detector), max_streams=max_streams, track=track), SourceOpener(**options)
+    pool = StreamPool(detector, rule=rule, timing=True)
+    runner, opener = PoolRunner(pool, max_streams=max_streams, track=track), SourceOpener(**options)
     app = create_app(runner, opener, token=token, hosts=("watch.example",), root_path=root_path)
     with TestClient(app, base_url="http://localhost") as client:
         yield Server(runner, opener, client)

@@ -20,6 +20,7 @@ from servers import jpeg_camera
 
 from eventful_det.data.video import VideoFrame, VideoSource
 from eventful_det.errors import UserError
+from eventful_det.gating.dense import Dense
 from eventful_det.models.checkpoints import load_detector
 from eventful_det.models.detector import Detector
 from eventful_det.serving.sources import OpenedSource
@@ -52,11 +53,11 @@ def test_a_stream_from_joining_to_leaving(server: Server) -> None:
 
 
 def test_a_dense_detector_stays_dense(tiny_detector: Detector) -> None:
-    with serving(tiny_detector.with_rule(None)) as server:
+    with serving(tiny_detector, rule=Dense()) as server:
         for budget in ("25%", "auto", "40 GMACs"):
             answer = server.client.put("/api/budget", json={"budget": budget})
             assert answer.status_code == 400 and "gate=dense" in answer.json()["error"]
-        assert server.runner.pool.detector.rule is None
+        assert server.runner.pool.rule == Dense()
 
 
 def test_a_frame_that_cannot_be_shown_stops_nobody_else(server: Server) -> None:

@@ -6,25 +6,20 @@ import json
 import math
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
+import benchmark_streams
 import pytest
 import torch
-from omegaconf import DictConfig
-from running import ROOT, compose_config, run
+from benchmark import compare, markdown, table
+from benchmark_cases import Options, cases_of
+from benchmark_methods import Step, prepare
+from running import options_of, run
 
 from eventful_det.errors import UserError
 from eventful_det.evaluation.timing import Call, Timed
 from eventful_det.models.detector import Detector
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import benchmark_streams  # noqa: E402
-from benchmark import compare, markdown, table  # noqa: E402
-from benchmark_cases import cases_of  # noqa: E402
-from benchmark_methods import Step, prepare  # noqa: E402
 
 PEER = os.environ.get("EVENTFUL_PEER")  # a checkout of WISION-Lab/eventful-transformer
 SMALL = "{dim: 48, depth: 4, heads: 3, global_blocks: [1,3], channels: 16, box_fc: [64], proposals: 20}"
@@ -32,8 +27,8 @@ DETECTOR = f"{{model: vitdet_tiny, size: [64,96], what: detector, fraction: 0.25
 BACKBONE = f"{{model: vitdet_tiny, size: [96,64], what: backbone, k: 5, config: {SMALL}}}"
 
 
-def settings(*overrides: str) -> DictConfig:
-    return compose_config("benchmark", *overrides)
+def settings(*overrides: str) -> Options:
+    return options_of("benchmark", *overrides)
 
 
 def find(case: dict[str, Any], method: str, part: str) -> dict[str, Any]:
@@ -152,20 +147,20 @@ def test_the_cases_of_the_config() -> None:
     ("change", "message"),
     [
         (("k: 5", "k: 25"), "asks for 25 tokens; frames have 1 to 24"),
-        (("k: 5", "k: few"), "k must be a whole number"),
+        (("k: 5", "k: few"), "cases[0].k must be a whole number of at least 1"),
         (("k: 5", "k: 5, fraction: 0.5"), "exactly one of k (tokens) and fraction"),
         (("[96,64]", "[96,60]"), "multiples of 32 pixels"),
-        (("[96,64]", "[96]"), "[height,width]"),
-        (("[96,64]", "96"), "size must be a list"),
-        (("what: backbone", "what: heads"), "what must be one of backbone, detector"),
+        (("[96,64]", "[96]"), "cases[0].size must be a list of 2: a whole number from 32"),
+        (("[96,64]", "96"), "cases[0].size must be a list of 2"),
+        (("what: backbone", "what: heads"), "cases[0].what must be 'backbone' or 'detector'"),
         (("k: 5", "k: 5, methods: [dense,fast]"), "unknown method 'fast'; known for a backbone: dense, rows, paper"),
         (("k: 5", "k: 5, methods: [rows]"), "methods need dense"),
-        (("k: 5", "k: 5, changes: some"), "changes must be synthetic, clip or still"),
+        (("k: 5", "k: 5, changes: some"), "changes must be 'synthetic' or 'clip' or 'still'"),
         (("k: 5", "k: 5, changes: still"), "give neither k nor fraction"),
-        (("k: 5", "tokens: 5"), "unknown option tokens"),
-        (("model: vitdet_tiny, ", ""), "has no model"),
+        (("k: 5", "tokens: 5"), "cases[0]: unknown option 'tokens'"),
+        (("model: vitdet_tiny, ", ""), "cases[0]: give model as well"),
         (("model: vitdet_tiny", "model: nothing"), "no weights 'nothing'"),
-        (("dim: 48", "sides: 48"), "unknown option sides"),
+        (("dim: 48", "sides: 48"), "unknown option"),
         (("k: 5", "k: 5, changes: clip"), "no case left of 1"),
     ],
 )
@@ -207,7 +202,11 @@ def test_streams(tiny_detector: Detector, tmp_path: Path, monkeypatch: pytest.Mo
         assert row["p95_to_median"] >= 1
         if method == "pool":
             assert row["state_bytes"] == pytest.approx(count * rows[1, "pool"]["state_bytes"], rel=0.02)
-    wrong = (("streams=[0]", "whole numbers"), ("budget=fast", "cannot be understood"), ("hold=0", "hold must lie"))
+    wrong = (
+        ("streams=[0]", "whole number"),
+        ("budget=fast", "cannot be understood"),
+        ("hold=99", "hold must be at most"),
+    )
     for bad, message in wrong:
         with pytest.raises(UserError, match=message):
             benchmark_streams.bench_streams(settings("streams=[1]", bad), {})

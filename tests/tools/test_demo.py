@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,23 +17,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import common
+import demo
+import demo_files
 import numpy as np
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
-from running import ENVIRONMENT, ROOT, compose_config, import_tool
+from running import ENVIRONMENT, ROOT, options_of
 from servers import Server, why_not
 from videos import Image, damage, encode, encode_change, encode_sound, rotate, truncate
 
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoFrame, VideoSource, open_source
 from eventful_det.errors import UserError
+from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
-from eventful_det.gating.policy import Focus, RandomK, Threshold, TopK
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import DEFAULT, Focus, LargestError, RandomOrder, Selector
 from eventful_det.models.checkpoints import save_detector
 from eventful_det.models.detector import Detector
 
@@ -52,13 +55,8 @@ def weights(tiny_detector: Detector, tmp_path: Path) -> str:
     return f"weights={tmp_path / 'tiny.safetensors'}"
 
 
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return import_tool("demo", monkeypatch)
-
-
-def config(*options: str) -> DictConfig:
-    return compose_config("demo", "device=cpu", *options)
+def config(*options: str) -> demo.Options:
+    return options_of("demo", "device=cpu", *options)
 
 
 def check_run(directory: Path) -> dict[str, Any]:
@@ -77,7 +75,7 @@ def check_run(directory: Path) -> dict[str, Any]:
 
 def test_complete_run_and_failed_start(weights: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    options = ("compare=true", "show=0.2", "shadow_every=2", "budget=50%", "max_age=20", "bank=2")
+    options = ("show=0.2", "shadow_every=2", "budget=50%", "max_age=20", "bucket=2")
     process = start(weights, "source=synthetic:1", "max_frames=4", f"output={output}", *options)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
@@ -91,7 +89,7 @@ def test_complete_run_and_failed_start(weights: str, tmp_path: Path) -> None:
     assert results["state_bytes"] > 0 and results["peak_memory_mb"] > 10
     assert results["drift"]["frames"] == 2 and results["drift"]["dense_ms"] > 0
     assert "agreement with dense on 2 frames" in stdout
-    assert 0 <= results["compare"]["agreement_f1"] <= 1 and results["compare"]["times_faster_median"] > 0
+    assert 0 <= results["drift"]["agreement_f1"] <= 1 and results["drift"]["times_faster"] > 0
     line = json.loads((output / "detections.jsonl").read_text().splitlines()[1])
     assert line["size"] == {"height": 256, "width": 384} and line["timestamp"] == 0.04
     assert line["detections"] and set(line["detections"][0]) == {"box", "score", "label", "name"}
@@ -137,34 +135,29 @@ class Clip(VideoSource):
 
 
 @pytest.mark.parametrize("frames", [1, 2, 7])
-def test_ctrl_c(module: ModuleType, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int) -> None:
+def test_ctrl_c(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int) -> None:
     clip = Clip(frames, partial(os.kill, os.getpid(), signal.SIGINT))
-    monkeypatch.setattr(module, "open_source", lambda *_, **__: clip)
+    monkeypatch.setattr(demo, "open_source", lambda *_, **__: clip)
     with pytest.raises(KeyboardInterrupt):
-        module.demo(config(weights, f"output={tmp_path / 'out'}"))
+        demo.run(config(weights, f"output={tmp_path / 'out'}"))
     results = check_run(tmp_path / "out")
     assert (results["frames"], results["stopped"]) == (frames, "interrupted")
 
 
-def test_ctrl_c_while_files_are_finished(
-    module: ModuleType, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = import_tool("demo_files", monkeypatch)
-    plot = files.plot_cost
+def test_ctrl_c_while_files_are_finished(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plot = demo_files.plot_cost
 
     def plot_slowly(*given: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         plot(*given)
 
-    monkeypatch.setattr(files, "plot_cost", plot_slowly)
+    monkeypatch.setattr(demo_files, "plot_cost", plot_slowly)
     with pytest.raises(KeyboardInterrupt):
-        module.demo(config(weights, "source=synthetic", "max_frames=3", f"output={tmp_path / 'out'}"))
+        demo.run(config(weights, "source=synthetic", "max_frames=3", f"output={tmp_path / 'out'}"))
     assert check_run(tmp_path / "out")["frames"] == 3
 
 
-def test_few_frames_are_in_flight(
-    module: ModuleType, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_frames_are_in_flight(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Any]] = []
 
     class Watched(Clip):
@@ -176,20 +169,18 @@ def test_few_frames_are_in_flight(
 
     clip = Watched(40, lambda: None)
     clip.ahead = 2
-    monkeypatch.setattr(module, "open_source", lambda *_, **__: clip)
-    module.demo(config(weights, f"output={tmp_path / 'out'}", "max_frames=60"))
+    monkeypatch.setattr(demo, "open_source", lambda *_, **__: clip)
+    demo.run(config(weights, f"output={tmp_path / 'out'}", "max_frames=60"))
     assert check_run(tmp_path / "out")["frames"] == 60 and len(alive) <= 65
 
 
-def test_error_midway_keeps_what_was_written(
-    module: ModuleType, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_midway_keeps_what_was_written(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fall() -> None:
         raise UserError("the camera fell off")
 
-    monkeypatch.setattr(module, "open_source", lambda *_, **__: Clip(5, fall))
+    monkeypatch.setattr(demo, "open_source", lambda *_, **__: Clip(5, fall))
     with pytest.raises(UserError, match="fell off"):
-        module.demo(config(weights, f"output={tmp_path / 'out'}", "hold=2", "show=0.2"))
+        demo.run(config(weights, f"output={tmp_path / 'out'}", "hold=2", "show=0.2"))
     results = check_run(tmp_path / "out")
     assert (results["frames"], results["stopped"]) == (5, "the camera fell off")
 
@@ -209,18 +200,15 @@ def small_disk(free: int) -> Iterator[None]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits for files")
 @pytest.mark.parametrize("free", [0, 1_000, 30_000])
-def test_full_disk_leaves_an_earlier_run_alone(module: ModuleType, weights: str, tmp_path: Path, free: int) -> None:
+def test_full_disk_leaves_an_earlier_run_alone(weights: str, tmp_path: Path, free: int) -> None:
     options = (weights, f"output={tmp_path / 'out'}", "width=320")
-    module.demo(config(*options, "source=synthetic", "max_frames=2"))
+    demo.run(config(*options, "source=synthetic", "max_frames=2"))
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     with small_disk(free), pytest.raises(UserError, match="cannot write .*File too large") as caught:
-        module.demo(config(*options, "source=synthetic:1", "max_frames=60"))
-    assert "\n" not in str(caught.value) and ("frames are in its *.part.* files" in str(caught.value)) == (free > 1_000)
-    after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if ".part" not in path.name}
-    assert after == before
-    left = tmp_path / "out" / "detections.part.jsonl"
-    assert left.exists() == (free > 1_000)
-    module.demo(config(*options, "source=synthetic:1", "max_frames=3"))
+        demo.run(config(*options, "source=synthetic:1", "max_frames=60"))
+    assert re.search(r"(annotated|detections|cost|results)[.\w]*: File too large$", str(caught.value))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    demo.run(config(*options, "source=synthetic:1", "max_frames=3"))
     assert check_run(tmp_path / "out")["frames"] == 3
 
 
@@ -250,7 +238,6 @@ def grey(images: list[Image]) -> list[Image]:
     ],
 )
 def test_difficult_videos(
-    module: ModuleType,
     weights: str,
     tmp_path: Path,
     images: list[Image],
@@ -260,7 +247,7 @@ def test_difficult_videos(
     skipped: bool,
 ) -> None:
     path = make(tmp_path / name, images)
-    module.demo(config(weights, f"source={path}", f"output={tmp_path / 'out'}", "width=320"))
+    demo.run(config(weights, f"source={path}", f"output={tmp_path / 'out'}", "width=320"))
     results = check_run(tmp_path / "out")
     assert results["frames"] in frames and results["stopped"] is None and (results["skipped"] > 0) == skipped
     if name == "variable.mp4":
@@ -272,46 +259,46 @@ def test_difficult_videos(
     assert tuple(sizes[-1].values()) == ((64, 96) if name == "resized.ts" else first)
 
 
-def test_videos_without_a_picture(module: ModuleType, weights: str, tmp_path: Path, images: list[Image]) -> None:
+def test_videos_without_a_picture(weights: str, tmp_path: Path, images: list[Image]) -> None:
     empty = truncate(encode(tmp_path / "empty.mp4", images, movflags="faststart"), 0.1)
     sound = encode_sound(tmp_path / "sound.mp4")
     for path, message in ((empty, "holds no frame|cannot open"), (sound, "holds no video")):
         with pytest.raises(UserError, match=message):
-            module.demo(config(weights, f"source={path}", f"output={tmp_path / 'out'}"))
+            demo.run(config(weights, f"source={path}", f"output={tmp_path / 'out'}"))
     assert not (tmp_path / "out").exists()
 
 
-def test_several_sources(module: ModuleType, weights: str, tmp_path: Path, images: list[Image]) -> None:
+def test_several_sources(weights: str, tmp_path: Path, images: list[Image]) -> None:
     (tmp_path / "clips").mkdir()
     for name in ("a.mp4", "b b.mp4", "a.mkv"):
         encode(tmp_path / "clips" / name, images[:3])
     (tmp_path / "clips" / "broken.mp4").write_bytes(b"nothing")
     for source in (f"{tmp_path}/clips", f"{tmp_path}/clips/*.m*"):
         with pytest.raises(UserError, match="1 of 4 sources failed: .*broken.mp4"):
-            module.demo(config(weights, f"source={source}", f"output={tmp_path / 'out'}", "width=320"))
+            demo.run(config(weights, f"source={source}", f"output={tmp_path / 'out'}", "width=320"))
         assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "a-2", "b_b", "results.json"}
         runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
         for name in ("a", "a-2", "b_b"):
             assert check_run(tmp_path / "out" / name) == runs[name] and runs[name]["frames"] == 3
         shutil.rmtree(tmp_path / "out")
     two = f"source=[{tmp_path}/clips/a.mp4,synthetic:2]"
-    module.demo(config(weights, two, f"output={tmp_path / 'out'}", "max_frames=2", "width=320"))
+    demo.run(config(weights, two, f"output={tmp_path / 'out'}", "max_frames=2", "width=320"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "synthetic_2", "results.json"}
 
 
-def test_classes(module: ModuleType, weights: str, tmp_path: Path) -> None:
+def test_classes(weights: str, tmp_path: Path) -> None:
     options = (weights, "source=synthetic", "max_frames=2", f"output={tmp_path / 'out'}", "width=320")
-    module.demo(config(*options, "classes=[star,circle]"))
+    demo.run(config(*options, "classes=[star,circle]"))
     lines = [json.loads(line) for line in (tmp_path / "out" / "detections.jsonl").read_text().splitlines()]
     assert {found["name"] for line in lines for found in line["detections"]} <= {"star", "circle"}
-    module.demo(config(*options, "classes=square"))
+    demo.run(config(*options, "classes=square"))
     with pytest.raises(UserError, match="classes: no class hare; the weights know circle, square, star"):
-        module.demo(config(*options, "classes=[hare,star]"))
+        demo.run(config(*options, "classes=[hare,star]"))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(why_not("http") is not None, reason=str(why_not("http")))
-def test_camera_that_restarts(module: ModuleType, weights: str, tmp_path: Path) -> None:
+def test_camera_that_restarts(weights: str, tmp_path: Path) -> None:
     server, output = Server("http"), tmp_path / "out"
 
     def frames() -> int:
@@ -332,7 +319,7 @@ def test_camera_that_restarts(module: ModuleType, weights: str, tmp_path: Path) 
     director.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            module.demo(config(weights, f"source={server.url}", f"output={output}"))
+            demo.run(config(weights, f"source={server.url}", f"output={output}"))
     finally:
         director.join()
         server.kill()
@@ -356,33 +343,33 @@ def test_camera_that_restarts(module: ModuleType, weights: str, tmp_path: Path) 
         (["budget=50ms", "gate=paper"], "rows rule"),
         (["max_age=-1"], "max_age must be"),
         (["shadow_every=-1"], "shadow_every must be"),
-        (["source=synthetic", "output={tmp}/file/out"], "cannot write to output="),
+        (["source=synthetic", "output={tmp}/file/out"], "cannot write"),
         (["weights={tmp}/none.safetensors"], "no weights"),
         (["device=abacus"], "device=abacus"),
         (["source={tmp}"], "no pictures"),
     ],
 )
-def test_error_lines(module: ModuleType, weights: str, tmp_path: Path, options: list[str], message: str) -> None:
+def test_error_lines(weights: str, tmp_path: Path, options: list[str], message: str) -> None:
     (tmp_path / "file").write_text("in the way")
     filled = [option.format(tmp=tmp_path) for option in options]
     with pytest.raises(UserError, match=message):
-        module.demo(config(weights, f"output={tmp_path / 'out'}", *filled))
+        demo.run(config(weights, f"output={tmp_path / 'out'}", *filled))
     assert not (tmp_path / "out").exists()
 
 
-def test_build_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = import_tool("common", monkeypatch).build_rule
-    assert build(config().gate) == Rows() == Rows(Focus(2.0, 0.35, 0.25, 100.0, 4, 2.0))
-    assert build(config("gate/policy=frugal").gate) == Rows(Focus(2.0, cap=0.4))
+def test_build_gate() -> None:
+    build = common.build_gate
+    assert build(config().gate) == (Rows(), DEFAULT)
+    assert build(config("gate/policy=frugal").gate) == (Rows(), Selector(Focus(2.0), 0.4))
     chosen = config("gate/policy=topk", "gate.policy.k=7", "gate.renew_every=8", "gate.gate=embedding").gate
-    assert build(chosen) == Rows(TopK(7, 0.5, 4.0), "embedding", 8)
+    assert build(chosen) == (Rows("embedding", 8), Selector(LargestError(None, 0.5, 4.0), 7))
     chosen = config("gate=paper", "gate/policy=threshold", "gate.policy.threshold=2", "gate.pool=2").gate
-    assert build(chosen) == Paper(Threshold(2, 0.5, 0.0, 0.5, 4.0), pool=2)
-    assert build(config("gate/policy=random").gate) == Rows(RandomK(fraction=0.25))
-    assert build(config("gate=dense").gate) is None
-    with pytest.raises(UserError, match="unknown rule 'cols'; known: rows, paper or dense"):
-        build(OmegaConf.create({"rule": "cols"}))
+    assert build(chosen) == (Paper(pool=2), Selector(LargestError(2, 0.5, 4.0), 0.5))
+    assert build(config("gate/policy=random").gate) == (Rows(), Selector(RandomOrder(), 0.25))
+    assert build(config("gate=dense").gate) == (Dense(), DEFAULT)
+    with pytest.raises(UserError, match="unknown rule 'row'; did you mean rows"):
+        build({"rule": "row"})
     with pytest.raises(UserError, match="unknown policy 'best'"):
-        build(OmegaConf.create({"rule": "rows", "policy": {"name": "best"}}))
-    with pytest.raises(UserError, match="policy topk: .*cap"):
-        build(OmegaConf.create({"rule": "rows", "policy": {"name": "topk", "k": 3, "cap": 1}}))
+        build({"rule": "rows", "policy": {"name": "best"}})
+    with pytest.raises(UserError, match="gate.policy: unknown option 'age_pover'; did you mean age_power"):
+        build({"rule": "rows", "policy": {"name": "topk", "k": 3, "age_pover": 1}})

@@ -8,10 +8,19 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import anatomy_of
 from eventful_det.gating.convert import eventify
-from eventful_det.gating.policy import Focus, Policy, RandomK, Threshold, TopFraction, TopK, select_all
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import (
+    EVERYTHING,
+    Focus,
+    LargestError,
+    RandomK,
+    Selector,
+    Threshold,
+    TopFraction,
+    TopK,
+)
+from eventful_det.gating.vit_spec import spec_of
 from eventful_det.training.eventful import gated_tokens
 
 SIZES = {"patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2, "use_rel_pos": True}
@@ -40,40 +49,38 @@ def clip(steps: int, height: int = 40, width: int = 40) -> Tensor:
 @pytest.mark.parametrize(("height", "width"), [(40, 40), (28, 52)])
 @pytest.mark.parametrize("gate", ["patches", "embedding"])
 @pytest.mark.parametrize(
-    "policy",
+    "selector",
     [
-        TopFraction(0.1, age_power=0.5),
-        Threshold(1.0, cap=0.2),
-        Focus(1.0, cap=0.3),
+        Selector(LargestError(age_power=0.5), 0.1),
+        Selector(LargestError(1.0), 0.2),
+        Selector(Focus(1.0), 0.3),
         Threshold(1e9),
         TopK(0),
-        RandomK(k=7),
+        RandomK(7),
     ],
 )
 @pytest.mark.parametrize("blocks", [(4, (1, 3)), (4, ()), (0, ())])
 def test_equals_the_rule_at_test_time(
-    blocks: tuple[int, tuple[int, ...]], policy: Policy, gate: str, height: int, width: int
+    blocks: tuple[int, tuple[int, ...]], selector: Selector, gate: str, height: int, width: int
 ) -> None:
-    vit, frames, rule = network(*blocks), clip(5, height, width), Rows(policy, gate, renew_every=4)
-    eventful = eventify(vit.eval(), rule)
+    vit, frames, rule = network(*blocks), clip(5, height, width), Rows(gate, renew_every=4)
+    eventful = eventify(vit.eval(), rule, selector)
     state = eventful.init_state()
     expected = [eventful.step(frame[None], state)[0].tokens for frame in frames]
-    tokens = gated_tokens(anatomy_of(vit), rule, frames)
+    tokens = gated_tokens(spec_of(vit), frames, rule=rule, selector=selector)
     torch.testing.assert_close(tokens, torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_interest_is_that_of_the_stream_at_test_time() -> None:
-    vit, frames, rule = network(), clip(4), Rows(Focus(0.5, cap=0.2, block=1))
-    interest = torch.rand(4, 100, generator=torch.Generator().manual_seed(3)).round()
-    eventful = eventify(vit.eval(), rule)
-    state, expected = eventful.init_state(), []
-    for frame, matters in zip(frames, interest, strict=True):
-        if expected:
-            state.streams[0].interest.copy_(matters)
-        expected.append(eventful.step(frame[None], state)[0].tokens)
-    tokens = gated_tokens(anatomy_of(vit), rule, frames, interest=interest)
+def test_saliency_is_that_of_the_stream_at_test_time() -> None:
+    vit, frames, selector = network(), clip(4), Selector(Focus(0.5, block=1), 0.2)
+    saliency = torch.rand(4, 100, generator=torch.Generator().manual_seed(3)).round()
+    eventful = eventify(vit.eval(), Rows(), selector)
+    state = eventful.init_state()
+    pairs = zip(frames, saliency, strict=True)
+    expected = [eventful.step(frame[None], state, saliency=[weight])[0].tokens for frame, weight in pairs]
+    tokens = gated_tokens(spec_of(vit), frames, selector=selector, saliency=saliency)
     torch.testing.assert_close(tokens, torch.stack(expected), rtol=1e-4, atol=1e-4)
-    unaware = gated_tokens(anatomy_of(vit), rule, frames)
+    unaware = gated_tokens(spec_of(vit), frames, selector=selector)
     assert not torch.allclose(tokens, unaware, atol=1e-2)
 
 
@@ -81,7 +88,7 @@ def test_everything_selected_is_the_dense_network_and_its_gradient() -> None:
     vit, frames = network(), clip(3)
     dense = vit.forward_features(frames).permute(0, 2, 3, 1)
     (expected,) = torch.autograd.grad(dense.square().sum(), vit.blocks[0].attn.qkv.weight)
-    tokens = gated_tokens(anatomy_of(vit), Rows(select_all), frames)
+    tokens = gated_tokens(spec_of(vit), frames, selector=EVERYTHING)
     torch.testing.assert_close(tokens, dense, rtol=1e-4, atol=1e-4)
     (found,) = torch.autograd.grad(tokens.square().sum(), vit.blocks[0].attn.qkv.weight)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
@@ -90,13 +97,12 @@ def test_everything_selected_is_the_dense_network_and_its_gradient() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_everything_and_only_what_was_selected(checkpointing: bool) -> None:
     vit, frames = network(), clip(3).requires_grad_()
-    rule = Rows(TopFraction(0.05))
-    tokens = gated_tokens(anatomy_of(vit), rule, frames, checkpointing)
+    tokens = gated_tokens(spec_of(vit), frames, selector=TopFraction(0.05), checkpointing=checkpointing)
     tokens[-1].square().sum().backward()
     assert frames.grad is not None
     changed = [bool(gradient.abs().sum() > 0) for gradient in frames.grad]
     assert changed == [True, True, True]  # the last map also stands on rows of earlier frames
-    patches = anatomy_of(vit).patches(frames.grad[-1]).abs().sum(1)
+    patches = spec_of(vit).patches(frames.grad[-1]).abs().sum(1)
     assert int((patches > 0).sum()) == int(0.05 * 100)
     assert all(parameter.grad is not None for parameter in vit.blocks.parameters())
 
@@ -107,7 +113,7 @@ def test_gradient_equals_finite_differences() -> None:
     bias = vit.blocks[1].attn.qkv.bias
 
     def loss() -> Tensor:
-        return gated_tokens(anatomy_of(vit), Rows(TopK(3)), frames)[1:].square().sum()
+        return gated_tokens(spec_of(vit), frames, selector=TopK(3))[1:].square().sum()
 
     (gradient,) = torch.autograd.grad(loss(), bias)
     direction = torch.randn(bias.shape, generator=torch.Generator().manual_seed(2)).double()
@@ -124,4 +130,4 @@ def test_networks_with_a_class_token_are_refused() -> None:
 
     vit = VisionTransformer(img_size=24, patch_size=4, embed_dim=24, depth=2, num_heads=2)
     with pytest.raises(UserError, match="class and register"):
-        gated_tokens(anatomy_of(vit), Rows(), clip(2, 24, 24))
+        gated_tokens(spec_of(vit), clip(2, 24, 24))

@@ -81,8 +81,8 @@ def test_training_brings_gated_closer_to_dense(tiny_detector: Detector, clips: C
 
 def test_focus_recomputes_where_the_object_was(tiny_detector: Detector, clips: Clips) -> None:
     gated, (images, targets) = objective(tiny_detector, policy="focus"), clips
-    interest = gated._interest(targets[0], (4, 6))
-    assert not interest[0].any() and interest[1].any() and not torch.equal(interest[1], interest[2])
+    saliency = gated._saliency(targets[0], (4, 6))
+    assert not saliency[0].any() and saliency[1].any() and not torch.equal(saliency[1], saliency[2])
     loss = gated(images, targets)["loss_distil"]
     empty = [[{"boxes": t["boxes"][:0], "labels": t["labels"][:0]} for t in target] for target in targets]
     for policy, same in (("focus", False), ("threshold", True)):

@@ -17,14 +17,18 @@ from eventful_det.integrations.detectron2.datasets import register_coco_video, r
 from eventful_det.integrations.detectron2.evaluation import VIDEvaluator
 from eventful_det.integrations.detectron2.loading import VideoSampler, VIDMapper, build_vid_test_loader
 from eventful_det.integrations.detectron2.rcnn import EventfulRCNN
+from eventful_det.integrations.detectron2.streaming import SourceLoader, VideoPredictor, load_weights
 
 __all__ = [
     "EventfulRCNN",
+    "SourceLoader",
     "VIDEvaluator",
     "VIDMapper",
+    "VideoPredictor",
     "VideoSampler",
     "add_eventful_config",
     "build_vid_test_loader",
+    "load_weights",
     "register_coco_video",
     "register_imagenet_vid",
 ]

@@ -11,9 +11,8 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import nn
 
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import RULES, Rule
-from eventful_det.gating.policy import Policy, Threshold
-from eventful_det.runtime.budget import policy_for
+from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import LargestError, Selector
 
 
 def add_eventful_config(cfg: CfgNode) -> None:
@@ -24,13 +23,13 @@ def add_eventful_config(cfg: CfgNode) -> None:
     """
     cfg.MODEL.EVENTFUL = node = CfgNode()
     node.RULE = "rows"  # rows, paper or dense
-    node.BUDGET = None  # tokens per frame (int) or share of the tokens (float)
+    node.BUDGET = None  # share of the tokens (float), tokens (int), "40GMACs" or "50ms"; None = the default selector
     node.THRESHOLD = None  # instead of a budget: recompute tokens that changed by more than this ...
     node.CAP = 1.0  # ... at most this share of them
-    node.FLOOR = 0.0  # ... at least this share
-    node.AGE_POWER = 0.5  # change x age^AGE_POWER orders tokens where cap or floor has to choose
+    node.AGE_POWER = 0.5  # change x age^AGE_POWER orders tokens where the cap has to choose
     node.RENEW_EVERY = 0  # rows: recompute everything on every n-th frame; 0 = never
-    node.INCREMENTAL_HEADS = False  # recompute pyramid and proposals where tokens changed
+    node.INCREMENTAL_HEADS = True  # recompute pyramid and proposals where tokens changed
+    node.SCENE_CUTS = True  # recompute everything when another scene begins
     node.MAX_STREAMS = 8  # videos remembered at once
     node.MAX_GAP = 1  # largest step of frame_id with which a video goes on
 
@@ -51,36 +50,26 @@ def eventful_options(cfg: CfgNode) -> dict[str, Any]:
     """Arguments of `EventfulRCNN` from MODEL.EVENTFUL.
 
     Raises:
-        UserError: the rule is unknown, or an option does not fit it.
+        UserError: options contradict each other.
     """
     node = cfg.MODEL.EVENTFUL
-    return {
-        "rule": "dense" if node.RULE == "dense" else _rule(node),
-        "incremental_heads": node.INCREMENTAL_HEADS,
-        "max_streams": node.MAX_STREAMS,
-        "max_gap": node.MAX_GAP,
-    }
-
-
-def _rule(node: CfgNode) -> Rule:
-    if node.RULE not in RULES:
-        raise UserError(f"MODEL.EVENTFUL.RULE is {node.RULE!r}; expected {', '.join(RULES)} or dense")
     if node.RENEW_EVERY and node.RULE != "rows":
         raise UserError("MODEL.EVENTFUL.RENEW_EVERY belongs to the rule 'rows'")
-    rule = RULES[node.RULE](**({"renew_every": node.RENEW_EVERY} if node.RENEW_EVERY else {}))
-    policy = _policy(node)
-    if policy is not None:
-        rule.policy = policy
-    return rule
-
-
-def _policy(node: CfgNode) -> Policy | None:
-    """The policy that the options ask for, or None for the rule's own."""
     if node.BUDGET is not None and node.THRESHOLD is not None:
         raise UserError("give MODEL.EVENTFUL.BUDGET or MODEL.EVENTFUL.THRESHOLD, not both")
+    selector = None
     if node.THRESHOLD is not None:
-        return Threshold(float(node.THRESHOLD), node.CAP, node.FLOOR, node.AGE_POWER)
-    return None if node.BUDGET is None else policy_for(node.BUDGET)
+        selector = Selector(LargestError(float(node.THRESHOLD), node.AGE_POWER), float(node.CAP))
+    return {
+        "rule": Rows(renew_every=node.RENEW_EVERY) if node.RENEW_EVERY else node.RULE,
+        "budget": node.BUDGET if selector is None else selector,
+        "incremental_heads": node.INCREMENTAL_HEADS,
+        "scene_cuts": node.SCENE_CUTS,
+        "max_streams": node.MAX_STREAMS,
+        "max_gap": node.MAX_GAP,
+        "short_side": cfg.INPUT.MIN_SIZE_TEST,
+        "long_side": cfg.INPUT.MAX_SIZE_TEST,
+    }
 
 
 @BACKBONE_REGISTRY.register()

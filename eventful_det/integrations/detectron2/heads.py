@@ -1,7 +1,8 @@
-"""detectron2's pyramid and proposal network on a token map: in full, or where changed tokens reach."""
+"""detectron2's heads on a token map, in full or where changed tokens reach, and what they cost."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +10,16 @@ import torch
 from detectron2.layers.batch_norm import LayerNorm
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.proposal_generator.rpn import RPN, StandardRPNHead
+from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
 from eventful_det.gating.update import Update
+from eventful_det.gating.windows import Grid
 from eventful_det.models.incremental import HeadsState, init_heads, refresh_proposals, refresh_pyramid
-from eventful_det.models.proposals import ProposalHead
+from eventful_det.models.macs import HeadSizes, HeadWeights, stage_macs
+from eventful_det.models.rpn import ProposalHead
 
 Features = dict[str, Tensor]
 
@@ -31,41 +35,117 @@ def pyramid_features(pyramid: Any, tokens: Tensor) -> Features:
     return levels
 
 
-class IncrementalHeads:
-    """The pyramid and the proposal network of a detector, recomputed where changed tokens reach.
+@dataclass(frozen=True)
+class RegionCosts:
+    """MACs of region heads; reading the regions is not counted, nor are keypoints.
 
-    They are detectron2's own modules and parameters, run by `eventful_det.models.incremental`; results are equal.
-
-    Args:
-        pyramid: a `SimpleFeaturePyramid` of four stages with layer norm.
-        rpn: an `RPN` with a `StandardRPNHead` on all levels of the pyramid.
-
-    Raises:
-        UserError: they are made of other parts.
+    Attributes:
+        box: per proposal.
+        mask: per detection.
+        most: that they take at most on a frame.
     """
 
-    def __init__(self, pyramid: Any, rpn: Any) -> None:
-        _check(pyramid, rpn)
-        self._pyramid, self._rpn = pyramid, rpn
-        self._proposals: Any = _Proposals(_Head(rpn.rpn_head))
+    box: int
+    mask: int
+    most: int
 
-    def __call__(self, update: Update, state: HeadsState | None) -> HeadsState:
-        """The maps of a frame: `state`, updated in place, or a new one where all is computed."""
+    @staticmethod
+    def of(roi_heads: Any, proposals: int) -> RegionCosts:
+        """Those of `StandardROIHeads`, of others nothing."""
+        if not isinstance(roi_heads, StandardROIHeads):
+            return RegionCosts(0, 0, 0)
+        layers = [m for part in (roi_heads.box_head, roi_heads.box_predictor) for m in part.modules()]
+        convolutions = sum(m.weight.numel() for m in layers if isinstance(m, nn.Conv2d))
+        linears = sum(m.weight.numel() for m in layers if isinstance(m, nn.Linear))
+        mask = stage_macs(roi_heads.mask_head.modules()) * _cells(roi_heads.mask_pooler) if roi_heads.mask_on else 0
+        box = convolutions * _cells(roi_heads.box_pooler) + linears
+        last = [m for m in roi_heads.box_predictor.modules() if hasattr(m, "test_topk_per_image")][-1]
+        return RegionCosts(box, mask, box * proposals + mask * last.test_topk_per_image)
+
+
+def _cells(pooler: Any) -> int:
+    height, width = pooler.output_size
+    return int(height * width)
+
+
+class Heads:
+    """The heads of a `GeneralizedRCNN` on the token map of a frame: detectron2's own modules and parameters.
+
+    Args:
+        pyramid: a `SimpleFeaturePyramid`.
+        rpn: the proposal generator.
+        roi_heads: the region heads.
+        incremental: recompute pyramid and proposals where changed tokens reach, with equal results, by
+            `eventful_det.models.incremental`. It takes a pyramid of four stages with layer norm, and an `RPN` with a
+            `StandardRPNHead` on all of its levels.
+
+    Attributes:
+        regions: costs of the region heads.
+        weights: MACs of the heads at one place, those of regions being 1: regions are given in MACs. None where pyramid
+            or proposal generator are of other parts: they are not counted then.
+
+    Raises:
+        UserError: `incremental`, and they are made of other parts.
+    """
+
+    def __init__(self, pyramid: Any, rpn: Any, roi_heads: Any, incremental: bool) -> None:
+        missing = _missing(pyramid, rpn)
+        if missing and incremental:
+            raise UserError(f"incremental_heads needs {', '.join(missing)}; leave incremental_heads off for this model")
+        self._pyramid, self._rpn, self._roi_heads, self.incremental = pyramid, rpn, roi_heads, incremental
+        self.regions = RegionCosts.of(roi_heads, rpn.post_nms_topk[False])
+        self._proposals: Any = None
+        self.weights: HeadWeights | None = None
+        if not missing:
+            self._proposals = _Proposals(_Head(rpn.rpn_head))
+            weights = HeadWeights.of(pyramid, self._proposals.rpn_head, nn.Module())
+            self.weights = dataclasses.replace(weights, regions=1)
+
+    def __call__(
+        self, update: Update, state: HeadsState | None, image: ImageList
+    ) -> tuple[Instances, HeadsState | None, dict[str, int]]:
+        """The objects on a token map, what is to be remembered until the next one, and MACs by part.
+
+        Args:
+            update: of the token map.
+            state: what was remembered, updated in place; None = everything is computed.
+            image: the frame, for its size.
+        """
+        sizes = None
+        if self.incremental:
+            state, sizes = self._refresh(update, state)
+            features, proposals = self._read(state, image)
+        else:
+            features = pyramid_features(self._pyramid, update.tokens)
+            proposals, _ = self._rpn(image, features, None)
+        (instances,), _ = self._roi_heads(image, features, proposals, None)
+        regions = self.regions.box * len(proposals[0]) + self.regions.mask * len(instances)
+        if sizes is None or self.weights is None:
+            return instances, None, self.dense((update.tokens.shape[0], update.tokens.shape[1]), regions)
+        return instances, state, self.weights.macs(dataclasses.replace(sizes, regions=regions))
+
+    def dense(self, grid: Grid, regions: int | None = None) -> dict[str, int]:
+        """MACs by part of the dense heads over a token grid; by default with as many regions as there can be."""
+        regions = self.regions.most if regions is None else regions
+        return {"roi": regions} if self.weights is None else self.weights.dense(grid, regions)
+
+    def _refresh(self, update: Update, state: HeadsState | None) -> tuple[HeadsState, HeadSizes[int]]:
+        """The maps of a frame, and at how many places the heads ran."""
         changed = update.changed
         if state is None:
             state = init_heads(self._pyramid, self._proposals, update.tokens)
             changed = torch.arange(len(update.work), device=update.tokens.device)
-        cells, _ = refresh_pyramid(self._pyramid, update.tokens, changed, state)
-        refresh_proposals(self._proposals, state, cells)
-        return state
+        pyramid = refresh_pyramid(self._pyramid, update.tokens, changed, state)
+        rpn = refresh_proposals(self._proposals, state, pyramid.cells)
+        return state, HeadSizes(pyramid.sources, pyramid.convolved, rpn.convolved, rpn.predicted, 0)
 
-    def read(self, state: HeadsState, images: ImageList) -> tuple[Features, list[Instances]]:
+    def _read(self, state: HeadsState, image: ImageList) -> tuple[Features, list[Instances]]:
         """The levels by name and the proposals of a frame, as detectron2's region heads take them."""
         features = dict(zip(self._pyramid.output_shape(), state.levels, strict=True))
         anchors = self._rpn.anchor_generator(list(features.values()))
         counts = [len(level) for level in anchors]
         logits, deltas = ([level[None] for level in values.split(counts)] for values in (state.logits, state.deltas))
-        return features, self._rpn.predict_proposals(anchors, list(logits), list(deltas), images.image_sizes)
+        return features, self._rpn.predict_proposals(anchors, list(logits), list(deltas), image.image_sizes)
 
 
 @dataclass(frozen=True)
@@ -87,7 +167,8 @@ class _Head:
         self.anchor_deltas: nn.Conv2d = head.anchor_deltas
 
 
-def _check(pyramid: Any, rpn: Any) -> None:
+def _missing(pyramid: Any, rpn: Any) -> list[str]:
+    """What incremental heads need and these have not."""
     names = list(pyramid.output_shape())
     convolutions = [m for stage in pyramid.stages for m in stage if isinstance(m, nn.Conv2d)]
     wanted = {
@@ -99,5 +180,4 @@ def _check(pyramid: Any, rpn: Any) -> None:
     missing = [name for name, present in wanted.items() if not present]
     if not missing and list(rpn.in_features) != names:
         missing = [f"an RPN on the levels {', '.join(names)}"]
-    if missing:
-        raise UserError(f"incremental_heads needs {', '.join(missing)}; leave incremental_heads off for this model")
+    return missing

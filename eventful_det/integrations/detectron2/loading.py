@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+import copy
+import gc
+import logging
+import os
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
+import torch
+from detectron2.config import configurable
+from detectron2.data import DatasetFromList, DatasetMapper, MapDataset, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Sampler
 
+from eventful_det.data.pictures import UnreadablePicture, read_image
 from eventful_det.data.streams import share_out
-from eventful_det.data.transforms import fit_size, resize
+from eventful_det.data.transforms import Image, fit_size, resize
+from eventful_det.data.video import open_source
 from eventful_det.errors import UserError
 
 Dicts = Sequence[dict[str, Any]]
+Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]
+
+logger = logging.getLogger(__name__)
+_OPEN_VIDEOS = 16  # files that a process has open at once
 
 
 class FitFrame(T.Augmentation):
@@ -40,37 +53,125 @@ class _Resize(T.ResizeTransform):
 
 
 class VIDMapper(DatasetMapper):
-    """`DatasetMapper` for frames of videos: RGB, resized as our tools do unless other augmentations are given.
+    """A `DatasetMapper` for frames of videos, which are pictures or lie in video files; boxes only.
+
+    `VIDMapper(cfg, is_train)` takes augmentations, sizes and `INPUT.FORMAT` from a yacs config, as `DatasetMapper`
+    does. For testing, frames are resized as the tools of eventful_det do.
 
     Args:
         is_train: keep the annotations.
         short_side, long_side: the short side of the network's input in pixels, unless its long side would exceed.
         augmentations: instead of this resizing.
+        image_format: "RGB" or "BGR".
     """
 
+    @configurable
     def __init__(
         self,
         is_train: bool = False,
+        *,
         short_side: int = 576,
         long_side: int = 1024,
-        augmentations: Sequence[T.Augmentation] | None = None,
+        augmentations: Sequence[T.Augmentation | T.Transform] | None = None,
+        image_format: str = "RGB",
     ) -> None:
         chosen = [FitFrame(short_side, long_side)] if augmentations is None else list(augmentations)
-        super().__init__(is_train, augmentations=chosen, image_format="RGB")
+        super().__init__(is_train, augmentations=chosen, image_format=image_format)
 
-    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """An input of `EventfulRCNN`.
+    @classmethod
+    def from_config(cls, cfg: Any, is_train: bool = True) -> dict[str, Any]:
+        """Arguments from a yacs config."""
+        told = super().from_config(cfg, is_train)
+        sizes = {"short_side": cfg.INPUT.MIN_SIZE_TEST, "long_side": cfg.INPUT.MAX_SIZE_TEST}
+        pixels = {"augmentations": told["augmentations"]} if is_train else sizes
+        return {"is_train": is_train, "image_format": told["image_format"], **pixels}
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
+        """An input of `EventfulRCNN`; in training None in place of a frame that cannot be read: another is taken.
 
         Raises:
-            UserError: the frame does not know its video, or its place in it.
+            UnreadablePicture: the frame cannot be read, or has another size than the data set says.
+            UserError: it does not know its video, or its place in it.
         """
         missing = [key for key in ("video_id", "frame_id") if key not in dataset_dict]
-        if missing:
+        if missing and not self.is_train:
             raise UserError(
                 f"{dataset_dict.get('file_name')} lacks {' and '.join(missing)}; register the data set with "
                 "register_imagenet_vid or register_coco_video"
             )
-        return super().__call__(dataset_dict)
+        entry = copy.deepcopy(dataset_dict)
+        try:
+            image = _read(entry)
+        except UnreadablePicture as error:
+            if not self.is_train:
+                raise
+            logger.warning("left out: %s", error)
+            return None
+        picture = T.AugInput(image if self.image_format == "RGB" else image[..., ::-1])
+        transforms = self.augmentations(picture)
+        entry["image"] = torch.from_numpy(np.ascontiguousarray(picture.image.transpose(2, 0, 1)))
+        if self.is_train:
+            self._transform_annotations(entry, transforms, picture.image.shape[:2])
+        else:
+            entry.pop("annotations", None)
+        return entry
+
+
+def _read(entry: dict[str, Any]) -> Image:
+    """The picture `(h, w, 3)` uint8 RGB of a dataset dict, which may hold it as "frame"; the dict is given its size."""
+    name = str(entry["file_name"])
+    try:
+        if "frame" in entry:
+            image = entry["frame"]
+        elif "video_file" in entry:
+            image = _read_video(entry["video_file"], entry["file_frame"])
+        else:
+            image = read_image(name)
+    except UserError as error:
+        raise UnreadablePicture(str(error)) from None
+    height, width = image.shape[:2]
+    told = (entry.setdefault("width", width), entry.setdefault("height", height))
+    if told != (width, height):
+        raise UnreadablePicture(
+            f"{name} is {width}x{height}, but the data set says {told[0]}x{told[1]}; prepare it again"
+        )
+    return image
+
+
+class _OpenVideo:
+    """A video file that is read forwards."""
+
+    def __init__(self, path: str) -> None:
+        self.source = open_source(path)
+        self._frames, self.next = iter(self.source), 0
+
+    def read(self, number: int) -> Image:
+        """Frame `number`, from `next` on, as `(h, w, 3)` uint8 RGB."""
+        for frame in self._frames:
+            if self.source.skipped:  # which frames were lost cannot be told, and labels must not move to other frames
+                raise UserError(f"{self.source.name} is damaged behind frame {self.next - 1}; the rest cannot be used")
+            self.next += 1
+            if self.next > number:
+                return frame.image
+        raise UserError(f"{self.source.name} has only {self.next} frames, but the data set names more")
+
+
+_open_videos: dict[int, OrderedDict[str, _OpenVideo]] = {}  # by process, so that forked ones open their own
+
+
+def _read_video(path: str, number: int) -> Image:
+    """A frame of a video file: quick in the order of frames, from the start again where an earlier one is asked for."""
+    files = _open_videos.setdefault(os.getpid(), OrderedDict())
+    file = files.pop(path, None)
+    if file is not None and file.next > number:
+        file.source.close()
+        file = None
+    if file is None:
+        file = _OpenVideo(path)
+    files[path] = file
+    if len(files) > _OPEN_VIDEOS:
+        files.popitem(last=False)[1].source.close()
+    return file.read(number)
 
 
 class VideoSampler(Sampler[int]):
@@ -113,19 +214,43 @@ class VideoSampler(Sampler[int]):
                 slots.append(slot)
 
 
+class VideoLoader(DataLoader[Any]):
+    """Batches of frames; those that cannot be read are named and left out, as `tools/eval_net.py` does."""
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:  # type: ignore[override]
+        # A forked worker that collects a dropped decoder of this process would wait for ever for the decoder's threads.
+        gc.collect()
+        for batch in super().__iter__():
+            for entry in batch:
+                if "fault" in entry:
+                    logger.warning("left out: %s", entry["fault"])
+            if readable := [entry for entry in batch if "fault" not in entry]:
+                yield readable
+
+
 def build_vid_test_loader(
-    names: str | Sequence[str], mapper: VIDMapper, streams: int = 1, num_workers: int = 4
-) -> DataLoader[Any]:
+    names: str | Sequence[str], mapper: Mapper, streams: int = 1, num_workers: int = 4
+) -> VideoLoader:
     """A loader for `inference_on_dataset` over videos.
 
     Args:
         names: registered data sets.
-        mapper: makes the inputs of the model.
+        mapper: makes the inputs of the model, for example a `VIDMapper`.
         streams: videos that take turns; a batch holds the next frame of each. `EventfulRCNN` has to remember as many.
-        num_workers: processes that read and resize.
+        num_workers: processes that read and resize; of a video file, each decodes all frames.
     """
     dataset = get_detection_dataset_dicts(names, filter_empty=False)
-    sampler = VideoSampler(dataset, streams)
-    return build_detection_test_loader(
-        dataset, mapper=mapper, sampler=sampler, batch_size=streams, num_workers=num_workers
+    return VideoLoader(
+        MapDataset(DatasetFromList(dataset, copy=False), partial(_mapped, mapper)),
+        sampler=VideoSampler(dataset, streams),
+        batch_size=streams,
+        num_workers=num_workers,
+        collate_fn=list,
     )
+
+
+def _mapped(mapper: Mapper, entry: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        return mapper(entry)
+    except UnreadablePicture as error:
+        return {"fault": str(error)}

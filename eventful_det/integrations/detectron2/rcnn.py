@@ -3,98 +3,145 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from detectron2.config import configurable
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, ROIHeads, SimpleFeaturePyramid
+from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import ImageList, Instances
+from torch import Tensor
 
+from eventful_det.data.source import VideoFrame
+from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
+from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.errors import UserError
-from eventful_det.gating.closed_form import ViTShape, dense_counts
-from eventful_det.gating.convert import EventfulViT, Rule, eventify
-from eventful_det.gating.policy import Policy
-from eventful_det.gating.rows import RowsState
-from eventful_det.gating.state import State
+from eventful_det.gating.convert import Rule, per_stream, step_streams
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.macs import dense_macs
+from eventful_det.gating.paper import Paper
+from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import DEFAULT, Budget, Select, Selector
+from eventful_det.gating.state import State, StreamState, TensorTree
 from eventful_det.gating.update import Update
+from eventful_det.gating.vit_spec import spec_of
 from eventful_det.integrations.detectron2.config import eventful_options
-from eventful_det.integrations.detectron2.heads import IncrementalHeads, pyramid_features
+from eventful_det.integrations.detectron2.heads import Heads
 from eventful_det.integrations.video_states import VideoStates
-from eventful_det.models.cost import FrameCost
+from eventful_det.models.detector import Stopwatch
 from eventful_det.models.incremental import HeadsState
-from eventful_det.models.interest import token_interest
-from eventful_det.runtime.budget import policy_for
+from eventful_det.models.macs import DetectorCosts
+from eventful_det.models.saliency import token_saliency
+from eventful_det.runtime.budget import parse_budget, selector_for
+from eventful_det.runtime.control import Stepper
+from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
 Input = dict[str, Any]
+_RULES: dict[object, AnyRule] = {"rows": Rows(), "paper": Paper(), "dense": Dense()}
 
 
 @dataclass
-class RCNNStream:
+class RCNNStream(TensorTree):
     """What is remembered of a video.
 
     Attributes:
+        size: (height, width) of the last frame in pixels.
         backbone: state of the update rule.
         heads: maps of the pyramid and the proposal network, where these are incremental.
-        instances: found in the last frame, in pixels of the network's input; they stand while nothing changes.
+        instances: detected on the last frame, in pixels of the network's input; they stand while nothing changes.
     """
 
-    backbone: Any = None
+    size: tuple[int, int]
+    backbone: StreamState | None = None
     heads: HeadsState | None = None
     instances: Instances | None = None
 
 
 @META_ARCH_REGISTRY.register()
 class EventfulRCNN(GeneralizedRCNN):
-    """A `GeneralizedRCNN` for video.
+    """A `GeneralizedRCNN` for video, and a `VideoDetector`.
 
-    Modifications against `GeneralizedRCNN`, with the same parameters under the same names:
+    Modifications against `GeneralizedRCNN`, with the same modules and parameters under the same names:
       - in evaluation mode, an input with "video_id" and "frame_id" goes on from the last frame of its video: the ViT
-        recomputes the tokens that its rule selects. Frame 0, a gap and a new size recompute everything. Inputs
-        without "video_id" are still pictures, and "is_last_frame" says that nothing of the video will follow;
+        recomputes the tokens that are selected. Frame 0, a gap, a new size, a scene cut and "flush" recompute
+        everything. Inputs without "video_id" are still pictures, and "is_last_frame" says that nothing of the video
+        will follow;
       - frames are padded one by one, not to the largest of the batch, so that videos do not influence each other, and
         to sides that the pyramid can halve, as still pictures are not unless the backbone pads to squares;
-      - outputs of frames have a "cost" beside "instances": the backbone's `FrameCost`;
+      - outputs of frames have beside "instances" a "cost" (`FrameCost`), the "work" `(H, W)` that each token had done,
+        and "num_classes";
       - what is remembered is in `states`: no part of a checkpoint, gone when training starts or weights are loaded.
 
     Args:
-        rule: "rows", "paper" or a configured `Rows` or `Paper`; "dense" for detectron2's own inference.
-        budget: tokens per frame (int), share of the tokens (float) or a policy; the rule's own policy if None.
+        backbone: a `SimpleFeaturePyramid` on a `ViT`.
+        proposal_generator, roi_heads, pixel_mean, pixel_std, input_format, vis_period: of `GeneralizedRCNN`.
+        rule: how tokens are recomputed: a `Rows` or `Paper`, or "rows" or "paper"; "dense" for detectron2's inference.
+        budget: what a frame may cost: a share of the tokens (float), tokens (int), or a `Selector`. `Gmacs`, `Latency`
+            and texts such as "40GMACs" and "50ms" are for the frames of a batch together. None = the default selector.
         incremental_heads: recompute pyramid and proposals where tokens changed, with equal results.
+        scene_cuts: recompute everything when another scene begins.
         max_streams: videos remembered at once.
         max_gap: largest step of "frame_id" with which a video goes on.
-        parts: of `GeneralizedRCNN`; `backbone` is a `SimpleFeaturePyramid` on a `ViT`.
+        short_side, long_side: of the input in pixels, where frames come from elsewhere than a loader.
+        names: of the classes; by default their numbers.
 
     Raises:
-        UserError: the backbone or an option is not supported.
+        UserError: the model or an option is not supported.
     """
 
     @configurable
     def __init__(
         self,
         *,
-        rule: Rule | Literal["rows", "paper", "dense"] = "rows",
-        budget: float | int | Policy | None = None,
-        incremental_heads: bool = False,
+        backbone: SimpleFeaturePyramid,
+        proposal_generator: RPN,
+        roi_heads: ROIHeads,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        input_format: str | None = None,
+        vis_period: int = 0,
+        rule: AnyRule | Literal["rows", "paper", "dense"] = "rows",
+        budget: Budget | Selector | str = None,
+        incremental_heads: bool = True,
+        scene_cuts: bool = True,
         max_streams: int = 8,
         max_gap: int = 1,
-        **parts: Any,
+        short_side: int = 1024,
+        long_side: int = 1024,
+        names: Sequence[str] = (),
     ) -> None:
-        super().__init__(**parts)
-        if not all(hasattr(self.backbone, name) for name in ("net", "stages", "in_feature")):
-            raise UserError(f"EventfulRCNN needs a SimpleFeaturePyramid backbone, got {type(self.backbone).__name__}")
-        if self.proposal_generator is None:
+        super().__init__(
+            backbone=backbone,
+            proposal_generator=proposal_generator,
+            roi_heads=roi_heads,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+            input_format=input_format,
+            vis_period=vis_period,
+        )
+        if not all(hasattr(backbone, name) for name in ("net", "stages", "in_feature")):
+            raise UserError(f"EventfulRCNN needs a SimpleFeaturePyramid backbone, got {type(backbone).__name__}")
+        if proposal_generator is None:
             raise UserError("EventfulRCNN needs a proposal generator; precomputed proposals are not supported")
-        self.dense = rule == "dense"
-        if not self.dense:
-            self.backbone.net = eventify(self.backbone.net, cast(Any, rule))
-            if budget is not None:
-                self.budget = budget
-        self._heads = IncrementalHeads(self.backbone, self.proposal_generator) if incremental_heads else None
-        self.states = VideoStates(RCNNStream, max_streams, max_gap)
+        self.rule = _RULES.get(rule, rule) if isinstance(rule, str) else rule
+        if isinstance(self.rule, str):
+            raise UserError(f"unknown rule {rule!r}; expected rows, paper or dense, or a Rows or Paper")
+        self.spec = spec_of(backbone.net)
+        self.names = tuple(names) or tuple(map(str, range(roi_heads.num_classes)))
+        self.input_transform = InputTransform(short_side, long_side, self.spec.patch)
+        self.heads = Heads(self.backbone, self.proposal_generator, self.roi_heads, incremental_heads)
+        self.states = VideoStates(partial(self._session, scene_cuts), max_streams, max_gap)
+        selector = selector_for(budget if isinstance(budget, Selector) else parse_budget(budget))
+        self._stepper = Stepper(self, rule=self.rule, budget=selector, options=None, timing=False)
         self.register_load_state_dict_post_hook(_forget)
+        # Constants; DDP would exchange them before each forward, and wait for processes that have fewer frames.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
@@ -102,13 +149,20 @@ class EventfulRCNN(GeneralizedRCNN):
         return {**super().from_config(cfg), **eventful_options(cfg)}
 
     @property
-    def budget(self) -> Policy:
-        """The policy that spends the budget; set tokens (int), a share of the tokens (float), or a policy."""
-        return self._net.policy
+    def dense(self) -> bool:
+        """Whether inference is detectron2's own."""
+        return isinstance(self.rule, Dense)
+
+    @property
+    def budget(self) -> Selector:
+        """The selector that holds the budget; whatever the argument `budget` may be can be set between any frames."""
+        return cast(Selector, self._stepper.budget)
 
     @budget.setter
-    def budget(self, budget: float | int | Policy) -> None:
-        self._net.policy = policy_for(budget)
+    def budget(self, budget: Budget | Selector | str) -> None:
+        if self.dense:
+            raise UserError("rule is 'dense': there is no budget; build EventfulRCNN with rule 'rows' or 'paper'")
+        self._stepper.budget = selector_for(budget if isinstance(budget, Selector) else parse_budget(budget))
 
     def train(self, mode: bool = True) -> EventfulRCNN:
         """As for any module; training changes the weights, so all videos are forgotten."""
@@ -124,91 +178,155 @@ class EventfulRCNN(GeneralizedRCNN):
     ) -> list[Any]:
         """As `GeneralizedRCNN.inference`; frames of videos go on from the frame before.
 
-        Frames of one video may follow each other in a batch, and frames of several may alternate.
+        Frames of one video may follow each other in a batch, and frames of several may alternate. While PyTorch traces,
+        as detectron2's `analyze_model.py` does to count, the dense network runs.
         """
         stills = not any("video_id" in x for x in batched_inputs)
-        if self.dense or stills or detected_instances is not None:
+        if self.dense or stills or detected_instances is not None or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return super().inference(batched_inputs, detected_instances, do_postprocess)
-        found: dict[int, tuple[Instances, FrameCost]] = {}
+        results: dict[int, tuple[Instances, StreamResult]] = {}
         try:
             for chosen in _rounds([x.get("video_id") for x in batched_inputs]):
-                found |= zip(chosen, self._step([batched_inputs[i] for i in chosen]), strict=True)
+                results |= zip(chosen, self._advance([batched_inputs[i] for i in chosen]), strict=True)
         except BaseException:
             self.states.clear()  # a frame that was half processed is in some parts of its state, not in others
             raise
-        instances, costs = zip(*(found[i] for i in range(len(batched_inputs))), strict=True)
+        instances, about = zip(*(results[i] for i in range(len(batched_inputs))), strict=True)
         if not do_postprocess:
             return list(instances)
         outputs = GeneralizedRCNN._postprocess(instances, batched_inputs, [x.image_size for x in instances])
-        return [{**output, "cost": cost} for output, cost in zip(outputs, costs, strict=True)]
+        return [
+            {**output, "cost": result.cost, "work": result.work, "num_classes": len(self.names)}
+            for output, result in zip(outputs, about, strict=True)
+        ]
 
-    @property
-    def _net(self) -> EventfulViT:
-        if self.dense:
-            raise UserError("rule is 'dense': there is no budget; build EventfulRCNN with rule 'rows' or 'paper'")
-        return cast(EventfulViT, self.backbone.net)
+    def init_state(self, batch: int = 1) -> State[RCNNStream]:
+        """An empty state for `batch` streams."""
+        return State([None] * batch)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def _step(self, inputs: Sequence[Input]) -> list[tuple[Instances, FrameCost]]:
-        """Process frames of different videos."""
-        images = [self._image(x) for x in inputs]
-        streams = [self._stream(x, image.image_sizes[0]) for x, image in zip(inputs, images, strict=True)]
-        for stream in streams:
-            self._point_out(stream)
-        state = State([stream.backbone for stream in streams])
-        updates = self._net.step([image.tensor[0] for image in images], state)
+    def step(
+        self,
+        frames: Sequence[Tensor],
+        state: State[RCNNStream],
+        *,
+        rule: AnyRule = DEFAULT_RULE,
+        selector: Select = DEFAULT,
+        flush: Sequence[bool] | bool = False,
+        timing: bool = False,
+    ) -> list[StepResult]:
+        """Detect in the next frame `(3, h, w)`, RGB in [0, 1], of every stream; see `VideoDetector.step`."""
+        if any(module.training for module in self.modules()):
+            raise UserError("EventfulRCNN.step is for inference, and the model or a part of it trains; call .eval()")
+        stopwatch = Stopwatch(self.device, timing)
+        images, streams = [], []
+        for i, frame in enumerate(per_stream("frames", frames, state)):
+            size, stream = (frame.shape[-2], frame.shape[-1]), state.streams[i]
+            if stream is None or stream.size != size:
+                state.streams[i] = stream = RCNNStream(size)
+            images.append(self._image(frame))
+            streams.append(stream)
+        backbones = State([stream.backbone for stream in streams])
+        saliency = [self._saliency(image.tensor, stream) for image, stream in zip(images, streams, strict=True)]
+        stopwatch.lap("other")
+        updates = step_streams(
+            self.spec,
+            [image.tensor[0] for image in images],
+            backbones,
+            rule=cast(Rule[StreamState], rule),
+            selector=selector,
+            flush=flush,
+            saliency=saliency,
+        )
+        stopwatch.lap("backbone")
         results = []
-        for stream, backbone, update, image in zip(streams, state.streams, updates, images, strict=True):
-            stream.backbone = backbone
-            if update.changed.numel() or stream.instances is None:
-                stream.instances = self._find(update, stream, image)
-            results.append((copy.deepcopy(stream.instances), self._cost(update)))  # postprocessing scales in place
+        with torch.autocast(self.device.type, enabled=False):  # the heads compute in the type of their parameters
+            for stream, backbone, update, image in zip(streams, backbones.streams, updates, images, strict=True):
+                stream.backbone = backbone
+                results.append(self._detect(update, stream, image))
+        stopwatch.lap("heads")
+        seconds = {part: seconds / len(streams) for part, seconds in stopwatch.seconds().items()}
+        for result in results:
+            result.cost.seconds.update(seconds)
         return results
 
-    def _image(self, frame: Input) -> ImageList:
-        """A normalised frame, padded so that the pyramid can halve its token map.
+    def cost_model(self, rule: AnyRule) -> DetectorCosts:
+        """What frames will cost under a rule.
+
+        Raises:
+            UserError: it is not the rows rule with the patch gate, or the heads are not incremental.
+        """
+        weights = self.heads.weights if self.heads.incremental else None
+        if weights is None or not isinstance(rule, Rows) or rule.gate != "patches":
+            raise UserError("costs are known in advance under the rows rule with incremental_heads only")
+        static = self.device.type != "cpu" if rule.static is None else rule.static
+        return DetectorCosts(self.spec.shape, weights, self.heads.regions.most, static)
+
+    def _advance(self, inputs: Sequence[Input]) -> list[tuple[Instances, StreamResult]]:
+        """Process frames of different videos."""
+        due = [self._begin(x) for x in inputs]
+        results = self._stepper.step(due)
+        streams = [cast(RCNNStream, session.state.streams[0]) for session, _ in due]
+        # Postprocessing scales instances in place.
+        return [(copy.deepcopy(s.instances), result) for s, result in zip(streams, results, strict=True)]
+
+    def _begin(self, frame: Input) -> tuple[StreamSession[RCNNStream], KeyFrame]:
+        """The session of the video of a frame, and the frame."""
+        pixels = frame["image"].permute(1, 2, 0).cpu().numpy()  # (h, w, 3), 0 to 255
+        pixels = pixels[..., ::-1] if self.input_format == "BGR" else pixels
+        image = np.ascontiguousarray(pixels if pixels.dtype == np.uint8 else pixels.clip(0, 255).astype(np.uint8))
+        session = self._session_of(frame, (image.shape[0], image.shape[1]))
+        key = session.begin(VideoFrame(image, resumed=bool(frame.get("flush"))), resized=pixels)
+        return session, cast(KeyFrame, key)  # nothing is held
+
+    def _session_of(self, frame: Input, size: tuple[int, int]) -> StreamSession[RCNNStream]:
+        if "video_id" not in frame:
+            return self._session(False, size)
+        if "frame_id" not in frame:
+            raise UserError('an input has "video_id" but no "frame_id"; give its number in the video, from 0')
+        session = self.states.at(frame["video_id"], frame["frame_id"], size)
+        if frame.get("is_last_frame"):
+            self.states.forget(frame["video_id"])
+        return session
+
+    def _session(self, scene_cuts: bool, size: tuple[int, int]) -> StreamSession[RCNNStream]:
+        """A session for frames that a loader has resized to this (height, width)."""
+        transform = InputTransform(min(size), max(size), self.spec.patch)
+        return StreamSession(self, transform, scene_cuts=scene_cuts)
+
+    def _image(self, frame: Tensor) -> ImageList:
+        """A frame `(3, h, w)`, RGB in [0, 1], normalised, and padded so that the pyramid can halve its token map.
 
         `preprocess_image` leaves that out unless the backbone pads to squares: the pyramid misspells its wish.
         """
-        image = (self._move_to_current_device(frame["image"]) - self.pixel_mean) / self.pixel_std
+        pixels = 255 * (frame.flip(0) if self.input_format == "BGR" else frame)
+        image = (pixels - self.pixel_mean) / self.pixel_std
         wishes = self.backbone.padding_constraints
         divisor = wishes.get("size_divisibility", wishes.get("size_divisiblity", 0))
         return ImageList.from_tensors([image], divisor, padding_constraints=wishes)
 
-    def _stream(self, frame: Input, size: tuple[int, int]) -> RCNNStream:
-        """What is remembered of the video of a frame."""
-        if "video_id" not in frame:
-            return RCNNStream()
-        if "frame_id" not in frame:
-            raise UserError('an input has "video_id" but no "frame_id"; give its number in the video, from 0')
-        stream = self.states.at(frame["video_id"], frame["frame_id"], size)
-        if frame.get("is_last_frame"):
-            self.states.forget(frame["video_id"])
-        return stream
+    def _saliency(self, image: Tensor, stream: RCNNStream) -> Tensor | None:
+        """How much each token of a prepared frame matters, by what was detected on the last frame."""
+        found = stream.instances
+        if found is None:
+            return None
+        grid = self.spec.grid(*image.shape[-2:])
+        return token_saliency(found.pred_boxes.tensor, found.scores, grid, self.spec.patch)
 
-    def _point_out(self, stream: RCNNStream) -> None:
-        """Tell the gate where something was found on the last frame."""
-        backbone, found = stream.backbone, stream.instances
-        if isinstance(backbone, RowsState) and found is not None:
-            patch = self._net.anatomy.patch
-            backbone.interest.copy_(token_interest(found.pred_boxes.tensor, found.scores, backbone.grid, patch))
-
-    def _find(self, update: Update, stream: RCNNStream, image: ImageList) -> Instances:
-        """The objects on a token map, in pixels of the network's input."""
-        if self._heads is None:
-            features = pyramid_features(self.backbone, update.tokens)
-            proposals, _ = self.proposal_generator(image, features, None)
-        else:
-            stream.heads = self._heads(update, stream.heads)
-            features, proposals = self._heads.read(stream.heads, image)
-        (instances,), _ = self.roi_heads(image, features, proposals, None)
-        return instances
-
-    def _cost(self, update: Update) -> FrameCost:
-        rows, cols = update.tokens.shape[:2]
-        dense = dense_counts(ViTShape.of(self._net.anatomy), (rows, cols)).macs
-        recomputed = round(float(update.work.sum()))
-        return FrameCost({"backbone": update.counts.macs}, {"backbone": dense}, recomputed, rows * cols, update.flush)
+    def _detect(self, update: Update, stream: RCNNStream, image: ImageList) -> StepResult:
+        """The objects on a token map."""
+        grid = (update.tokens.shape[0], update.tokens.shape[1])
+        dense = {"backbone": dense_macs(self.spec.shape, grid).total, **self.heads.dense(grid)}
+        macs = {**dict.fromkeys(dense, 0), "backbone": update.macs.total}
+        if update.changed.numel() or stream.instances is None:
+            update = dataclasses.replace(update, tokens=update.tokens.to(self.spec.dtype))
+            stream.instances, stream.heads, heads = self.heads(update, stream.heads, image)
+            macs |= heads
+        found = stream.instances
+        detections = Detections(found.pred_boxes.tensor, found.scores, found.pred_classes).clone()
+        cost = FrameCost(macs, dense, round(float(update.work.sum())), len(update.work), update.flush)
+        return StepResult(detections, cost, update.work.view(grid))
 
 
 def _forget(model: EventfulRCNN, _: object) -> None:

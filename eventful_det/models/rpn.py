@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
-from eventful_det.gating.anatomy import Grid
+from eventful_det.gating.windows import Grid
 from eventful_det.models.boxes import area_of, cell_anchors, decode, encode, grid_anchors, match, sample
 from eventful_det.models.config import ModelConfig
 from eventful_det.models.vitdet import STRIDES
@@ -113,7 +113,7 @@ class ProposalGenerator(nn.Module):
             deltas: `(n, 4)` of the same.
             size: (height, width) in pixels without padding.
         """
-        config = self.config
+        config, logits, deltas = self.config, logits.float(), deltas.float()
         candidates = config.nms_candidates_train if self.training else config.nms_candidates
         keep = config.proposals_train if self.training else config.proposals
         ratios = len(config.anchor_ratios)

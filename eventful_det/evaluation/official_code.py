@@ -13,20 +13,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
-from eventful_det.gating.anatomy import Grid, anatomy_of
-from eventful_det.gating.cost import Counts
-
-if TYPE_CHECKING:
-    from eventful_det.models.vitdet import WindowedViT
+from eventful_det.gating.vit_spec import spec_of
+from eventful_det.gating.windows import Grid
+from eventful_det.models.vitdet import WindowedViT
 
 _PACKAGES = ("eventful_transformer", "utils")  # top-level packages that it imports
+_PRODUCTS = ("linear", "matmul", "einsum", "gate")  # of its counts those that are multiply-adds
 _STATE = ("p", "b", "product")  # attributes of its modules that outlive a frame
 
 _NAMES = (  # of parameters: ours, theirs
@@ -42,7 +41,7 @@ _NAMES = (  # of parameters: ours, theirs
 )
 
 
-class PeerCode:
+class OfficialCode:
     """The modules of a checkout.
 
     Args:
@@ -67,7 +66,7 @@ class PeerCode:
                 raise UserError(f"peer={folder} cannot be imported ({error}); install what it needs") from error
 
 
-class PeerBackbone:
+class OfficialBackbone:
     """The official backbone with the parameters of one of ours, which it shares; one stream, in float32.
 
     Relative positions of global blocks are resized to the grid beforehand, as ours are: the official code resizes
@@ -80,7 +79,7 @@ class PeerBackbone:
         k: tokens that every gate lets through; None = its dense backbone.
     """
 
-    def __init__(self, code: PeerCode, net: WindowedViT, grid: Grid, k: int | None = None) -> None:
+    def __init__(self, code: OfficialCode, net: WindowedViT, grid: Grid, k: int | None = None) -> None:
         self._embed = cast(nn.Conv2d, net.patch_embed.proj)
         self._net = _build(code, net, grid, gated=k is not None)
         self._net.load_state_dict(_parameters(net, grid), assign=True)
@@ -93,15 +92,14 @@ class PeerBackbone:
         """The next normalised frame `(3, h, w)` of the stream; returns tokens `(N, D)`."""
         return self._net(self._embed(frame[None]).flatten(2).transpose(1, 2))[0]
 
-    def count(self, frame: Tensor) -> Counts:
-        """Operations of the next frame, counted by the official code; the patch embedding, by us."""
+    def count(self, frame: Tensor) -> int:
+        """Multiply-adds of the next frame, counted by the official code; the patch embedding, by us."""
         self._net.counting()
         self._net.clear_counts()
         tokens = len(self(frame))
         self._net.no_counting()
-        counted = {kind.removesuffix("_flops"): int(value) for kind, value in self._net.total_counts().items()}
-        weight = self._embed.weight
-        return Counts(**counted) + Counts(linear=tokens * weight.numel(), bias=tokens * weight.shape[0])
+        counted = self._net.total_counts()
+        return tokens * self._embed.weight.numel() + sum(int(counted.get(f"{kind}_flops", 0)) for kind in _PRODUCTS)
 
     def reset(self) -> None:
         """Forget the stream: the next frame is a flush."""
@@ -116,23 +114,23 @@ class PeerBackbone:
 
 
 @torch.no_grad()
-def dense_difference(code: PeerCode, net: WindowedViT, frame: Tensor) -> float:
+def dense_difference(code: OfficialCode, net: WindowedViT, frame: Tensor) -> float:
     """Largest difference of the dense token maps of a normalised frame `(3, h, w)`, relative to our largest value."""
     ours = net(frame[None])[0].flatten(1).T
-    grid = anatomy_of(net).grid(*frame.shape[-2:])
-    return float((PeerBackbone(code, net, grid)(frame) - ours).abs().max() / ours.abs().max())
+    grid = spec_of(net).grid(*frame.shape[-2:])
+    return float((OfficialBackbone(code, net, grid)(frame) - ours).abs().max() / ours.abs().max())
 
 
-def _build(code: PeerCode, net: WindowedViT, grid: Grid, gated: bool) -> Any:
+def _build(code: OfficialCode, net: WindowedViT, grid: Grid, gated: bool) -> Any:
     """The official backbone in the sizes of ours, without parameters of its own."""
-    blocks = anatomy_of(net).blocks
+    blocks = spec_of(net).blocks
     windowed = [i for i, block in enumerate(blocks) if block.window]
     with torch.device("meta"):
         return code.backbones.ViTBackbone(
             block_config={
                 "dim": blocks[0].dim,
                 "heads": blocks[0].heads,
-                "mlp_ratio": blocks[0].fc1.out_features // blocks[0].dim,
+                "mlp_ratio": blocks[0].layers[2][0].out_features // blocks[0].dim,
                 "relative_embedding_size": grid,
                 "window_size": max(block.window for block in blocks) or None,
             },

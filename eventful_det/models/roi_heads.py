@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image, generalized_box_iou_loss, roi_align
 
+from eventful_det.detectors.results import Detections
 from eventful_det.gating.state import TensorTree
 from eventful_det.models.boxes import area_of, decode, encode, match, sample
 from eventful_det.models.config import ModelConfig
@@ -27,27 +28,27 @@ Reader = Callable[[list[Tensor]], Tensor]  # boxes `(n, 4)` of each image to the
 
 
 @dataclass
-class Detections(TensorTree):
-    """Objects found in one frame, best first.
+class RegionOutput(TensorTree):
+    """What region heads say of some proposals; K classes.
 
     Attributes:
-        boxes: `(n, 4)` xyxy in pixels.
-        scores: `(n,)` in [0, 1].
-        labels: `(n,)` indices into the class names, from 0.
-        tracks: `(n,)` ids of objects followed from frame to frame, -1 = not followed (yet); None without a tracker.
+        read: `(n, s, 4)` the boxes whose contents were read from the levels, those of s stages: the proposals first.
+        scores: `(n, K + 1)` class probabilities, background last.
+        boxes: `(n, K, 4)` refined for each class, or `(n, 1, 4)` for all of them.
     """
 
-    boxes: Tensor
+    read: Tensor
     scores: Tensor
-    labels: Tensor
-    tracks: Tensor | None = None
+    boxes: Tensor
 
-    def __len__(self) -> int:
-        return self.boxes.shape[0]
+    @property
+    def proposals(self) -> Tensor:
+        """`(n, 4)` xyxy in pixels."""
+        return self.read[:, 0]
 
-    def scaled(self, x: float, y: float) -> Detections:
-        """The same objects with coordinates multiplied by `x` and `y`."""
-        return dataclasses.replace(self, boxes=self.boxes * self.boxes.new_tensor([x, y, x, y]))
+    def rows(self, start: int, end: int) -> RegionOutput:
+        """That of some proposals in a row."""
+        return self.map(lambda values: values[start:end])
 
 
 def level_of(boxes: Tensor, canonical_box: float) -> Tensor:
@@ -100,7 +101,7 @@ class BoxPredictor(nn.Module):
         return self.cls_score(x), self.bbox_pred(x)
 
 
-class Regions(nn.Module, ABC):
+class RoIHeads(nn.Module, ABC):
     """Classify and refine proposals: what all kinds of region heads have in common."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -109,22 +110,14 @@ class Regions(nn.Module, ABC):
         self._dropped = [config.classes.index(name) for name in config.dropped]
 
     @abstractmethod
-    def score(self, read: Reader, proposals: list[Tensor], sizes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """What the heads say of each proposal of all images, in two tensors `(n, ...)` that `select` understands.
+    def score(self, read: Reader, proposals: list[Tensor], sizes: list[tuple[int, int]]) -> RegionOutput:
+        """What the heads say of the proposals of all images, one image after the other.
 
         Args:
             read: gives the content of boxes, for example `pool` of some levels.
             proposals: of each image, `(n, 4)`.
             sizes: (height, width) of each image in pixels.
         """
-
-    @abstractmethod
-    def select(self, proposals: Tensor, scores: Tensor, boxes: Tensor, size: tuple[int, int]) -> Detections:
-        """The objects of one image of (height, width) `size`, from its proposals and what `score` said of them."""
-
-    @abstractmethod
-    def regions(self, proposals: Tensor, boxes: Tensor) -> list[Tensor]:
-        """All boxes `(n, 4)` that were read from the levels, given the proposals and the second result of `score`."""
 
     @abstractmethod
     def losses(
@@ -134,35 +127,36 @@ class Regions(nn.Module, ABC):
 
     def pool(self, levels: list[Tensor], proposals: list[Tensor]) -> Tensor:
         """Read each proposal from the level that suits its size, `(n, C, 7, 7)` (detectron2's ROIPooler)."""
-        rois = torch.cat([F.pad(boxes, (1, 0), value=float(i)) for i, boxes in enumerate(proposals)])
+        rois = torch.cat([F.pad(boxes.float(), (1, 0), value=float(i)) for i, boxes in enumerate(proposals)])
         level = level_of(rois[:, 1:], self.config.canonical_box)
         pooled = levels[0].new_zeros(rois.shape[0], levels[0].shape[1], POOL, POOL)
         for i in range(_POOLED_LEVELS):
             here = (level == i).nonzero().squeeze(1)
             if here.numel():
                 scale = 1.0 / STRIDES[i]
-                values = roi_align(levels[i], rois[here], POOL, scale, sampling_ratio=0, aligned=True)
+                values = roi_align(levels[i].float(), rois[here], POOL, scale, sampling_ratio=0, aligned=True)
                 pooled = pooled.index_copy(0, here, values.to(pooled.dtype))
         return pooled
 
     def detect(self, levels: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]) -> list[Detections]:
         """The objects of each image, in pixels of the network's input."""
-        scores, boxes = self.score(partial(self.pool, levels), proposals, sizes)
-        counts = [len(image) for image in proposals]
-        per_image = zip(proposals, scores.split(counts), boxes.split(counts), sizes, strict=True)
-        return [self.select(*image) for image in per_image]
+        output = self.score(partial(self.pool, levels), proposals, sizes)
+        ends = list(accumulate(map(len, proposals), initial=0))
+        parts = [output.rows(*ends[i : i + 2]) for i in range(len(sizes))]
+        return [self.select(part, size) for part, size in zip(parts, sizes, strict=True)]
 
-    def choose(self, scores: Tensor, boxes: Tensor, size: tuple[int, int]) -> Detections:
-        """Threshold and suppress per class: scores `(n, K)`, overwritten, and boxes `(n, K, 4)` of one image."""
+    def select(self, output: RegionOutput, size: tuple[int, int]) -> Detections:
+        """The objects of one image of (height, width) `size`: threshold and suppress per class."""
+        scores = output.scores[:, :-1].clone()  # (n, K)
         scores[:, self._dropped] = 0.0
-        boxes = clip_boxes_to_image(boxes, size)
+        boxes = clip_boxes_to_image(output.boxes, size).expand(-1, scores.shape[1], 4)  # (n, K, 4)
         row, label = (scores > self.config.score_threshold).nonzero(as_tuple=True)
         box, score = boxes[row, label], scores[row, label]
         keep = batched_nms(box, score, label, self.config.nms_threshold)[: self.config.max_detections]
         return Detections(box[keep], score[keep], label[keep])
 
 
-class RegionHeads(Regions):
+class SingleHead(RoIHeads):
     """One head for all proposals, with boxes for each class."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -170,18 +164,12 @@ class RegionHeads(Regions):
         self.box_head = BoxHead(config.channels, config.box_convs, config.box_fc)
         self.box_predictor = BoxPredictor(self.box_head.width, len(config.classes))
 
-    def score(self, read: Reader, proposals: list[Tensor], sizes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Class logits `(n, K + 1)` and box deltas `(n, 4 K)` of the proposals of all images; sizes do not matter."""
-        return self._predict(read, proposals)
-
-    def select(self, proposals: Tensor, scores: Tensor, boxes: Tensor, size: tuple[int, int]) -> Detections:
-        """The objects of one image of (height, width) `size`, from class logits and box deltas."""
-        decoded = decode(boxes, proposals, _WEIGHTS).unflatten(1, (-1, 4))
-        return self.choose(scores.softmax(dim=1)[:, :-1], decoded, size)
-
-    def regions(self, proposals: Tensor, boxes: Tensor) -> list[Tensor]:
-        """The proposals themselves."""
-        return [proposals]
+    def score(self, read: Reader, proposals: list[Tensor], sizes: list[tuple[int, int]]) -> RegionOutput:
+        """What the head says of the proposals of all images; sizes do not matter."""
+        logits, deltas = self._predict(read, proposals)
+        every = torch.cat(proposals)
+        boxes = decode(deltas, every, _WEIGHTS).unflatten(1, (-1, 4))
+        return RegionOutput(every[:, None], logits.softmax(dim=1), boxes)
 
     def _predict(self, read: Reader, proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
         logits, deltas = self.box_predictor(self.box_head(read(proposals)))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eventful_det.gating.anatomy import Grid
+from eventful_det.gating.windows import Grid
 
 SPARSE_MAC = 1.25  # time of a multiply-add at listed cells, in those of a convolution over a whole level (measured)
 _PATCH_ELEMENTS = 1 << 20  # of neighbourhoods gathered at once: what the caches of a CPU hold
@@ -87,9 +87,14 @@ def layout_of(sizes: tuple[Grid, ...], device: torch.device) -> Layout:
     return Layout(sizes, tuple(starts), torch.cat(step), where, where.cumsum(0) - 1)
 
 
+def cells_run(count: int, length: int) -> int:
+    """At how many cells of a level of so many a convolution runs when it is asked for at some."""
+    return length if count * SPARSE_MAC > length else count
+
+
 def convolve(
     conv: nn.Conv2d, values: Tensor, layout: Layout, cells: Tensor, neighbours: Tensor, counts: list[int]
-) -> tuple[Tensor, int]:
+) -> Tensor:
     """A 3x3 convolution at some cells, without what may follow it in its module.
 
     Args:
@@ -98,26 +103,25 @@ def convolve(
         layout: of the cells.
         cells: `(n,)` where to compute, in order.
         neighbours: `(n, 9)` of these cells.
-        counts: how many of them lie on each level. A level most of whose cells are asked for is computed as a whole.
+        counts: how many of them lie on each level. A level most of whose cells are asked for is computed as a whole,
+            see `cells_run`.
 
     Returns:
-        `(n, C')`, and the multiply-adds that ran.
+        `(n, C')`.
     """
     weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-    rows, begin, ran = values.new_empty(len(cells), len(weight)), 0, 0
+    rows, begin = values.new_empty(len(cells), len(weight)), 0
     listed = 0  # where cells begin that are gathered together, of one level or more
     for level, (count, length) in enumerate(zip(counts, layout.lengths, strict=False)):
-        if count * SPARSE_MAC > length:
+        if cells_run(count, length) == length and count:
             _convolve_listed(weight, conv.bias, values, neighbours[listed:begin], rows[listed:begin])
             image = F.conv2d(layout.view(level, values), conv.weight, conv.bias)[0].flatten(1).T
             places = layout.place.index_select(0, cells[begin : begin + count]) - sum(layout.lengths[:level])
             torch.index_select(image, 0, places, out=rows[begin : begin + count])
-            listed, ran = begin + count, ran + length
-        else:
-            ran += count
+            listed = begin + count
         begin += count
     _convolve_listed(weight, conv.bias, values, neighbours[listed:], rows[listed:])
-    return rows, ran * weight.numel()
+    return rows
 
 
 def _convolve_listed(weight: Tensor, bias: Tensor | None, values: Tensor, neighbours: Tensor, out: Tensor) -> None:

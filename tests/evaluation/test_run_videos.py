@@ -14,29 +14,30 @@ import pytest
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video, load_coco_video
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video_writer import VideoWriter
+from eventful_det.detectors.results import StepResult
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import coco_results
 from eventful_det.evaluation.runs import Method, VideoRun
 from eventful_det.evaluation.store import ResultStore
-from eventful_det.evaluation.streaming import run_videos
 from eventful_det.evaluation.summary import rows_of
-from eventful_det.evaluation.sweep import run_method, run_methods
+from eventful_det.evaluation.sweep import run_methods, run_videos
 from eventful_det.gating.paper import Paper
-from eventful_det.gating.policy import RandomK, Threshold, TopFraction
 from eventful_det.gating.rows import Rows
-from eventful_det.models.detector import Detector, StepResult
+from eventful_det.gating.selector import Gmacs, LargestError, RandomOrder, Selector, TopFraction
+from eventful_det.models.detector import Detector
+from eventful_det.runtime.rescoring import Rescorer
 
 SIZES = [(128, 96, 5), (96, 128, 2), (160, 96, 7), (128, 96, 3)]  # width, height, frames
 METHODS = [
     Method("dense"),
-    Method("threshold", 1, Rows(Threshold(1.0, cap=0.5, age_power=0.5))),
-    Method("renewed", 2, Rows(TopFraction(0.25), renew_every=3)),
-    Method("random", 0.25, Rows(RandomK(fraction=0.25))),
-    Method("paper", 0.25, Paper(TopFraction(0.25))),
-    Method("held", 2, Rows(TopFraction(0.5)), hold=2),
+    Method("default", 0.25, Rows(), budget=0.25),
+    Method("renewed", 2, Rows(renew_every=3), Selector(LargestError(1.0, age_power=0.5), 0.5)),
+    Method("random", 0.25, Rows(), Selector(RandomOrder(), 0.25)),
+    Method("paper", 0.25, Paper(), TopFraction(0.25)),
+    Method("held", 2, Rows(), TopFraction(0.5), hold=2),
     Method("small", 0.5, scale=0.5),
 ]
-SQUARE = Method("square", None, Rows(TopFraction(0.5)), square=True)
+SQUARE = Method("square", None, Rows(), TopFraction(0.5), square=True)
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +77,13 @@ def test_streams_side_by_side_equal_streams_alone(tiny_detector: Detector, data:
 def test_equals_the_stream_of_the_library(tiny_detector: Detector, data: CocoVideo, method: Method) -> None:
     runs = {run.video.id: facts(run) for run in run_videos(tiny_detector, data, method, streams=3)}
     for video in data.videos:
-        stream = tiny_detector.with_rule(method.rule).stream(
+        stream = tiny_detector.stream(
             [cv2.imread(str(data.image_path(frame)))[..., ::-1].copy() for frame in video.frames],
             short_side=round(method.scale * 96),
             long_side=round(method.scale * 192),
             hold=method.hold,
+            rule=method.rule,
+            budget=method.budget,
         )
         found = list(stream)
         detections = {f.image_id: r.detections for f, r in zip(video.frames, found, strict=True)}
@@ -89,6 +92,30 @@ def test_equals_the_stream_of_the_library(tiny_detector: Detector, data: CocoVid
         assert (run["results"], run["costs"]) == (coco_results(detections, [1, 2, 3]), costs)
         assert run["state"] == stream.state_bytes
     assert runs[3]["costs"][3].flush, "the cut was seen"
+
+
+def test_videos_do_not_share_a_budget_of_a_step(tiny_detector: Detector, data: CocoVideo) -> None:
+    method = Method("gmacs", 0.03, Rows(), Gmacs(0.03))
+    costs = [cost for run in run_videos(tiny_detector, data, method) for cost in run.costs]
+    assert all(cost.flush or cost.total <= 0.03e9 for cost in costs)
+    with pytest.raises(UserError, match="streams=1"):
+        next(run_videos(tiny_detector, data, method, streams=2))
+
+
+@pytest.mark.parametrize("hold", [1, 2])
+def test_rescored_runs_equal_what_a_stream_would_have_shown(
+    tiny_detector: Detector, data: CocoVideo, hold: int
+) -> None:
+    (run,) = run_methods(tiny_detector, data, [Method("default", 0.25, Rows(), 0.25, hold=hold)])
+    after = run.rescored()
+    for old, new, video in zip(run.videos, after.videos, data.videos, strict=True):
+        images = [cv2.imread(str(data.image_path(frame)))[..., ::-1].copy() for frame in video.frames]
+        shown = map(Rescorer(), tiny_detector.stream(images, budget=0.25, hold=hold))
+        for frame, result in zip(video.frames, shown, strict=True):
+            scores = sorted((e["score"] for e in new.results if e["image_id"] == frame.image_id), reverse=True)
+            assert scores == pytest.approx(result.detections.scores.tolist(), abs=1e-3)
+        assert [entry["bbox"] for entry in new.results] == [entry["bbox"] for entry in old.results]
+    assert after.results != run.results
 
 
 def test_boxes_of_a_square_lie_in_the_frame(tiny_detector: Detector, data: CocoVideo) -> None:
@@ -107,10 +134,10 @@ def test_frames_of_a_step_share_its_time(
 ) -> None:
     plain, steps = Detector.step, []
 
-    def slow(self: Detector, frames: Any, *rest: Any) -> list[StepResult]:
+    def slow(self: Detector, frames: Any, *rest: Any, **options: Any) -> list[StepResult]:
         steps.append(len(frames))
         time.sleep(0.02)
-        return plain(self, frames, *rest)
+        return plain(self, frames, *rest, **options)
 
     monkeypatch.setattr(Detector, "step", slow)
     runs = list(run_videos(tiny_detector, data, Method("held", 2, hold=2), streams=4, scene_cuts=False))
@@ -129,8 +156,8 @@ def test_video_files_are_run_like_their_frames(tiny_detector: Detector, data: Co
             writer.write(cv2.imread(str(data.image_path(frame)))[..., ::-1].copy())
     clip = dataclasses.replace(video, file_name="clip.mp4")
     CocoVideo(data.categories, [clip], tmp_path).save(tmp_path / "clip.json")
-    expected = [r.detections for r in tiny_detector.with_rule(METHODS[1].rule).stream(tmp_path / "clip.mp4")]
-    run = run_method(tiny_detector, load_coco_video(tmp_path / "clip.json"), METHODS[1], streams=2, workers=2)
+    expected = [r.detections for r in tiny_detector.stream(tmp_path / "clip.mp4", budget=0.25)]
+    (run,) = run_methods(tiny_detector, load_coco_video(tmp_path / "clip.json"), METHODS[1:2], streams=2, workers=2)
     found = {f.image_id: d for f, d in zip(video.frames, expected, strict=True)}
     assert run.results == coco_results(found, [1, 2, 3]) and run.results
 
@@ -169,15 +196,17 @@ def test_frames_that_cannot_be_read_are_skipped_and_counted(
         other.flicker,
     )
     with pytest.raises(UserError, match="no frame can be read; the first: .*0_0.png"):
-        run_method(tiny_detector, broken(data, tmp_path, *(f.image_id for f in data.frames)), Method("dense"))
+        run_methods(tiny_detector, broken(data, tmp_path, *(f.image_id for f in data.frames)), METHODS[:1])
 
 
 def test_what_was_skipped_is_run_when_it_can_be_read(tiny_detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
-    store, part = ResultStore(tmp_path / "store", {}), broken(data, tmp_path, 23)
+    part = broken(data, tmp_path, 23)
+    store = ResultStore(tmp_path / "store", {}, part)
     seen: list[str] = []
-    run_method(tiny_detector, part, METHODS[1], store=store)
-    run_method(tiny_detector, part, METHODS[1], store=store)
+    method = METHODS[1:2]
+    run_methods(tiny_detector, part, method, store=store)
+    run_methods(tiny_detector, part, method, store=store)
     cv2.imwrite(str(tmp_path / "2_2.png"), cv2.imread(str(data.image_root / "2_2.png")))
-    mended = run_method(tiny_detector, part, METHODS[1], store=store, on_frame=lambda m: seen.append(m.name))
-    assert mended.results == run_method(tiny_detector, data, METHODS[1]).results
+    (mended,) = run_methods(tiny_detector, part, method, store=store, on_frame=lambda m: seen.append(m.name))
+    assert mended.results == run_methods(tiny_detector, data, method)[0].results
     assert not mended.skipped and len(seen) == 17

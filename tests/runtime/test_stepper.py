@@ -13,15 +13,17 @@ import torch
 from numpy.typing import NDArray
 
 from eventful_det.data.synthetic import SceneOptions, render_video
+from eventful_det.detectors.results import FrameCost, StepResult
 from eventful_det.errors import UserError
+from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
-from eventful_det.gating.policy import Threshold
-from eventful_det.models.detector import Detector, StepResult
-from eventful_det.runtime.budget import Budget, Gmacs, Latency
-from eventful_det.runtime.sharing import Terms
-from eventful_det.runtime.stream import StreamResult
+from eventful_det.gating.selector import EVERYTHING, Budget, Focus, Gmacs, Latency, Selector, Threshold
+from eventful_det.models.detector import Detector
+from eventful_det.runtime.budget import BudgetOptions
+from eventful_det.runtime.session import StreamResult
 
 Image = NDArray[np.uint8]
+WANTS_ALL = Selector(Focus(0.0, renew=100.0))  # whatever changes, every token is wanted
 
 
 def clip(index: int, frames: int) -> list[Image]:
@@ -54,7 +56,7 @@ def test_gmacs_are_never_exceeded(tiny_detector: Detector, moving: list[Image], 
     results = steady(list(tiny_detector.stream(moving, budget=Gmacs(share * dense / 1e9))))
     spent = [result.cost.total / dense for result in results]
     assert max(spent) <= share
-    assert np.mean(spent) > 0.35 * share, "and it is used: what lacks is the bound of the region heads"
+    assert np.mean(spent) > 0.3 * share, "and it is used: what lacks is the bound of the region heads"
 
 
 @pytest.mark.parametrize("budget", [Gmacs(0.02), Latency(10.0)])
@@ -69,15 +71,17 @@ def test_frames_padded_to_squares(tiny_detector: Detector, moving: list[Image], 
 
 
 def test_dense_is_the_ceiling(tiny_detector: Detector, moving: list[Image]) -> None:
-    gated = tiny_detector.stream(moving[:6], budget=Gmacs(1000))
-    for result, dense in zip(gated, tiny_detector.with_rule(None).stream(moving[:6]), strict=True):
+    gated = tiny_detector.stream(moving[:6], budget=EVERYTHING.within(Gmacs(1000)))
+    for result, dense in zip(gated, tiny_detector.stream(moving[:6], rule=Dense()), strict=True):
         torch.testing.assert_close(result.detections.boxes, dense.detections.boxes, atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("budget", [Gmacs(0.01), 0.1, 9])
-def test_a_bank_never_lends_more_than_it_holds(tiny_detector: Detector, budget: Budget) -> None:
+def test_a_bucket_never_gives_more_than_it_holds(tiny_detector: Detector, budget: Budget) -> None:
     images = [clip(1, 1)[0]] * 12 + clip(4, 25)
-    results = steady(list(tiny_detector.stream(images, budget=budget, scene_cuts=False, terms=Terms(bank=3))))
+    results = steady(
+        list(tiny_detector.stream(images, budget=budget, scene_cuts=False, options=BudgetOptions(bucket=3)))
+    )
     gmacs = isinstance(budget, Gmacs)
     spent = [result.cost.total / 1e9 if gmacs else result.cost.recomputed for result in results]
     allowance = budget.value if isinstance(budget, Gmacs) else 6 if budget == 0.1 else 9
@@ -91,60 +95,60 @@ def test_budget_of_any_kind_between_frames(tiny_detector: Detector, moving: list
     stream = tiny_detector.stream(moving, budget=0.5)
     next(stream)
     dense = 0.0
-    for budget in (Gmacs(0.012), 7, Latency(10.0), Threshold(1e9), 0.0, Gmacs(0.02), 1.0):
+    budgets: list[Budget | Selector] = [Gmacs(0.012), 7, Threshold(1e9), 0.0, Gmacs(0.02), EVERYTHING]
+    for budget in budgets:
         stream.budget = budget
         assert stream.budget == budget
         cost = next(stream).cost
         dense = cost.dense_total
         if isinstance(budget, Gmacs):
             assert cost.recomputed > 0 and cost.total <= 1e9 * budget.value
-        expected = {7: 7, Latency(10.0): 60, Threshold(1e9): 0, 0.0: 0, 1.0: 60}
+        expected = {7: 7, Threshold(1e9): 0, 0.0: 0, EVERYTHING: 60}
         assert cost.recomputed == expected.get(budget, cost.recomputed)  # type: ignore[call-overload]
     assert dense > 0
 
 
 @pytest.mark.parametrize("budget", [0.02, 1, Gmacs(0.008), Latency(1e-6), Threshold(1e9)])
-def test_staleness_is_bounded(tiny_detector: Detector, budget: Budget) -> None:
+def test_staleness_is_bounded(tiny_detector: Detector, budget: Budget | Selector) -> None:
     images = [clip(1, 1)[0]] * 45
-    results = list(tiny_detector.stream(images, budget=budget, terms=Terms(max_age=12)))
+    results = list(tiny_detector.stream(images, budget=budget, options=BudgetOptions(max_age=12)))
     assert worst_age(results) <= 12
     unbounded = list(tiny_detector.stream(images, budget=Threshold(1e9)))
     assert worst_age(unbounded) == 44
 
 
-def test_a_still_scene_is_renewed_once_and_then_costs_nothing(tiny_detector: Detector, moving: list[Image]) -> None:
-    images = moving[:6] + [moving[5]] * 20
-    results = list(tiny_detector.stream(images, budget=0.25, terms=Terms(max_age=0)))
-    recomputed = [result.cost.recomputed for result in results[1:]]
-    assert recomputed[:8] == [15] * 8, "changed tokens first, then those whose context changed"
-    assert recomputed[-10:] == [0] * 10 and sum(recomputed[5:]) >= 45
+@pytest.mark.parametrize("budget", [8, 0.2])
+def test_what_is_due_is_part_of_the_budget(tiny_detector: Detector, moving: list[Image], budget: Budget) -> None:
+    results = steady(list(tiny_detector.stream(moving, budget=budget, options=BudgetOptions(max_age=40))))
+    assert worst_age(results) <= 40
+    assert max(result.cost.recomputed for result in results) == (8 if budget == 8 else 12)
 
 
 class Simulated(Detector):
-    """A detector on a machine that takes `seconds` for a step, which is told of each frame's cost."""
+    """A detector on a machine that takes `seconds` for a step, by each frame's cost."""
 
-    seconds: Callable[[Any], float]
+    seconds: Callable[[FrameCost], float]
 
-    def step(self, *args: Any, **kwargs: Any) -> list[StepResult]:
-        results = super().step(*args, **kwargs)
+    def step(self, *args: Any, **options: Any) -> list[StepResult]:
+        results = super().step(*args, **options)
         for result in results:
             result.cost.seconds.clear()
             result.cost.seconds["backbone"] = self.seconds(result.cost)
         return results
 
 
-def simulated(detector: Detector, seconds: Callable[[Any], float]) -> Detector:
-    view = detector.with_rule(detector.rule)
-    view.__class__ = Simulated
-    view.seconds = seconds  # type: ignore[attr-defined]
-    return view
+def simulated(detector: Detector, seconds: Callable[[FrameCost], float]) -> Simulated:
+    copy = Simulated(detector.config)
+    copy.load_state_dict(detector.state_dict())
+    copy.seconds = seconds  # type: ignore[method-assign]
+    return copy.eval()
 
 
 def test_latency_is_held_by_feedback(tiny_detector: Detector, moving: list[Image]) -> None:
     """A tenth of the time whatever is recomputed; twice as slow from frame 40 to 80; then a tenth of the target."""
     load = 1.0
     detector = simulated(tiny_detector, lambda cost: load * (0.01 + 0.09 * cost.total / cost.dense_total))
-    stream = detector.stream(moving * 3 + moving[::-1], budget=Latency(0.05), scene_cuts=False)
+    stream = detector.stream(moving * 3 + moving[::-1], budget=WANTS_ALL.within(Latency(0.05)), scene_cuts=False)
     next(stream)
     taken = []
     for frame in range(119):
@@ -152,29 +156,30 @@ def test_latency_is_held_by_feedback(tiny_detector: Detector, moving: list[Image
         taken.append(next(stream).cost.seconds["backbone"])
     settled = np.array(taken[15:39] + taken[50:79] + taken[95:])
     assert settled.mean() == pytest.approx(0.05, rel=0.1) and settled.max() < 1.4 * 0.05
-    stream.budget = Latency(0.005)
+    stream.budget = WANTS_ALL.within(Latency(0.005))
     floors = [next(stream).cost.recomputed for _ in range(20)]
     assert min(floors[5:]) >= 1, "out of reach, but alive"
 
 
 def test_dense_where_gating_takes_longer(tiny_detector: Detector, moving: list[Image]) -> None:
-    def seconds(cost: Any) -> float:
+    def seconds(cost: FrameCost) -> float:
         dense = cost.recomputed == cost.tokens
         return 0.1 if dense else 0.01 + 0.3 * cost.total / cost.dense_total
 
-    results = steady(list(simulated(tiny_detector, seconds).stream(moving, budget=Latency(0.2))))
+    results = steady(list(simulated(tiny_detector, seconds).stream(moving, budget=WANTS_ALL.within(Latency(0.2)))))
     assert all(result.cost.recomputed == 60 for result in results[5:])
     few = steady(list(simulated(tiny_detector, seconds).stream([moving[0]] * 8, budget=Latency(0.2))))
     assert all(result.cost.recomputed == 0 for result in few)
 
 
 def test_the_paper_rule_knows_tokens_and_shares_only(tiny_detector: Detector, moving: list[Image]) -> None:
-    detector = tiny_detector.with_rule(Paper())
-    (_, second) = list(detector.stream(moving[:2], budget=0.25))
-    assert second.cost.recomputed == 15
+    (_, second) = list(tiny_detector.stream(moving[:2], rule=Paper(), budget=0.25))
+    assert 0 < second.cost.recomputed <= 15
     for budget in (Gmacs(1), Latency(1)):
         with pytest.raises(UserError, match="rows rule"):
-            detector.stream(moving, budget=budget)
+            tiny_detector.stream(moving, rule=Paper(), budget=budget)
+    with pytest.raises(UserError, match="rows rule"):
+        tiny_detector.stream(moving, rule=Paper(), budget=0.25, options=BudgetOptions(max_age=9))
 
 
 def test_results_do_not_depend_on_the_past_of_a_budget(tiny_detector: Detector, moving: list[Image]) -> None:

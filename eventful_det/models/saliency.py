@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eventful_det.gating.anatomy import Grid
+from eventful_det.gating.windows import Grid
 
 REACH = 0.5  # tokens by which boxes are widened: objects move, and their borders matter
 
 
-def token_interest(boxes: Tensor, scores: Tensor, grid: Grid, patch: int) -> Tensor:
+def token_saliency(boxes: Tensor, scores: Tensor, grid: Grid, patch: int) -> Tensor:
     """The highest score of the boxes that reach a token; weak detections count, too, by their score.
 
     Args:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eventful_det.gating.policy import GateInput, select_all
-from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import EVERYTHING, GateInput
 from eventful_det.models.detector import Detector
-from eventful_det.models.interest import REACH, token_interest
+from eventful_det.models.saliency import REACH, token_saliency
 
 PATCH = 16
 sides = st.integers(1, 8)
@@ -21,9 +22,9 @@ boxes = st.lists(st.tuples(*[st.floats(0, 140)] * 2, *[st.floats(0, 80)] * 2, st
 @given(sides, sides, boxes)
 def test_map_is_the_best_score_that_reaches_a_token(height: int, width: int, found: list[tuple[float, ...]]) -> None:
     xyxys = torch.tensor([[x, y, x + w, y + h, score] for x, y, w, h, score in found]).view(-1, 5)
-    interest = token_interest(xyxys[:, :4], xyxys[:, 4], (height, width), PATCH)
-    assert interest.shape == (height * width,)
-    for token, value in enumerate(interest.tolist()):
+    saliency = token_saliency(xyxys[:, :4], xyxys[:, 4], (height, width), PATCH)
+    assert saliency.shape == (height * width,)
+    for token, value in enumerate(saliency.tolist()):
         y, x = divmod(token, width)
         reached = [
             score
@@ -36,19 +37,17 @@ def test_map_is_the_best_score_that_reaches_a_token(height: int, width: int, fou
         assert value == max(reached, default=0.0)
 
 
-def test_the_gate_is_told_what_was_found_on_the_last_frame(tiny_detector: Detector) -> None:
-    told: list[GateInput] = []
+def test_the_gate_knows_what_was_found_on_the_last_frame(tiny_detector: Detector) -> None:
+    seen: list[GateInput] = []
 
-    def policy(gate: GateInput) -> Tensor:
-        assert gate.interest is not None
-        told.append(gate._replace(interest=gate.interest.clone()))
-        return select_all(gate)
+    def select(gates: Sequence[GateInput]) -> list[Tensor]:
+        seen.extend(gates)
+        return EVERYTHING(gates)
 
-    detector = tiny_detector.with_rule(Rows(policy))
-    state = detector.init_state()
+    state = tiny_detector.init_state()
     frames = torch.rand(3, 3, 96, 160, generator=torch.Generator().manual_seed(0))
-    found = [detector.step(frame[None], state)[0].detections for frame in frames]
-    assert len(told) == 2 and len(found[0]) > 0  # the first frame is a flush
-    for gate, detections in zip(told, found, strict=False):
-        assert gate.grid == (6, 10) and gate.interest is not None
-        assert torch.equal(gate.interest, token_interest(detections.boxes, detections.scores, (6, 10), PATCH))
+    found = [tiny_detector.step(frame[None], state, selector=select)[0].detections for frame in frames]
+    assert len(seen) == 2 and len(found[0]) > 0  # the first frame is a flush
+    for gate, detections in zip(seen, found, strict=False):
+        assert gate.grid == (6, 10) and gate.saliency is not None
+        assert torch.equal(gate.saliency, token_saliency(detections.boxes, detections.scores, (6, 10), PATCH))

@@ -1,0 +1,19 @@
+"""The console command: `eventful-det COMMAND ...`, the same as `python -m eventful_det COMMAND ...`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Run a tool; in a wheel they lie inside the package, in a checkout beside it."""
+    package = Path(__file__).resolve().parent
+    sys.path.insert(0, str(next(path for path in (package / "tools", package.parent / "tools") if path.is_dir())))
+    from command_line import console_command
+
+    console_command()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What detectors of all kinds have in common."""

@@ -1,0 +1,192 @@
+"""One stream on its way through a detector: is there a scene cut? a key frame? resize, step, rescale.
+
+A session decides and remembers; it does not run the detector, so that many sessions can share a step:
+
+    frame -> begin -> (key frame) -> step of the detector -> finish -> result
+                   -> (held frame) --------------------------------> result
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Generic
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eventful_det.data.source import VideoFrame
+from eventful_det.detectors.protocol import InputTransform, S, VideoDetector
+from eventful_det.detectors.results import Detections, FrameCost, StepResult
+from eventful_det.errors import UserError
+from eventful_det.runtime.drift import Drift
+from eventful_det.runtime.scene_cuts import SceneCuts
+
+
+@dataclass(frozen=True)
+class StreamResult:
+    """One frame of a stream.
+
+    Attributes:
+        detections: boxes in pixels of the source frame, scores, labels.
+        names: class names that the labels index.
+        frame_index: from 0.
+        timestamp: seconds since the start of the source, or None where it has no clock.
+        cost: of this frame.
+        work: `(H, W)` share of its token-wise work that each token had done, 0 to 1.
+        token_size: height and width of a token in pixels of the source frame; the map may reach beyond the frame.
+        image: the source frame, `(h, w, 3)` uint8 RGB.
+        held: the detector did not run; the detections are those of an earlier frame.
+        stream: name of the source.
+        frame_age: seconds from the capture of the frame to its detections; None unless the source is live.
+        dropped: frames of a live source that were overtaken by newer ones so far.
+        drift: how the detections compare with dense ones, on frames on which these were made as well.
+    """
+
+    detections: Detections
+    names: tuple[str, ...]
+    frame_index: int
+    timestamp: float | None
+    cost: FrameCost
+    work: Tensor
+    token_size: tuple[float, float]
+    image: NDArray[np.uint8]
+    held: bool = False
+    stream: str = ""
+    frame_age: float | None = None
+    dropped: int = 0
+    drift: Drift | None = None
+
+
+@dataclass(frozen=True)
+class KeyFrame:
+    """A frame on which the detector has to run.
+
+    Attributes:
+        frame: of the source.
+        image: `(3, h, w)` input of the detector.
+        flush: recompute everything.
+        regular: it came in its turn, not because the stream begins anew.
+        dropped: frames of a live source that were overtaken so far.
+        seconds: that it took to make the input.
+    """
+
+    frame: VideoFrame
+    image: Tensor
+    flush: bool
+    regular: bool
+    dropped: int
+    seconds: float
+
+
+class StreamSession(Generic[S]):
+    """The frames of one stream, in their order.
+
+    Args:
+        detector: whose steps process the key frames.
+        transform: makes its inputs.
+        name: of the stream.
+        scene_cuts: recompute everything when another scene begins.
+        hold: every n-th frame is a key frame, the boxes are held in between. A scene cut, a new size and a camera that
+            came back make a key frame at once.
+
+    Attributes:
+        state: what the detector remembers of the stream.
+        variable_macs: MACs that the variable part of the detector takes on average, see `CostModel`; None = not known.
+
+    Raises:
+        UserError: `hold` is below 1.
+    """
+
+    def __init__(
+        self,
+        detector: VideoDetector[S],
+        transform: InputTransform,
+        *,
+        name: str = "",
+        scene_cuts: bool = True,
+        hold: int = 1,
+    ) -> None:
+        if hold < 1:
+            raise UserError(f"hold must be at least 1 (= every frame), got {hold}")
+        self.detector, self.transform, self.name, self.hold = detector, transform, name, hold
+        self.state = detector.init_state()
+        self.variable_macs: float | None = None
+        self._cuts = SceneCuts() if scene_cuts else None
+        self._last: StreamResult | None = None
+        self._to_hold = 0  # frames until the next regular key frame
+        self._frames = 0
+
+    def begin(
+        self, frame: VideoFrame, resized: NDArray[np.uint8] | None = None, dropped: int = 0
+    ) -> KeyFrame | StreamResult:
+        """Take in the next frame.
+
+        Args:
+            frame: of the source.
+            resized: the same in the size of the detector's input, where that was made already.
+            dropped: frames of a live source that were overtaken so far.
+
+        Returns:
+            A key frame, for `finish` after the detector's step; or the result of a held frame.
+        """
+        cut = (self._cuts is not None and self._cuts(frame.image)) or frame.resumed
+        regular = self._last is not None and not self._to_hold
+        if self._last is not None and not self._is_key_frame(self._last, frame, cut):
+            return self._hold_boxes(self._last, frame, dropped)
+        began = time.perf_counter()
+        image = self.transform(frame.image if resized is None else resized).to(self.detector.device)
+        self._to_hold = self.hold - 1
+        return KeyFrame(frame, image, cut, regular, dropped, time.perf_counter() - began)
+
+    def finish(self, key: KeyFrame, step: StepResult) -> StreamResult:
+        """The result of a key frame."""
+        image = key.frame.image
+        return self._next(
+            StreamResult(
+                detections=self.transform.restore(step.detections, image),
+                names=self.detector.names,
+                frame_index=self._frames,
+                timestamp=key.frame.timestamp,
+                cost=step.cost,
+                work=step.work,
+                token_size=self.transform.token_size(image),
+                image=image,
+                stream=self.name,
+                frame_age=key.frame.age,
+                dropped=key.dropped,
+            )
+        )
+
+    def schedule(self, frames: int) -> None:
+        """Have the next regular key frame be the one after so many frames, 1 to `hold`."""
+        self._to_hold = frames - 1
+
+    def _is_key_frame(self, last: StreamResult, frame: VideoFrame, cut: bool) -> bool:
+        """Whether the detector has to run: the only place where that is decided."""
+        return cut or not self._to_hold or last.image.shape != frame.image.shape
+
+    def _hold_boxes(self, last: StreamResult, frame: VideoFrame, dropped: int) -> StreamResult:
+        """The result of a frame between key frames: the only place where that gets its boxes."""
+        self._to_hold -= 1
+        return self._next(
+            dataclasses.replace(
+                last,
+                frame_index=self._frames,
+                timestamp=frame.timestamp,
+                cost=last.cost.idle(),
+                work=torch.zeros_like(last.work),
+                image=frame.image,
+                held=True,
+                frame_age=frame.age,
+                dropped=dropped,
+            )
+        )
+
+    def _next(self, result: StreamResult) -> StreamResult:
+        self._last = result
+        self._frames += 1
+        return result

@@ -1,0 +1,102 @@
+"""The rules of the house: no import circle, layers that know nothing above them, a typed and lazy public surface."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import eventful_det
+
+ROOT = Path(eventful_det.__file__).parent
+MODULES = {
+    ".".join(("eventful_det", *path.relative_to(ROOT).with_suffix("").parts)): path for path in ROOT.rglob("*.py")
+}
+MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items()}
+
+USER = """
+import numpy as np
+from eventful_det import BudgetOptions, Dense, Detections, Detector, Focus, Gmacs, LargestError, Latency, Paper
+from eventful_det import Rescorer, Rows, Selector, Stream, StreamPool, StreamResult, load_detector
+
+detector: Detector = load_detector()
+stream: Stream = detector.stream("a.mp4", budget=0.25, rule=Rows(exact=True), timing=True)
+for result in map(Rescorer(), stream):
+    boxes: Detections = result.detections
+    total: int = result.cost.total
+    x1: float = boxes.boxes[0, 0].item()
+stream.budget = Gmacs(40)
+stream.budget = Selector(Focus(2.0), Latency(0.05))
+with StreamPool(detector, options=BudgetOptions(bucket=2, max_age=100)) as pool:
+    name: str = pool.add(np.zeros((2, 96, 96, 3), np.uint8), name="gate")
+    results: list[StreamResult] = next(pool)
+(step,) = detector.step([detector.input_transform(result.image)], detector.init_state(), rule=Dense())
+detector.stream("a.mp4", rule=Paper(), budget=Selector(LargestError(), 96))
+detector.stream("a.mp4", bugdet=1)
+detector.stream("a.mp4", budget="much")
+StreamPool(detector, rule="rows")
+"""
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """The modules of the package that a module imports anywhere, inside functions and for type checkers included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {module for module in found if module in MODULES and module not in (name, "eventful_det")}
+
+
+GRAPH = {name: imports(name, path) for name, path in MODULES.items() if name != "eventful_det"}
+
+
+def test_no_import_circle() -> None:
+    try:
+        list(TopologicalSorter(GRAPH).static_order())
+    except CycleError as error:
+        pytest.fail(f"a circle: {' -> '.join(reversed(error.args[1]))}")
+
+
+@pytest.mark.parametrize(
+    ("room", "stranger"),
+    [("runtime", "models"), ("evaluation", "models.detector"), ("detectors", "runtime"), ("gating", "detectors")],
+)
+def test_a_room_does_not_know_what_is_above_it(room: str, stranger: str) -> None:
+    for name, known in GRAPH.items():
+        if name.startswith(f"eventful_det.{room}."):
+            assert not {one for one in known if one.startswith(f"eventful_det.{stranger}")}, name
+
+
+def test_the_public_surface_is_there_and_loaded_when_asked_for() -> None:
+    for name in eventful_det.__all__:
+        assert getattr(eventful_det, name) is not None
+    code = "import sys, eventful_det; sys.exit('torch' in sys.modules or 'cv2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    with pytest.raises(AttributeError, match="nothing"):
+        eventful_det.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.slow
+def test_a_users_script_is_typed(tmp_path: Path) -> None:
+    """All of it is understood by mypy in its strictest mode, but for the three mistakes at its end."""
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    assert (ROOT / "py.typed").is_file()
+    script = tmp_path / "user.py"
+    script.write_text(USER)
+    config = tmp_path / "mypy.ini"  # of the large libraries everything is Any: they would take most of the time
+    config.write_text(
+        "[mypy]\nstrict = true\nfollow_imports = silent\n"
+        "[mypy-torch.*,torchvision.*,timm.*,cv2.*,av.*]\nfollow_imports = skip\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--no-incremental", "--config-file", str(config), str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    lines = [line for line in done.stdout.splitlines() if ": error:" in line]
+    last = USER.count("\n")
+    assert {int(line.split(":")[1]) for line in lines} == {last - 2, last - 1, last}, done.stdout
+    assert "Any" not in done.stdout
