@@ -88,7 +88,7 @@ def make_shot(
     """
     height, width = size
     world = (round(height * WORLD), round(width * WORLD))
-    background = _background(rng, *world)
+    background = make_background(rng, *world)
     pan, shake, zoom = _camera_path(rng, size, frames, motion, camera)
     centre = np.array([width, height]) / 2
     offset = centre - zoom[:, None] * (pan + shake + np.array([world[1], world[0]]) / 2)
@@ -122,7 +122,7 @@ def make_shot(
     return Shot(background, front, affine, actors)
 
 
-def _background(rng: np.random.Generator, height: int, width: int) -> Array:
+def make_background(rng: np.random.Generator, height: int, width: int) -> Array:
     """A muted, textured picture (height, width, 3), 0..255, with structure but none of the shapes."""
     cell = min(height, width)
     near, far = colour(rng, (0.05, 0.45), (0.25, 0.6)), colour(rng, (0.05, 0.45), (0.4, 0.85))

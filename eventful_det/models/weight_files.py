@@ -27,7 +27,7 @@ from eventful_det.errors import UserError
 from eventful_det.files import written_whole
 from eventful_det.models.safe_pickle import RefusedError, Storage, read_pickle, stored
 
-_INNER = ("model", "state_dict")  # where checkpoints keep the weights, beside optimisers and the like
+_INNER = ("model", "state_dict", "model_state")  # where checkpoints keep the weights, beside optimisers and the like
 _HEADER = 10_000_000  # bytes of the header of a safetensors file, at most
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what PyTorch's files began with before they were archives
 _CHECKSUM = "crc32"  # in the metadata of our safetensors

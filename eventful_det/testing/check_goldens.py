@@ -1,4 +1,4 @@
-"""Compare the `Paper` rule with recordings ("goldens") of the official eventful code.
+"""Compare the `Paper` rule with recordings ("goldens") of the official eventful code, detection and recognition.
 
     python -m eventful_det.testing.check_goldens FILE...
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,25 @@ import torch
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.macs import Ablation, ViTShape
+from eventful_det.gating.macs import ViTShape
 from eventful_det.gating.paper import Paper, PaperState
-from eventful_det.gating.selector import EVERYTHING, Selector, Threshold, TopFraction, TopK
 from eventful_det.gating.vit_spec import Block, resize_positions
 from eventful_det.gating.windows import Grid
-from eventful_det.testing.goldens import Golden, Recorded, load_golden
+from eventful_det.testing.goldens import Golden, Recorded, load_golden, read_recording
 from eventful_det.testing.official import OfficialCounts, official_block
+from eventful_det.testing.replay import (
+    ABLATIONS,
+    TOLERANCE,
+    align,
+    compare_counts,
+    first_line,
+    recorded_ablation,
+    recorded_rule,
+    recorded_selector,
+    relative_error,
+)
+from eventful_det.testing.vivit_goldens import VIVIT_FORMAT, check_vivit
 
-TOLERANCE = 1e-4  # largest accepted relative error
-
-_ABLATIONS: dict[str, Ablation | None] = {  # None: dense
-    "Block": None,
-    "EventfulTokenwiseBlock": "tokenwise",
-    "EventfulMatmul1Block": "qk",
-    "EventfulBlock": "full",
-}
 _HEADER = ("block class", "windowed class", "pool", "policy", "options", "error", "counts", "indices", "verdict")
 
 
@@ -91,7 +94,7 @@ def check_run(golden: Golden, run: dict[str, Any]) -> Result:
         raise UserError(f"outputs or counts of a run do not fit inputs of shape {tuple(golden.inputs.shape)}")
     outputs, counts, recorders = _replay(golden, run)
     compared, skipped, notes = steps, set[str](), list(golden.notes)
-    if streams > 1 and _pool(run) > 1 and _ABLATIONS.get(run["block_class"]) in ("qk", "full"):
+    if streams > 1 and _pool(run) > 1 and ABLATIONS.get(run["block_class"]) in ("qk", "full"):
         skipped = {"matmul", "accumulator"}
         notes.append("official fault: pooled cells of a batch are repeated; counts of matmul, accumulator not compared")
         if run["block_class"] == "EventfulBlock":
@@ -103,8 +106,8 @@ def check_run(golden: Golden, run: dict[str, Any]) -> Result:
         )
     surplus = OfficialCounts(bias=(streams - 1) * golden.padded_blocks * 3 * golden.blocks[0].dim)
     return Result(
-        error=_relative_error(outputs[:compared], run["outputs"][:compared]),
-        counts=_compare_counts(counts, run["counts"], surplus, skipped),
+        error=relative_error(outputs[:compared].flatten(2), run["outputs"][:compared].flatten(2)),
+        counts=compare_counts(counts, run["counts"], surplus, skipped),
         indices=Recorded.summary(recorders),
         notes=notes,
     )
@@ -135,20 +138,10 @@ def _prepare(grid: Grid, run: dict[str, Any], block: Block, recorded: Recorded) 
     name = run["block_class"]
     if block.window and run["windowed_class"] is not None:
         name = run["windowed_class"]
-    if name not in _ABLATIONS:
-        raise UserError(f"unknown block class {name!r}; known: {', '.join(_ABLATIONS)}")
-    ablation = _ABLATIONS[name]
+    ablation = recorded_ablation(name)
     if block.window and ablation in ("qk", "full"):
         raise UserError(f"windowed blocks cannot be of class {name}; use EventfulTokenwiseBlock")
-    options = dict(run["options"])
-    rule = Paper(
-        ablation=ablation or "tokenwise",
-        pool=1 if block.window else _pool(run),
-        gate_before_norm=bool(options.pop("gate_before_ln", False)),
-        stgt=bool(options.pop("stgt", False)),
-    )
-    if options:
-        raise UserError(f"unknown options {', '.join(options)}; known: stgt, gate_before_ln")
+    rule = recorded_rule(ablation, run["options"], pool=1 if block.window else _pool(run))
     return Step(block, rule, recorded, rule.init_tokens([block], grid), dense=ablation is None)
 
 
@@ -160,49 +153,13 @@ def _pool(run: dict[str, Any]) -> int:
     return int(sizes.pop())
 
 
-def _selector(description: dict[str, Any] | None) -> Selector:
-    if description is None:
-        return EVERYTHING
-    name, value = description["name"], description["value"]
-    if name == "topk":
-        return TopK(int(value))
-    if name == "fraction":
-        return TopFraction(float(value))
-    if name == "threshold":
-        return Threshold(float(value))
-    raise UserError(f"unknown policy {name!r}; known: topk, fraction, threshold")
-
-
 def _recorder(run: dict[str, Any], block: int, stream: int, steps: int) -> Recorded:
     """The run's policy, beside what one block's gates selected in one stream, in the order they are asked."""
     gates = [(run["indices"] or {}).get(f"blocks.{block}.{name}_gate") for name in ("qkv", "projection", "mlp")]
     choices = None
     if all(gate is not None for gate in gates):
         choices = [gate[t][stream].long() for t in range(steps - 1) for gate in gates if gate is not None]
-    return Recorded(_selector(run["policy"]), choices)
-
-
-def _relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest ||ours - theirs|| / ||theirs|| over steps and streams, of `(T, B, N, D)`; NaN counts as infinite."""
-    difference = torch.linalg.vector_norm((ours - theirs).flatten(2), dim=2)
-    ratio = difference / torch.linalg.vector_norm(theirs.flatten(2), dim=2)
-    return float(ratio.nan_to_num(nan=torch.inf).max())
-
-
-def _compare_counts(
-    ours: list[OfficialCounts], theirs: list[dict[str, int]], surplus: OfficialCounts, skipped: set[str]
-) -> str:
-    differing = set()
-    for own, recorded in zip(ours, theirs, strict=True):
-        official = {kind.removesuffix("_flops"): int(value) for kind, value in recorded.items()}
-        if unknown := official.keys() - asdict(own).keys():
-            raise UserError(f"unknown kinds of operations in counts: {', '.join(sorted(unknown))}")
-        differing |= {
-            kind
-            for kind, value in asdict(own).items()
-            if value - getattr(surplus, kind) != official.get(kind, 0) and kind not in skipped
-        }
-    return f"differ: {','.join(sorted(differing))}" if differing else "equal"
+    return Recorded(recorded_selector(run["policy"]), choices)
 
 
 def check_file(path: Path) -> bool:
@@ -211,7 +168,10 @@ def check_file(path: Path) -> bool:
     Raises:
         UserError: the file cannot be used.
     """
-    golden = load_golden(path)
+    data = read_recording(path)
+    if data["format"] == VIVIT_FORMAT:
+        return check_vivit(path, data)
+    golden = load_golden(path, data)
     rows: list[tuple[str, ...]] = []
     notes: dict[str, list[str]] = {}
     for number, run in enumerate(golden.runs, 1):
@@ -221,7 +181,7 @@ def check_file(path: Path) -> bool:
             raise UserError(f"{path}: run {number}: {error}") from error
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
             raise UserError(
-                f"{path}: run {number} is malformed ({type(error).__name__}: {_first_line(error)})"
+                f"{path}: run {number} is malformed ({type(error).__name__}: {first_line(error)})"
             ) from error
         policy = run["policy"] or {"name": "-", "value": ""}
         rows.append(
@@ -241,7 +201,7 @@ def check_file(path: Path) -> bool:
             notes.setdefault(note, []).append(str(number))
     steps, streams = golden.inputs.shape[:2]
     print(f"{path}: {golden.grid[0]} x {golden.grid[1]} tokens, {steps} steps, {streams} stream(s)")
-    print(_align([_HEADER, *rows]))
+    print(align([_HEADER, *rows]))
     print("error: largest ||ours - official|| / ||official|| over steps and streams")
     for note, numbers in notes.items():
         print(f"{note} (run {', '.join(numbers) if len(numbers) < len(rows) else '1 to ' + numbers[-1]})")
@@ -250,22 +210,17 @@ def check_file(path: Path) -> bool:
     return agreeing == len(rows)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-def _align(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry point; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="check_goldens", description="Compare our paper rule with official recordings."
     )
     parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="a recording in the format eventful-golden/1"
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="a recording in the format eventful-golden/1 or eventful-vivit-golden/1",
     )
     status = 0
     for path in parser.parse_args(arguments).files:

@@ -59,10 +59,11 @@ class Recorded:
 
     Args:
         selector: ours.
-        choices: `(r,)` recorded indices in the order in which the gates are asked, or None.
+        choices: `(r,)` recorded indices in the order in which the gates are asked, None for a gate that was not
+            recorded; or None for no gate at all.
     """
 
-    def __init__(self, selector: Selector, choices: list[Tensor] | None) -> None:
+    def __init__(self, selector: Selector, choices: Sequence[Tensor | None] | None) -> None:
         self.selector = selector
         self.choices = None if choices is None else iter(choices)
         self.outcomes: Counter[str] = Counter()
@@ -72,6 +73,8 @@ class Recorded:
         if self.choices is None:
             return [ours]
         theirs = next(self.choices)
+        if theirs is None:
+            return [ours]
         outcome = self._compare(ours, theirs, gates[0].error)
         self.outcomes[outcome] += 1
         return [theirs if outcome == "tied" else ours]
@@ -96,17 +99,28 @@ class Recorded:
         return f"{', '.join(words)} of {outcomes.total()}" if words else "equal"
 
 
-def load_golden(path: Path) -> Golden:
-    """Read a golden and build its blocks.
+def read_recording(path: Path) -> dict[str, Any]:
+    """The contents of a file that says its "format".
 
     Raises:
-        UserError: the file is not of this format.
+        UserError: it is no such file.
     """
     try:
         data = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
         raise UserError(f"{path}: cannot be read as a golden ({type(error).__name__})") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    if not isinstance(data, dict) or "format" not in data:
+        raise UserError(f"{path}: not of the format {FORMAT}")
+    return data
+
+
+def load_golden(path: Path, data: dict[str, Any]) -> Golden:
+    """Build the blocks of a golden.
+
+    Raises:
+        UserError: it is not of this format.
+    """
+    if data["format"] != FORMAT:
         raise UserError(f"{path}: not of the format {FORMAT}")
     try:
         return _build(data)

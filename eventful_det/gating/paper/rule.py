@@ -13,7 +13,7 @@ from eventful_det.errors import UserError
 from eventful_det.gating.macs import Ablation, PaperSizes, paper_macs
 from eventful_det.gating.paper.attention import ProductState, attend_frame, attend_windows, init_products
 from eventful_det.gating.paper.gates import GateState, gated
-from eventful_det.gating.selector import Select
+from eventful_det.gating.selector import GateInput, Select
 from eventful_det.gating.state import StreamState, TensorTree
 from eventful_det.gating.update import Update
 from eventful_det.gating.vit_spec import Block, ViTSpec
@@ -54,8 +54,8 @@ class PaperState(StreamState):
 class Paper:
     """Gates before qkv, output projection and MLP of every block; L = prefix tokens + N tokens.
 
-    The selector is asked at every gate. Prefix tokens are gated like the others. Gates remember no ages and know no
-    saliency. Windowed blocks compute their attention in full, from the buffered q, k and v.
+    The selector is asked at every gate. Prefix tokens are gated like the others, unless they are kept. Gates remember
+    no ages and know no saliency. Windowed blocks compute their attention in full, from the buffered q, k and v.
 
     Args:
         ablation: what is incremental in global blocks: token-wise operations alone ("tokenwise"), also QK^T
@@ -63,12 +63,14 @@ class Paper:
         pool: average keys and values over cells of `pool` x `pool` tokens in global blocks; 1 = do not.
         gate_before_norm: gate before the layer norms instead of after them (before qkv and MLP).
         stgt: replace the reference of all tokens on every frame, as STGT does, instead of the selected ones'.
+        keep: so many prefix tokens pass every gate, beside those selected; 0 = as in the paper.
     """
 
     ablation: Ablation = "full"
     pool: int = 1
     gate_before_norm: bool = False
     stgt: bool = False
+    keep: int = 0
 
     def __post_init__(self) -> None:
         if self.ablation not in ("full", "tokenwise", "qk"):
@@ -160,6 +162,7 @@ class Paper:
             what was done in each block.
         """
         work, sizes = torch.zeros(len(x), device=x.device), []
+        select = partial(_keeping, select, self.keep) if self.keep else select
         for block, block_state in zip(blocks, state.blocks, strict=True):
             x, refreshed, cells = self._step_block(block, x, block_state, state, select)
             for index, weights in zip(refreshed, block.weights, strict=True):
@@ -185,3 +188,9 @@ class Paper:
         x = x + state.proj.buffer
         mlp = gate(state.mlp, x, block.mlp, block.norm2)
         return x + state.mlp.buffer, [qkv, proj, mlp], cells
+
+
+def _keeping(select: Select, count: int, gates: Sequence[GateInput]) -> list[Tensor]:
+    """What is selected, and the first `count` tokens with it."""
+    first = torch.arange(count, device=gates[0].error.device)
+    return [torch.cat([first, chosen[chosen >= count]]) for chosen in select(gates)]

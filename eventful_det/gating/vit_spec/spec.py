@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,27 @@ class Block:
         return [resize_table(table.detach(), size) for table, size in zip(tables, shape, strict=False)]
 
 
+class PatchEmbedding(Protocol):
+    """An `nn.Conv2d` whose kernel equals its stride, or what looks like one."""
+
+    kernel_size: Any
+    stride: Any
+    padding: Any
+    in_channels: int
+    out_channels: int
+
+    @property
+    def weight(self) -> Tensor:
+        """`(D, channels, patch, patch)`."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`(D,)`, or None."""
+
+    def __call__(self, x: Tensor, /) -> Any:
+        """`(B, channels, h, w)` to `(B, D, H, W)`."""
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary positions of the patch tokens; prefix tokens have none.
@@ -108,7 +129,7 @@ class ViTSpec:
         regions: regions along each side of the frame, each with prefix tokens of its own; 1 = the frame.
     """
 
-    projection: nn.Conv2d
+    projection: PatchEmbedding
     positions: Callable[[Grid], Tensor] | None
     prefix: Callable[[], Tensor] | None
     blocks: tuple[Block, ...]

@@ -1,0 +1,145 @@
+"""What a recogniser is made of, and how clips become its input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from eventful_det.errors import UserError
+from eventful_det.gating.windows import Grid
+
+
+@dataclass(frozen=True)
+class RecogniserConfig:
+    """Sizes of a factorised ViViT, its classes, and the clips that it takes.
+
+    Attributes:
+        classes: names of each head's classes, such as `{"verb": (...), "noun": (...)}`; the first head is the main one.
+        dim: width D of tokens and of spatial outputs.
+        depth, heads, mlp: blocks of the spatial model, their attention heads and hidden width.
+        temporal_depth, temporal_heads, temporal_mlp: the same of the temporal model.
+        tubelet: frames, rows and columns of pixels that become a token.
+        frames: of a view; a whole number of tubelets.
+        size: height and width of a view in pixels.
+        position_grid: tokens that the spatial position encoding is made for; it is resized where views differ.
+        stride: distance of a view's frames in frames of the clip ...
+        fps: ... which runs at so many frames per second.
+        mean, std: of the colours, each a number per channel; pixels are in [0, 1] before.
+        temporal_views, spatial_views: excerpts of a clip, and crops of each of them, that are averaged.
+        dropout: before the heads, in training.
+    """
+
+    classes: Mapping[str, tuple[str, ...]]
+    dim: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp: int = 3072
+    temporal_depth: int = 4
+    temporal_heads: int = 12
+    temporal_mlp: int = 3072
+    tubelet: tuple[int, int, int] = (2, 16, 16)
+    frames: int = 32
+    size: Grid = (224, 224)
+    position_grid: Grid = (14, 14)
+    stride: int = 2
+    fps: float = 25.0
+    mean: tuple[float, ...] = (0.45, 0.45, 0.45)
+    std: tuple[float, ...] = (0.225, 0.225, 0.225)
+    temporal_views: int = 4
+    spatial_views: int = 3
+    dropout: float = 0.5
+
+    def __post_init__(self) -> None:
+        problem = ""
+        if not self.classes or not all(self.classes.values()):
+            problem = "every head needs classes"
+        elif not len(self.mean) == len(self.std) > 0 or not all(value > 0 for value in self.std):
+            problem = "mean and std need one number per colour channel, std above 0"
+        elif min(self.frames, self.stride, self.temporal_views, self.spatial_views, *self.tubelet) < 1:
+            problem = "frames, stride, views and tubelets must be 1 or more"
+        elif not self.fps > 0:
+            problem = f"fps must be above 0, got {self.fps}"
+        if problem:
+            raise UserError(f"recogniser: {problem}")
+
+    def check_sizes(self) -> None:
+        """Raise a UserError unless views divide into tubelets, and tokens into attention heads."""
+        problem = ""
+        if self.frames % self.tubelet[0]:
+            problem = f"{self.frames} frames are no whole number of tubelets of {self.tubelet[0]}"
+        elif any(side % patch for side, patch in zip(self.size, self.tubelet[1:], strict=True)):
+            problem = f"views of {self.size} pixels do not divide into tubelets of {self.tubelet[1:]}"
+        elif self.dim % self.heads or self.dim % self.temporal_heads:
+            problem = f"dim={self.dim} does not divide into {self.heads} and {self.temporal_heads} attention heads"
+        if problem:
+            raise UserError(f"recogniser: {problem}")
+
+    @property
+    def channels(self) -> int:
+        """Colour channels."""
+        return len(self.mean)
+
+    @property
+    def steps(self) -> int:
+        """Tubelets of a view, T'."""
+        return self.frames // self.tubelet[0]
+
+    @property
+    def grid(self) -> Grid:
+        """Tokens of a view's tubelet (H, W)."""
+        return self.size[0] // self.tubelet[1], self.size[1] // self.tubelet[2]
+
+    @property
+    def span(self) -> int:
+        """Frames of a clip that a view reaches over."""
+        return self.frames * self.stride
+
+    def to_json(self) -> str:
+        """As text, for metadata."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> RecogniserConfig:
+        """The inverse of `dataclasses.asdict`, also after JSON made lists of tuples.
+
+        Raises:
+            UserError: unknown names, or values that do not fit.
+        """
+        known = {field.name for field in dataclasses.fields(RecogniserConfig)}
+        if unknown := sorted(set(values) - known):
+            raise UserError(f"recogniser: unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        try:
+            plain: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+            }
+            plain["classes"] = {head: tuple(map(str, names)) for head, names in values["classes"].items()}
+            return RecogniserConfig(**plain)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"recogniser: the config cannot be used ({error})") from None
+
+
+def numbered(count: int) -> tuple[str, ...]:
+    """Names of classes that nobody named."""
+    return tuple(f"class_{i}" for i in range(count))
+
+
+def vivit_b_epic(classes: Mapping[str, tuple[str, ...]] | None = None, **changes: Any) -> RecogniserConfig:
+    """The paper's model for EPIC-Kitchens 100; by default with its 97 verbs, by number."""
+    values = {"size": (320, 320), "position_grid": (20, 20), "stride": 1, "fps": 30.0, **changes}
+    return RecogniserConfig({"verb": numbered(97)} if classes is None else classes, **values)
+
+
+def vivit_b_k400(classes: Mapping[str, tuple[str, ...]] | None = None, **changes: Any) -> RecogniserConfig:
+    """The paper's model for Kinetics-400; by default with its 400 classes, by number."""
+    return RecogniserConfig({"action": numbered(400)} if classes is None else classes, **changes)
+
+
+def vivit_tiny(classes: Mapping[str, tuple[str, ...]], **changes: Any) -> RecogniserConfig:
+    """A small model with the widths of ViT-Ti, for 16 frames of 112 x 112 pixels."""
+    sizes: dict[str, Any] = {"dim": 192, "heads": 3, "mlp": 768}
+    sizes |= {"temporal_depth": 2, "temporal_heads": 3, "temporal_mlp": 768, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    sizes |= {"frames": 16, "size": (112, 112), "position_grid": (7, 7), "temporal_views": 1, "spatial_views": 1}
+    return RecogniserConfig(classes, **{**sizes, **changes})

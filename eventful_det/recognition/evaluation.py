@@ -1,0 +1,129 @@
+"""Recognisers on labelled clips: accuracy against multiply-adds, for one way of running them or for many."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from eventful_det.errors import UserError
+from eventful_det.gating.convert import Rule
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.paper import Paper
+from eventful_det.gating.selector import DEFAULT, LargestError, RandomOrder, Select, Selector
+from eventful_det.recognition.accuracy import Accuracy, Scored, accuracy
+from eventful_det.recognition.clip_reader import read_clips
+from eventful_det.recognition.clips import Clip, recognise
+from eventful_det.recognition.recogniser import Recogniser
+from eventful_det.recognition.segments import Segment, Segments
+from eventful_det.recognition.stream import DEFAULT_RULE
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of running a recogniser over a clip; see `recognise`.
+
+    Attributes:
+        name: for tables.
+    """
+
+    name: str
+    rule: Rule[Any] = DEFAULT_RULE
+    selector: Select = DEFAULT
+    shared: bool = True
+    hold: int = 1
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of a way.
+
+    Attributes:
+        way: that was evaluated.
+        scored: the segments.
+        failed: segments that could not be read, and why.
+        gmacs: 1e9 multiply-adds per clip.
+        dense_gmacs: those of the dense recogniser on the same tubelets.
+        seconds: per clip, of the recogniser alone.
+    """
+
+    way: Way
+    scored: tuple[Scored, ...]
+    failed: dict[str, str]
+    gmacs: float
+    dense_gmacs: float
+    seconds: float
+
+    @property
+    def accuracy(self) -> dict[str, Accuracy]:
+        """Top-1 and top-5 of each head, and of verb and noun together."""
+        return accuracy(self.scored)
+
+
+def evaluate(
+    recogniser: Recogniser,
+    segments: Segments,
+    way: Way | None = None,
+    on_clip: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Run a recogniser over segments of videos.
+
+    Args:
+        recogniser: in evaluation mode.
+        segments: what to look at; those that cannot be read are reported.
+        way: of running it; None = the default rule and selector, with shared tubelets.
+        on_clip: told how many clips are done.
+
+    Raises:
+        UserError: no segment can be read.
+    """
+    way = way or Way("default")
+    return evaluate_clips(recogniser, read_clips(segments.items, recogniser.config, way.shared), way, on_clip)
+
+
+def evaluate_clips(
+    recogniser: Recogniser,
+    clips: Iterable[tuple[Segment, Clip | UserError]],
+    way: Way,
+    on_clip: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """See `evaluate`; takes the clips themselves."""
+    scored, failed = [], {}
+    macs = dense = 0
+    seconds = 0.0
+    for done, (segment, clip) in enumerate(clips, 1):
+        if isinstance(clip, UserError):
+            failed[segment.name] = str(clip)
+        else:
+            began = time.perf_counter()
+            result = recognise(recogniser, clip, rule=way.rule, selector=way.selector, shared=way.shared, hold=way.hold)
+            seconds += time.perf_counter() - began
+            macs, dense = macs + result.cost.total, dense + result.cost.dense_total
+            scored.append(Scored(segment, {head: logits.cpu() for head, logits in result.logits.items()}))
+        if on_clip is not None:
+            on_clip(done)
+    if not scored:
+        reason = next(iter(failed.values()), "there are none")
+        raise UserError(f"no clip can be read: {reason}")
+    count = len(scored)
+    return Evaluation(way, tuple(scored), failed, macs / 1e9 / count, dense / 1e9 / count, seconds / count)
+
+
+def sweep_ways(parts: Sequence[int] = (2, 4, 8, 16), shared: bool = True) -> Iterator[Way]:
+    """The ways that a sweep compares: dense, and 1/2, 1/4, ... of the tokens by each rule, or of the tubelets."""
+    yield Way("dense", rule=Dense(), shared=shared)
+    for part in parts:
+        share = 1 / part
+        yield Way(f"rows 1/{part}", selector=DEFAULT.within(share), shared=shared)
+        yield Way(f"rows, all wanted, 1/{part}", selector=Selector(LargestError(age_power=0.5), share), shared=shared)
+        yield Way(f"random 1/{part}", selector=Selector(RandomOrder(), share), shared=shared)
+        yield Way(f"paper 1/{part}", rule=Paper(), selector=Selector(LargestError(), share), shared=shared)
+        yield Way(f"every {part}th held", rule=Dense(), shared=shared, hold=part)
+
+
+def still_view(clip: torch.Tensor) -> torch.Tensor:
+    """A clip `(T, c, H, W)` that shows its middle frame alone: what a single frame tells."""
+    return clip[[len(clip) // 2] * len(clip)]

@@ -1,0 +1,98 @@
+"""What replays of recordings have in common: rules and selectors as recorded, and comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eventful_det.errors import UserError
+from eventful_det.gating.macs import Ablation
+from eventful_det.gating.paper import Paper
+from eventful_det.gating.selector import EVERYTHING, Selector, Threshold, TopFraction, TopK
+from eventful_det.testing.official import OfficialCounts
+
+TOLERANCE = 1e-4  # largest accepted relative error
+
+ABLATIONS: dict[str, Ablation | None] = {  # None: dense
+    "Block": None,
+    "EventfulTokenwiseBlock": "tokenwise",
+    "EventfulMatmul1Block": "qk",
+    "EventfulBlock": "full",
+}
+
+
+def recorded_ablation(name: str) -> Ablation | None:
+    """What a class of blocks of the official code makes incremental; None = it is dense.
+
+    Raises:
+        UserError: the class is unknown.
+    """
+    if name not in ABLATIONS:
+        raise UserError(f"unknown block class {name!r}; known: {', '.join(ABLATIONS)}")
+    return ABLATIONS[name]
+
+
+def recorded_rule(ablation: Ablation | None, options: Mapping[str, Any], pool: int = 1) -> Paper:
+    """The rule of a run; a dense one has to be flushed on every step.
+
+    Raises:
+        UserError: an option is unknown.
+    """
+    if unknown := set(options) - {"stgt", "gate_before_ln"}:
+        raise UserError(f"unknown options {', '.join(sorted(unknown))}; known: stgt, gate_before_ln")
+    return Paper(
+        ablation=ablation or "tokenwise",
+        pool=pool,
+        gate_before_norm=bool(options.get("gate_before_ln", False)),
+        stgt=bool(options.get("stgt", False)),
+    )
+
+
+def recorded_selector(description: dict[str, Any] | None) -> Selector:
+    """The selector of a run's policy."""
+    if description is None:
+        return EVERYTHING
+    name, value = description["name"], description["value"]
+    if name == "topk":
+        return TopK(int(value))
+    if name == "fraction":
+        return TopFraction(float(value))
+    if name == "threshold":
+        return Threshold(float(value))
+    raise UserError(f"unknown policy {name!r}; known: topk, fraction, threshold")
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest ||ours - theirs|| / ||theirs|| over the last axis of `(..., n)`; NaN counts as infinite."""
+    difference = torch.linalg.vector_norm(ours - theirs, dim=-1)
+    ratio = difference / torch.linalg.vector_norm(theirs, dim=-1)
+    return float(ratio.nan_to_num(nan=torch.inf).max())
+
+
+def compare_counts(
+    ours: list[OfficialCounts], theirs: list[dict[str, int]], surplus: OfficialCounts, skipped: set[str]
+) -> str:
+    differing = set()
+    for own, recorded in zip(ours, theirs, strict=True):
+        official = {kind.removesuffix("_flops"): int(value) for kind, value in recorded.items()}
+        if unknown := official.keys() - asdict(own).keys():
+            raise UserError(f"unknown kinds of operations in counts: {', '.join(sorted(unknown))}")
+        differing |= {
+            kind
+            for kind, value in asdict(own).items()
+            if value - getattr(surplus, kind) != official.get(kind, 0) and kind not in skipped
+        }
+    return f"differ: {','.join(sorted(differing))}" if differing else "equal"
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
