@@ -37,6 +37,7 @@ class Augmentation:
         hue: largest turn of the colour circle, 0.5 = to the opposite colours; 0 = none.
         degrade: probability of each of motion blur, noise and JPEG compression.
         min_visible: boxes of which a crop leaves less than this share are dropped.
+        min_side: boxes that become smaller than a square of this side in pixels are dropped.
         mosaic: probability of a sample made of four pictures (Bochkovskiy et al. 2020, YOLOv4).
     """
 
@@ -50,6 +51,7 @@ class Augmentation:
     hue: float = 0.0
     degrade: float = 0.0
     min_visible: float = 0.3
+    min_side: float = 1.0
     mosaic: float = 0.0
 
     def __call__(
@@ -74,7 +76,7 @@ class Augmentation:
         image, boxes = self._jitter_scale(image, boxes, height, width, rng)
         whole = _areas(boxes)
         boxes = np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
-        keep = (_areas(boxes) > self.min_visible * whole) & (_areas(boxes) > 1)
+        keep = (_areas(boxes) > self.min_visible * whole) & (_areas(boxes) > self.min_side**2)
         if rng.random() < self.flip:
             image = np.ascontiguousarray(image[:, ::-1])
             boxes[:, [0, 2]] = width - boxes[:, [2, 0]]

@@ -42,7 +42,8 @@ class Annotation:
         track_id: the same object has the same id on all frames of its video; None for still pictures.
         occluded: partly hidden.
         generated: the box was interpolated by a program, not drawn by a person.
-        iscrowd: the box holds a crowd; COCO does not score it.
+        iscrowd: the box holds a crowd; COCO does not score it, and training ignores the region.
+        score: how sure a teacher was of it; 1 for what people drew.
         area: in square pixels; what COCO's small / medium / large go by.
         id: unique in the file; ``CocoVideo.renumber`` assigns it.
     """
@@ -55,6 +56,7 @@ class Annotation:
     iscrowd: bool = False
     area: float = -1.0
     id: int = 0
+    score: float = 1.0
 
     def __post_init__(self) -> None:
         if self.area < 0:
@@ -314,6 +316,7 @@ class _Reader:
             iscrowd=bool(entry.get("iscrowd", False)),
             area=float(entry.get("area", w * h)),
             id=i,
+            score=float(entry.get("score", 1.0)),
         )
 
     def error(self, where: str, found: str, expected: str) -> UserError:
@@ -358,4 +361,6 @@ def _annotation(a: Annotation, image_id: int) -> dict[str, Any]:
     entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": a.area, "iscrowd": int(a.iscrowd)}
     if a.track_id is not None:
         entry["track_id"] = a.track_id
+    if a.score < 1:
+        entry["score"] = a.score
     return entry | {"occluded": a.occluded, "generated": a.generated}
