@@ -29,6 +29,7 @@ setup(
             "uvicorn>=0.30",  # the HTTP server
             "websockets>=13",  # pictures to the browser, over one connection for all streams
         ],
+        "teacher": ["onnxruntime>=1.18"],  # tools/pseudo_label.py
         "supervision": ["supervision>=0.26"],  # to_supervision
         # trackers brings opencv-python, which needs libGL; where that is missing: pip install --no-deps trackers
         "tracks": ["trackers>=2.6", "supervision>=0.26"],  # ByteTrack
@@ -47,6 +48,8 @@ setup(
             "httpx2>=2",  # requests of FastAPI's TestClient
             "selenium>=4.20",  # the page in a real browser
             "supervision>=0.26",  # to_supervision
+            "onnxruntime>=1.18",  # as in teacher
+            "onnx>=1.16",  # a tiny teacher, made by the tests
             "nbclient>=0.10",  # runs the notebook
             "ipykernel>=6.29",  # the notebook's Python
         ],

@@ -6,7 +6,7 @@ Any ONNX detector with a fixed input size will do, as long as its output is YOLO
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from eventful_det.errors import UserError
 Array = NDArray[np.float32]
 _STRIDES = (8, 16, 32)  # of YOLOX's grids
 _PADDING = 114  # grey of letterboxes
+_SAME, _RIVAL = 0.7, 0.6  # overlap of two classes that are one object; share of the better's score that casts doubt
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,8 @@ def overlaps(a: Array, b: Array, share: bool = False) -> Array:
 def look(teacher: Teacher, image: Image, views: Views, names: NDArray[np.int64]) -> Answers:
     """What a teacher sees in a picture from all views, each object once, with the mean score of the views.
 
-    The score of an object is the mean over the views of one scale that hold it whole (a view that does not see it counts
-    as 0), of the scale at which that is highest: a small object is seen in tiles alone.
+    The score of an object is the mean over the views of one scale that hold it whole; a view that does not see it
+    counts as 0. The scale with the highest mean counts, since a small object is seen in tiles alone.
 
     Args:
         teacher: the detector.
@@ -261,7 +262,11 @@ def _agree(
     for i in range(len(order)):
         if not free[i]:
             continue
-        near = free & (found.labels == found.labels[i]) & (overlaps(found.boxes, found.boxes[i : i + 1])[:, 0] >= views.nms)
+        near = (
+            free
+            & (found.labels == found.labels[i])
+            & (overlaps(found.boxes, found.boxes[i : i + 1])[:, 0] >= views.nms)
+        )
         free &= ~near
         best = np.zeros(len(where), np.float32)  # of each view
         np.maximum.at(best, view[near], found.scores[near])
@@ -279,28 +284,33 @@ def _agree(
     )
 
 
-def annotate(found: Answers, views: Views, real: Sequence[Annotation], ids: Sequence[int], searched: set[int]) -> list[Annotation]:
+def annotate(
+    found: Answers, views: Views, real: Sequence[Annotation], ids: Sequence[int], searched: Collection[int]
+) -> list[Annotation]:
     """Labels of a picture: the real boxes, what the teacher is sure of, and regions to ignore where it is not.
 
+    Of two classes on one object the surer counts; if the other is nearly as sure, neither does.
+
     Args:
-        found: what `look` returned.
+        found: what `look` returned, best first; label `len(ids) + k` is one of class k that never is sure.
         views: its thresholds.
-        real: boxes that people drew; a class they searched for is theirs alone.
+        real: boxes that people drew.
         ids: category id of each label.
-        searched: category ids of which every object has a real box.
+        searched: category ids of which every object has a real box; the teacher has no say in them.
     """
-    labels = list(real)
     drawn = np.array([a.box for a in real], np.float32).reshape(-1, 4)
+    chosen: list[Annotation] = []
     for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True):
-        category = ids[label]
-        if category in searched or (len(drawn) and overlaps(box[None], drawn).max() >= 0.5):
-            continue
+        category, sure = ids[label % len(ids)], bool(score >= views.keep and label < len(ids))
         x1, y1, x2, y2 = (round(float(v), 1) for v in box)
-        if x2 - x1 < 1 or y2 - y1 < 1:
+        here = np.array([a.box for a in chosen], np.float32).reshape(-1, 4)
+        same = overlaps(box[None], here)[0] > _SAME
+        for other in (chosen[i] for i in np.flatnonzero(same)):
+            other.iscrowd |= other.category_id != category and score > _RIVAL * other.score
+        if category in searched or x2 - x1 < 1 or y2 - y1 < 1 or same.any():
             continue
-        sure = bool(score >= views.keep)
-        # A picture is full of doubtful answers of other classes on one object; a sure one settles them.
-        labels.append(
-            Annotation(category, (x1, y1, x2, y2), generated=True, iscrowd=not sure, score=round(float(score), 3))
-        )
-    return labels
+        if len(drawn) and overlaps(box[None], drawn).max() >= 0.5:
+            continue
+        rounded = round(float(score), 3)
+        chosen.append(Annotation(category, (x1, y1, x2, y2), generated=True, iscrowd=not sure, score=rounded))
+    return [*real, *chosen]

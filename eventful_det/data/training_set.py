@@ -76,9 +76,9 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
             key: n, or (n, index of the size).
 
         Returns:
-            The image `(3, h, w)` uint8, and its "boxes" `(n, 4)` xyxy in pixels, "labels" and "scores" (how much each counts) `(n,)`; regions
-            to "ignore" `(r, 4)`; further the "areas" `(a, 4)` of the pictures it is made of, and for each the classes
-            of which every object has its box, "exhaustive" `(a, K)`.
+            The image `(3, h, w)` uint8, and its "boxes" `(n, 4)` xyxy in pixels, "labels" and "scores" `(n,)`, which
+            say how much each counts; regions to "ignore" `(r, 4)`; further the "areas" `(a, 4)` of the pictures it is
+            made of, and for each the classes of which every object has its box, "exhaustive" `(a, K)`.
         """
         n, size = key if isinstance(key, tuple) else (key, 0)
         height, width = self.augmentation.sizes[size]

@@ -193,8 +193,8 @@ class RegionHeads(Regions):
         """Classification and box losses on sampled proposals.
 
         Background means "none of the classes that are exhaustively labelled in this image": a class that is not may
-        well be there, so what it is given costs nothing (a set-valued label, as in Zhao et al. 2020). An object counts by
-        its score, where the targets have "scores"; background in a region of "ignore" does not count.
+        well be there, so what it is given costs nothing (a set-valued label, as in Zhao et al. 2020). Objects count by
+        their "scores", where the targets have any; background in a region to "ignore" does not count.
         """
         boxes, labels, truth, possible, scores = [], [], [], [], []
         for proposal, target in zip(proposals, targets, strict=True):
