@@ -85,23 +85,22 @@ def in_classes(data: CocoVideo, names: tuple[str, ...]) -> CocoVideo:
     return CocoVideo(list(enumerate(names, start=1)), data.videos, data.image_root)
 
 
-def pictures(config: DictConfig, source: Any, folder: Path) -> Iterator[tuple[str, int, int]]:
+def pictures(config: DictConfig, source: Any, folder: Path) -> Iterator[tuple[Path, int, int]]:
     """Path, height and width of every n-th picture of a folder, or frame of a video, which is written to `folder`."""
     inside = f"{glob.escape(str(source))}/*" if Path(str(source)).is_dir() else str(source)
-    paths = sorted(path for path in glob.glob(inside) if path.lower().endswith(IMAGE_SUFFIXES))
+    paths = sorted(Path(path) for path in glob.glob(inside) if path.lower().endswith(IMAGE_SUFFIXES))
     if paths:
         for path in paths[:: config.every][: config.max_frames]:
-            height, width = read_image(path).shape[:2]
+            height, width = read_image(str(path)).shape[:2]
             yield path, height, width
         return
     with open_source(source) as video:
-        for index, frame in enumerate(islice(video, 0, None, config.every)):
-            if index == config.max_frames:
-                break
+        stop = None if config.max_frames is None else config.max_frames * config.every
+        for index, frame in enumerate(islice(video, 0, stop, config.every)):
             path = folder / f"{index:06d}.jpg"
             if not path.is_file():
                 write_picture(path, frame.image)
-            yield str(path), frame.image.shape[0], frame.image.shape[1]
+            yield path, frame.image.shape[0], frame.image.shape[1]
 
 
 def write_picture(path: Path, image: Image) -> None:

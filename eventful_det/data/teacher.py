@@ -137,12 +137,13 @@ class Teacher:
         inner = (max(1, round(h * fit)), max(1, round(w * fit))) if how.letterbox else self.size
         canvas = np.full((height, width, 3), _PADDING, np.uint8)
         canvas[: inner[0], : inner[1]] = resize(image, *inner)
-        x = (canvas[..., ::-1] if how.bgr else canvas).astype(np.float32) * np.float32(how.scale)
-        x = (x - np.float32(how.mean)) / np.float32(how.std)
+        x: Array = (canvas[..., ::-1] if how.bgr else canvas).astype(np.float32) * np.float32(how.scale)
+        mean, std = (np.array(values, np.float32) for values in (how.mean, how.std))
+        x = np.asarray((x - mean) / std, np.float32)
         outputs = self._session.run(None, {self._input: np.ascontiguousarray(x.transpose(2, 0, 1)[None], np.float32)})
         answers = self._read([np.asarray(value) for value in outputs])
-        answers.boxes = answers.boxes * np.float32([w / inner[1], h / inner[0]] * 2)
-        answers.boxes = np.clip(answers.boxes, 0, np.float32([w, h] * 2)).astype(np.float32)
+        answers.boxes = answers.boxes * np.array([w / inner[1], h / inner[0]] * 2, np.float32)
+        answers.boxes = np.clip(answers.boxes, 0, np.array([w, h] * 2, np.float32)).astype(np.float32)
         solid = (answers.boxes[:, 2] - answers.boxes[:, 0] > 1) & (answers.boxes[:, 3] - answers.boxes[:, 1] > 1)
         return answers.where(solid)
 
@@ -227,7 +228,7 @@ def look(teacher: Teacher, image: Image, views: Views, names: NDArray[np.int64])
             answers = answers.where(answers.labels >= 0)
             if i:  # what the edge of a tile cuts is seen whole elsewhere
                 answers = answers.where(~_cut(answers.boxes, (x1, y1, x2, y2), (height, width)))
-            answers.boxes = answers.boxes + np.float32([x1, y1, x1, y1])
+            answers.boxes = answers.boxes + np.array([x1, y1, x1, y1], np.float32)
             parts.append(answers)
             where.append(i)
     everything = Answers(
@@ -270,7 +271,7 @@ def _agree(
         free &= ~near
         best = np.zeros(len(where), np.float32)  # of each view
         np.maximum.at(best, view[near], found.scores[near])
-        held = overlaps(found.boxes[i : i + 1], np.float32(places), share=True)[0] > 0.98
+        held = overlaps(found.boxes[i : i + 1], np.array(places, np.float32), share=True)[0] > 0.98
         scales = [[v for v, p in enumerate(where) if held[p] and (p > 0) == tiled] for tiled in (False, True)]
         score = max(float(best[scale].mean()) for scale in scales if scale)
         if score >= views.doubt:
