@@ -13,10 +13,12 @@ import pytest
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
-from running import run
+from running import compose_config, import_tool, run
 from teachers import generic_teacher, yolox_teacher
 
+from eventful_det.data.classes import COCO_NAMES
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video, load_coco_video
+from eventful_det.errors import UserError
 
 TOOL = ["tools/pseudo_label.py", "classes=[person,car]", "views.tiles=1"]
 TOOL_VIDEO = ["views.flip=false", "only=[car]"]
@@ -106,16 +108,33 @@ def test_a_video_is_labelled_and_trained_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [
-        ("teacher=/nowhere.onnx", "no teacher /nowhere.onnx"),
-        ("source=/nowhere.mp4", "/nowhere.mp4"),
-        ("names={wolf: dog}", "the teacher has no class wolf"),
-        ("only=[dog]", "the teacher has no class dog"),
-        ("classes=[wolf,unicorn]", "no class is common"),
-    ],
+    [("teacher=/nowhere.onnx", "no teacher /nowhere.onnx"), ("source=/nowhere.mp4", "/nowhere.mp4")],
 )
 def test_what_cannot_be_done_is_said_in_one_line(
     folder: Path, teacher: Path, tmp_path: Path, wrong: str, said: str
 ) -> None:
     done = run(*TOOL, f"source={folder}", f"teacher={teacher}", f"output={tmp_path / 'out'}", wrong, check=False)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_classes_of_the_teacher_become_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    tool, ours = import_tool("pseudo_label", monkeypatch), ("dog", "domestic_cat", "car", "fox")
+
+    def table(*options: str) -> tuple[dict[str, int], frozenset[int]]:
+        config = compose_config("pseudo_label", "source=a", "teacher=b", *options)
+        labels, known = tool.class_table(config, ours)
+        names = COCO_NAMES if config.classes == "coco" else config.classes
+        return {name: label for name, label in zip(names, labels.tolist(), strict=True) if label >= 0}, known
+
+    assert table() == ({"dog": 0, "cat": 1, "car": 2}, {0, 1, 2})
+    assert table("only=[car]") == ({"car": 2}, {2})
+    doubted = table("names={truck: car}", "doubtful=[truck]")
+    assert doubted == ({"dog": 0, "cat": 1, "car": 2, "truck": 2 + len(ours)}, {0, 1, 2})
+    assert table("classes=[wolf, fox]", "names={wolf: dog}") == ({"wolf": 0, "fox": 3}, {0, 3})
+    for option, said in (
+        ("names={wolf: dog}", "the teacher has no class wolf"),
+        ("only=[fox]", "the teacher has no class fox"),
+        ("classes=[wolf,unicorn]", "no class is common"),
+    ):
+        with pytest.raises(UserError, match=said):
+            table(option)
