@@ -46,6 +46,7 @@ setup(
         "train": TRAIN,
         "serve": SERVE,
         "hf": ["transformers>=5.3"],  # RF-DETR
+        "teacher": ["onnxruntime>=1.18"],  # tools/pseudo_label.py
         "supervision": ["supervision>=0.26"],  # to_supervision
         # trackers brings opencv-python, which needs libGL; where that is missing: pip install --no-deps trackers
         "tracks": ["trackers>=2.6", "supervision>=0.26"],  # ByteTrack
@@ -65,6 +66,8 @@ setup(
             "selenium>=4.20",  # the page in a real browser
             "supervision>=0.26",  # to_supervision
             "transformers>=5.3",  # RF-DETR, DINOv2 and DINOv3, with random weights
+            "onnxruntime>=1.18",  # as in teacher
+            "onnx>=1.16",  # a tiny teacher, made by the tests
             "nbclient>=0.10",  # runs the notebook
             "ipykernel>=6.29",  # the notebook's Python
         ],

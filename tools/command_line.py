@@ -46,6 +46,7 @@ COMMANDS = {
     "count": "count_flops",
     "benchmark": "benchmark",
     "convert": "convert_weights",
+    "label": "pseudo_label",
 }
 _PAGE = "fastapi uvicorn websockets"
 _PACKAGES = {"cv2": "opencv-python-headless", "fastapi": _PAGE, "uvicorn": _PAGE, "websockets": _PAGE}  # by module

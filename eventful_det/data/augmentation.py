@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from eventful_det.data.transforms import Image, resize
 from eventful_det.errors import UserError
-from eventful_det.options import Positive, Range, Share, convert_fields
+from eventful_det.options import NonNegative, Positive, Range, Share, convert_fields
 
 _Side = Annotated[int, Range(32, 8192)]
 Boxes = NDArray[np.float32]
@@ -41,6 +41,7 @@ class Augmentation:
         hue: largest turn of the colour circle, 0.5 = to the opposite colours; 0 = none.
         degrade: probability of each of motion blur, noise and JPEG compression.
         min_visible: boxes of which a crop leaves less than this share are dropped.
+        min_side: boxes that become smaller than a square of this side in pixels are dropped.
         mosaic: probability of a sample made of four pictures (Bochkovskiy et al. 2020, YOLOv4).
     """
 
@@ -54,6 +55,7 @@ class Augmentation:
     hue: Annotated[float, Range(0, 0.5)] = 0.0
     degrade: Share = 0.0
     min_visible: Share = 0.3
+    min_side: NonNegative = 1.0
     mosaic: Share = 0.0
 
     def __post_init__(self) -> None:
@@ -83,7 +85,7 @@ class Augmentation:
         image, boxes = self._jitter_scale(image, boxes, height, width, rng)
         whole = _areas(boxes)
         boxes = np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
-        keep = (_areas(boxes) > self.min_visible * whole) & (_areas(boxes) > 1)
+        keep = (_areas(boxes) > self.min_visible * whole) & (_areas(boxes) > self.min_side**2)
         if rng.random() < self.flip:
             image = np.ascontiguousarray(image[:, ::-1])
             boxes[:, [0, 2]] = width - boxes[:, [2, 0]]

@@ -95,6 +95,9 @@ COCO_NAMES = (
 # fmt: on
 """The 80 categories of COCO detection, in the order of their ids."""
 
+COCO_TO_VID = {"cat": "domestic_cat", "cow": "cattle", "boat": "watercraft"}
+"""Names of ImageNet VID for categories of COCO that are called otherwise there."""
+
 
 def load_classes(path: str | os.PathLike[str]) -> tuple[Category, ...]:
     """Read a category table: a JSON list of ``{"id": 1, "wnid": "n02691156", "name": "airplane"}``.

@@ -108,10 +108,12 @@ class ClipSet(TrainingSet):
     def _augmented(self, n: int, frame: Frame, height: int, width: int) -> tuple[Image, Target]:
         """A frame of clip n; all its frames draw the same random numbers."""
         rng = np.random.default_rng([self.seed, 2, n])
-        boxes, labels = self._truth(frame)
+        boxes, labels, scores, crowd = self._truth(frame)
         picture = read_labelled(self.data.image_path(frame), frame)
         picture, boxes, keep = self.augmentation(picture, boxes, (height, width), rng)
-        target = {"boxes": torch.from_numpy(boxes[keep]), "labels": torch.from_numpy(labels[keep])}
+        lists = {"boxes": boxes, "labels": labels, "scores": scores}
+        target = {name: torch.from_numpy(values[keep & ~crowd]) for name, values in lists.items()}
+        target["ignore"] = torch.from_numpy(boxes[~keep | crowd])
         areas = torch.tensor([[0.0, 0.0, width, height]])
         return picture, target | {"areas": areas, "exhaustive": torch.tensor([self._exhaustive(frame)])}
 
@@ -159,6 +161,7 @@ class ClipSet(TrainingSet):
         flying = np.stack([sprite.box(t) for sprite, _ in sprites]) if sprites else np.zeros((0, 4), np.float32)
         boxes = np.concatenate([target["boxes"].numpy(), flying])
         labels = np.concatenate([target["labels"].numpy(), np.array([label for _, label in sprites], np.int64)])
+        scores = np.concatenate([target["scores"].numpy(), np.ones(len(sprites), np.float32)])
         hidden = np.zeros(len(boxes), bool)
         for i in range(len(boxes) - len(flying), len(boxes)):
             hidden[:i] |= _covered(boxes[:i], boxes[i]) > 1 - self.augmentation.min_visible
@@ -167,9 +170,10 @@ class ClipSet(TrainingSet):
         limits = [size[1], size[0]] * 2
         boxes = np.clip(boxes, 0, limits).astype(np.float32)
         keep = (_areas(boxes) > self.augmentation.min_visible * whole) & (_areas(boxes) > 1) & ~hidden
-        areas = np.clip(camera.boxes(target["areas"].numpy()), 0, limits).astype(np.float32)
-        seen = {"boxes": torch.from_numpy(boxes[keep]), "labels": torch.from_numpy(labels[keep])}
-        return seen | {"areas": torch.from_numpy(areas), "exhaustive": target["exhaustive"]}
+        seen = {"boxes": boxes[keep], "labels": labels[keep], "scores": scores[keep]}
+        for name in ("ignore", "areas"):
+            seen[name] = np.clip(camera.boxes(target[name].numpy()), 0, limits).astype(np.float32)
+        return {name: torch.from_numpy(value) for name, value in seen.items()} | {"exhaustive": target["exhaustive"]}
 
 
 def _areas(boxes: np.ndarray) -> np.ndarray:

@@ -54,7 +54,8 @@ class Annotation:
         track_id: the same object has the same id on all frames of its video; None for still pictures.
         occluded: partly hidden.
         generated: the box was interpolated by a program, not drawn by a person.
-        iscrowd: the box holds a crowd; COCO does not score it.
+        iscrowd: the box holds a crowd; COCO does not score it, and training ignores the region.
+        score: how sure a teacher was of it; 1 for what people drew.
         area: in square pixels; what COCO's small / medium / large go by.
         id: unique in the file; ``CocoVideo.renumber`` assigns it.
     """
@@ -67,6 +68,7 @@ class Annotation:
     iscrowd: bool = False
     area: float = -1.0
     id: int = 0
+    score: float = 1.0
 
     def __post_init__(self) -> None:
         if self.area < 0:
@@ -288,6 +290,13 @@ def _number(value: Any) -> float:
     return number
 
 
+def _share(value: Any) -> float:
+    number = _number(value)
+    if not 0 <= number <= 1:
+        raise ValueError
+    return number
+
+
 def _flag(value: Any) -> bool:
     """Also as spreadsheets and other programs write it."""
     if value is False or value is True:
@@ -363,6 +372,7 @@ _SCHEMA: dict[str, dict[str, _Field]] = {
         "bbox": _Field(_bbox, "[x, y, width, height] in pixels"),
         "area": _Field(_number, "a number of square pixels", -1.0),
         "iscrowd": _Field(_flag, _YES_NO, False),
+        "score": _Field(_share, "a number from 0 to 1", 1.0),
         "occluded": _Field(_flag, _YES_NO, False),
         "generated": _Field(_flag, _YES_NO, False),
         "track_id": _Field(_track, "a number or a name", None),
@@ -400,7 +410,7 @@ class _Reader:
                 track = row["instance_id"] if row["track_id"] is None else row["track_id"]
                 if isinstance(track, str):
                     track = tracks.setdefault((video.id, track), next(free))
-                more = (row["occluded"], row["generated"], row["iscrowd"], row["area"], row["id"])
+                more = (row["occluded"], row["generated"], row["iscrowd"], row["area"], row["id"], row["score"])
                 frame.annotations.append(Annotation(row["category_id"], row["bbox"], track, *more))
         return self.merged(categories, videos), videos
 
@@ -537,4 +547,6 @@ def _annotation(a: Annotation, image_id: int) -> dict[str, Any]:
     entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": a.area, "iscrowd": int(a.iscrowd)}
     if a.track_id is not None:
         entry["track_id"] = a.track_id
+    if a.score < 1:
+        entry["score"] = a.score
     return entry | {"occluded": a.occluded, "generated": a.generated}

@@ -77,9 +77,9 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
             key: n, or (n, index of the size).
 
         Returns:
-            The image `(3, h, w)` uint8, and its "boxes" `(n, 4)` xyxy in pixels and "labels" `(n,)`; further the
-            "areas" `(a, 4)` of the pictures it is made of, and for each the classes of which every object has its
-            box, "exhaustive" `(a, K)`.
+            The image `(3, h, w)` uint8, and its "boxes" `(n, 4)` xyxy in pixels, "labels" and "scores" `(n,)`, which
+            say how much each counts; regions to "ignore" `(r, 4)`; further the "areas" `(a, 4)` of the pictures it is
+            made of, and for each the classes of which every object has its box, "exhaustive" `(a, K)`.
         """
         n, size = key if isinstance(key, tuple) else (key, 0)
         height, width = self.augmentation.sizes[size]
@@ -94,18 +94,22 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         """Sample n as a picture `(height, width, 3)`, and its target."""
         rng = np.random.default_rng([self.seed, 2, n])
         canvas = np.empty((height, width, 3), np.uint8)
-        boxes, labels, areas, exhaustive = [], [], [], []
+        boxes, labels, scores, ignore, areas, exhaustive = [], [], [], [], [], []
         for i, (top, left, bottom, right) in enumerate(self.augmentation.cells((height, width), rng)):
             frame = self.frame_of(n if i == 0 else int(rng.integers(n + 1, n + len(self.frames))))
             picture = read_labelled(self.data.image_path(frame), frame)
-            box, label = self._truth(frame)
+            box, label, score, crowd = self._truth(frame)
             picture, box, keep = self.augmentation(picture, box, (bottom - top, right - left), rng)
             canvas[top:bottom, left:right] = picture
-            boxes.append(box[keep] + np.array([left, top, left, top], np.float32))
-            labels.append(label[keep])
+            box = box + np.array([left, top, left, top], np.float32)
+            boxes.append(box[keep & ~crowd])
+            labels.append(label[keep & ~crowd])
+            scores.append(score[keep & ~crowd])
+            ignore.append(box[~keep | crowd])
             areas.append([left, top, right, bottom])
             exhaustive.append(self._exhaustive(frame))
-        target = {"boxes": torch.from_numpy(np.concatenate(boxes)), "labels": torch.from_numpy(np.concatenate(labels))}
+        lists = {"boxes": boxes, "labels": labels, "scores": scores, "ignore": ignore}
+        target = {name: torch.from_numpy(np.concatenate(values)) for name, values in lists.items()}
         target |= {"areas": torch.tensor(areas, dtype=torch.float32), "exhaustive": torch.tensor(exhaustive)}
         return canvas, target
 
@@ -120,10 +124,13 @@ class TrainingSet(Dataset[tuple[Tensor, Target]]):
         drawn = np.minimum(np.searchsorted(self.repeats, wanted, side="right"), len(self.frames) - 1)
         return self.frames[rng.permutation(drawn)[place]]
 
-    def _truth(self, frame: Frame) -> tuple[np.ndarray, np.ndarray]:
-        objects = [a for a in frame.annotations if not a.iscrowd]
+    def _truth(self, frame: Frame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Boxes `(n, 4)`, labels, scores and whether it is a crowd `(n,)`."""
+        objects = frame.annotations
         boxes = np.array([a.box for a in objects], np.float32).reshape(-1, 4)
-        return boxes, np.array([self.label_of[a.category_id] for a in objects], np.int64)
+        labels = np.array([self.label_of[a.category_id] for a in objects], np.int64)
+        scores = np.sqrt(np.array([a.score for a in objects], np.float32))  # teachers are less sure than they are right
+        return boxes, labels, scores, np.array([a.iscrowd for a in objects], bool)
 
     def _exhaustive(self, frame: Frame) -> list[bool]:
         """For each class, whether every object of it on the frame has its box."""

@@ -77,6 +77,22 @@ def match(truth: Tensor, boxes: Tensor, low: float, high: float, keep_best: bool
     return matched, label
 
 
+def set_aside(label: Tensor, boxes: Tensor, regions: Tensor) -> Tensor:
+    """Match labels in which background boxes that lie by half in a region to ignore are ignored, `(n,)`.
+
+    Args:
+        label: what `match` returned.
+        boxes: `(n, 4)` anchors or proposals.
+        regions: `(r, 4)` where nobody knows what is there.
+    """
+    if not regions.shape[0]:
+        return label
+    low, high = torch.max(boxes[:, None, :2], regions[:, :2]), torch.min(boxes[:, None, 2:], regions[:, 2:])
+    common = (high - low).clamp(min=0).prod(dim=2)  # (n, r)
+    inside = common.amax(dim=1) > 0.5 * (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+    return label.masked_fill((label == 0) & inside, -1)
+
+
 def area_of(boxes: Tensor, areas: Tensor) -> Tensor:
     """The index `(n,)` of the area, of `(a, 4)` disjoint ones xyxy, that holds the centre of each box `(n, 4)`.
 

@@ -15,7 +15,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, generalized_box_io
 
 from eventful_det.detectors.results import Detections
 from eventful_det.gating.state import TensorTree
-from eventful_det.models.boxes import area_of, decode, encode, match, sample
+from eventful_det.models.boxes import area_of, decode, encode, match, sample, set_aside
 from eventful_det.models.config import ModelConfig
 from eventful_det.models.vitdet import STRIDES, ConvNorm
 
@@ -181,25 +181,32 @@ class SingleHead(RoIHeads):
         """Classification and box losses on sampled proposals.
 
         Background means "none of the classes that are exhaustively labelled in this image": a class that is not may
-        well be there, so what it is given costs nothing (a set-valued label, as in Zhao et al. 2020).
+        well be there, so what it is given costs nothing (a set-valued label, as in Zhao et al. 2020). Objects count by
+        their "scores", where the targets have any; background in a region to "ignore" does not count.
         """
-        boxes, labels, truth, possible = [], [], [], []
+        boxes, labels, truth, possible, scores = [], [], [], [], []
         for proposal, target in zip(proposals, targets, strict=True):
             candidates = torch.cat([proposal, target["boxes"]])
             matched, label = match(target["boxes"], candidates, 0.5, 0.5, keep_best=False)
+            if "ignore" in target:
+                label = set_aside(label, candidates, target["ignore"])
             positive, negative = sample(label, self.config.region_samples, _FOREGROUND)
+            score = target.get("scores", torch.ones_like(target["boxes"][:, 0]))[matched[positive]]
+            scores.append(torch.cat([score, score.new_ones(len(negative))]))
             background = torch.full_like(negative, len(self.config.classes))
             boxes.append(candidates[torch.cat([positive, negative])])
             labels.append(torch.cat([target["labels"][matched[positive]], background]))
             truth.append(target["boxes"][matched[positive]])
             possible.append(self._possible(candidates[negative], target))
         logits, deltas = self._predict(partial(self.pool, levels), boxes)
-        label = torch.cat(labels)
+        label, weight = torch.cat(labels), torch.cat(scores)
         foreground = (label < len(self.config.classes)).nonzero().squeeze(1)
         chosen = deltas.unflatten(1, (-1, 4))[foreground, label[foreground]]
-        location = self._box_loss(chosen, torch.cat(boxes)[foreground], torch.cat(truth)) / max(label.numel(), 1)
+        location = self._box_loss(chosen, torch.cat(boxes)[foreground], torch.cat(truth)) * weight[foreground]
         logits = _merge_possible(logits, label, torch.cat(possible))
-        return {"loss_cls": F.cross_entropy(logits, label), "loss_box_reg": location * self.config.box_loss_weight}
+        kind = F.cross_entropy(logits, label, reduction="none") * weight
+        losses = {"loss_cls": kind, "loss_box_reg": location * self.config.box_loss_weight}
+        return {name: loss.sum() / max(label.numel(), 1) for name, loss in losses.items()}
 
     def _possible(self, boxes: Tensor, target: dict[str, Tensor]) -> Tensor:
         """Which classes may be in each box `(n, 4)` without a label, `(n, K)`; by default none."""
@@ -208,9 +215,10 @@ class SingleHead(RoIHeads):
         return ~target["exhaustive"][area_of(boxes, target["areas"])]
 
     def _box_loss(self, deltas: Tensor, boxes: Tensor, truth: Tensor) -> Tensor:
+        """`(n,)`."""
         if self.config.box_loss == "giou":
-            return generalized_box_iou_loss(decode(deltas, boxes, _WEIGHTS), truth, reduction="sum")
-        return F.l1_loss(deltas, encode(boxes, truth, _WEIGHTS), reduction="sum")
+            return generalized_box_iou_loss(decode(deltas, boxes, _WEIGHTS), truth, reduction="none")
+        return F.l1_loss(deltas, encode(boxes, truth, _WEIGHTS), reduction="none").sum(dim=1)
 
 
 def _merge_possible(logits: Tensor, label: Tensor, possible: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from eventful_det.gating.windows import Grid
-from eventful_det.models.boxes import area_of, cell_anchors, decode, encode, grid_anchors, match, sample
+from eventful_det.models.boxes import area_of, cell_anchors, decode, encode, grid_anchors, match, sample, set_aside
 from eventful_det.models.config import ModelConfig
 from eventful_det.models.vitdet import STRIDES
 
@@ -138,11 +138,16 @@ class ProposalGenerator(nn.Module):
         objectness, location = logit.sum() * 0, delta.sum() * 0  # parameters have a gradient even without objects
         for i, target in enumerate(targets):
             matched, label = match(target["boxes"], anchors, 0.3, 0.7, keep_best=True)
+            if "ignore" in target:
+                label = set_aside(label, anchors, target["ignore"])
             positive, negative = sample(label, _SAMPLES, _FOREGROUND)
             chosen = torch.cat([positive, negative])
             wanted = label[chosen].to(logit.dtype)
             loss = F.binary_cross_entropy_with_logits(logit[i, chosen], wanted, reduction="none")
-            objectness = objectness + (loss * _trust(anchors[chosen], target, logit[i, chosen], wanted)).sum()
+            trust = _trust(anchors[chosen], target, logit[i, chosen], wanted)
+            if "scores" in target:
+                trust[: len(positive)] = target["scores"][matched[positive]]
+            objectness = objectness + (loss * trust).sum()
             if positive.numel():
                 goal = encode(anchors[positive], target["boxes"][matched[positive]], _WEIGHTS)
                 location = location + F.l1_loss(delta[i, positive], goal, reduction="sum")

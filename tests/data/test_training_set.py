@@ -110,3 +110,26 @@ def test_all_samples_of_a_batch_have_one_size(data: CocoVideo) -> None:
     batches = iter(training_loader(TrainingSet(data, Augmentation(sizes)), 3))
     seen = {tuple(next(batches)[0].shape[-2:]) for _ in range(12)}
     assert seen == set(sizes)
+
+
+def test_crowds_and_what_is_too_small_are_ignored_and_doubtful_labels_count_less(data: CocoVideo) -> None:
+    frame = next(data.frames)
+    frame.annotations = [
+        Annotation(1, (0, 0, 32, 32), score=0.64),
+        Annotation(1, (32, 32, 64, 64), iscrowd=True),
+        Annotation(1, (60, 0, 63, 3)),
+    ]
+    alone = CocoVideo(data.categories, data.videos[:1], data.image_root)
+    exact = Augmentation(((64, 64),), scale=(1.0, 1.0), flip=0.0, colour=0.0, min_side=8.0)
+    _, target = TrainingSet(alone, exact)[0]
+    assert target["boxes"].tolist() == [[0, 0, 32, 32]]
+    assert target["scores"].tolist() == pytest.approx([0.8])  # the root
+    assert target["ignore"].tolist() == [[32, 32, 64, 64], [60, 0, 63, 3]]
+
+
+def test_scores_survive_the_file(data: CocoVideo, tmp_path: Path) -> None:
+    next(data.frames).annotations[0].score = 0.25
+    data.renumber()
+    data.save(tmp_path / "data.json")
+    again = load_coco_video(tmp_path / "data.json")
+    assert [a.score for frame in again.frames for a in frame.annotations] == [0.25] + [1.0] * 19
