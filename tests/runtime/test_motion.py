@@ -38,7 +38,7 @@ def found(*boxes: tuple[float, ...], scores: list[float] | None = None, labels: 
     return Detections(
         torch.tensor(boxes, dtype=torch.float32).view(-1, 4),
         torch.tensor(scores or [0.9] * len(boxes)),
-        torch.tensor(labels or [0] * len(boxes)),
+        torch.tensor(labels or [0] * len(boxes), dtype=torch.int64),
     )
 
 
