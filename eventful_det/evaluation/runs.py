@@ -32,7 +32,7 @@ class Method:
         setting: the budget or the like that the curve varies; None where there is nothing to vary.
         rule: how a frame's tokens are recomputed.
         budget: as for a stream, which every video has for itself.
-        hold: run on every n-th frame only and hold its boxes in between.
+        hold: run on every n-th frame only and move its boxes in between.
         scale: of the network's input, relative to the model's own.
         square: frames are padded to a square, as the official code of Eventful Transformers does.
     """

@@ -160,11 +160,13 @@ def run_videos(
                 if item.image is None:
                     run.skipped[item.frame.image_id] = item.fault
                     continue
+                began = time.perf_counter()
                 begun = run.session.begin(VideoFrame(item.image), item.resized)
                 if isinstance(begun, KeyFrame):
                     due.append((run, item.frame, begun))
                 else:
-                    run.add(item.frame, begun, begun.cost)
+                    moving = time.perf_counter() - began
+                    run.add(item.frame, begun, dataclasses.replace(begun.cost, seconds={"motion": moving}), moving)
             if due:
                 began = time.perf_counter()
                 results = stepper.step([(run.session, key) for run, _, key in due])

@@ -16,6 +16,7 @@ frame a box that was moved hands its track id to the detection that overlaps it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,8 +28,8 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from eventful_det.data.transforms import fit_size
+from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
-from eventful_det.models.regions import Detections
 
 Array = NDArray[np.float32]
 Picture = NDArray[np.uint8]
@@ -100,6 +101,10 @@ class BoxMover:
         self._boxes = dataclasses.replace(found, tracks=self._tracks(found))
         self.quality, self.motion = 1.0, 0.0
         return self._boxes.clone()
+
+    def forget(self) -> None:
+        """Forget the boxes: another scene begins. Track ids go on."""
+        self._boxes = None
 
     def held(self, image: Picture) -> Detections:
         """The boxes on the next frame `(h, w, 3)`, on which the network does not run; those that left it are gone."""
@@ -198,7 +203,7 @@ def move_boxes(field: FlowField, boxes: Array, options: MotionOptions) -> tuple[
     height, width = field.size
     frame = np.array([[0, 0, width, height]], np.float32)
     camera = camera_motion(field.at(_grid(frame, _CAMERA_POINTS)[0], options.error), boxes)
-    visible = np.clip(boxes, 0, np.float32([width, height] * 2))
+    visible = np.clip(boxes, 0, np.array([width, height] * 2, np.float32))
     flow = field.at(_grid(visible, _POINTS), options.error)  # (n, points, 2)
     by_camera = flow.start @ camera[:, :2].T + camera[:, 2] - flow.start
     own = flow.sure & (np.abs(flow.shift - by_camera).max(-1) > options.moving)
@@ -284,19 +289,24 @@ class KeyFrames:
 
     Attributes:
         every: at most so many frames from one key frame to the next; 1 = on every frame.
-        motion: it runs again when boxes went so far since the last key frame, in their own sizes (score-weighted mean):
-            a box that is moved keeps its shape, and fast objects change theirs.
-        quality: it runs again when a smaller share of the boxes than this could be followed.
+        motion: it runs earlier when boxes went so far since the last key frame, in their own sizes (score-weighted
+            mean): a box that is moved keeps its shape, and fast objects change theirs.
+        quality: it runs earlier when a smaller share of the boxes than this could be followed.
     """
 
     every: int = 4
-    motion: float = 0.5
+    motion: float = 0.8
     quality: float = 0.5
 
     def __post_init__(self) -> None:
         if self.every < 1:
-            raise UserError(f"key frames: every must be 1 (every frame) or more, got {self.every}")
+            raise UserError(f"hold must be at least 1 (= every frame), got {self.every}")
 
-    def due(self, age: int, mover: BoxMover) -> bool:
-        """Whether to run on a frame that comes `age` frames after the last key frame."""
-        return age >= self.every or mover.motion > self.motion or mover.quality < self.quality
+    @staticmethod
+    def each(every: int) -> KeyFrames:
+        """Every n-th frame, whatever moves."""
+        return KeyFrames(every, math.inf, 0.0)
+
+    def early(self, mover: BoxMover) -> bool:
+        """Whether to run before it is time, by how the boxes went on the last frame."""
+        return mover.motion > self.motion or mover.quality < self.quality

@@ -21,8 +21,8 @@ from torch import Tensor
 from eventful_det.data.source import VideoFrame
 from eventful_det.detectors.protocol import InputTransform, S, VideoDetector
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
-from eventful_det.errors import UserError
 from eventful_det.runtime.drift import Drift
+from eventful_det.runtime.motion import BoxMover, KeyFrames
 from eventful_det.runtime.scene_cuts import SceneCuts
 
 
@@ -39,7 +39,7 @@ class StreamResult:
         work: `(H, W)` share of its token-wise work that each token had done, 0 to 1.
         token_size: height and width of a token in pixels of the source frame; the map may reach beyond the frame.
         image: the source frame, `(h, w, 3)` uint8 RGB.
-        held: the detector did not run; the detections are those of an earlier frame.
+        held: the detector did not run; the detections are those of an earlier frame, moved with their objects.
         stream: name of the source.
         frame_age: seconds from the capture of the frame to its detections; None unless the source is live.
         dropped: frames of a live source that were overtaken by newer ones so far.
@@ -90,8 +90,9 @@ class StreamSession(Generic[S]):
         transform: makes its inputs.
         name: of the stream.
         scene_cuts: recompute everything when another scene begins.
-        hold: every n-th frame is a key frame, the boxes are held in between. A scene cut, a new size and a camera that
-            came back make a key frame at once.
+        hold: every n-th frame is a key frame, and boxes move with their objects in between; or `KeyFrames`, which runs
+            earlier where they move far. A scene cut, a new size and a camera that came back make a key frame at once.
+        move: False = boxes stand still between key frames (a baseline).
 
     Attributes:
         state: what the detector remembers of the stream.
@@ -108,15 +109,16 @@ class StreamSession(Generic[S]):
         *,
         name: str = "",
         scene_cuts: bool = True,
-        hold: int = 1,
+        hold: int | KeyFrames = 1,
+        move: bool = True,
     ) -> None:
-        if hold < 1:
-            raise UserError(f"hold must be at least 1 (= every frame), got {hold}")
-        self.detector, self.transform, self.name, self.hold = detector, transform, name, hold
+        self.detector, self.transform, self.name = detector, transform, name
+        self.key_frames = hold if isinstance(hold, KeyFrames) else KeyFrames.each(hold)
         self.state = detector.init_state()
         self.variable_macs: float | None = None
         self._cuts = SceneCuts() if scene_cuts else None
         self._last: StreamResult | None = None
+        self._mover = BoxMover() if move and self.key_frames.every > 1 else None  # follows boxes between key frames
         self._to_hold = 0  # frames until the next regular key frame
         self._frames = 0
 
@@ -139,15 +141,18 @@ class StreamSession(Generic[S]):
             return self._hold_boxes(self._last, frame, dropped)
         began = time.perf_counter()
         image = self.transform(frame.image if resized is None else resized).to(self.detector.device)
-        self._to_hold = self.hold - 1
+        self._to_hold = self.key_frames.every - 1
+        if self._mover is not None and (cut or self._last is None or self._last.image.shape != frame.image.shape):
+            self._mover.forget()  # what stood in another scene
         return KeyFrame(frame, image, cut, regular, dropped, time.perf_counter() - began)
 
     def finish(self, key: KeyFrame, step: StepResult) -> StreamResult:
         """The result of a key frame."""
         image = key.frame.image
+        detections = self.transform.restore(step.detections, image)
         return self._next(
             StreamResult(
-                detections=self.transform.restore(step.detections, image),
+                detections=detections if self._mover is None else self._mover.key(image, detections),
                 names=self.detector.names,
                 frame_index=self._frames,
                 timestamp=key.frame.timestamp,
@@ -167,7 +172,8 @@ class StreamSession(Generic[S]):
 
     def _is_key_frame(self, last: StreamResult, frame: VideoFrame, cut: bool) -> bool:
         """Whether the detector has to run: the only place where that is decided."""
-        return cut or not self._to_hold or last.image.shape != frame.image.shape
+        early = self._mover is not None and self.key_frames.early(self._mover)
+        return cut or early or not self._to_hold or last.image.shape != frame.image.shape
 
     def _hold_boxes(self, last: StreamResult, frame: VideoFrame, dropped: int) -> StreamResult:
         """The result of a frame between key frames: the only place where that gets its boxes."""
@@ -175,6 +181,7 @@ class StreamSession(Generic[S]):
         return self._next(
             dataclasses.replace(
                 last,
+                detections=last.detections if self._mover is None else self._mover.held(frame.image),
                 frame_index=self._frames,
                 timestamp=frame.timestamp,
                 cost=last.cost.idle(),

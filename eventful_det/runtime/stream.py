@@ -17,6 +17,7 @@ from eventful_det.gating.selector import Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.control import Stepper
 from eventful_det.runtime.drift import Drift, DriftMonitor
+from eventful_det.runtime.motion import KeyFrames
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
 Source = int | str | os.PathLike[str] | Iterable[NDArray[np.uint8]] | VideoSource
@@ -37,7 +38,7 @@ class Stream(Iterator[StreamResult]):
         max_frames: stop after this many frames.
         short_side, long_side: of the network's input in pixels; the model's own if None.
         scene_cuts: recompute everything when another scene begins.
-        hold: run the detector on every n-th frame only and hold its boxes in between.
+        hold: run the detector on every n-th frame only, and move its boxes in between; see `StreamSession`.
         shadow_every: also run the dense detector on every n-th frame and report how far the detections of at least
             `shadow_score` drift from its; costs nothing of the budget and is counted nowhere else. 0 = never.
         timing: measure the seconds of each part, for which a GPU is waited for once per frame.
@@ -58,7 +59,7 @@ class Stream(Iterator[StreamResult]):
         short_side: int | None = None,
         long_side: int | None = None,
         scene_cuts: bool = True,
-        hold: int = 1,
+        hold: int | KeyFrames = 1,
         shadow_every: int = 0,
         shadow_score: float = 0.5,
         timing: bool = False,

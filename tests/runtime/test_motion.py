@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torchvision.ops import box_iou
 
+from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
-from eventful_det.models.regions import Detections
 from eventful_det.runtime.motion import BoxMover, KeyFrames
 
 SIZE = (240, 400)  # height, width
@@ -132,12 +132,20 @@ def test_results_belong_to_the_caller() -> None:
 def test_the_network_runs_again_when_boxes_moved_far_or_were_lost() -> None:
     mover, rule = BoxMover(), KeyFrames(every=10, motion=0.5, quality=0.5)
     mover.key(scene(100, 80, 60), found(square_box(100, 80, 60)))
-    ages = []
+    early = []
     for age in range(1, 11):
         mover.held(scene(100 + 6 * age, 80, 60))
-        ages.append(rule.due(age, mover))
-    first = ages.index(True) + 1
+        early.append(rule.early(mover))
+    first = early.index(True) + 1
     assert 4 <= first <= 7, f"6 of 60 pixels a frame: half a size after 5 frames or so, not {first}"
-    assert KeyFrames(every=3).due(3, BoxMover()) and not KeyFrames(every=3).due(2, BoxMover())
-    with pytest.raises(UserError, match="every must be 1"):
+    assert not KeyFrames.each(3).early(mover), "exactly every third frame, however far things move"
+    with pytest.raises(UserError, match="hold must be at least 1"):
         KeyFrames(every=0)
+
+
+def test_tracks_go_on_counting_behind_a_scene_cut() -> None:
+    mover = BoxMover()
+    mover.key(scene(100, 80, 60), found(square_box(100, 80, 60)))
+    mover.forget()
+    again = mover.key(scene(100, 80, 60), found(square_box(100, 80, 60)))
+    assert again.tracks is not None and again.tracks.tolist() == [1]
