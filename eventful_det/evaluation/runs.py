@@ -152,11 +152,8 @@ def _rescored(run: VideoRun) -> VideoRun:
         by_image[entry["image_id"]].append(entry)
     results: list[Entry] = []
     objects: Objects | None = None
-    scores: list[float] = []
-    for frame, cost, latency in zip(run.video.frames, run.costs, run.latencies, strict=True):
+    for frame, cost in zip(run.video.frames, run.costs, strict=True):
         entries = by_image[frame.image_id]
-        if latency:  # the detector ran
-            new, objects = rescore(detections_of(entries), None if cost.flush else objects, Rescoring())
-            scores = new.tolist()
-        results += [entry | {"score": score} for entry, score in zip(entries, scores, strict=True)]
+        scores, objects = rescore(detections_of(entries), None if cost.flush else objects, Rescoring())
+        results += [entry | {"score": score} for entry, score in zip(entries, scores.tolist(), strict=True)]
     return dataclasses.replace(run, results=results)

@@ -97,7 +97,7 @@ def _pairs(found: Detections, before: Objects, overlap: float) -> tuple[Tensor, 
 class Rescorer:
     """Rescores the results of one stream, which have to come in the order of their frames.
 
-    A flush (a scene cut, another size, a camera that came back) begins anew; a held frame tells nothing new.
+    A flush (a scene cut, another size, a camera that came back) begins anew.
 
     Args:
         options: how; None = as `Rescoring` says.
@@ -106,29 +106,14 @@ class Rescorer:
     def __init__(self, options: Rescoring | None = None) -> None:
         self.options = options or Rescoring()
         self._objects: Objects | None = None
-        self._last: Detections | None = None
         self._shape: tuple[int, ...] = ()
 
     def __call__(self, result: StreamResult) -> StreamResult:
         """The same result with new scores, best first."""
         found = result.detections
-        if result.held and self._last is not None:
-            return dataclasses.replace(result, detections=self._carried(found, self._last))
         moved_on = result.cost.flush or result.image.shape != self._shape
-        before = None if moved_on else self._objects
         self._shape = result.image.shape
-        scores, self._objects = rescore(found, before, self.options)
+        scores, self._objects = rescore(found, None if moved_on else self._objects, self.options)
         order = scores.argsort(descending=True, stable=True)
-        self._last = dataclasses.replace(found, scores=scores).map(lambda tensor: tensor[order])
-        return dataclasses.replace(result, detections=self._last.clone())
-
-    def _carried(self, found: Detections, last: Detections) -> Detections:
-        """Boxes of a held frame with the scores of the key frame before it; they may have moved, and some be gone."""
-        if found.tracks is None or last.tracks is None:
-            return last.clone()
-        same = found.tracks[:, None] == last.tracks
-        scores = (
-            torch.where(same.any(1), last.scores[same.int().argmax(1)], found.scores) if len(last) else found.scores
-        )
-        order = scores.argsort(descending=True, stable=True)
-        return dataclasses.replace(found, scores=scores).map(lambda tensor: tensor[order])
+        rescored = dataclasses.replace(found, scores=scores).map(lambda tensor: tensor[order])
+        return dataclasses.replace(result, detections=rescored)
