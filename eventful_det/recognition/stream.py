@@ -23,7 +23,7 @@ from eventful_det.gating.state import State
 from eventful_det.recognition.config import RecogniserConfig
 from eventful_det.recognition.results import RecogniserStream, RecognitionStep, StepCost
 from eventful_det.recognition.views import cover, crop_corners
-from eventful_det.runtime.refresh import SceneCuts
+from eventful_det.runtime.scene_cuts import SceneCuts
 
 DEFAULT_RULE: Rule[Any] = Rows()
 Source = int | str | os.PathLike[str] | Iterable[NDArray[np.uint8]] | VideoSource
