@@ -45,7 +45,10 @@ def test_every_kind_of_run_agrees(tmp_path: Path, seed: int, capsys: pytest.Capt
 @pytest.mark.parametrize(
     "changes",
     [
-        {"tubelet_shape": [1, 4, 4], "temporal": {"depth": 2, "heads": 4, "mlp_ratio": 1, "position_encoding_size": [9]}},
+        {
+            "tubelet_shape": [1, 4, 4],
+            "temporal": {"depth": 2, "heads": 4, "mlp_ratio": 1, "position_encoding_size": [9]},
+        },
         {"tubelet_shape": [3, 2, 4], "normalize_mean": 0.45, "normalize_std": 0.225},
         {"spatial": {"depth": 1, "heads": 1, "mlp_ratio": 4, "position_encoding_size": [2, 3]}, "temporal_stride": 1},
     ],
