@@ -45,6 +45,7 @@ setup(
         "plots": PLOTS,
         "train": TRAIN,
         "serve": SERVE,
+        "hf": ["transformers>=5.3"],  # RF-DETR
         "supervision": ["supervision>=0.26"],  # to_supervision
         # trackers brings opencv-python, which needs libGL; where that is missing: pip install --no-deps trackers
         "tracks": ["trackers>=2.6", "supervision>=0.26"],  # ByteTrack
@@ -63,6 +64,7 @@ setup(
             "httpx2>=2",  # requests of FastAPI's TestClient
             "selenium>=4.20",  # the page in a real browser
             "supervision>=0.26",  # to_supervision
+            "transformers>=5.3",  # RF-DETR, DINOv2 and DINOv3, with random weights
             "nbclient>=0.10",  # runs the notebook
             "ipykernel>=6.29",  # the notebook's Python
         ],

@@ -16,14 +16,13 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from eventful_det.detectors.protocol import AnyRule
+from eventful_det.detectors.protocol import AnyRule, VideoDetector
 from eventful_det.errors import UserError, printable
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT, Focus, LargestError, RandomOrder, Selector
 from eventful_det.models.checkpoints import SYNTHETIC, load_detector
-from eventful_det.models.detector import Detector
 from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Share, from_values, nearest
 from eventful_det.outputs import write_json
 
@@ -145,6 +144,7 @@ class _Stdout:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
+AnyDetector = VideoDetector[Any]
 console = Console(file=_Stdout(), markup=False, emoji=False, highlight=False)  # type: ignore[arg-type]
 
 
@@ -216,7 +216,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"device={name} cannot be used here ({str(error).splitlines()[0]}); try device=cpu") from error
 
 
-def open_detector(weights: str | None, labels: str | None, device: str, sources: Sequence[Any]) -> Detector:
+def open_detector(weights: str | None, labels: str | None, device: str, sources: Sequence[Any]) -> AnyDetector:
     """A detector; without a name of weights, the shipped ones that know the sources."""
     synthetic = bool(sources) and all(str(source).startswith("synthetic") for source in sources)
     return load_detector(weights or (SYNTHETIC if synthetic else None), labels).to(choose_device(device))

@@ -25,7 +25,19 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-from common import Side, Texts, as_list, build_gate, command, console, open_detector, say, uninterrupted, write_results
+from common import (
+    AnyDetector,
+    Side,
+    Texts,
+    as_list,
+    build_gate,
+    command,
+    console,
+    open_detector,
+    say,
+    uninterrupted,
+    write_results,
+)
 from demo_files import Outputs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -108,7 +120,7 @@ def name_folders(output: Path, sources: Sequence[str | Path]) -> list[Path]:
     return [output / name for name in file_names((Path(printable(str(s))).stem for s in sources), {"results.json"})]
 
 
-def build_detector(options: Options, sources: Sequence[str | Path]) -> Detector:
+def build_detector(options: Options, sources: Sequence[str | Path]) -> AnyDetector:
     """The detector of a config, with the classes that it asks for."""
     if options.gate.get("rule") == "dense" and options.budget is not None:
         raise UserError("gate=dense recomputes everything; leave budget out, or choose gate=rows or gate=paper")
@@ -118,8 +130,10 @@ def build_detector(options: Options, sources: Sequence[str | Path]) -> Detector:
     return keep_classes(detector, as_list(options.classes))
 
 
-def keep_classes(detector: Detector, classes: Sequence[str]) -> Detector:
+def keep_classes(detector: AnyDetector, classes: Sequence[str]) -> Detector:
     """The same detector, reporting some of its classes only."""
+    if not isinstance(detector, Detector):
+        raise UserError("classes: RF-DETR reports all of its classes; leave classes out")
     unknown = sorted(set(classes) - set(detector.names))
     if unknown:
         raise UserError(f"classes: no class {', '.join(unknown)}; the weights know {', '.join(detector.names)}")
@@ -128,9 +142,9 @@ def keep_classes(detector: Detector, classes: Sequence[str]) -> Detector:
     return kept.eval().to(detector.device)
 
 
-def time_dense(detector: Detector, first: StreamResult, sizes: dict[str, Any]) -> float:
+def time_dense(detector: AnyDetector, first: StreamResult, sizes: dict[str, Any]) -> float:
     """Seconds that the dense detector takes for such a frame: the median of as many runs as fit into a second."""
-    runs = detector.stream(itertools.repeat(first.image), rule=Dense(), scene_cuts=False, timing=True, **sizes)
+    runs = Stream(detector, itertools.repeat(first.image), rule=Dense(), scene_cuts=False, timing=True, **sizes)
     next(runs)  # warms up
     seconds = [next(runs).cost.latency]
     while sum(seconds) < 1 and len(seconds) < 9:
@@ -150,12 +164,13 @@ class Run:
     """
 
     def __init__(
-        self, options: Options, budget: Budget, detector: Detector, source: VideoSource, directory: Path
+        self, options: Options, budget: Budget, detector: AnyDetector, source: VideoSource, directory: Path
     ) -> None:
         self.source, self.directory, self.detector = source, directory, detector
         self._sizes: dict[str, Any] = {"short_side": options.short_side, "long_side": options.long_side}
         gate = build_gate(options.gate)
-        self.stream: Stream = detector.stream(
+        self.stream = Stream(
+            detector,
             source,
             budget=gate.selector if budget is None else budget,
             options=BudgetOptions(max_age=options.max_age, bucket=options.bucket),
@@ -275,7 +290,7 @@ def run(options: Options) -> None:
         run_all(options, budget, detector, dict(zip(name_folders(output, sources), sources, strict=True)))
 
 
-def run_all(options: Options, budget: Budget | None, detector: Detector, sources: dict[Path, str | Path]) -> None:
+def run_all(options: Options, budget: Budget | None, detector: AnyDetector, sources: dict[Path, str | Path]) -> None:
     """Run each source into its folder."""
     runs: dict[str, Any] = {}
     failed: list[str] = []

@@ -18,12 +18,11 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from common import Side, Texts, as_list, build_gate, console, open_detector
+from common import AnyDetector, Side, Texts, as_list, build_gate, console, open_detector
 
 from eventful_det.data.classes import SYNTHETIC_SHAPES
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
-from eventful_det.models.detector import Detector
 from eventful_det.options import Count, Positive, Range
 from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.pool import StreamPool
@@ -102,7 +101,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host}:{port}: {error}; try another port, or port=0") from error
 
 
-def build_opener(options: Options, detector: Detector) -> SourceOpener:
+def build_opener(options: Options, detector: AnyDetector) -> SourceOpener:
     """What people may open."""
     synthetic = {shape.name for shape in SYNTHETIC_SHAPES} <= set(detector.names)
     local = not options.expose
@@ -116,7 +115,7 @@ def build_opener(options: Options, detector: Detector) -> SourceOpener:
     )
 
 
-def build_runner(options: Options, detector: Detector, sources: Sequence[str]) -> PoolRunner:
+def build_runner(options: Options, detector: AnyDetector, sources: Sequence[str]) -> PoolRunner:
     """A pool of the sources to watch from the start, and what drives it."""
     gate = build_gate(options.gate)
     pool = StreamPool(

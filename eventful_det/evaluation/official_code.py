@@ -132,7 +132,7 @@ def _build(code: OfficialCode, net: WindowedViT, grid: Grid, gated: bool) -> Any
                 "heads": blocks[0].heads,
                 "mlp_ratio": blocks[0].layers[2][0].out_features // blocks[0].dim,
                 "relative_embedding_size": grid,
-                "window_size": max(block.window for block in blocks) or None,
+                "window_size": next((block.window for block in blocks if block.window), None),
             },
             depth=len(blocks),
             position_encoding_size=tuple(net.pos_embed.shape[1:3]),

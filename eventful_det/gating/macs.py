@@ -12,9 +12,10 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from eventful_det.gating.windows import Grid, most_tiles, queries_per_tile, windows_of
+from eventful_det.gating.windows import Grid, Side, most_tiles, queries_per_tile, window_shape, windows_of
 
 Ablation = Literal["full", "tokenwise", "qk"]
 _CPU = torch.device("cpu")
@@ -63,19 +64,19 @@ class ViTShape:
         dim: width D of a token.
         heads: attention heads per block.
         linear: weights of the linear layers of a block; 0 = 12 D^2, with an MLP of 4 D.
-        window: side of the attention windows in tokens; 0 = global attention in all blocks.
+        window: of attention; 0 = global attention in all blocks.
         global_blocks: blocks with global attention in a network with windows.
         patch: side of a patch in pixels.
         channels: channels of a frame.
         rel_pos: whether attention has decomposed relative positions.
-        prefix: class and register tokens.
+        prefix: class and register tokens, of all windows where each has its own.
     """
 
     depth: int
     dim: int
     heads: int
     linear: int = 0
-    window: int = 0
+    window: Side = 0
     global_blocks: tuple[int, ...] = ()
     patch: int = 16
     channels: int = 3
@@ -99,7 +100,12 @@ class ViTShape:
 
     def is_windowed(self, block: int) -> bool:
         """Whether a block is windowed."""
-        return self.window > 0 and block not in self.global_blocks
+        return bool(self.window) and block not in self.global_blocks
+
+    def window_slots(self, grid: Grid) -> int:
+        """Keys of a window, those of prefix tokens included."""
+        windows = windows_of(grid, self.window, _CPU)
+        return windows.slots + self.prefix // windows.count
 
 
 def attention_macs(shape: ViTShape, scores: int, mixed: int, queries: int, keys: Grid) -> Macs:
@@ -116,15 +122,14 @@ def attention_macs(shape: ViTShape, scores: int, mixed: int, queries: int, keys:
 
 
 def padded_tokens(shape: ViTShape, grid: Grid) -> int:
-    """Places of all windows, those of padded tokens included."""
-    windows = windows_of(grid, shape.window, _CPU)
-    return windows.count * windows.slots
+    """Places of all windows, those of padded tokens and of prefix tokens included."""
+    return windows_of(grid, shape.window, _CPU).count * shape.window_slots(grid)
 
 
-def window_attention_macs(shape: ViTShape, queries: int, relative: int) -> Macs:
+def window_attention_macs(shape: ViTShape, grid: Grid, queries: int, relative: int) -> Macs:
     """Attention of one windowed block, with relative positions for `relative` of its queries."""
-    side, products = shape.window, queries * shape.window**2
-    return attention_macs(shape, products, products, relative, (side, side))
+    products = queries * shape.window_slots(grid)
+    return attention_macs(shape, products, products, relative, window_shape(grid, shape.window))
 
 
 @lru_cache(maxsize=256)
@@ -143,9 +148,9 @@ def dense_macs(shape: ViTShape, grid: Grid, padded_linear: bool = False) -> Macs
     macs += attention_macs(shape, length**2, length**2, length, grid).times(shape.depth - shape.windowed)
     if shape.windowed:
         slots = padded_tokens(shape, grid)
-        macs += window_attention_macs(shape, slots, slots).times(shape.windowed)
+        macs += window_attention_macs(shape, grid, slots, slots).times(shape.windowed)
         if padded_linear:
-            macs += Macs(linear=shape.windowed * (slots - tokens) * 4 * shape.dim**2)
+            macs += Macs(linear=shape.windowed * (slots - length) * 4 * shape.dim**2)
     return macs
 
 
@@ -173,7 +178,7 @@ def rows_macs(shape: ViTShape, grid: Grid, sizes: RowsSizes) -> Macs:
         Macs(linear=sizes.embedded * shape.pixels * shape.dim + shape.depth * sizes.rows * shape.weights)
         + Macs(gate=sizes.compared)
         + attention_macs(shape, products, products, sizes.rows, grid).times(shape.depth - shape.windowed)
-        + window_attention_macs(shape, sizes.queries, sizes.rows).times(shape.windowed)
+        + window_attention_macs(shape, grid, sizes.queries, sizes.rows).times(shape.windowed)
     )
 
 
@@ -199,24 +204,82 @@ def rows_sizes(
     selected = tokens if everything else min(selected, tokens)
     compared = 0 if everything else tokens * (shape.pixels if gate == "patches" else shape.dim)
     if everything:
-        queries = window_queries(grid, shape.window, torch.arange(tokens))
+        queries = window_queries(grid, shape.window, torch.arange(tokens), shape.prefix)
     elif queries is None:
-        queries = most_window_queries(grid, shape.window, selected)
+        queries = most_window_queries(grid, shape.window, selected, shape.prefix)
     embedded = selected if gate == "patches" else tokens
     return RowsSizes(compared, embedded, selected + shape.prefix if selected else 0, queries)
 
 
-def window_queries(grid: Grid, side: int, index: Tensor) -> int:
-    """Queries that tokens `index (r,)` make in windows of `side` x `side`, those that fill up tiles included."""
+def window_queries(grid: Grid, side: Side, index: Tensor, prefix: int = 0) -> int:
+    """Queries that tokens `index (r,)` and prefix tokens make in windows, those that fill up tiles included."""
     windows = windows_of(grid, side, index.device)
-    size, held = queries_per_tile(windows.slots), torch.bincount(windows.window[index])
-    return size * int(((held + size - 1) // size).sum())
+    each = prefix // windows.count
+    size, held = queries_per_tile(windows.slots + each), torch.bincount(windows.window[index], minlength=windows.count)
+    return size * int(((held + each + size - 1) // size).sum()) if len(index) else 0
 
 
-def most_window_queries(grid: Grid, side: int, selected: int) -> int:
-    """The most queries that so many tokens make in windows, wherever they lie."""
+def most_window_queries(grid: Grid, side: Side, selected: int, prefix: int = 0) -> int:
+    """The most queries that so many tokens and the prefix tokens make in windows, wherever they lie."""
     windows = windows_of(grid, side, _CPU)
-    return queries_per_tile(windows.slots) * most_tiles(selected, windows.count, windows.slots)
+    slots = windows.slots + prefix // windows.count
+    return queries_per_tile(slots) * most_tiles(selected + prefix if selected else 0, windows.count, slots)
+
+
+@dataclass(frozen=True)
+class RowsCosts:
+    """What frames of the `Rows` rule with the patch gate will cost, for every number of tokens.
+
+    Attributes:
+        shape: the network.
+        static: windows take as many tiles as if tokens lay as scattered as can be, see `Rows`.
+    """
+
+    shape: ViTShape
+    static: bool
+
+    def macs(self, grid: Grid, order: Tensor) -> Tensor:
+        """`(n + 1,)` MACs if the first 0, 1, ... n tokens of an order `(n,)` are recomputed."""
+        nothing, one, token, tile = _rows_terms(self.shape, grid)
+        taken = torch.arange(len(order) + 1, device=order.device)
+        total = one + token * (taken - 1)
+        if self.shape.windowed:
+            tiles = _most_tiles(self.shape, grid, order.device)[taken] if self.static else self._tiles(grid, order)
+            total += tile * (tiles - 1)
+        total[0] = nothing
+        return total
+
+    def _tiles(self, grid: Grid, order: Tensor) -> Tensor:
+        """`(n + 1,)` tiles that the queries of windows fill."""
+        windows, count = windows_of(grid, self.shape.window, order.device), len(order)
+        size, each = queries_per_tile(self.shape.window_slots(grid)), self.shape.prefix // windows.count
+        window = windows.window[order]
+        held = torch.bincount(window, minlength=windows.count)
+        by_window = window.argsort(stable=True)
+        place = torch.empty_like(window)  # how many queries of its window come before each
+        place[by_window] = torch.arange(count, device=order.device) - (held.cumsum(0) - held)[window[by_window]] + each
+        return F.pad((place % size == 0).cumsum(0), (1, 0)) + windows.count * -(-each // size)
+
+
+@lru_cache(maxsize=64)
+def _rows_terms(shape: ViTShape, grid: Grid) -> tuple[int, int, int, int]:
+    """MACs for no token, for one, for each more, and for each more tile of queries in windows."""
+    tile = queries_per_tile(shape.window_slots(grid))
+
+    def macs(selected: int, tiles: int) -> int:
+        return rows_macs(shape, grid, rows_sizes(shape, grid, selected, tiles * tile)).total
+
+    one = macs(1, 1)
+    return macs(0, 0), one, macs(2, 1) - one, macs(1, 2) - one
+
+
+@lru_cache(maxsize=64)
+def _most_tiles(shape: ViTShape, grid: Grid, device: torch.device) -> Tensor:
+    """`(N + 1,)` the most tiles that 0, 1, ... N tokens fill."""
+    tile = queries_per_tile(shape.window_slots(grid))
+    counts = range(grid[0] * grid[1] + 1)
+    most = [most_window_queries(grid, shape.window, count, shape.prefix) // tile for count in counts]
+    return torch.tensor(most, device=device)
 
 
 @dataclass(frozen=True)
@@ -266,7 +329,7 @@ def paper_block_macs(
     macs = Macs(linear=linear, gate=0 if flush else 3 * length * dim)
     if windowed:
         slots = padded_tokens(shape, grid)
-        return macs + window_attention_macs(shape, slots, slots)
+        return macs + window_attention_macs(shape, grid, slots, slots)
     keys = length // pool**2
     scores = mixed = length * keys
     if ablation != "tokenwise" and not flush:

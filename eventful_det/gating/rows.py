@@ -20,7 +20,16 @@ from eventful_det.gating.selector import GateInput, Select, token_errors
 from eventful_det.gating.state import StreamState
 from eventful_det.gating.update import Update
 from eventful_det.gating.vit_spec import Block, ViTSpec
-from eventful_det.gating.windows import Grid, Tiles, relative_bias, relative_places, relative_terms, windows_of
+from eventful_det.gating.windows import (
+    Grid,
+    Side,
+    Tiles,
+    relative_bias,
+    relative_places,
+    relative_terms,
+    rotate,
+    windows_of,
+)
 
 _BIAS_ELEMENTS = 1 << 23  # largest attention bias held at once; longer query lists are cut into pieces
 _CACHE_ELEMENTS = 1 << 22  # keys and values gathered at once; longer tile lists are cut into pieces
@@ -34,11 +43,12 @@ class RowsState(StreamState):
         reference: `(N, P)` patches or `(N, D)` embeddings last let through.
         age: `(N,)` frames since each token was let through.
         caches: per block the keys and values `(windows, slots, 2, heads, d)`; slots of padded tokens hold the bias.
-            The one window of a global block starts with the slots of the prefix tokens.
-        output: `(N, C)` the last computed output of every token.
+            A window starts with the slots of its prefix tokens; keys are as attention sees them, normed and rotated.
+        output: `(N, C)` the last computed output of every token; of several blocks, one after another.
         prefix: `(p, C)` the same of the prefix tokens, or None.
-        positions: `(N, D)` position encoding at this grid, or None. Like the tables, it is worked out at a flush.
+        positions: `(N, D)` position encoding at this grid, or None. Like what follows, it is worked out at a flush.
         tables: per block its relative positions at this grid, see `relative_terms`; or None.
+        rotations: `(p + N, 2, d)` sines and cosines of rotary positions, see `rotate`; or None.
     """
 
     reference: Tensor
@@ -48,6 +58,7 @@ class RowsState(StreamState):
     prefix: Tensor | None
     positions: Tensor | None = None
     tables: list[Tensor | None] = field(default_factory=list)
+    rotations: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -96,8 +107,8 @@ class Rows:
             reference=zeros(tokens, vit.shape.pixels if self.gate == "patches" else vit.dim),
             age=torch.ones(tokens, dtype=torch.int32, device=vit.device),
             caches=[zeros(*_cache_shape(block, grid, vit.prefix_count), dtype=dtype) for block in vit.blocks],
-            output=zeros(tokens, vit.dim),
-            prefix=zeros(vit.prefix_count, vit.dim) if vit.prefix_count else None,
+            output=zeros(tokens, vit.width),
+            prefix=zeros(vit.prefix_count, vit.width) if vit.prefix_count else None,
         )
 
     def step(
@@ -181,19 +192,22 @@ def _compute_dtype(vit: ViTSpec) -> torch.dtype:
 def _cache_shape(block: Block, grid: Grid, prefix: int) -> tuple[int, ...]:
     """`(windows, slots, 2, heads, d)` of the keys and values of a block."""
     windows = windows_of(grid, block.window, block.weight.device)
-    return windows.count, windows.slots + prefix, 2, block.heads, block.dim // block.heads
+    return windows.count, windows.slots + prefix // windows.count, 2, block.heads, block.dim // block.heads
 
 
 def _prepare(vit: ViTSpec, state: RowsState) -> None:
     """What depends on the weights and the grid alone: positions, and the keys and values of padded tokens.
 
-    Every slot is given those of a padded token; nothing else writes the slots of padded tokens.
+    Where windows are padded, every slot is given those of a padded token; nothing else writes the slots of these.
     """
     state.positions = None if vit.positions is None else vit.positions(state.grid).detach().clone()
+    state.rotations = vit.rotations(state.grid)
     state.tables = []
     for block, cache in zip(vit.blocks, state.caches, strict=True):
-        cache.copy_(block.padding_qkv()[1:])  # (2, heads, d) to every slot
-        tables = block.tables(windows_of(state.grid, block.window, cache.device).shape)
+        windows = windows_of(state.grid, block.window, cache.device)
+        if windows.count * windows.slots > len(state.age):
+            cache.copy_(block.padding_qkv()[1:])  # (2, heads, d) to every slot
+        tables = block.tables(windows.shape)
         state.tables.append(torch.cat(tables) if tables else None)
 
 
@@ -235,12 +249,14 @@ class _Selection:
         rows: `(r, P or D)` their patches or embeddings.
         state: of the stream.
         length: rows through the blocks, prefix tokens included.
+        rotations: `(p + r, 2, d)` their rotary positions, or None.
         queries: where the rows stand, for every size of windows.
     """
 
     def __init__(self, vit: ViTSpec, index: Tensor, rows: Tensor, state: RowsState, static: bool) -> None:
         self.index, self.rows, self.state = index, rows, state
         self.length = vit.prefix_count + len(index) if len(index) else 0
+        self.rotations = None if state.rotations is None else _with_prefix(state.rotations, index, vit.prefix_count)
         self.queries = {
             side: Queries.of(index, state.grid, side, vit.prefix_count, vit.shape.rel_pos, static)
             for side in {block.window for block in vit.blocks if len(index)}
@@ -267,20 +283,33 @@ def _run(vit: ViTSpec, streams: Sequence[_Selection], embed: bool) -> None:
     if vit.prefix is not None:
         own = z.split([len(one.index) for one in streams])
         z = torch.cat([part for rows in own for part in (vit.prefix(), rows)])  # (R + streams * p, D)
+    z = vit.norm_pre(z)
     lengths = [one.length for one in streams]
+    rotations = [one.rotations for one in streams if one.rotations is not None]
+    rotation = torch.cat(rotations) if rotations else None  # (R + streams * p, 2, d)
+    outputs = []
     for i, block in enumerate(vit.blocks):
-        qkv = block.qkv(block.norm1(z)).split(lengths)  # (p + r, 3, heads, d) of each stream
+        qkv = block.qkv(block.norm1(z))  # (R + streams * p, 3, heads, d)
+        if rotation is not None and vit.rope is not None:
+            qkv = rotate(qkv, rotation, vit.rope.half)
         attended = [
             attend(rows, one.state.caches[i], one.queries[block.window], one.state.tables[i])
-            for rows, one in zip(qkv, streams, strict=True)
+            for rows, one in zip(qkv.split(lengths), streams, strict=True)
         ]
         z = z + block.proj(torch.cat(attended))
         z = z + block.mlp(block.norm2(z))
-    for one, rows in zip(streams, vit.norm(z).split(lengths), strict=True):
-        prefix, tokens = rows.tensor_split([vit.prefix_count])  # (p, D) and (r, D)
+        if i + 1 in vit.outputs:
+            outputs.append(vit.norm(z))
+    for one, rows in zip(streams, torch.cat(outputs, 1).split(lengths), strict=True):
+        prefix, tokens = rows.tensor_split([vit.prefix_count])  # (p, C) and (r, C)
         one.state.output.index_copy_(0, one.index, tokens.to(one.state.output.dtype))
         if one.state.prefix is not None:
             one.state.prefix.copy_(prefix)
+
+
+def _with_prefix(rows: Tensor, index: Tensor, prefix: int) -> Tensor:
+    """The first `prefix` rows, and those of the tokens `index (r,)` that follow them."""
+    return torch.cat([rows[:prefix], rows.index_select(0, index + prefix)])
 
 
 @dataclass(frozen=True)
@@ -301,15 +330,17 @@ class Queries:
 
     @classmethod
     def of(
-        cls, index: Tensor, grid: Grid, side: int, prefix: int = 0, relative: bool = True, static: bool = False
+        cls, index: Tensor, grid: Grid, side: Side, prefix: int = 0, relative: bool = True, static: bool = False
     ) -> Queries:
         """Where some tokens stand.
 
         Args:
             index: `(r,)` flat indices of the tokens, window by window.
             grid: tokens of the frame.
-            side: of the windows in tokens; 0 = global attention.
-            prefix: number of class and register tokens, which are always there, before all others.
+            side: of the windows; 0 = global attention.
+            prefix: number of class and register tokens, which are always there, before all others, and as many in
+                each window. Example: with 2 of them, the tokens `[0, 1, 3, 2]` of the frame of 2 x 3 in `windows.py`
+                have the places `[0, 5, 1, 2, 3, 6]` among the 2 x (1 + 4) slots.
             relative: whether there are relative positions.
             static: as for `Tiles.of`.
         """
@@ -320,7 +351,15 @@ class Queries:
             cached = torch.cat([torch.arange(prefix, device=index.device), slot + prefix])
             return cls(windows.shape, cached, places, None)
         window = windows.window.index_select(0, index)
-        return cls(windows.shape, window * windows.slots + slot, places, Tiles.of(window, windows, static))
+        if not prefix:
+            tiles = Tiles.of(window, windows.count, windows.slots, static)
+            return cls(windows.shape, window * windows.slots + slot, places, tiles)
+        each = prefix // windows.count
+        slots, first = each + windows.slots, torch.arange(prefix, device=index.device)
+        window = torch.cat([first // each, window])
+        order = window.argsort(stable=True)
+        tiles = Tiles.of(window.index_select(0, order), windows.count, slots, static).reordered(order)
+        return cls(windows.shape, window * slots + torch.cat([first % each, slot + each]), places, tiles)
 
 
 def attend(qkv: Tensor, cache: Tensor, queries: Queries, table: Tensor | None) -> Tensor:

@@ -15,14 +15,40 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from eventful_det.errors import UserError
+
 Grid = tuple[int, int]  # (rows, columns) of tokens
 
 _TILES, _LEAST_TILE = 6, 16  # most tiles of a window; fewer queries at once than the least do not pay
 
 
 @dataclass(frozen=True)
+class Regions:
+    """Windows that are `n` x `n` equal regions of the frame, so that their size follows that of the frame."""
+
+    n: int
+
+
+Side = int | Regions
+"""Windows of so many tokens along a side, padded at the bottom and right; 0 = one window, the frame. Or regions."""
+
+
+def window_shape(grid: Grid, side: Side) -> Grid:
+    """Tokens of a window (rows, columns).
+
+    Raises:
+        UserError: a grid is not divisible into its regions.
+    """
+    if not isinstance(side, Regions):
+        return (side, side) if side else grid
+    if grid[0] % side.n or grid[1] % side.n:
+        raise UserError(f"a grid of {grid[0]} x {grid[1]} tokens is not divisible into {side.n} x {side.n} regions")
+    return grid[0] // side.n, grid[1] // side.n
+
+
+@dataclass(frozen=True)
 class Windows:
-    """Windows of `side` x `side` tokens over a grid, padded at the bottom and right; side 0 = one window, the frame.
+    """The windows of a token grid, see `Side`.
 
     Attributes:
         shape: tokens of one window, (rows, columns).
@@ -53,10 +79,10 @@ class Windows:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def windows_of(grid: Grid, side: int, device: torch.device) -> Windows:
+def windows_of(grid: Grid, side: Side, device: torch.device) -> Windows:
     """The windows of a token grid."""
     rows, cols = grid
-    height, width = (side, side) if side else grid
+    height, width = window_shape(grid, side)
     across = -(-cols // width)
     count = -(-rows // height) * across
     token = torch.arange(rows * cols, device=device)
@@ -109,27 +135,33 @@ class Tiles:
     source: Tensor
 
     @classmethod
-    def of(cls, window: Tensor, windows: Windows, static: bool = False) -> Tiles:
+    def of(cls, window: Tensor, windows: int, slots: int, static: bool = False) -> Tiles:
         """The tiles of some queries.
 
         Args:
             window: `(r,)` the window of each, ascending.
-            windows: all of them.
+            windows: number of all windows.
+            slots: places in a window.
             static: let the number of tiles depend on r alone, so that no device is waited for.
         """
-        size, queries = queries_per_tile(windows.slots), torch.arange(len(window), device=window.device)
-        every = torch.arange(windows.count, device=window.device)
+        size, queries = queries_per_tile(slots), torch.arange(len(window), device=window.device)
+        every = torch.arange(windows, device=window.device)
         first = torch.searchsorted(window, every)  # (windows,) first query of each
         held = torch.searchsorted(window, every, right=True) - first
         used = (held + size - 1) // size  # (windows,) tiles of each
         end = used.cumsum(0)
         place = queries + ((end - used) * size - first).index_select(0, window)
-        count = most_tiles(len(window), windows.count, windows.slots) if static else int(end[-1])
+        count = most_tiles(len(window), windows, slots) if static else int(end[-1])
         source = torch.zeros(count * size, dtype=torch.long, device=window.device).index_copy_(0, place, queries)
-        if not static and count == windows.count and size == windows.slots:
+        if not static and count == windows and size == slots:
             return cls(count, size, None, place, source)
         tiles = torch.searchsorted(end, torch.arange(count, device=window.device), right=True)
-        return cls(count, size, tiles.clamp_(max=windows.count - 1), place, source)
+        return cls(count, size, tiles.clamp_(max=windows - 1), place, source)
+
+    def reordered(self, order: Tensor) -> Tiles:
+        """The tiles of queries of which `order (r,)` lists these ones: query i here is query `order[i]` there."""
+        place = torch.empty_like(self.place).index_copy_(0, order, self.place)
+        return Tiles(self.count, self.size, self.window, place, order.index_select(0, self.source))
 
     def spread(self, rows: Tensor, first: int, count: int) -> Tensor:
         """Rows `(r, ...)` in `count` tiles from the tile `first` on, `(tiles, size, ...)`."""
@@ -175,3 +207,26 @@ def relative_bias(terms: Tensor, shape: Grid) -> Tensor:
     """Terms `(..., rows + columns)` as a bias of the scaled products, `(..., rows * columns)`."""
     along_y, along_x = terms.split(list(shape), dim=-1)
     return (along_y[..., :, None] + along_x[..., None, :]).flatten(-2)
+
+
+def rotate(qkv: Tensor, rotations: Tensor, half: bool) -> Tensor:
+    """Rotary positions: queries and keys `x` become `x * cos + turned(x) * sin`; values stay.
+
+    Example: `[a, b, c, d]` is turned to `[-c, -d, a, b]` by halves, or else to `[-b, a, -d, c]`.
+
+    Args:
+        qkv: `(r, 3, heads, d)`.
+        rotations: `(r, 2, d)` sines and cosines of each row; 0 and 1 leave it as it is.
+        half: how components are paired.
+
+    Returns:
+        `(r, 3, heads, d)`.
+    """
+    sin, cos = rotations[:, :, None, None].unbind(1)  # (r, 1, 1, d) each
+    x = qkv[:, :2]  # (r, 2, heads, d)
+    if half:
+        first, second = x.chunk(2, -1)
+        turned = torch.cat([-second, first], -1)
+    else:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    return torch.cat([(x * cos + turned * sin).to(qkv.dtype), qkv[:, 2:]], 1)

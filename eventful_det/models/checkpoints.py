@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
+from eventful_det.detectors.rf_detr.loading import Name, is_rf_detr, load_rf_detr
+from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
 from eventful_det.models.config import ModelConfig
@@ -100,19 +102,33 @@ def save_detectron2(
             part.write_bytes(pickle.dumps({"model": arrays, "__author__": "eventful_det", "eventful_det": about}))
 
 
+@overload
+def load_detector(source: Name) -> EventfulRFDETR: ...  # type: ignore[overload-overlap]
+
+
+@overload
 def load_detector(
     source: str | os.PathLike[str] | None = None,
     labels: LabelMap | str | os.PathLike[str] | None = None,
     allow: Sequence[str] = (),
     classes: Sequence[str] | None = None,
     **changes: object,
-) -> Detector:
+) -> Detector: ...
+
+
+def load_detector(
+    source: str | os.PathLike[str] | None = None,
+    labels: LabelMap | str | os.PathLike[str] | None = None,
+    allow: Sequence[str] = (),
+    classes: Sequence[str] | None = None,
+    **changes: object,
+) -> Detector | EventfulRFDETR:
     """A detector ready for inference, on the CPU in float32.
 
     Args:
         source: the name of shipped weights (the default ones if None), or a file: written by `save_detector`; a
             ViTDet of detectron2 (`.pkl` of its model zoo, `.pth`); or the official eventful code's conversion of one.
-            The format is detected by content.
+            The format is detected by content. Or an RF-DETR, see `load_rf_detr`, which has none of the options below.
         labels: names of classes to change, or None as a name to drop the class; a mapping, or a JSON file of one.
         allow: patterns such as "backbone.simfp_2.*" of keys that may be missing, unexpected or of another shape; what
             is not in the file keeps its initial values. All other keys have to fit.
@@ -125,6 +141,10 @@ def load_detector(
         UserError: no such file or name; the file is of no known format, damaged, or asks for more than data; keys do
             not fit; or a value is none that the option can have.
     """
+    if source is not None and is_rf_detr(source):
+        if labels is not None or allow or classes is not None or changes:
+            raise UserError(f"{source}: labels, allow, classes and changes are for ViTDet; RF-DETR has none of them")
+        return load_rf_detr(source)
     path = find_weights(source)
     weights = read_weights(path)
     known, tensors = weights.config.classes, weights.tensors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
+from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import Rule, per_stream, step_streams
 from eventful_det.gating.dense import Dense
@@ -311,34 +311,3 @@ class Detector(nn.Module):
         detections = self.roi_heads.select(regions, stream.size)
         watch.lap("roi")
         return detections, HeadSizes(pyramid.sources, pyramid.convolved, rpn.convolved, rpn.predicted, computed)
-
-
-class Stopwatch:
-    """Seconds between laps, by name. A GPU is not waited for until they are asked for."""
-
-    def __init__(self, device: torch.device, timing: bool) -> None:
-        self._timing, self._cuda = timing, device.type == "cuda"
-        self._laps: list[tuple[str, float | torch.cuda.Event]] = []
-        self.lap("")
-
-    def lap(self, name: str) -> None:
-        if not self._timing:
-            return
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._laps.append((name, event))
-        else:
-            self._laps.append((name, time.perf_counter()))
-
-    def seconds(self) -> dict[str, float]:
-        if self._cuda and self._laps:
-            torch.cuda.synchronize()
-        pairs = zip(self._laps, self._laps[1:], strict=False)
-        return {name: _seconds(before, after) for (_, before), (name, after) in pairs}
-
-
-def _seconds(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
-    if isinstance(before, float) or isinstance(after, float):
-        return cast(float, after) - cast(float, before)
-    return before.elapsed_time(after) / 1e3

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eventful_det.gating.macs import ViTShape, rows_macs, rows_sizes
-from eventful_det.gating.windows import Grid, most_tiles, queries_per_tile, windows_of
+from eventful_det.gating.macs import RowsCosts, ViTShape
+from eventful_det.gating.windows import Grid
 from eventful_det.models.cells import SPARSE_MAC
 from eventful_det.models.roi_heads import POOL
 from eventful_det.models.rpn import ProposalHead
@@ -145,25 +145,13 @@ class DetectorCosts:
         rank = torch.full((tokens,), count, dtype=torch.int32, device=order.device)
         rank[order] = torch.arange(count, dtype=torch.int32, device=order.device)
         heads = self.weights.macs(self._sizes(rank.view(grid), count))
-        total = self._backbone(grid, order) + heads["pyramid"] + heads["rpn"]
+        total = RowsCosts(self.shape, self.static).macs(grid, order) + heads["pyramid"] + heads["rpn"]
         total[1:] += int(heads["roi"].max()) if variable is None else variable
         return total
 
     def everything(self, grid: Grid) -> int:
         """See `CostModel.everything`."""
         return _everything(self, grid)
-
-    def _backbone(self, grid: Grid, order: Tensor) -> Tensor:
-        """`(n + 1,)` MACs of the backbone."""
-        nothing, one, token, tile = _backbone_terms(self.shape, grid)
-        taken = torch.arange(len(order) + 1, device=order.device)
-        total = one + token * (taken - 1)
-        if self.shape.windowed:
-            side = self.shape.window
-            tiles = _most_tiles(grid, side, order.device)[taken] if self.static else _tiles(grid, side, order)
-            total += tile * (tiles - 1)
-        total[0] = nothing
-        return total
 
     def _sizes(self, rank: Tensor, count: int) -> HeadSizes[Tensor]:
         """The sizes, each `(n + 1,)`, from the ranks `(H, W)` of the tokens."""
@@ -172,18 +160,18 @@ class DetectorCosts:
         spread = [
             start.repeat_interleave(s, 0).repeat_interleave(s, 1) for start, s in zip(starts, SCALES, strict=True)
         ]
-        levels = [_around(level) for level in spread]
-        pyramid = tuple(_convolved(level, count) for level in levels)
+        levels = [around(level) for level in spread]
+        pyramid = tuple(convolved(level, count) for level in levels)
         levels.append(levels[-1][::2, ::2])  # p6
         rpn = []
         for _ in self.weights.rpn:
-            levels = [_around(level) for level in levels]  # each convolution reaches one cell further
-            rpn.append(torch.stack([_convolved(level, count) for level in levels]).sum(0))
+            levels = [around(level) for level in levels]  # each convolution reaches one cell further
+            rpn.append(torch.stack([convolved(level, count) for level in levels]).sum(0))
         return HeadSizes(
-            sources=tuple(_reached(start, count) for start in starts),
+            sources=tuple(reached(start, count) for start in starts),
             pyramid=pyramid,
             rpn=tuple(rpn),
-            predicted=torch.stack([_reached(level, count) for level in levels]).sum(0),
+            predicted=torch.stack([reached(level, count) for level in levels]).sum(0),
             regions=torch.tensor([self.proposals], device=rank.device),
         )
 
@@ -193,50 +181,18 @@ def _everything(costs: DetectorCosts, grid: Grid) -> int:
     return int(costs.macs(grid, torch.arange(grid[0] * grid[1]))[-1])
 
 
-@lru_cache(maxsize=64)
-def _backbone_terms(shape: ViTShape, grid: Grid) -> tuple[int, int, int, int]:
-    """MACs for no token, for one, for each more, and for each more tile of queries in windows."""
-    tile = queries_per_tile(shape.window**2)
-
-    def macs(selected: int, tiles: int) -> int:
-        return rows_macs(shape, grid, rows_sizes(shape, grid, selected, tiles * tile)).total
-
-    one = macs(1, 1)
-    return macs(0, 0), one, macs(2, 1) - one, macs(1, 2) - one
-
-
-def _tiles(grid: Grid, side: int, order: Tensor) -> Tensor:
-    """`(n + 1,)` tiles that the queries of windows fill, when the first 0, 1, ... n tokens are taken."""
-    windows, count = windows_of(grid, side, order.device), len(order)
-    window = windows.window[order]
-    held = torch.bincount(window, minlength=windows.count)
-    by_window = window.argsort(stable=True)
-    place = torch.empty_like(window)  # how many tokens of its window come before each
-    place[by_window] = torch.arange(count, device=order.device) - (held.cumsum(0) - held)[window[by_window]]
-    begins = place % queries_per_tile(windows.slots) == 0
-    return F.pad(begins.cumsum(0), (1, 0))
-
-
-@lru_cache(maxsize=64)
-def _most_tiles(grid: Grid, side: int, device: torch.device) -> Tensor:
-    """`(N + 1,)` the most tiles that 0, 1, ... N tokens fill."""
-    windows = windows_of(grid, side, torch.device("cpu"))
-    most = [most_tiles(count, windows.count, windows.slots) for count in range(grid[0] * grid[1] + 1)]
-    return torch.tensor(most, device=device)
-
-
-def _convolved(rank: Tensor, count: int) -> Tensor:
+def convolved(rank: Tensor, count: int) -> Tensor:
     """`(n + 1,)` at how many cells of a level a convolution runs for those that are reached, see `cells_run`."""
-    reached = _reached(rank, count)
-    return torch.where(reached.double() * SPARSE_MAC > rank.numel(), rank.numel(), reached)
+    cells = reached(rank, count)
+    return torch.where(cells.double() * SPARSE_MAC > rank.numel(), rank.numel(), cells)
 
 
-def _reached(rank: Tensor, count: int) -> Tensor:
+def reached(rank: Tensor, count: int) -> Tensor:
     """`(n + 1,)` how many cells have a rank below 0, 1, ... n."""
     return F.pad(torch.bincount(rank.flatten(), minlength=count + 1)[:count].cumsum(0), (1, 0))
 
 
-def _around(rank: Tensor) -> Tensor:
+def around(rank: Tensor) -> Tensor:
     """The smallest rank within one cell of each, `(h, w)`."""
     for dim in (0, 1):
         least, length = rank.clone(), rank.shape[dim] - 1

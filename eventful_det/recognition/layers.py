@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from eventful_det.gating.macs import ViTShape, dense_macs
 from eventful_det.gating.vit_spec import Block, resize_positions
+from eventful_det.gating.vit_spec.parts import call
 from eventful_det.gating.windows import Grid
 
 EPSILON = 1e-6  # of layer norms
@@ -25,7 +26,7 @@ class TubeletEmbedding(nn.Module):
     def __init__(self, channels: int, dim: int, tubelet: tuple[int, int, int]) -> None:
         super().__init__()
         self.conv = nn.Conv3d(channels, dim, tubelet, stride=tubelet)
-        self.kernel_size = self.stride = tubelet[1:]
+        self.kernel_size, self.stride, self.padding = tubelet[1:], tubelet[1:], 0
         self.in_channels, self.out_channels = channels * tubelet[0], dim
 
     @property
@@ -82,7 +83,6 @@ class TransformerBlock(nn.Module):
     def described(self) -> Block:
         """The block as the update rules see it."""
         return Block(
-            module=self,
             norm1=self.input_layer_norm,
             qkv=partial(TransformerBlock.heads_of, self),
             proj=self.projection,
@@ -90,6 +90,7 @@ class TransformerBlock(nn.Module):
             mlp=partial(TransformerBlock.mlp, self),
             layers=((self.qkv,), (self.projection,), (self.mlp_1, self.mlp_2)),
             heads=self.heads,
+            run=partial(call, self),
         )
 
 

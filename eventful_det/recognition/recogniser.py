@@ -51,7 +51,7 @@ class Recogniser(nn.Module):
             prefix=self.spatial_model.prefix,
             blocks=self.spatial_model.blocks(),
             norm=self.spatial_model.layer_norm,
-            maps=False,
+            layout="sequence",
         )
 
     @property

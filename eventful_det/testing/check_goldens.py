@@ -76,7 +76,7 @@ class Step:
     def __call__(self, x: Tensor) -> tuple[Tensor, OfficialCounts]:
         if self.dense:
             self.state.frame = 0
-        flush, windowed = self.state.frame == 0, self.block.window > 0
+        flush, windowed = self.state.frame == 0, bool(self.block.window)
         x, _, (sizes,) = self.rule.step_tokens([self.block], x, self.state, self.recorded)
         shape = _shape(self.block)
         return x, official_block(shape, self.state.grid, windowed, sizes, self.rule.ablation, self.rule.pool, flush)

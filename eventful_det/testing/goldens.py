@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eventful_det.errors import UserError
 from eventful_det.gating.selector import GateInput, LargestError, Selector
 from eventful_det.gating.vit_spec import Block, relative_table
-from eventful_det.gating.windows import Grid
+from eventful_det.gating.windows import Grid, Side
 
 FORMAT = "eventful-golden/1"
 
@@ -45,7 +45,10 @@ class Golden:
     @property
     def padded_blocks(self) -> int:
         """Number of windowed blocks whose windows do not tile the grid."""
-        return sum(b.window > 0 and any(size % b.window for size in self.grid) for b in self.blocks)
+        return sum(self._pads(block.window) for block in self.blocks)
+
+    def _pads(self, window: Side) -> bool:
+        return isinstance(window, int) and window > 0 and any(size % window for size in self.grid)
 
 
 class Recorded:
@@ -182,7 +185,6 @@ def _block(weights: dict[str, Tensor], i: int, heads: int, window: int, grid: Gr
     resized = None if tables[0] is None or tables[1] is None else _tables((tables[0], tables[1]), shape)
     qkv, projection, mlp = linear("qkv"), linear("projection"), (linear("mlp_1"), linear("mlp_2"))
     return Block(
-        module=nn.ModuleList([qkv, projection, *mlp]),
         norm1=norm("input_layer_norm"),
         qkv=lambda x: qkv(x).unflatten(-1, (3, heads, -1)),
         proj=projection,

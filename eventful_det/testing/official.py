@@ -75,7 +75,7 @@ def official_block(
     hidden = (shape.weights - 4 * dim**2) // (2 * dim)
     queries, keys = length, length // pool**2
     if windowed:
-        queries, keys = padded_tokens(shape, grid), shape.window**2
+        queries, keys = padded_tokens(shape, grid), shape.window_slots(grid)
     padded_bias = 3 * dim if windowed and queries > tokens else 0  # of padded tokens, counted once
     incremental = ablation == "full" and not windowed and not flush
     return OfficialCounts(

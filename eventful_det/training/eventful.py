@@ -20,7 +20,7 @@ from eventful_det.errors import UserError
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT, GateInput, Select, token_errors
 from eventful_det.gating.vit_spec import Block, ViTSpec, resize_table
-from eventful_det.gating.windows import Grid, relative_bias, relative_places, relative_terms, windows_of
+from eventful_det.gating.windows import Grid, Side, relative_bias, relative_places, relative_terms, windows_of
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ def gated_tokens(
     Raises:
         UserError: the network has class or register tokens.
     """
+    vit.require_plain("training with gates on")
     if vit.prefix is not None:
         raise UserError("training with gates on needs a network without class and register tokens")
     grid = vit.grid(frames.shape[-2], frames.shape[-1])
@@ -115,6 +116,7 @@ def gated_tokens(
     z = vit.embed(patches[plan.frame, plan.token])
     if vit.positions is not None:
         z = z + vit.positions(grid)[plan.token]
+    z = vit.norm_pre(z)
     for block in vit.blocks:
         arguments = (block, z, layouts[block.window])
         z = checkpoint(_run_block, *arguments, use_reentrant=False) if checkpointing else _run_block(*arguments)
@@ -148,7 +150,7 @@ def select_updates(
     return selected
 
 
-def _layout(plan: ClipPlan, side: int) -> _Layout:
+def _layout(plan: ClipPlan, side: Side) -> _Layout:
     """The layout of blocks with windows of `side` tokens; 0 = global attention."""
     return _windowed(plan, side) if side else _global(plan)
 
@@ -164,7 +166,7 @@ def _global(plan: ClipPlan) -> _Layout:
     return _Layout(plan.grid, groups, torch.arange(len(plan.token), device=plan.token.device))
 
 
-def _windowed(plan: ClipPlan, side: int) -> _Layout:
+def _windowed(plan: ClipPlan, side: Side) -> _Layout:
     """One group of all windows, on any frame, that hold a row of that frame.
 
     The queries of such a window are computed for all its tokens, and only those of the frame's rows are used:

@@ -40,7 +40,7 @@ class EventfulOptions:
     """
 
     budgets: tuple[Share, Share] = (1 / 16, 1 / 2)
-    thresholds: tuple[NonNegative, ...] = (0.0, 2.0)
+    thresholds: tuple[float, ...] = (0.0, 2.0)
     policy: Literal["threshold", "focus"] = "threshold"
     age_power: NonNegative = 0.5
     supervised: Count = 3

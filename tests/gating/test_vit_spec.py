@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -11,12 +12,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import plain, sam
-from timm.layers import PatchEmbed, SwiGLUPacked
+from timm.layers import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed_nhwc
+from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 from torch import nn
 
 from eventful_det.errors import UserError
+from eventful_det.gating.convert import eventify
 from eventful_det.gating.vit_spec import relative_table, resize_positions, spec_of
 from eventful_det.gating.windows import Tiles, relative_bias, relative_places, relative_terms, windows_of
 
@@ -71,7 +74,7 @@ def test_the_examples_of_index_maps() -> None:
 def test_the_example_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eventful_det.gating.windows._LEAST_TILE", 2)  # two queries to a tile of four places
     windows = windows_of((2, 3), 2, CPU)
-    tiles = Tiles.of(windows.window[torch.tensor([0, 1, 3, 2])], windows)
+    tiles = Tiles.of(windows.window[torch.tensor([0, 1, 3, 2])], windows.count, windows.slots)
     assert (tiles.count, tiles.size) == (3, 2)
     assert tiles.window is not None and tiles.window.tolist() == [0, 0, 1]
     assert tiles.place.tolist() == [0, 1, 2, 4] and tiles.source.tolist() == [0, 1, 2, 0, 3, 0]
@@ -137,6 +140,23 @@ def test_prefix_tokens_of_plain_networks() -> None:
     assert prefix is not None and prefix().shape == (1, 24)
 
 
+def rotary(**changes: Any) -> nn.Module:
+    return Eva(img_size=24, patch_size=4, embed_dim=24, depth=2, num_heads=2, use_rot_pos_emb=True, **changes)
+
+
+def gated() -> nn.Module:
+    vit = plain()
+    vit.blocks[0].attn.gate = nn.Linear(24, 24)
+    return vit
+
+
+def test_rotary_positions_of_a_fixed_grid() -> None:
+    eventful = eventify(rotary().eval())
+    eventful.step(torch.randn(1, 3, 24, 24), eventful.init_state())
+    with pytest.raises(UserError, match=r"fixed grid do not fit 6 x 8 tokens; .*dynamic_img_size=True"):
+        eventful.step(torch.randn(1, 3, 24, 32), eventful.init_state())
+
+
 UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "resnet": (lambda: timm.create_model("resnet10t"), "cannot make timm.models.resnet.ResNet eventful; supported: "),
     "swin": (
@@ -144,17 +164,15 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "SwinTransformer eventful; supported: timm VisionTransformerSAM, timm VisionTransformer",
     ),
     "linear": (lambda: nn.Linear(2, 2), "supported: "),
-    "qk_norm": (lambda: plain(qk_norm=True), "attention with q_norm"),
-    "sam qk_norm": (lambda: sam(qk_norm=True), "attention with q_norm"),
     "rope": (lambda: sam(use_rope=True, use_rel_pos=False), "attention with rope"),
-    "gated MLP": (lambda: plain(mlp_layer=SwiGLUPacked), "an MLP of type GluMlp"),
-    "pre-norm": (lambda: plain(pre_norm=True), "a norm before the blocks"),
+    "mixed rope": (lambda: rotary(rope_type="mixed"), "rotary positions of type mixed"),
+    "few key heads": (
+        lambda: rotary(attn_type="rope", qkv_fused=False, num_kv_heads=1),
+        "attention with fewer heads of keys than of queries",
+    ),
+    "gated attention": (gated, "attention with gate"),
     "post-norm": (lambda: plain(block_fn=ResPostBlock), "a block of type ResPostBlock"),
     "parallel": (lambda: plain(block_fn=ParallelScalingBlock), "a block of type ParallelScalingBlock"),
-    "distilled": (
-        lambda: timm.create_model("deit_tiny_distilled_patch16_224", depth=1, embed_dim=12),
-        "a distillation token",
-    ),
     "embedding norm": (lambda: plain(embed_norm_layer=nn.LayerNorm), "a norm after the patch embedding"),
     "hybrid": (
         lambda: timm.create_model("vit_tiny_r_s16_p8_224", depth=1),

@@ -13,11 +13,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from eventful_det.models.cost import FrameCost
 from vid_tree import make_set
 
 from eventful_det.data.coco_video import load_coco_video
 from eventful_det.data.video_writer import VideoWriter
+from eventful_det.detectors.results import FrameCost
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import evaluate
 from eventful_det.evaluation.ilsvrc import vid_scores
@@ -325,7 +325,7 @@ def test_evaluator_gathers_from_all_processes(tree: Path, monkeypatch: pytest.Mo
     first, second = VIDEvaluator("imagenet_vid_val"), VIDEvaluator("imagenet_vid_val")
     first.process(dicts[:4], found[:4])
     second.process(dicts[4:], found[4:])
-    other = iter([second._results, second._frames, second._work])
+    other = iter([second._results, second._frames, second._costs])
     monkeypatch.setattr(comm, "gather", lambda rows, dst: [rows, next(other)])
     assert first.evaluate()["video"] == pytest.approx(expected, nan_ok=True)
     monkeypatch.setattr(comm, "is_main_process", lambda: False)

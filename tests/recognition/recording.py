@@ -174,9 +174,12 @@ def views_of(clip: Tensor, config: dict[str, Any]) -> Tensor:
     )
     scale = max(h / clip.shape[2], w / clip.shape[3])
     size = round(scale * clip.shape[2]), round(scale * clip.shape[3])
-    resized = [(e / 255 - mean) / std for e in excerpts]
-    if scale != 1:
-        resized = [F.interpolate(e, size, mode="bilinear", antialias=True) for e in resized]
+    resized = [
+        F.interpolate((e / 255 - mean) / std, size, mode="bilinear", antialias=True)
+        if scale != 1
+        else (e / 255 - mean) / std
+        for e in excerpts
+    ]
     count = config["spatial_views"]
     corners = zip(spread(size[0] - h, count), spread(size[1] - w, count), strict=True)
     return torch.stack([e[:, :, y : y + h, x : x + w] for y, x in corners for e in resized])

@@ -164,7 +164,7 @@ def test_errors_are_one_line(options: list[str], tree: Path, tmp_path: Path) -> 
         (["data.val={tmp}/empty.json"], r"empty\.json is not valid JSON"),
         (
             ["data.val={tmp}/foreign.json"],
-            r"foreign\.json: annotation \d+ has category_id 31; expected a listed category",
+            r"foreign\.json: annotations\[\d+\] \(id \d+\) has category_id 31; expected the id of a listed category",
         ),
         (["data.val={tmp}/youtube.json"], r"youtube\.json: images is missing"),
     ],

@@ -89,6 +89,7 @@ class Paper:
         Raises:
             UserError: keys cannot be pooled on this grid, or beside prefix tokens.
         """
+        vit.require_plain("the paper's rule")
         return self.init_tokens(vit.blocks, grid, vit.prefix_count)
 
     def init_tokens(self, blocks: Sequence[Block], grid: Grid, prefix: int = 0) -> PaperState:
@@ -131,7 +132,7 @@ class Paper:
         if flush:
             state.positions = None if vit.positions is None else vit.positions(state.grid).detach().clone()
         x = x if state.positions is None else x + state.positions
-        x = x if vit.prefix is None else torch.cat([vit.prefix(), x])  # (L, D)
+        x = vit.norm_pre(x if vit.prefix is None else torch.cat([vit.prefix(), x]))  # (L, D)
         x, work, sizes = self.step_tokens(vit.blocks, x, state, select)
         prefix, tokens = vit.norm(x).to(state.output.dtype).tensor_split([vit.prefix_count])
         differs = (tokens != state.output).any(1) | flush

@@ -21,6 +21,7 @@ from torch import Tensor
 from eventful_det.data.source import VideoFrame
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
+from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import Rule, per_stream, step_streams
 from eventful_det.gating.dense import Dense
@@ -34,7 +35,6 @@ from eventful_det.gating.vit_spec import spec_of
 from eventful_det.integrations.detectron2.config import eventful_options
 from eventful_det.integrations.detectron2.heads import Heads
 from eventful_det.integrations.video_states import VideoStates
-from eventful_det.models.detector import Stopwatch
 from eventful_det.models.incremental import HeadsState
 from eventful_det.models.macs import DetectorCosts
 from eventful_det.models.saliency import token_saliency

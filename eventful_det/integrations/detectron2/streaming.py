@@ -119,5 +119,4 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         UserError: the file is missing, truncated or holds more than data; or a key is missing, unexpected or of another
             shape. Pixel statistics and anchors, which old files hold, are no part of the weights.
     """
-    tensors, _ = read_tensors(path)
-    load_exactly(model, tensors, str(path), ("pixel_mean", "pixel_std", "*cell_anchors*"))
+    load_exactly(model, read_tensors(path).tensors, str(path), ("pixel_mean", "pixel_std", "*cell_anchors*"))

@@ -1,4 +1,4 @@
-"""What a Vision Transformer is made of: one description of timm's SAM ViT and plain ViT and of detectron2's ViT.
+"""What a Vision Transformer is made of: one description for all families.
 
 It refers to the network's own modules and owns no parameters. It is built once; a copy of a network (`copy.deepcopy`,
 pickling) that holds its description takes it along.
@@ -7,9 +7,9 @@ pickling) that holds its description takes it along.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from eventful_det.errors import UserError
 from eventful_det.gating.macs import ViTShape
-from eventful_det.gating.windows import Grid
-
-_SUPPORTED = "timm VisionTransformerSAM, timm VisionTransformer (class token, no windows) and detectron2 ViT"
+from eventful_det.gating.windows import Grid, Regions, Side, windows_of
 
 
 @dataclass(frozen=True)
@@ -27,17 +25,18 @@ class Block:
     """One pre-norm Transformer block: x += proj(attention(qkv(norm1(x)))), x += mlp(norm2(x)).
 
     Attributes:
-        module: the whole block.
         norm1, norm2: token-wise norms.
-        qkv: `(r, D) -> (r, 3, heads, d)`.
+        qkv: `(r, D) -> (r, 3, heads, d)`, with the norms of queries and keys.
         proj, mlp: `(r, D) -> (r, D)`, each with its layer scale.
         layers: the linear layers of qkv, proj and mlp.
         heads: number of attention heads.
-        window: side of the attention windows in tokens; 0 = global attention.
+        window: of attention; 0 = global attention.
         rel_pos: gives the relative position tables `(2 * size - 1, d)` along y and x; or None.
+        qk_norm: the norms of queries and keys in `qkv`, on `(r, 3, heads, d)`; or None.
+        run: the block's own forward, on what `ViTSpec.layout` says, with the sines and cosines `(N, 2, d)` of rotary
+            positions or None.
     """
 
-    module: nn.Module
     norm1: nn.Module
     qkv: Callable[[Tensor], Tensor]
     proj: Callable[[Tensor], Tensor]
@@ -45,8 +44,10 @@ class Block:
     mlp: Callable[[Tensor], Tensor]
     layers: tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...], tuple[nn.Linear, ...]]
     heads: int
-    window: int = 0
+    window: Side = 0
     rel_pos: Callable[[], tuple[Tensor, Tensor]] | None = None
+    qk_norm: Callable[[Tensor], Tensor] | None = None
+    run: Callable[[Tensor, Tensor | None], Tensor] | None = None
 
     @property
     def dim(self) -> int:
@@ -66,7 +67,8 @@ class Block:
     def padding_qkv(self) -> Tensor:
         """qkv of a padded token, which is zero after the norm, `(3, heads, d)`."""
         biases = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach() for x in self.layers[0]]
-        return torch.cat(biases).view(3, self.heads, -1)
+        qkv = torch.cat(biases).view(1, 3, self.heads, -1)
+        return (qkv if self.qk_norm is None else self.qk_norm(qkv))[0]
 
     def tables(self, shape: Grid) -> list[Tensor]:
         """Relative position tables along y and x for windows of `shape` tokens; or none. See `resize_table`."""
@@ -79,6 +81,7 @@ class PatchEmbedding(Protocol):
 
     kernel_size: Any
     stride: Any
+    padding: Any
     in_channels: int
     out_channels: int
 
@@ -95,16 +98,35 @@ class PatchEmbedding(Protocol):
 
 
 @dataclass(frozen=True)
+class Rope:
+    """Rotary positions of the patch tokens; prefix tokens have none.
+
+    Attributes:
+        table: sines and cosines of a token grid, `(H, W) -> (N, 2, d)`.
+        half: how components are paired, see `rotate`.
+    """
+
+    table: Callable[[Grid], Tensor]
+    half: bool
+
+
+@dataclass(frozen=True)
 class ViTSpec:
     """A Vision Transformer as the update rules see it.
 
     Attributes:
         projection: the patch embedding, a convolution whose kernel equals its stride.
         positions: position encoding of a token grid, `(H, W) -> (H * W, D)`, or None.
-        prefix: class and register tokens with their positions, `() -> (p, D)`, or None.
+        prefix: class and register tokens with their positions, `() -> (p, D)`, or None. Where windows are regions,
+            each has tokens of its own, window by window.
         blocks: the Transformer blocks in order.
-        norm: token-wise norm after the last block.
-        maps: whether the dense blocks take token maps `(B, H, W, D)` rather than sequences `(B, L, D)`.
+        norm: token-wise norm of the outputs.
+        layout: what the dense blocks take: "maps" `(1, H, W, D)`, a "sequence" `(1, L, D)`, or "windows"
+            `(windows, p / windows + slots, D)`.
+        norm_pre: token-wise norm before the blocks.
+        rope: rotary positions, or None.
+        outputs: after how many blocks a feature map is taken, ascending; () = after the last.
+        regions: regions along each side of the frame, each with prefix tokens of its own; 1 = the frame.
     """
 
     projection: PatchEmbedding
@@ -112,7 +134,16 @@ class ViTSpec:
     prefix: Callable[[], Tensor] | None
     blocks: tuple[Block, ...]
     norm: nn.Module
-    maps: bool
+    layout: Literal["maps", "sequence", "windows"]
+    norm_pre: nn.Module = field(default_factory=nn.Identity)
+    rope: Rope | None = None
+    outputs: tuple[int, ...] = ()
+    regions: int = 1
+
+    def __post_init__(self) -> None:
+        outputs = self.outputs or (len(self.blocks),)
+        object.__setattr__(self, "outputs", outputs)
+        object.__setattr__(self, "blocks", self.blocks[: outputs[-1]])  # no output needs the others
 
     @property
     def patch(self) -> int:
@@ -123,6 +154,11 @@ class ViTSpec:
     def dim(self) -> int:
         """Width D of a token."""
         return self.projection.out_channels
+
+    @property
+    def width(self) -> int:
+        """Width C of the outputs of a token, those of several blocks one after another."""
+        return len(self.outputs) * self.dim
 
     @cached_property
     def prefix_count(self) -> int:
@@ -140,9 +176,9 @@ class ViTSpec:
         return self.projection.weight.device
 
     @property
-    def window(self) -> int:
-        """Side of the windows of windowed blocks, in tokens; 0 = there are none."""
-        return max(block.window for block in self.blocks)
+    def window(self) -> Side:
+        """Windows of windowed blocks; 0 = there are none."""
+        return next((block.window for block in self.blocks if block.window), 0)
 
     @cached_property
     def shape(self) -> ViTShape:
@@ -152,7 +188,7 @@ class ViTSpec:
             UserError: the blocks differ in more than being windowed or global.
         """
         sizes = {(b.heads, b.weights, b.rel_pos is None) for b in self.blocks}
-        _require(len(sizes) == 1, "a network whose blocks differ in more than their windows")
+        require(len(sizes) == 1, "a network whose blocks differ in more than their windows")
         return ViTShape(
             depth=len(self.blocks),
             dim=self.dim,
@@ -167,8 +203,9 @@ class ViTSpec:
         )
 
     def grid(self, height: int, width: int) -> Grid:
-        """Token grid of a frame of `height` x `width` pixels, padded to whole patches."""
-        return -(-height // self.patch), -(-width // self.patch)
+        """Token grid of a frame of `height` x `width` pixels, padded to whole patches and whole regions."""
+        side = self.patch * self.regions
+        return -(-height // side) * self.regions, -(-width // side) * self.regions
 
     def pad(self, frame: Tensor) -> Tensor:
         """A frame `(C, h, w)`, zero-padded at the bottom and right to whole patches, in the network's type."""
@@ -187,39 +224,65 @@ class ViTSpec:
         """Patch embedding without positions, `(r, C * patch^2) -> (r, D)`."""
         return F.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
 
+    def rotations(self, grid: Grid) -> Tensor | None:
+        """Sines and cosines `(p + N, 2, d)` of rotary positions, none (0 and 1) of the prefix tokens; or None."""
+        if self.rope is None:
+            return None
+        table = self.rope.table(grid).detach()
+        none = table.new_tensor([0.0, 1.0])[:, None].expand(self.prefix_count, 2, table.shape[-1])
+        return torch.cat([none, table])
+
+    def require_plain(self, what: str) -> None:
+        """Refuse what only the `Rows` rule and the dense network know.
+
+        Raises:
+            UserError: the network has rotary positions, regions or several output blocks.
+        """
+        for there, part in (
+            (self.rope is not None, "rotary positions"),
+            (self.regions > 1, "windows that are regions of the frame"),
+            (len(self.outputs) > 1, "several output blocks"),
+        ):
+            if there:
+                raise UserError(f"{what} does not support a network with {part}; use the rows rule")
+
     def dense(self, frame: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The dense network on a normalised frame `(C, h, w)`: tokens `(H, W, C)` and prefix tokens `(p, C)`."""
+        """The dense network on a normalised frame `(3, h, w)`: outputs `(H, W, C)`, and of prefix tokens `(p, C)`."""
         x = self.projection(self.pad(frame)[None]).permute(0, 2, 3, 1)  # (1, H, W, D)
         grid = (x.shape[1], x.shape[2])
         if self.positions is not None:
             x = x + self.positions(grid).unflatten(0, grid)
-        if not self.maps:
+        if self.layout != "maps":
             x = x.flatten(1, 2)  # (1, N, D)
             x = x if self.prefix is None else torch.cat([self.prefix()[None], x], 1)  # (1, L, D)
-        for block in self.blocks:
-            x = block.module(x)
-        x = self.norm(x)[0]
-        if self.maps:
-            return x, None
+        x = self.norm_pre(x)
+        if self.layout == "windows":
+            x = self._partition(x[0], grid)  # (windows, p / windows + slots, D)
+        rope, outputs = None if self.rope is None else self.rope.table(grid), []
+        for i, block in enumerate(self.blocks):
+            assert block.run is not None
+            x = block.run(x, rope)
+            if i + 1 in self.outputs:
+                outputs.append(self.norm(x))
+        x = torch.cat(outputs, -1)
+        if self.layout == "maps":
+            return x[0], None
+        x = self._merge(x, grid) if self.layout == "windows" else x[0]  # (L, C)
         prefix, tokens = x.tensor_split([self.prefix_count])
         return tokens.unflatten(0, grid), prefix if self.prefix_count else None
 
+    def _partition(self, x: Tensor, grid: Grid) -> Tensor:
+        """A sequence `(L, D)` by windows `(windows, p / windows + slots, D)`."""
+        windows = windows_of(grid, Regions(self.regions), x.device)
+        prefix, tokens = x.tensor_split([self.prefix_count])
+        tokens = tokens.index_select(0, windows.token).unflatten(0, (windows.count, -1))
+        return torch.cat([prefix.view(windows.count, -1, x.shape[-1]), tokens], 1) if len(prefix) else tokens
 
-def spec_of(vit: nn.Module) -> ViTSpec:
-    """The description of a supported network.
-
-    Raises:
-        UserError: the network is of another kind, or uses a part whose result is not token-wise.
-    """
-    name, module = type(vit).__name__, type(vit).__module__
-    for base in type(vit).__mro__:
-        if base.__module__ == "timm.models.vision_transformer_sam" and base.__name__ == "VisionTransformerSAM":
-            return _checked(_timm_sam(vit))
-        if base.__module__ == "timm.models.vision_transformer" and base.__name__ == "VisionTransformer":
-            return _checked(_timm_plain(vit))
-        if base.__module__.startswith("detectron2.") and base.__name__ == "ViT":
-            return _checked(_detectron2(vit))
-    raise UserError(f"cannot make {module}.{name} eventful; supported: {_SUPPORTED}")
+    def _merge(self, x: Tensor, grid: Grid) -> Tensor:
+        """The inverse of `_partition`."""
+        windows = windows_of(grid, Regions(self.regions), x.device)
+        prefix, tokens = x.tensor_split([self.prefix_count // windows.count], 1)
+        return torch.cat([prefix.flatten(0, 1), tokens.flatten(0, 1).index_select(0, windows.place)])
 
 
 def resize_positions(positions: Tensor, grid: Grid, antialias: bool) -> Tensor:
@@ -263,125 +326,11 @@ def relative_table(table: Tensor, size: int) -> Tensor:
     return resize_table(table, size)[axis[:, None] - axis[None, :] + size - 1]
 
 
-def _require(condition: bool, what: str) -> None:
+def require(condition: bool, what: str) -> None:
+    """Refuse a network.
+
+    Raises:
+        UserError: the condition does not hold.
+    """
     if not condition:
         raise UserError(f"cannot make this ViT eventful: {what} is not supported")
-
-
-def _identity(module: object) -> bool:
-    return module is None or isinstance(module, nn.Identity)
-
-
-def _checked(vit: ViTSpec) -> ViTSpec:
-    windows = sorted({block.window for block in vit.blocks if block.window})
-    _require(len(windows) < 2, f"windows of more than one size ({windows})")
-    size, stride = vit.projection.kernel_size, vit.projection.stride
-    _require(size == stride and size[0] == size[1], f"a patch embedding of size {size} and stride {stride}")
-    return vit
-
-
-# The parts below are partials of functions and not closures: they can be copied and pickled with their network.
-
-
-def _fused_qkv(attention: Any, x: Tensor) -> Tensor:
-    return attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))
-
-
-def _scaled(module: nn.Module, scale: nn.Module, x: Tensor) -> Tensor:
-    return scale(module(x))
-
-
-def _rel_pos(attention: Any) -> tuple[Tensor, Tensor]:
-    return attention.rel_pos_h, attention.rel_pos_w
-
-
-def _timm_patches(vit: Any) -> nn.Conv2d:
-    embedding = vit.patch_embed
-    _require(type(embedding).__name__ == "PatchEmbed", f"a patch embedding of type {type(embedding).__name__}")
-    _require(_identity(embedding.norm), "a norm after the patch embedding")
-    return embedding.proj
-
-
-def _timm_block(block: Any, window: int) -> Block:
-    _require(type(block).__name__ == "Block", f"a block of type {type(block).__name__}")
-    attn, mlp = block.attn, block.mlp
-    _require(type(attn).__name__ == "Attention", f"attention of type {type(attn).__name__}")
-    _require(type(mlp).__name__ == "Mlp", f"an MLP of type {type(mlp).__name__}")
-    _require(attn.qkv.out_features == 3 * attn.qkv.in_features, "attention of another width than the tokens")
-    for extra in ("q_norm", "k_norm", "norm"):
-        _require(_identity(getattr(attn, extra, None)), f"attention with {extra}")
-    for extra in ("rope", "gate"):
-        _require(getattr(attn, extra, None) is None, f"attention with {extra}")
-    _require(_identity(getattr(mlp, "norm", None)), "an MLP with norm")
-    scales = [nn.Identity() if getattr(block, name, None) is None else getattr(block, name) for name in ("ls1", "ls2")]
-    return Block(
-        module=block,
-        norm1=block.norm1,
-        qkv=partial(_fused_qkv, attn),
-        proj=partial(_scaled, attn.proj, scales[0]),
-        norm2=block.norm2,
-        mlp=partial(_scaled, mlp, scales[1]),
-        layers=((attn.qkv,), (attn.proj,), (mlp.fc1, mlp.fc2)),
-        heads=attn.num_heads,
-        window=window,
-        rel_pos=partial(_rel_pos, attn) if getattr(attn, "use_rel_pos", False) else None,
-    )
-
-
-def _sam_positions(vit: Any, antialias: bool, grid: Grid) -> Tensor:
-    return resize_positions(vit.pos_embed[0], grid, antialias)
-
-
-def _timm_sam(vit: Any) -> ViTSpec:
-    _require(_identity(vit.norm_pre), "a norm before the blocks")
-    antialias = getattr(vit, "position_antialias", True)
-    return ViTSpec(
-        projection=_timm_patches(vit),
-        positions=None if vit.pos_embed is None else partial(_sam_positions, vit, antialias),
-        prefix=None,
-        blocks=tuple(_timm_block(block, block.window_size) for block in vit.blocks),
-        norm=nn.Identity(),
-        maps=True,
-    )
-
-
-def _plain_positions(vit: Any, skip: int, grid: Grid) -> Tensor:
-    return resize_positions(vit.pos_embed[0, skip:].unflatten(0, vit.patch_embed.grid_size), grid, antialias=True)
-
-
-def _plain_prefix(vit: Any, skip: int) -> Tensor:
-    tokens = torch.cat([t[0] for t in (vit.cls_token, vit.reg_token) if t is not None])
-    return tokens + vit.pos_embed[0, :skip] if skip else tokens
-
-
-def _timm_plain(vit: Any) -> ViTSpec:
-    _require(_identity(vit.norm_pre), "a norm before the blocks")
-    _require(not hasattr(vit, "dist_token"), "a distillation token")
-    skip = 0 if vit.no_embed_class or vit.pos_embed is None else vit.num_prefix_tokens
-    return ViTSpec(
-        projection=_timm_patches(vit),
-        positions=None if vit.pos_embed is None else partial(_plain_positions, vit, skip),
-        prefix=partial(_plain_prefix, vit, skip) if vit.num_prefix_tokens else None,
-        blocks=tuple(_timm_block(block, 0) for block in vit.blocks),
-        norm=vit.norm,
-        maps=False,
-    )
-
-
-def _detectron2_positions(vit: Any, grid: Grid) -> Tensor:
-    encoding = vit.pos_embed[0, int(vit.pretrain_use_cls_token) :]
-    side = int(encoding.shape[0] ** 0.5)
-    return resize_positions(encoding.unflatten(0, (side, side)), grid, antialias=False)
-
-
-def _detectron2(vit: Any) -> ViTSpec:
-    for block in vit.blocks:
-        _require(not getattr(block, "use_residual_block", False), "a residual convolution block")
-    return ViTSpec(
-        projection=vit.patch_embed.proj,
-        positions=None if vit.pos_embed is None else partial(_detectron2_positions, vit),
-        prefix=None,
-        blocks=tuple(_timm_block(block, block.window_size) for block in vit.blocks),
-        norm=nn.Identity(),
-        maps=True,
-    )

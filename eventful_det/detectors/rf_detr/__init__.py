@@ -1,0 +1,1 @@
+"""RF-DETR of `transformers` and of the package `rfdetr`, eventful."""

@@ -1,0 +1,273 @@
+"""`EventfulRFDETR`: a `VideoDetector` around somebody's RF-DETR."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eventful_det.data.transforms import Image
+from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
+from eventful_det.detectors.results import Detections, FrameCost, StepResult
+from eventful_det.detectors.rf_detr.parts import Parts, parts_of
+from eventful_det.detectors.rf_detr.projector import (
+    ProjectorState,
+    RFDETRCosts,
+    everywhere,
+    init_projector,
+    projector_macs,
+    refresh_projector,
+)
+from eventful_det.detectors.stopwatch import Stopwatch
+from eventful_det.errors import UserError
+from eventful_det.gating.convert import Rule, per_stream, step_streams
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.macs import dense_macs
+from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import DEFAULT, Select
+from eventful_det.gating.state import State, StreamState, TensorTree
+from eventful_det.gating.update import Update
+from eventful_det.gating.vit_spec import spec_of
+from eventful_det.models.saliency import token_saliency
+
+
+@dataclass
+class RFDETRStream(TensorTree):
+    """What the detector remembers of one stream.
+
+    Attributes:
+        backbone: state of the update rule.
+        size: (height, width) of the last frame in pixels.
+        projector: None before the first frame, and under the dense rule.
+        detections: of the last frame; they stand while nothing changes.
+    """
+
+    backbone: State[StreamState]
+    size: tuple[int, int]
+    projector: ProjectorState | None = None
+    detections: Detections | None = None
+
+
+@dataclass(frozen=True)
+class Stretch(InputTransform):
+    """Frames are stretched to squares of `short_side`, bilinearly and without antialiasing, as RF-DETR is trained.
+
+    Attributes:
+        step: sides are multiples of it.
+        reciprocal: pixels are multiplied by 1 / 255 rather than divided by 255.
+    """
+
+    step: int = 1
+    reciprocal: bool = False
+
+    def __post_init__(self) -> None:
+        if self.short_side % self.step:
+            raise UserError(f"RF-DETR: short_side must be a multiple of {self.step} pixels, got {self.short_side}")
+
+    def scaled(self, scale: float) -> InputTransform:
+        """The same transform to a side of another scale, rounded to whole windows."""
+        side = max(1, round(scale * self.short_side / self.step)) * self.step
+        return dataclasses.replace(self, short_side=side, long_side=side)
+
+    def squared(self) -> InputTransform:
+        """It makes squares."""
+        return self
+
+    def __call__(self, image: Image) -> Tensor:
+        """A frame `(h, w, 3)` as input `(3, side, side)`, RGB in [0, 1]."""
+        frame = torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous().float()
+        frame = frame * (1 / 255) if self.reciprocal else frame / 255
+        size = self._size(image)
+        if frame.shape[1:] == size:
+            return frame
+        return F.interpolate(frame[None], size, mode="bilinear", align_corners=False, antialias=False)[0]
+
+    def _size(self, image: Image) -> tuple[int, int]:
+        return self.short_side, self.short_side
+
+
+class EventfulRFDETR(nn.Module):
+    """RF-DETR for video: a `VideoDetector`.
+
+    Modifications against the network that it is made from:
+      - none of its modules or parameters: it is `model` here, left intact;
+      - `step` replaces `forward` for video: it takes and updates an explicit `State`.
+
+    `Stream(detector, source)` runs it over a video. The decoder runs in full whenever a token changed; on a still frame
+    nothing runs.
+
+    Args:
+        model: `transformers.RfDetrForObjectDetection`, a model of the package `rfdetr` (`RFDETRNano()`) or its network.
+        min_score: detections below this score are dropped; 0 keeps all, as both packages do before their threshold.
+
+    Attributes:
+        model: the network.
+        parts: what it is made of.
+        spec: the backbone as the update rules see it.
+
+    Raises:
+        UserError: the model is no RF-DETR that finds boxes, or has a part that is not supported.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, model: Any, *, min_score: float = 0.05) -> None:
+        super().__init__()
+        self.model, parts = parts_of(model)
+        self.parts: Parts = parts
+        self.spec = spec_of(self.parts.backbone)
+        self.min_score = min_score
+        self.register_buffer("pixel_mean", torch.tensor(parts.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(parts.std).view(3, 1, 1), persistent=False)
+        self.pixel_mean, self.pixel_std = self.pixel_mean.to(self.device), self.pixel_std.to(self.device)
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.spec.device
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names; a label is an index into them."""
+        return self.parts.names
+
+    @property
+    def input_transform(self) -> InputTransform:
+        """How a frame becomes an input, in the model's own size."""
+        parts, step = self.parts, self.spec.patch * self.spec.regions
+        return Stretch(parts.side, parts.side, self.spec.patch, parts.mean, step=step, reciprocal=parts.reciprocal)
+
+    def forward(self, images: Tensor) -> list[Detections]:
+        """The dense detector on images `(B, 3, h, w)`, RGB in [0, 1]."""
+        results = self.step(list(images), self.init_state(len(images)), rule=Dense())
+        return [result.detections for result in results]
+
+    def init_state(self, batch: int = 1) -> State[RFDETRStream]:
+        """An empty state for `batch` streams."""
+        return State([None] * batch)
+
+    @torch.inference_mode(False)  # so that the state can go on in and outside of inference mode
+    @torch.no_grad()
+    def step(
+        self,
+        frames: Sequence[Tensor],
+        state: State[RFDETRStream],
+        *,
+        rule: AnyRule = DEFAULT_RULE,
+        selector: Select = DEFAULT,
+        flush: Sequence[bool] | bool = False,
+        timing: bool = False,
+    ) -> list[StepResult]:
+        """Detect in the next frame of every stream; see `VideoDetector.step`.
+
+        Raises:
+            UserError: the numbers of frames and streams differ, a module is in training mode, or the rule is the
+                paper's.
+        """
+        if any(module.training for module in self.modules()):
+            raise UserError("EventfulRFDETR.step is for inference, and a part of it trains; call .eval()")
+        flushes = [flush] * len(state) if isinstance(flush, bool) else list(flush)
+        watch = Stopwatch(self.device, timing)
+        images, streams, saliency = [], [], []
+        for i, frame in enumerate(per_stream("frames", list(frames), state)):
+            size, stream = (frame.shape[-2], frame.shape[-1]), state.streams[i]
+            if stream is None or stream.size != size:
+                state.streams[i] = stream = RFDETRStream(State([None]), size)
+            images.append((frame - self.pixel_mean) / self.pixel_std)
+            streams.append(stream)
+            saliency.append(self._saliency(stream))
+        watch.lap("other")
+        backbones = State([stream.backbone.streams[0] for stream in streams])
+        updates = step_streams(
+            self.spec,
+            images,
+            backbones,
+            rule=cast(Rule[StreamState], rule),
+            selector=selector,
+            flush=flushes,
+            saliency=saliency,
+        )
+        for stream, backbone in zip(streams, backbones.streams, strict=True):
+            stream.backbone.streams[0] = backbone
+        watch.lap("backbone")
+        heads = [Stopwatch(self.device, timing) for _ in streams]
+        results = []
+        with torch.autocast(self.device.type, enabled=False):  # the heads compute in the type of their parameters
+            for update, stream, own in zip(updates, streams, heads, strict=True):
+                update = dataclasses.replace(update, tokens=update.tokens.to(self.spec.dtype))
+                results.append(self._step_heads(update, stream, isinstance(rule, Dense), own))
+        shared = {part: seconds / len(streams) for part, seconds in watch.seconds().items()}
+        for result, own in zip(results, heads, strict=True):
+            result.cost.seconds.update(shared | own.seconds())
+        return results
+
+    def cost_model(self, rule: AnyRule) -> RFDETRCosts:
+        """What frames will cost under a rule.
+
+        Raises:
+            UserError: it is not the rows rule with the patch gate.
+        """
+        if not isinstance(rule, Rows) or rule.gate != "patches":
+            raise UserError("costs are known in advance under the rows rule with the patch gate only")
+        static = self.device.type != "cpu" if rule.static is None else rule.static
+        return RFDETRCosts(self.spec.shape, static, self.parts.projector, self.parts.decoder)
+
+    def _saliency(self, stream: RFDETRStream) -> Tensor | None:
+        """How much each token matters, `(N,)`: by what was detected on the frame before."""
+        found = stream.detections
+        if found is None:
+            return None
+        return token_saliency(found.boxes, found.scores, self.spec.grid(*stream.size), self.spec.patch)
+
+    def _step_heads(self, update: Update, stream: RFDETRStream, dense: bool, watch: Stopwatch) -> StepResult:
+        """Detections from the feature maps of one stream."""
+        grid, projector = (update.tokens.shape[0], update.tokens.shape[1]), self.parts.projector
+        everything = {
+            "backbone": dense_macs(self.spec.shape, grid, padded_linear=True).total,
+            "projector": projector_macs(projector, everywhere(projector, grid)),
+            "decoder": self.parts.decoder.macs(len(update.work)),
+        }
+        macs = {**dict.fromkeys(everything, 0), "backbone": update.macs.total}
+        if update.changed.numel() or stream.detections is None:
+            changed, state = update.changed, None if dense else stream.projector
+            if state is None:
+                state = init_projector(projector, grid, update.tokens)
+                changed = torch.arange(len(update.work), device=update.tokens.device)
+            sizes = refresh_projector(projector, update.tokens, changed, state)
+            stream.projector = None if dense else state
+            watch.lap("projector")
+            features = state.feature.T.unflatten(1, grid)[None]  # (1, C, H, W)
+            logits, boxes = self.parts.decode(features)
+            stream.detections = self._detections(logits[0], boxes[0], stream.size)
+            watch.lap("decoder")
+            macs |= {"projector": projector_macs(projector, sizes), "decoder": everything["decoder"]}
+        cost = FrameCost(macs, everything, round(float(update.work.sum())), len(update.work), update.flush)
+        assert stream.detections is not None
+        return StepResult(stream.detections.clone(), cost, update.work.view(grid))
+
+    def _detections(self, logits: Tensor, boxes: Tensor, size: tuple[int, int]) -> Detections:
+        """The best pairs of a query and a class, as many as there are queries.
+
+        Args:
+            logits: `(Q, K)`.
+            boxes: `(Q, 4)` centre and size, 0 to 1.
+            size: (height, width) in pixels.
+        """
+        scores, best = logits.float().sigmoid().flatten().sort(descending=True, stable=True)
+        scores, best = scores[: len(logits)], best[: len(logits)]
+        keep = scores >= self.min_score
+        scores, best = scores[keep], best[keep]
+        centre, extent = boxes.float()[best // logits.shape[1]].split(2, 1)
+        corners = torch.cat([centre - 0.5 * extent, centre + 0.5 * extent], 1)  # (n, 4)
+        scale = corners.new_tensor([size[1], size[0], size[1], size[0]])
+        corners = corners * scale
+        if self.parts.clamped:
+            corners = torch.minimum(corners.clamp(min=0), scale)
+        return Detections(corners, scores, best % logits.shape[1])
