@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from eventful_det.gating.selector import TopK as TopK
     from eventful_det.models.checkpoints import load_detector as load_detector
     from eventful_det.models.detector import Detector as Detector
+    from eventful_det.recognition.checkpoints import load_recogniser as load_recogniser
+    from eventful_det.recognition.recogniser import Recogniser as Recogniser
     from eventful_det.runtime.budget import BudgetOptions as BudgetOptions
     from eventful_det.runtime.pool import StreamPool as StreamPool
     from eventful_det.runtime.rescoring import Rescorer as Rescorer
@@ -61,6 +63,8 @@ _PUBLIC = {
     "TopK": "eventful_det.gating.selector",
     "load_detector": "eventful_det.models.checkpoints",
     "Detector": "eventful_det.models.detector",
+    "load_recogniser": "eventful_det.recognition.checkpoints",
+    "Recogniser": "eventful_det.recognition.recogniser",
     "BudgetOptions": "eventful_det.runtime.budget",
     "StreamPool": "eventful_det.runtime.pool",
     "Rescorer": "eventful_det.runtime.rescoring",

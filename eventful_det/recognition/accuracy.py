@@ -54,9 +54,9 @@ def best_actions(verbs: Tensor, nouns: Tensor, count: int) -> list[tuple[int, in
         verbs, nouns: logits `(classes,)`.
         count: of pairs.
     """
-    verb, noun = (scores.float().log_softmax(-1).topk(min(count, len(scores))) for scores in (verbs, nouns))
-    firsts = zip(verb.values.tolist(), verb.indices.tolist(), strict=True)
-    seconds = list(zip(noun.values.tolist(), noun.indices.tolist(), strict=True))
+    verb, noun = (scores.float().log_softmax(-1).sort(descending=True, stable=True) for scores in (verbs, nouns))
+    firsts = zip(verb.values[:count].tolist(), verb.indices[:count].tolist(), strict=True)
+    seconds = list(zip(noun.values[:count].tolist(), noun.indices[:count].tolist(), strict=True))
     pairs = ((p + q, -v, -n) for (p, v), (q, n) in itertools.product(firsts, seconds))
     return [(-v, -n, p) for p, v, n in heapq.nlargest(count, pairs)]
 

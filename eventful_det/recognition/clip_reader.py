@@ -18,6 +18,8 @@ from eventful_det.recognition.config import RecogniserConfig
 from eventful_det.recognition.segments import Segment
 from eventful_det.recognition.views import frame_indices, shared_tubelets
 
+_LAST = 1.0  # seconds that the last frame of a video is taken to be shown
+
 
 @dataclass(frozen=True)
 class SparseClip:
@@ -125,7 +127,7 @@ def _decoded(video: str | os.PathLike[str], start: float, stop: float) -> Iterat
                     before = time, frame  # only the last of these is decoded to pixels
                 if time > stop:
                     return
-            if before is not None:
+            if before is not None and before[0] > start - _LAST:
                 yield before[0], _pixels(before[1])
     except (FFmpegError, OSError, ValueError) as error:
         raise UserError(f"cannot read {video}: {error}") from None

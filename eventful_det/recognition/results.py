@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from eventful_det.detectors.results import FrameCost
 from eventful_det.gating.state import StreamState, TensorTree
 
 
@@ -24,25 +25,8 @@ class RecogniserStream(TensorTree):
     seen: int
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """What one step cost.
-
-    Attributes:
-        macs: multiply-adds by part: "backbone" (the spatial model), "temporal" and "heads".
-        dense: what the dense recogniser would have spent, by part.
-        recomputed: patch tokens recomputed.
-        tokens: patch tokens of a tubelet.
-        flush: whether everything was recomputed because the stream began anew.
-        seconds: time of each part; empty when not measured.
-    """
-
-    macs: dict[str, int]
-    dense: dict[str, int]
-    recomputed: int
-    tokens: int
-    flush: bool
-    seconds: dict[str, float] = field(default_factory=dict)
+class StepCost(FrameCost):
+    """What one step cost, or several: "backbone" is the spatial model, beside it "temporal" and "heads"."""
 
     def __add__(self, other: StepCost) -> StepCost:
         return StepCost(
@@ -52,16 +36,6 @@ class StepCost:
             self.tokens + other.tokens,
             self.flush or other.flush,
         )
-
-    @property
-    def total(self) -> int:
-        """Multiply-adds of the whole recogniser."""
-        return sum(self.macs.values())
-
-    @property
-    def dense_total(self) -> int:
-        """Multiply-adds of the whole dense recogniser."""
-        return sum(self.dense.values())
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from eventful_det.data.video import open_source
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import Rule
 from eventful_det.gating.rows import Rows
-from eventful_det.gating.selector import DEFAULT, Budget, Select, Selector
+from eventful_det.gating.selector import DEFAULT, Budget, Gmacs, Latency, Select, Selector
 from eventful_det.gating.state import State
 from eventful_det.recognition.config import RecogniserConfig
 from eventful_det.recognition.results import RecogniserStream, RecognitionStep, StepCost
@@ -166,6 +166,9 @@ class RecognitionStream(Iterator[RecognitionResult]):
 
     @budget.setter
     def budget(self, budget: Budget | Selector) -> None:
+        limit = budget.budget if isinstance(budget, Selector) else budget
+        if isinstance(limit, (Gmacs, Latency)):
+            raise UserError(f"a budget of {limit} cannot be held by recognition yet; give tokens or a share of them")
         self._selector = (
             budget if isinstance(budget, Selector) else DEFAULT if budget is None else DEFAULT.within(budget)
         )

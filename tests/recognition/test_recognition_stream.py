@@ -1,0 +1,197 @@
+"""Streams, synthetic actions and training."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small import moving_clip, small_recogniser
+
+from eventful_det.data.source import VideoFrame
+from eventful_det.errors import UserError
+from eventful_det.gating.selector import Gmacs, TopK
+from eventful_det.recognition.checkpoints import load_recogniser
+from eventful_det.recognition.config import vivit_tiny
+from eventful_det.recognition.evaluation import Way
+from eventful_det.recognition.recogniser import Recogniser
+from eventful_det.recognition.segments import Segments, read_folders
+from eventful_det.recognition.stream import FrameClock
+from eventful_det.recognition.synthetic_actions import ACTIONS, ActionOptions, mirrored, render_action
+from eventful_det.recognition.training import (
+    FeatureClips,
+    RecogniserTrainer,
+    RecogniserTraining,
+    SyntheticClips,
+    VideoClips,
+    cache_features,
+)
+
+SMALL = ActionOptions(width=32, height=32, frames=12, noise=0)
+
+
+def arrays(count: int) -> list[np.ndarray]:
+    return [frame.permute(1, 2, 0).numpy() for frame in moving_clip(count)]
+
+
+def test_every_tubelet_gives_probabilities() -> None:
+    recogniser = small_recogniser()
+    stream = recogniser.stream(arrays(30), budget=2, scene_cuts=False)
+    results = list(stream)
+    assert [r.frame_index for r in results] == list(range(2, 30, 4))  # every second frame, two a tubelet
+    assert [r.cost.recomputed for r in results][0] == 6
+    assert all(r.cost.recomputed <= 2 for r in results[1:])
+    (best, probability), *_ = results[-1].top(1, "noun")
+    assert best in recogniser.config.classes["noun"] and 1 / 3 <= probability <= 1
+
+
+def test_the_budget_can_be_turned_and_the_state_stays_in_size() -> None:
+    stream = small_recogniser().stream(arrays(40), budget=TopK(1), scene_cuts=False)
+    sizes, counts = set(), []
+    for i, result in enumerate(stream):
+        sizes.add(stream.state_bytes)
+        counts.append(result.cost.recomputed)
+        stream.budget = TopK(1 if i < 4 else 5)
+    assert len(sizes) == 1 and counts == [6, 1, 1, 1, 1, 5, 5, 5, 5, 5]
+
+
+def test_a_budget_that_cannot_be_held_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match="give tokens or a share"):
+        small_recogniser().stream(arrays(4), budget=Gmacs(1))
+
+
+def test_another_scene_begins_anew() -> None:
+    frames = arrays(16) + [np.full((20, 30, 3), (250, 10, 10), np.uint8) for _ in range(16)]
+    flushed = [r.cost.flush for r in small_recogniser().stream(frames)]
+    assert flushed == [True, False, False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("fps", [60.0, 20.0, 7.0, 3.0])
+def test_frames_are_taken_at_the_recognisers_rate(fps: float) -> None:
+    """Every second frame at 8 frames/s is one in 0.25 s: of 20 frames/s every fifth; of slow sources all."""
+    clock, image = FrameClock(2, 8.0, fps), np.zeros((2, 2, 3), np.uint8)
+    times = [i / fps for i in range(200) if clock.takes(VideoFrame(image, i / fps))]
+    assert np.mean(np.diff(times)) == pytest.approx(max(0.25, 1 / fps), rel=0.05)
+
+
+def test_actions_repeat_to_the_bit_and_differ_by_motion() -> None:
+    for index, action in enumerate(ACTIONS):
+        clip = render_action(SMALL, seed=1, index=index)
+        assert ACTIONS[clip.label] == action and clip.frames.shape == (12, 32, 32, 3)
+        assert np.array_equal(clip.frames, render_action(SMALL, seed=1, index=index).frames)
+        assert not np.array_equal(clip.frames, render_action(SMALL, seed=1, index=index, split="train").frames)
+        part = render_action(SMALL, seed=1, index=index, frames=[3, 7])
+        assert np.array_equal(part.frames, clip.frames[[3, 7]])
+        assert any(not np.array_equal(clip.frames[0], frame) for frame in clip.frames)
+
+
+@pytest.mark.parametrize(
+    "action, axis, becomes",
+    [("enter", "time", "leave"), ("rise", "y", "fall"), ("cross_left", "x", "cross_right"), ("rise", "x", "rise")],
+)
+def test_mirrored_actions(action: str, axis: str, becomes: str) -> None:
+    clip = render_action(SMALL, index=ACTIONS.index(action))
+    other = mirrored(clip, axis)
+    assert ACTIONS[other.label] == becomes
+    assert np.array_equal(mirrored(other, axis).frames, clip.frames)
+
+
+def test_coverage_follows_the_object() -> None:
+    options = dataclasses.replace(SMALL, bystander=0.0, camera="still")
+    rows = np.arange(7)[:, None]
+    for action, falls in (("rise", -1), ("fall", 1)):
+        cover = render_action(options, index=ACTIONS.index(action)).coverage
+        height = [(c * rows).sum() / c.sum() for c in cover]
+        assert falls * (height[-1] - height[0]) > 1
+    vanish = render_action(options, index=ACTIONS.index("vanish")).coverage
+    assert vanish[0].sum() > 0 and vanish[-1].sum() == 0
+
+
+def test_options_that_cannot_be_are_refused() -> None:
+    with pytest.raises(UserError, match="too small"):
+        ActionOptions(width=8)
+    with pytest.raises(UserError, match="camera is"):
+        ActionOptions(camera="drone")  # type: ignore[arg-type]
+
+
+def tiny(seed: int = 0) -> Recogniser:
+    torch.manual_seed(seed)
+    sizes = {"dim": 24, "heads": 2, "mlp": 32, "temporal_heads": 2, "temporal_mlp": 32, "temporal_depth": 1}
+    clips = {"depth": 1, "size": (32, 32), "position_grid": (2, 2), "frames": 6, "stride": 2, "dropout": 0.0}
+    return Recogniser(vivit_tiny({"action": ACTIONS}, **sizes, **clips))
+
+
+OPTIONS = RecogniserTraining(steps=6, batch=2, warmup=1, lr=3e-3, ema=0.5, amp="float32", checkpoint_every=3)
+
+
+def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    whole = tiny()
+    result = RecogniserTrainer(whole, SyntheticClips(whole, SMALL), OPTIONS, tmp_path / "whole").train()
+
+    class Killed(Exception):
+        pass
+
+    def kill(step: int, _: dict[str, float]) -> None:
+        if step == 4:
+            raise Killed
+
+    cut = tiny()
+    with pytest.raises(Killed):
+        RecogniserTrainer(cut, SyntheticClips(cut, SMALL), OPTIONS, tmp_path / "cut", kill).train()
+    again = tiny(seed=1)
+    resumed = RecogniserTrainer(again, SyntheticClips(again, SMALL), OPTIONS, tmp_path / "cut").train()
+    for name, value in result.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    saved = load_recogniser(tmp_path / "whole" / "model.safetensors")
+    assert saved.config == result.config
+    with pytest.raises(UserError, match="another lr"):
+        other = dataclasses.replace(OPTIONS, lr=1.0)
+        RecogniserTrainer(tiny(), SyntheticClips(tiny(), SMALL), other, tmp_path / "whole")
+
+
+def test_training_learns_a_few_clips_by_heart(tmp_path: Path) -> None:
+    class Few(SyntheticClips):
+        def sample(self, n: int):  # type: ignore[no-untyped-def]
+            return super().sample(n % 4)
+
+    recogniser = tiny()
+    losses: list[float] = []
+    options = dataclasses.replace(OPTIONS, steps=60, batch=4, ema=0.0)
+    trainer = RecogniserTrainer(
+        recogniser, Few(recogniser, SMALL), options, tmp_path, lambda _, m: losses.append(m["loss_action"])
+    )
+    trainer.train()
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+
+
+def test_second_stage_trains_on_cached_outputs_alone(tmp_path: Path) -> None:
+    from eventful_det.data.video_writer import VideoWriter
+
+    for i in range(4):
+        clip = render_action(SMALL, index=i)
+        path = tmp_path / "videos" / ACTIONS[clip.label] / f"{i}.mp4"
+        path.parent.mkdir(parents=True)
+        with VideoWriter(path, 25) as writer:
+            for frame in clip.frames:
+                writer.write(frame)
+    segments: Segments = read_folders(tmp_path / "videos", ACTIONS)
+    recogniser = tiny().eval()
+    assert not cache_features(recogniser, segments, tmp_path / "features", Way("k", selector=TopK(2)))
+    files = sorted((tmp_path / "features").iterdir())
+    times = [path.stat().st_mtime_ns for path in files]
+    cache_features(recogniser, segments, tmp_path / "features", Way("k", selector=TopK(2)))
+    assert len(files) == 4 and [path.stat().st_mtime_ns for path in files] == times  # kept
+
+    before = {name: value.clone() for name, value in recogniser.state_dict().items()}
+    options = dataclasses.replace(OPTIONS, ema=0.0)
+    trained = RecogniserTrainer(recogniser, FeatureClips(tmp_path / "features"), options, tmp_path / "run").train()
+    changed = {
+        name.split(".")[0] for name, value in trained.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert changed == {"temporal_model", "classifier"}
+    view, labels, _ = VideoClips(recogniser, segments).sample(3)
+    assert view.shape == (6, 3, 32, 32) and set(labels) == {"action"}
+    with pytest.raises(UserError, match="no cached features"):
+        FeatureClips(tmp_path / "nothing")
