@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ class Detector(nn.Module):
     Attributes:
         spec: the ViT as the update rules see it.
         head_weights: MACs of the heads at one place.
+        rule: how tokens are recomputed in `stream` unless it is told.
     """
 
     pixel_mean: Tensor
@@ -83,6 +85,7 @@ class Detector(nn.Module):
         if not config.classes:
             raise UserError("model: classes is empty; a detector needs at least one class name")
         self.config = config
+        self.rule: AnyRule = DEFAULT_RULE
         self.backbone = ViTDetBackbone(config)
         self.proposal_generator = ProposalGenerator(config)
         self.roi_heads = roi_heads(config)
@@ -207,13 +210,19 @@ class Detector(nn.Module):
         static = self.device.type != "cpu" if rule.static is None else rule.static
         return DetectorCosts(self.spec.shape, self.head_weights, self.config.proposals, static)
 
+    def with_rule(self, rule: AnyRule | None) -> Detector:
+        """The same weights, shared, streaming by another rule; None = dense."""
+        other = copy.copy(self)
+        other.rule = Dense() if rule is None else rule
+        return other
+
     def stream(
         self,
         source: Source,
         *,
         budget: Budget | Selector = None,
         options: BudgetOptions | None = None,
-        rule: AnyRule = DEFAULT_RULE,
+        rule: AnyRule | None = None,
         max_frames: int | None = None,
         short_side: int | None = None,
         long_side: int | None = None,
@@ -231,7 +240,7 @@ class Detector(nn.Module):
             source,
             budget=budget,
             options=options,
-            rule=rule,
+            rule=self.rule if rule is None else rule,
             max_frames=max_frames,
             short_side=short_side,
             long_side=long_side,
