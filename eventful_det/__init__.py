@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from eventful_det.gating.dense import Dense as Dense
     from eventful_det.gating.paper import Paper as Paper
     from eventful_det.gating.rows import Rows as Rows
+    from eventful_det.gating.selector import DEFAULT as DEFAULT
     from eventful_det.gating.selector import Focus as Focus
     from eventful_det.gating.selector import Gmacs as Gmacs
     from eventful_det.gating.selector import LargestError as LargestError
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from eventful_det.recognition.checkpoints import load_recogniser as load_recogniser
     from eventful_det.recognition.recogniser import Recogniser as Recogniser
     from eventful_det.runtime.budget import BudgetOptions as BudgetOptions
+    from eventful_det.runtime.motion import KeyFrames as KeyFrames
     from eventful_det.runtime.pool import StreamPool as StreamPool
     from eventful_det.runtime.rescoring import Rescorer as Rescorer
     from eventful_det.runtime.session import StreamResult as StreamResult
@@ -58,6 +60,8 @@ _PUBLIC = {
     "Latency": "eventful_det.gating.selector",
     "RandomOrder": "eventful_det.gating.selector",
     "Selector": "eventful_det.gating.selector",
+    "DEFAULT": "eventful_det.gating.selector",
+    "KeyFrames": "eventful_det.runtime.motion",
     "Threshold": "eventful_det.gating.selector",
     "TopFraction": "eventful_det.gating.selector",
     "TopK": "eventful_det.gating.selector",

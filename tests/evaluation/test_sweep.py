@@ -156,7 +156,7 @@ def test_a_missing_image_is_named(detector: Detector, data: CocoVideo) -> None:
 
 
 def test_report(detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
-    methods = [Method("dense"), Method("rows", 0.5, Rows(), TopFraction(0.5)), Method("held_boxes", 2, hold=2)]
+    methods = [Method("dense"), Method("rows", 0.5, Rows(), TopFraction(0.5)), Method("moved_boxes", 2, hold=2)]
     rows = rows_of(run_methods(detector, first(data, 1), methods))
     report.write_csv(rows, tmp_path / "sweep.csv")
     with (tmp_path / "sweep.csv").open() as file:

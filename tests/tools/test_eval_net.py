@@ -22,10 +22,10 @@ from eventful_det.evaluation.detection import evaluate
 from eventful_det.models.checkpoints import save_detector
 from eventful_det.models.detector import Detector
 
-OTHERS = set(OmegaConf.load(ROOT / "configs/eval/sweep.yaml").curves) - {"dense", "held_boxes"}
+OTHERS = set(OmegaConf.load(ROOT / "configs/eval/sweep.yaml").curves) - {"dense", "moved_boxes"}
 CURVES = [
     *(f"~eval.curves.{name}" for name in sorted(OTHERS)),
-    "eval.curves.held_boxes.vary.hold=[2]",
+    "eval.curves.moved_boxes.vary.hold=[2]",
 ]  # dense and held
 
 
@@ -101,7 +101,7 @@ def test_two_processes_agree_with_one(options: list[str], tmp_path: Path) -> Non
 
 
 def test_sweep(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
-    fewer = ["eval.fractions=[0.5,0.125]", "eval.thresholds=[3]", "eval.curves.held_boxes.vary.hold=[2]"]
+    fewer = ["eval.fractions=[0.5,0.125]", "eval.thresholds=[3]", "eval.curves.moved_boxes.vary.hold=[2]"]
     extra = ["~eval.curves.paper", "+eval.curves.patient={gate:{rule:rows,renew_every:2},vary:{hold:[2]}}"]
     evaluate_with("eval=sweep", *fewer, *extra, "max_videos=1", "max_frames=3")
     rows = results_of(tmp_path / "run")["rows"]
@@ -130,7 +130,7 @@ def test_unlabelled_clips_are_judged_by_agreement_with_dense(
             writer.write(np.full((96, 128, 3), 40 * i, np.uint8))
     made = run("datasets/prepare_clips.py", str(tmp_path / "clip.mp4"), "--output", str(tmp_path / "clips"))
     assert "1 videos, 4 frames" in made.stdout
-    unused = ("dense_square", "rows_threshold", "rows_focus", "paper", "random", "held_boxes", "resolution")
+    unused = ("dense_square", "rows_threshold", "rows_focus", "paper", "random", "moved_boxes", "resolution")
     curves = [f"~eval.curves.{name}" for name in unused]
     where = ["data=clips", f"data.root={tmp_path / 'clips'}", "common_classes=true", "max_frames=3"]
     (tmp_path / "labels.json").write_text('{"disc": "car", "square": "dog"}')
@@ -205,7 +205,7 @@ def test_streams_change_no_result(evaluate_with: Callable[..., None], tmp_path: 
 def test_policies(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
     """The sweep of docs/policies.md."""
     evaluate_with(
-        "eval=policies", "eval.caps=[0.4]", "eval.curves.held_boxes.vary.hold=[2,4]", "max_videos=1", "max_frames=4"
+        "eval=policies", "eval.caps=[0.4]", "eval.curves.moved_boxes.vary.hold=[2,4]", "max_videos=1", "max_frames=4"
     )
     gmacs = {row["method"]: row["gmacs_total"] for row in results_of(tmp_path / "run")["rows"]}
     focus = ["focus 0.5", "focus 0.35", "focus 0.25", "focus held 2", "focus held 3"]
@@ -218,7 +218,7 @@ def test_policies(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
 
 def test_jobs_of_a_cluster_share_out_a_sweep(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
     small = ["eval=sweep", "max_frames=2", *CURVES]
-    evaluate_with(*small, "eval.only=held_boxes")
+    evaluate_with(*small, "eval.only=moved_boxes")
     assert len(list((tmp_path / "run/videos").rglob("*.json"))) == 2 and not (tmp_path / "run/results.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/videos").rglob("*.json")}
     evaluate_with(*small)
