@@ -161,7 +161,7 @@ def test_report(detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
     report.write_csv(rows, tmp_path / "sweep.csv")
     with (tmp_path / "sweep.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert [line["method"] for line in lines] == ["dense", "rows 0.5", "held boxes 2"]
+    assert [line["method"] for line in lines] == ["dense", "rows 0.5", "moved boxes 2"]
     assert [float(line["gmacs_total"]) for line in lines] == [row.gmacs_total for row in rows]
     plain = json.loads(json.dumps(jsonable(rows), allow_nan=False))
     undefined = [key for key, value in plain[0].items() if value is None]
