@@ -193,7 +193,8 @@ def test_streams(tiny_detector: Detector, tmp_path: Path, monkeypatch: pytest.Mo
             rows[count, "dense"]["share_of_dense"] / 3
         )
         assert rows[count, "pool, hold 3"]["share_of_dense"] < rows[count, "pool"]["share_of_dense"]
-        assert 1 < rows[count, "dense, hold 3"]["faster_than_dense"]["median"] < 10, "idle rounds are not all there is"
+        # No lower bound: to move boxes takes as long as so tiny a detector does.
+        assert rows[count, "dense, hold 3"]["faster_than_dense"]["median"] < 10, "idle rounds are not all there is"
     assert results["command"] == "a command" and results["budget"] == "24"
     for (count, method), row in rows.items():
         assert row["frames_per_second"] > 0
