@@ -28,6 +28,7 @@ class GateInput(NamedTuple):
         grid: tokens of the frame (H, W), N = H * W; None where tokens have no place, as at the gates of `Paper`.
         saliency: `(N,)` how much each token matters, 0 to 1; None = nobody said.
         stream: place of the stream among those of the step.
+        noise: `(N,)` how much of each error may be noise; None = not known.
     """
 
     error: Tensor
@@ -36,11 +37,7 @@ class GateInput(NamedTuple):
     grid: Grid | None = None
     saliency: Tensor | None = None
     stream: int = 0
-
-
-def token_errors(tokens: Tensor, reference: Tensor) -> Tensor:
-    """2-norm of each token `(N, P)` minus its reference, `(N,)`, in single precision or better."""
-    return torch.linalg.vector_norm(tokens - reference, dim=1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+    noise: Tensor | None = None
 
 
 class Ranking(NamedTuple):
@@ -54,6 +51,8 @@ class Ranking(NamedTuple):
     order: Tensor
     wanted: int
 
+
+_NOISE = 2.0  # a change of fewer times the noise is none
 
 Policy = Callable[[GateInput], Ranking]
 """Ranks the tokens of one stream."""
@@ -101,6 +100,8 @@ class Focus:
 
     def __call__(self, gate: GateInput) -> Ranking:
         changed = gate.error > self.threshold
+        if gate.noise is not None:
+            changed &= gate.error > _NOISE * gate.noise
         if not changed.any():  # a still frame is not ordered
             return Ranking(torch.empty(0, dtype=torch.int64, device=changed.device), 0)
         order = _by_block(_salient(gate.age.float(), gate, self.saliency), gate.grid, self.block)
