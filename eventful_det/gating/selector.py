@@ -53,6 +53,8 @@ class Ranking(NamedTuple):
 
 
 _NOISE = 2.0  # a change of fewer times the noise is none
+_OBJECT = 0.5  # saliency from which on a token is taken for one of an object
+_MOVES = 0.2  # objects move where more than this share of their tokens changed; else something passes before them
 
 Policy = Callable[[GateInput], Ranking]
 """Ranks the tokens of one stream."""
@@ -76,9 +78,10 @@ def _salient(scores: Tensor, gate: GateInput, weight: float) -> Tensor:
 class Focus:
     """Tokens that changed; objects first and the rest in turns.
 
-    Each token whose error exceeds `threshold` wants `renew` others along, whose context changed: they were computed
-    among keys and values of long ago. At least the share `floor` is wanted, so that frames cost alike; where nothing
-    changed, nothing at all. Changed tokens come first. Among them, and among the others, the order is by age x (1 +
+    A token changed if its error exceeds `threshold` and twice its noise. Each one of an object, as the saliency tells,
+    wants `renew` others along, whose context changed: they were computed among keys and values of long ago. Where
+    objects move, at least the share `floor` is wanted, so that frames cost alike; where nothing changed, nothing at
+    all. Changed tokens come first. Among them, and among the others, the order is by age x (1 +
     `saliency` x the gate's saliency): where something was detected on the last frame tokens are refreshed together and
     often, elsewhere the stalest are next. The size of the error does not count, because when a camera moves everything
     has changed, most of all background of strong contrast. Blocks of `block` x `block` tokens share their mean order,
@@ -105,9 +108,12 @@ class Focus:
         if not changed.any():  # a still frame is not ordered
             return Ranking(torch.empty(0, dtype=torch.int64, device=changed.device), 0)
         order = _by_block(_salient(gate.age.float(), gate, self.saliency), gate.grid, self.block)
+        objects = torch.ones_like(changed) if gate.saliency is None else gate.saliency >= _OBJECT
+        moving = int((changed & objects).sum())
+        floor = self.floor if gate.saliency is None or moving > _MOVES * int(objects.sum()) else 0.0
         changed = changed[order]
         first = order[changed]
-        wanted = max(int(self.floor * len(order)), int((1 + self.renew) * len(first)))
+        wanted = max(int(floor * len(order)), len(first) + int(self.renew * moving))
         return Ranking(torch.cat([first, order[~changed]]), wanted)
 
 
