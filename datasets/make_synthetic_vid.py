@@ -19,6 +19,7 @@ from reporting import exit_status
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from eventful_det.data.disturbances import DISTURBANCES
 from eventful_det.data.synthetic import SceneOptions
 from eventful_det.data.synthetic_tree import TreeOptions, is_complete, make_tree
 
@@ -49,6 +50,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fps", type=int, default=tree.fps, help="of the mp4 files")
     add("--jpeg-quality", type=int, default=tree.jpeg_quality)
     add("--mp4", action="store_true", help="also write each validation video as Data/VID/snippets/val/*.mp4")
+    add(
+        "--disturbance",
+        choices=["", *DISTURBANCES],
+        default=tree.disturbance,
+        help="noise, light, weather; none if empty",
+    )
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     return parser.parse_args(argv)
 

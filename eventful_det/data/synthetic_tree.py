@@ -26,9 +26,11 @@ import av
 import cv2
 
 from eventful_det.data.classes import SYNTHETIC_SHAPES, classes_json
+from eventful_det.data.disturbances import DISTURBANCES, disturb
 from eventful_det.data.parallel import map_ordered
 from eventful_det.data.synthetic import SceneOptions, SyntheticFrame, SyntheticObject, render_video, video_facts
 from eventful_det.errors import UserError
+from eventful_det.options import nearest
 
 FACTS_FILE = "synthetic.json"
 VIDEOS_PER_FOLDER = 1000  # ILSVRC keeps at most a thousand training videos in one folder
@@ -36,7 +38,7 @@ VIDEOS_PER_FOLDER = 1000  # ILSVRC keeps at most a thousand training videos in o
 
 @dataclass(frozen=True, slots=True)
 class TreeOptions:
-    """What a synthetic data set holds; ``scene.frames`` is set per split."""
+    """What a synthetic data set holds; ``scene.frames`` is set per split, ``disturbance`` befalls all videos."""
 
     scene: SceneOptions = field(default_factory=SceneOptions)
     train_videos: int = 640
@@ -47,8 +49,13 @@ class TreeOptions:
     fps: int = 25
     jpeg_quality: int = 90
     mp4: bool = False
+    disturbance: str = ""
 
     def __post_init__(self) -> None:
+        if self.disturbance and self.disturbance not in DISTURBANCES:
+            raise UserError(
+                f"synthetic set: no disturbance {self.disturbance!r}; {nearest(self.disturbance, DISTURBANCES)}"
+            )
         if self.train_videos + self.val_videos < 1 or min(self.train_videos, self.val_videos) < 0:
             raise UserError("synthetic set: no videos asked for; ask for at least one training or validation video")
         if min(self.train_frames, self.val_frames) < 1:
@@ -113,6 +120,8 @@ def write_video(root: Path, options: TreeOptions, job: tuple[str, int]) -> tuple
     quality = [cv2.IMWRITE_JPEG_QUALITY, options.jpeg_quality]
     scene = options.of_split(split)
     frames = render_video(scene, options.seed, index, split)
+    if options.disturbance:
+        frames = disturb(frames, options.disturbance, index)
     for i, frame in enumerate(frames if snippet is None else _also_to_mp4(frames, snippet, options.fps)):
         _, data = cv2.imencode(".jpg", frame.image[..., ::-1], quality)
         (images / f"{i:06d}.JPEG").write_bytes(data.tobytes())
@@ -194,6 +203,8 @@ def _facts(options: TreeOptions) -> dict[str, object]:
     }
     told = json.loads(json.dumps(asdict(options)))  # tuples as lists, as they come back from the file
     del told["scene"]["frames"]
+    if not options.disturbance:
+        del told["disturbance"]
     return {"generator": "eventful_det.data.synthetic", "version": 1, "options": told, "videos": videos}
 
 

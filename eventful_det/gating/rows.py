@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eventful_det.errors import UserError
+from eventful_det.gating.comparison import Comparison, compare
 from eventful_det.gating.macs import RowsSizes, rows_macs
-from eventful_det.gating.selector import GateInput, Select, token_errors
+from eventful_det.gating.selector import GateInput, Select
 from eventful_det.gating.state import StreamState
 from eventful_det.gating.update import Update
 from eventful_det.gating.vit_spec import Block, ViTSpec
@@ -135,7 +136,7 @@ class Rows:
         patches = [vit.patches(frame) for frame in frames]
         compared = patches if self.gate == "patches" else [vit.embed(frame) for frame in patches]
         full = [flush or self._renews(state) for state, flush in zip(states, flushes, strict=True)]
-        indices = _choose(vit, compared, states, full, select, saliency)
+        indices = self._choose(vit, compared, states, full, select, saliency)
         sizes = self._recompute(vit, compared, indices, states, full)
         return [
             Update(
@@ -149,8 +150,39 @@ class Rows:
             for index, state, flush, size in zip(indices, states, flushes, sizes, strict=True)
         ]
 
+    def _is_static(self, vit: ViTSpec) -> bool:
+        return vit.device.type != "cpu" if self.static is None else self.static
+
     def _renews(self, state: RowsState) -> bool:
         return self.renew_every > 0 and state.frame % self.renew_every == 0
+
+    def compare(self, vit: ViTSpec, compared: Tensor, reference: Tensor) -> Comparison:
+        """Compare patches or embeddings with their reference, which takes on the light of the frame."""
+        channels = vit.shape.channels if self.gate == "patches" else 0
+        return compare(compared, reference, channels, vit.pixel_std / 0.5, self._is_static(vit))
+
+    def _choose(
+        self,
+        vit: ViTSpec,
+        compared: Sequence[Tensor],
+        states: Sequence[RowsState],
+        full: Sequence[bool],
+        select: Select,
+        saliency: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        """The only decision of the frame: for each stream the indices `(r,)` of its tokens, window by window."""
+        gates = []
+        for stream, (now, state, weight) in enumerate(zip(compared, states, saliency, strict=True)):
+            if not full[stream]:
+                error, noise = self.compare(vit, now, state.reference)
+                gates.append(GateInput(error, state.age, state.frame, state.grid, weight, stream, noise))
+        indices = [torch.arange(len(state.age), device=state.age.device) for state in states]
+        for gate, index in zip(gates, select(gates) if gates else (), strict=True):
+            indices[gate.stream] = index
+        return [
+            windows_of(state.grid, vit.window, index.device).sort(index)
+            for state, index in zip(states, indices, strict=True)
+        ]
 
     def _recompute(
         self,
@@ -161,7 +193,7 @@ class Rows:
         full: Sequence[bool],
     ) -> list[RowsSizes]:
         """Recompute the tokens `(r,)` of each stream, updating its state."""
-        static = vit.device.type != "cpu" if self.static is None else self.static
+        static = self._is_static(vit)
         selections = []
         for now, index, state in zip(compared, indices, states, strict=True):
             rows = now.index_select(0, index)  # (r, P or D)
@@ -209,36 +241,6 @@ def _prepare(vit: ViTSpec, state: RowsState) -> None:
             cache.copy_(block.padding_qkv()[1:])  # (2, heads, d) to every slot
         tables = block.tables(windows.shape)
         state.tables.append(torch.cat(tables) if tables else None)
-
-
-def _choose(
-    vit: ViTSpec,
-    compared: Sequence[Tensor],
-    states: Sequence[RowsState],
-    full: Sequence[bool],
-    select: Select,
-    saliency: Sequence[Tensor | None],
-) -> list[Tensor]:
-    """The only decision of the frame: for each stream the indices `(r,)` of its tokens, window by window."""
-    gates = [
-        GateInput(
-            error=token_errors(now, state.reference),
-            age=state.age,
-            frame=state.frame,
-            grid=state.grid,
-            saliency=weight,
-            stream=stream,
-        )
-        for stream, (now, state, weight) in enumerate(zip(compared, states, saliency, strict=True))
-        if not full[stream]
-    ]
-    indices = [torch.arange(len(state.age), device=state.age.device) for state in states]
-    for gate, index in zip(gates, select(gates) if gates else (), strict=True):
-        indices[gate.stream] = index
-    return [
-        windows_of(state.grid, vit.window, index.device).sort(index)
-        for state, index in zip(states, indices, strict=True)
-    ]
 
 
 class _Selection:

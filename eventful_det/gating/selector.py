@@ -28,6 +28,7 @@ class GateInput(NamedTuple):
         grid: tokens of the frame (H, W), N = H * W; None where tokens have no place, as at the gates of `Paper`.
         saliency: `(N,)` how much each token matters, 0 to 1; None = nobody said.
         stream: place of the stream among those of the step.
+        noise: `(N,)` how much of each error may be noise; None = not known.
     """
 
     error: Tensor
@@ -36,11 +37,7 @@ class GateInput(NamedTuple):
     grid: Grid | None = None
     saliency: Tensor | None = None
     stream: int = 0
-
-
-def token_errors(tokens: Tensor, reference: Tensor) -> Tensor:
-    """2-norm of each token `(N, P)` minus its reference, `(N,)`, in single precision or better."""
-    return torch.linalg.vector_norm(tokens - reference, dim=1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+    noise: Tensor | None = None
 
 
 class Ranking(NamedTuple):
@@ -54,6 +51,10 @@ class Ranking(NamedTuple):
     order: Tensor
     wanted: int
 
+
+_NOISE = 2.0  # a change of fewer times the noise is none
+_OBJECT = 0.5  # saliency from which on a token is taken for one of an object
+_MOVES = 0.2  # objects move where more than this share of their tokens changed; else something passes before them
 
 Policy = Callable[[GateInput], Ranking]
 """Ranks the tokens of one stream."""
@@ -77,9 +78,10 @@ def _salient(scores: Tensor, gate: GateInput, weight: float) -> Tensor:
 class Focus:
     """Tokens that changed; objects first and the rest in turns.
 
-    Each token whose error exceeds `threshold` wants `renew` others along, whose context changed: they were computed
-    among keys and values of long ago. At least the share `floor` is wanted, so that frames cost alike; where nothing
-    changed, nothing at all. Changed tokens come first. Among them, and among the others, the order is by age x (1 +
+    A token changed if its error exceeds `threshold` and twice its noise. Each one of an object, as the saliency tells,
+    wants `renew` others along, whose context changed: they were computed among keys and values of long ago. Where
+    objects move, at least the share `floor` is wanted, so that frames cost alike; where nothing changed, nothing at
+    all. Changed tokens come first. Among them, and among the others, the order is by age x (1 +
     `saliency` x the gate's saliency): where something was detected on the last frame tokens are refreshed together and
     often, elsewhere the stalest are next. The size of the error does not count, because when a camera moves everything
     has changed, most of all background of strong contrast. Blocks of `block` x `block` tokens share their mean order,
@@ -101,12 +103,17 @@ class Focus:
 
     def __call__(self, gate: GateInput) -> Ranking:
         changed = gate.error > self.threshold
+        if gate.noise is not None:
+            changed &= gate.error > _NOISE * gate.noise
         if not changed.any():  # a still frame is not ordered
             return Ranking(torch.empty(0, dtype=torch.int64, device=changed.device), 0)
         order = _by_block(_salient(gate.age.float(), gate, self.saliency), gate.grid, self.block)
+        objects = torch.ones_like(changed) if gate.saliency is None else gate.saliency >= _OBJECT
+        moving = int((changed & objects).sum())
+        floor = self.floor if gate.saliency is None or moving > _MOVES * int(objects.sum()) else 0.0
         changed = changed[order]
         first = order[changed]
-        wanted = max(int(self.floor * len(order)), int((1 + self.renew) * len(first)))
+        wanted = max(int(floor * len(order)), len(first) + int(self.renew * moving))
         return Ranking(torch.cat([first, order[~changed]]), wanted)
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eventful_det.errors import UserError
 from eventful_det.gating.rows import Rows
-from eventful_det.gating.selector import DEFAULT, GateInput, Select, token_errors
+from eventful_det.gating.selector import DEFAULT, GateInput, Select
 from eventful_det.gating.vit_spec import Block, ViTSpec, resize_table
 from eventful_det.gating.windows import Grid, Side, relative_bias, relative_places, relative_terms, windows_of
 
@@ -111,7 +111,7 @@ def gated_tokens(
     patches = torch.stack([vit.patches(frame) for frame in frames])
     with torch.no_grad():
         compared = patches if rule.gate == "patches" else vit.embed(patches)
-        plan = ClipPlan.of(select_updates(rule, selector, compared, grid, saliency), grid)
+        plan = ClipPlan.of(select_updates(vit, rule, selector, compared, grid, saliency), grid)
     layouts = {side: _layout(plan, side) for side in {block.window for block in vit.blocks}}
     z = vit.embed(patches[plan.frame, plan.token])
     if vit.positions is not None:
@@ -124,11 +124,12 @@ def gated_tokens(
 
 
 def select_updates(
-    rule: Rows, selector: Select, compared: Tensor, grid: Grid, saliency: Tensor | None = None
+    vit: ViTSpec, rule: Rows, selector: Select, compared: Tensor, grid: Grid, saliency: Tensor | None = None
 ) -> list[Tensor]:
     """The tokens that are recomputed on each frame of a clip, each `(r,)`.
 
     Args:
+        vit: the network.
         rule: renews all tokens now and then.
         selector: selects some of them on all other frames but the first.
         compared: `(T, N, P)` what the gate compares with its reference.
@@ -143,7 +144,8 @@ def select_updates(
             index = torch.arange(len(age), device=age.device)
         else:
             weight = None if saliency is None else saliency[t]
-            (index,) = selector([GateInput(token_errors(values, reference), age, t, grid, weight)])
+            error, noise = rule.compare(vit, values, reference)
+            (index,) = selector([GateInput(error, age, t, grid, weight, noise=noise)])
         reference = reference.index_copy(0, index, values[index])
         age = (age + 1).index_fill(0, index, 1)
         selected.append(index)

@@ -119,7 +119,12 @@ def test_focus_keeps_to_threshold_floor_and_budget(
     tokens = len(gate.error)
     index = one(Selector(Focus(threshold, floor, block=block, renew=renew), budget), gate)
     passed = set((gate.error > threshold).nonzero().squeeze(1).tolist())
-    wanted = max(int((1 + renew) * len(passed)), int(floor * tokens)) if passed else 0
+    assert gate.saliency is not None
+    objects = set(gate.saliency.nonzero().squeeze(1).tolist())
+    moving = passed & objects
+    wanted = len(passed) + int(renew * len(moving))
+    if len(moving) > 0.2 * len(objects):
+        wanted = max(wanted, int(floor * tokens))
     assert len(index) == min(wanted, int(budget * tokens), tokens)
     assert set(index.tolist()) <= passed if len(index) <= len(passed) else set(index.tolist()) >= passed
 
@@ -131,6 +136,23 @@ def test_focus_renews_the_stalest_and_only_where_something_changed() -> None:
     floor = Selector(Focus(1.0, floor=0.4, renew=0))
     assert one(floor, GateInput(error, age, 1)).tolist() == [1, 2], "frames cost alike"
     assert one(floor, GateInput(0 * error, age, 1)).tolist() == [], "a still scene is free"
+
+
+def test_focus_takes_the_floor_where_objects_move_not_for_what_passes_before_them() -> None:
+    error, age, saliency = torch.zeros(40), torch.ones(40), torch.zeros(40)
+    saliency[:10] = 0.9
+    error[[0, 1, 30, 31]] = 3.0
+    passing = GateInput(error, age, 1, saliency=saliency)
+    policy = Focus(1.0, floor=0.5, renew=2, block=1)
+    assert policy(passing).wanted == 4 + 2 * 2
+    error[2] = 3.0
+    assert policy(passing).wanted == 20
+
+
+def test_focus_takes_no_noise_for_a_change() -> None:
+    gate = GateInput(torch.tensor([3.0, 3.0, 3.0, 0.5]), torch.ones(4), 1, noise=torch.tensor([2.0, 1.4, 0.0, 0.0]))
+    assert one(Selector(Focus(1.0, block=1, renew=0)), gate).tolist() == [1, 2]
+    assert one(Threshold(1.0), gate).tolist() == [0, 1, 2], "the paper's threshold is what it says"
 
 
 @pytest.mark.parametrize("score", [0.1, 0.3, 1 / 3, 0.7, 0.9])

@@ -121,7 +121,8 @@ class EventfulRFDETR(nn.Module):
         super().__init__()
         self.model, parts = parts_of(model)
         self.parts: Parts = parts
-        self.spec = spec_of(self.parts.backbone)
+        std = sum(parts.std) / len(parts.std)
+        self.spec = dataclasses.replace(spec_of(self.parts.backbone), pixel_std=std)
         self.min_score = min_score
         self.register_buffer("pixel_mean", torch.tensor(parts.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(parts.std).view(3, 1, 1), persistent=False)

@@ -127,6 +127,7 @@ class ViTSpec:
         rope: rotary positions, or None.
         outputs: after how many blocks a feature map is taken, ascending; () = after the last.
         regions: regions along each side of the frame, each with prefix tokens of its own; 1 = the frame.
+        pixel_std: what pixels in [0, 1] were divided by on average; errors are told as if it were 0.5.
     """
 
     projection: PatchEmbedding
@@ -139,6 +140,7 @@ class ViTSpec:
     rope: Rope | None = None
     outputs: tuple[int, ...] = ()
     regions: int = 1
+    pixel_std: float = 0.5
 
     def __post_init__(self) -> None:
         outputs = self.outputs or (len(self.blocks),)
