@@ -20,6 +20,7 @@ from eventful_det.gating.convert import Rule, per_stream, step_streams
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.saliency import token_saliency
 from eventful_det.gating.selector import DEFAULT, Budget, Select, Selector
 from eventful_det.gating.state import State, StreamState, TensorTree
 from eventful_det.gating.update import Update
@@ -35,7 +36,6 @@ from eventful_det.models.incremental import (
 )
 from eventful_det.models.macs import DetectorCosts, HeadSizes, HeadWeights
 from eventful_det.models.rpn import ProposalGenerator
-from eventful_det.models.saliency import token_saliency
 from eventful_det.models.vitdet import ViTDetBackbone
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from eventful_det.detectors.protocol import AnyRule, CostModel, S, VideoDetector
 from eventful_det.detectors.results import StepResult
+from eventful_det.gating.saliency import token_saliency
 from eventful_det.gating.selector import (
     Budget,
     GateInput,
@@ -197,7 +198,8 @@ class Stepper(Generic[S]):
         for (session, key), remembered, result in zip(due, state.streams, results, strict=True):
             session.state.streams[0] = remembered
             if timing:
-                result.cost.seconds["other"] = result.cost.seconds.get("other", 0.0) + key.seconds
+                for part, seconds in key.seconds.items():
+                    result.cost.seconds[part] = result.cost.seconds.get(part, 0.0) + seconds
         if setting is self._setting:  # whatever budget was set meanwhile counts from the next step on
             self._setting = setting._replace(bucket=plan.settle(results))
         if timing:
@@ -223,18 +225,29 @@ class _Plan(Generic[S]):
         _, selector, bucket = setting
         self.selector, self.bucket = selector, bucket
         self.sessions = [session for session, _ in due]
+        self.expected = [key.expected for _, key in due]
         self.priced = isinstance(selector.budget, (Gmacs, Latency))
         self.shared = self.priced or selector.assured is not None
-        self.needed = self.priced or self.options.max_age > 0 or (self.shared and self.options.bucket > 0)
+        remembers = self.options.max_age > 0 or (self.shared and self.options.bucket > 0)
+        self.needed = self.priced or remembers or any(one is not None for one in self.expected)
         self.asked: list[int] = []  # places of the streams that the budget is for: all but those that are flushed
         self.allowance = 0.0  # in tokens or MACs
 
     def __call__(self, gates: Sequence[GateInput]) -> Sequence[Tensor]:
         """For each gate the flat indices of its tokens."""
+        gates = [self._aimed(gate) for gate in gates]
         if not self.shared:
-            return [self._choose([gate])[0] for gate in gates]
+            return [self._choose([gate])[0] for gate in gates] if self.options.max_age else self.selector(gates)
         self.asked = [gate.stream for gate in gates]
         return self._choose(gates) if gates else []
+
+    def _aimed(self, gate: GateInput) -> GateInput:
+        """The gate with the saliency of where objects are now, not of where they were on the last key frame."""
+        expected = self.expected[gate.stream]
+        if expected is None or gate.grid is None:
+            return gate
+        patch = self.stepper.detector.input_transform.token
+        return gate._replace(saliency=token_saliency(expected.boxes, expected.scores, gate.grid, patch))
 
     def settle(self, results: Sequence[StepResult]) -> TokenBucket:
         """The bucket after the step."""

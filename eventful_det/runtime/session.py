@@ -71,7 +71,8 @@ class KeyFrame:
         flush: recompute everything.
         regular: it came in its turn, not because the stream begins anew.
         dropped: frames of a live source that were overtaken so far.
-        seconds: that it took to make the input.
+        seconds: that it took so far, by part.
+        expected: boxes of the frames before, moved to this one, in pixels of the input; None = there are none.
     """
 
     frame: VideoFrame
@@ -79,7 +80,8 @@ class KeyFrame:
     flush: bool
     regular: bool
     dropped: int
-    seconds: float
+    seconds: dict[str, float]
+    expected: Detections | None = None
 
 
 class StreamSession(Generic[S]):
@@ -135,16 +137,26 @@ class StreamSession(Generic[S]):
         Returns:
             A key frame, for `finish` after the detector's step; or the result of a held frame.
         """
-        cut = (self._cuts is not None and self._cuts(frame.image)) or frame.resumed
-        regular = self._last is not None and not self._to_hold
-        if self._last is not None and not self._is_key_frame(self._last, frame, cut):
-            return self._hold_boxes(self._last, frame, dropped)
         began = time.perf_counter()
+        cut = (self._cuts is not None and self._cuts(frame.image)) or frame.resumed
+        last = self._last if self._last is not None and self._last.image.shape == frame.image.shape else None
+        moving = time.perf_counter()
+        if self._mover is not None:
+            if cut or last is None:
+                self._mover.forget()  # what stood in another scene
+            self._mover.move(frame.image)
+        moved = time.perf_counter()
+        if last is not None and not cut and not self._is_key_frame():
+            return self._hold_boxes(last, frame, dropped, {"motion": moved - moving, "other": moving - began})
+        regular = self._last is not None and not self._to_hold
         image = self.transform(frame.image if resized is None else resized).to(self.detector.device)
         self._to_hold = self.key_frames.every - 1
-        if self._mover is not None and (cut or self._last is None or self._last.image.shape != frame.image.shape):
-            self._mover.forget()  # what stood in another scene
-        return KeyFrame(frame, image, cut, regular, dropped, time.perf_counter() - began)
+        expected = None
+        if self._mover is not None and self._mover.following:
+            y, x = self.transform.token_size(frame.image)
+            expected = self._mover.boxes().scaled(self.transform.token / x, self.transform.token / y)
+        seconds = {"motion": moved - moving, "other": time.perf_counter() - moved + moving - began}
+        return KeyFrame(frame, image, cut, regular, dropped, seconds, expected)
 
     def finish(self, key: KeyFrame, step: StepResult) -> StreamResult:
         """The result of a key frame."""
@@ -152,7 +164,7 @@ class StreamSession(Generic[S]):
         detections = self.transform.restore(step.detections, image)
         return self._next(
             StreamResult(
-                detections=detections if self._mover is None else self._mover.key(image, detections),
+                detections=detections if self._mover is None else self._mover.key(detections),
                 names=self.detector.names,
                 frame_index=self._frames,
                 timestamp=key.frame.timestamp,
@@ -170,21 +182,22 @@ class StreamSession(Generic[S]):
         """Have the next regular key frame be the one after so many frames, 1 to `hold`."""
         self._to_hold = frames - 1
 
-    def _is_key_frame(self, last: StreamResult, frame: VideoFrame, cut: bool) -> bool:
-        """Whether the detector has to run: the only place where that is decided."""
-        early = self._mover is not None and self.key_frames.early(self._mover)
-        return cut or early or not self._to_hold or last.image.shape != frame.image.shape
+    def _is_key_frame(self) -> bool:
+        """Whether the detector has to run although the scene goes on: the only place where that is decided."""
+        return not self._to_hold or (self._mover is not None and self.key_frames.early(self._mover))
 
-    def _hold_boxes(self, last: StreamResult, frame: VideoFrame, dropped: int) -> StreamResult:
+    def _hold_boxes(
+        self, last: StreamResult, frame: VideoFrame, dropped: int, seconds: dict[str, float]
+    ) -> StreamResult:
         """The result of a frame between key frames: the only place where that gets its boxes."""
         self._to_hold -= 1
         return self._next(
             dataclasses.replace(
                 last,
-                detections=last.detections if self._mover is None else self._mover.held(frame.image),
+                detections=last.detections if self._mover is None else self._mover.boxes(),
                 frame_index=self._frames,
                 timestamp=frame.timestamp,
-                cost=last.cost.idle(),
+                cost=dataclasses.replace(last.cost.idle(), seconds=seconds),
                 work=torch.zeros_like(last.work),
                 image=frame.image,
                 held=True,
