@@ -146,7 +146,9 @@ def run_videos(
     selector = selector_for(method.budget)
     if streams > 1 and isinstance(selector.budget, (Gmacs, Latency)):
         raise UserError(f"a budget of {selector.budget} is one of a step, which videos would share; set streams=1")
-    stepper = Stepper(detector, rule=exactly(method.rule), budget=selector, options=None, timing=True)
+    stepper = Stepper(
+        detector, rule=exactly(method.rule), budget=selector, options=None, timing=True, hold=method.hold is None
+    )
     running: dict[int, _Running[S]] = {}
     sides = (transform.short_side, transform.long_side)
     with closing(iter(VideoStreams(data, streams, size=sides, workers=workers))) as batches:

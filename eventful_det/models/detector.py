@@ -40,7 +40,7 @@ from eventful_det.models.vitdet import ViTDetBackbone
 
 if TYPE_CHECKING:
     from eventful_det.runtime.budget import BudgetOptions
-    from eventful_det.runtime.motion import KeyFrames
+    from eventful_det.runtime.motion import Hold
     from eventful_det.runtime.stream import Source, Stream
 
 DIVISOR = 32  # sides of the network's input are multiples of the stride of p5
@@ -227,7 +227,7 @@ class Detector(nn.Module):
         short_side: int | None = None,
         long_side: int | None = None,
         scene_cuts: bool = True,
-        hold: int | KeyFrames = 1,
+        hold: Hold = None,
         shadow_every: int = 0,
         shadow_score: float = 0.5,
         timing: bool = False,

@@ -17,6 +17,7 @@ track id; an object that the network misses once lives on with a lower score.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -67,16 +68,16 @@ class MotionOptions:
         keep: factor of the score of an object that the network does not find again; 0 = it is gone.
     """
 
-    short_side: int = 240
+    short_side: int = 160
     error: float = 1.0
     moving: float = 0.5
     decay: float = 0.9
     inside: float = 0.3
     overlap: float = 0.3
-    rise: float = 1.0
-    fall: float = 1.0
-    blend: float = 1.0
-    keep: float = 0.0
+    rise: float = 0.7
+    fall: float = 0.4
+    blend: float = 0.8
+    keep: float = 0.7
 
 
 class Flow(NamedTuple):
@@ -188,8 +189,12 @@ class BoxMover:
             missed = ~np.isin(np.arange(len(old.scores)), there) & (options.keep * old.scores >= _GONE)
             missed &= overlap.max(axis=0, initial=0) < 0.5  # of an object that was found there is one box
             lost = old.where(missed)._replace(scores=np.float32(options.keep) * old.scores[missed])
-            joined = zip(_Objects(boxes, scores, new.labels, tracks), lost, strict=True)
-            new = _Objects(*(np.concatenate(both) for both in joined))
+            new = _Objects(
+                np.concatenate([boxes, lost.boxes]),
+                np.concatenate([scores, lost.scores]),
+                np.concatenate([new.labels, lost.labels]),
+                np.concatenate([tracks, lost.tracks]),
+            )
             new = new.where(np.argsort(-new.scores, kind="stable"))
         nameless = np.flatnonzero(new.tracks < 0)
         new.tracks[nameless] = np.arange(self._next_track, self._next_track + len(nameless))
@@ -262,9 +267,10 @@ def move_boxes(field: FlowField, boxes: Array, scores: Array, options: MotionOpt
     visible = np.clip(boxes, 0, np.tile(size, 2))
     inner = visible[:, None, :2] + _BOX_POINTS * (visible[:, None, 2:] - visible[:, None, :2])  # (n, points, 2)
     everywhere = _CAMERA_POINTS * size
-    both = field.at(np.concatenate([everywhere, inner.reshape(-1, 2)]), options.error)
-    seen = Flow(*(values[: len(everywhere)] for values in both))
-    flow = Flow(*(values[len(everywhere) :].reshape(*inner.shape[:2], *values.shape[1:]) for values in both))
+    count = len(everywhere)
+    start, shift, sure = field.at(np.concatenate([everywhere, inner.reshape(-1, 2)]), options.error)
+    seen = Flow(start[:count], shift[:count], sure[:count])
+    flow = Flow(inner, shift[count:].reshape(inner.shape), sure[count:].reshape(inner.shape[:2]))
     camera = camera_motion(seen, boxes)
     own = _leaves(flow, camera, options.moving)
     moves = own.sum(1) > _OWN * np.maximum(flow.sure.sum(1), 1)
@@ -306,7 +312,8 @@ def _leaves(flow: Flow, camera: Array, pixels: float) -> NDArray[np.bool_]:
 
 def _inside(points: Array, boxes: Array) -> NDArray[np.bool_]:
     """Which points `(p, 2)` lie in one of the boxes `(n, 4)`."""
-    return np.asarray(((points[:, None] >= boxes[:, :2]) & (points[:, None] <= boxes[:, 2:])).all(-1).any(1))
+    within = (points[:, None] >= boxes[:, :2]) & (points[:, None] <= boxes[:, 2:])  # (p, n, 2)
+    return np.asarray(np.logical_and(within[..., 0], within[..., 1]).any(axis=1))
 
 
 def _sampled(field: Array, points: Array) -> Array:
@@ -345,7 +352,8 @@ def _mutual(likeness: Array, least: float) -> tuple[Indices, Indices]:
 
 
 def _areas(boxes: Array) -> Array:
-    return np.asarray(np.maximum(boxes[:, 2:] - boxes[:, :2], 0).prod(axis=1))
+    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
+    return sides[:, 0] * sides[:, 1]
 
 
 @dataclass(frozen=True)
@@ -360,10 +368,10 @@ class KeyFrames:
         novelty: it runs earlier when a larger share of the picture outside of all boxes begins to move.
     """
 
-    every: int = 4
-    motion: float = 0.2
+    every: int = 6
+    motion: float = 0.3
     quality: float = 0.5
-    novelty: float = 0.05
+    novelty: float = 0.03
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -377,3 +385,30 @@ class KeyFrames:
     def early(self, mover: BoxMover) -> bool:
         """Whether to run before it is time, by how the boxes went."""
         return mover.motion > self.motion or mover.quality < self.quality or mover.novelty > self.novelty
+
+    @staticmethod
+    def of(hold: Hold) -> KeyFrames:
+        """What `hold` means: key frames, or the number n of every n-th one; None = every frame.
+
+        Raises:
+            UserError: it is none of these.
+        """
+        if isinstance(hold, KeyFrames):
+            return hold
+        if hold is None:
+            return dataclasses.replace(KeyFrames(), every=1)
+        if isinstance(hold, bool) or not isinstance(hold, int):
+            raise UserError(f"hold must be a number of frames, KeyFrames or None, got {hold!r}")
+        return KeyFrames.each(hold)
+
+
+Hold = int | KeyFrames | None
+"""On which frames the network runs: every n-th, as `KeyFrames` say, or (None) on as many as the budget allows."""
+
+HOLDS = ("auto", "adaptive")
+"""Words for `hold` in configs, besides numbers: as the budget allows, and `KeyFrames()`."""
+
+
+def parse_hold(value: int | str) -> Hold:
+    """`hold` as written in a config: a number, "auto" or "adaptive"."""
+    return {"auto": None, "adaptive": KeyFrames()}[value] if isinstance(value, str) else value

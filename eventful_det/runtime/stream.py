@@ -17,7 +17,7 @@ from eventful_det.gating.selector import Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.control import Stepper
 from eventful_det.runtime.drift import Drift, DriftMonitor
-from eventful_det.runtime.motion import KeyFrames
+from eventful_det.runtime.motion import Hold
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
 Source = int | str | os.PathLike[str] | Iterable[NDArray[np.uint8]] | VideoSource
@@ -38,7 +38,8 @@ class Stream(Iterator[StreamResult]):
         max_frames: stop after this many frames.
         short_side, long_side: of the network's input in pixels; the model's own if None.
         scene_cuts: recompute everything when another scene begins.
-        hold: run the detector on every n-th frame only, and move its boxes in between; see `StreamSession`.
+        hold: run the detector on every n-th frame only, or as `KeyFrames` say, and move its boxes in between. None =
+            on every frame, unless the budget is smaller than what makes a key frame worth its cost.
         shadow_every: also run the dense detector on every n-th frame and report how far the detections of at least
             `shadow_score` drift from its; costs nothing of the budget and is counted nowhere else. 0 = never.
         timing: measure the seconds of each part, for which a GPU is waited for once per frame.
@@ -59,7 +60,7 @@ class Stream(Iterator[StreamResult]):
         short_side: int | None = None,
         long_side: int | None = None,
         scene_cuts: bool = True,
-        hold: int | KeyFrames = 1,
+        hold: Hold = None,
         shadow_every: int = 0,
         shadow_score: float = 0.5,
         timing: bool = False,
@@ -69,7 +70,9 @@ class Stream(Iterator[StreamResult]):
         self.rule, self.max_frames = rule, max_frames
         transform = detector.input_transform.with_sides(short_side, long_side)
         self._session: StreamSession[Any] = StreamSession(detector, transform, scene_cuts=scene_cuts, hold=hold)
-        self._stepper: Stepper[Any] = Stepper(detector, rule=rule, budget=budget, options=options, timing=timing)
+        self._stepper: Stepper[Any] = Stepper(
+            detector, rule=rule, budget=budget, options=options, timing=timing, hold=hold is None
+        )
         self._monitor: DriftMonitor[Any] | None = None
         if shadow_every:
             self._monitor = DriftMonitor(detector, transform, shadow_every, shadow_score)

@@ -11,9 +11,10 @@ from torchvision.ops import box_iou
 
 from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
-from eventful_det.runtime.motion import BoxMover, KeyFrames
+from eventful_det.runtime.motion import BoxMover, KeyFrames, MotionOptions
 
 SIZE = (240, 400)  # height, width
+FINE = MotionOptions(short_side=240)  # a square of 60 pixels is small for the default picture
 
 
 def key(mover: BoxMover, image: NDArray[np.uint8], detections: Detections) -> Detections:
@@ -70,7 +71,7 @@ def run(mover: BoxMover, frames: int, dx: float, dy: float, pan: float = 0.0, gr
 
 @pytest.mark.parametrize(("dx", "dy", "pan"), [(0, 0, 0), (5, 0, 0), (-3, 2, 0), (0, 0, 4), (6, 1, 4)])
 def test_boxes_follow_objects_and_cameras(dx: float, dy: float, pan: float) -> None:
-    mover = BoxMover()
+    mover = BoxMover(FINE)
     true = run(mover, 6, dx, dy, pan)
     box = held(mover, scene(100 + 6 * dx, 80 + 6 * dy, 60, 6 * pan)).boxes
     assert float(box_iou(box, torch.tensor([true]))) > 0.8
@@ -78,7 +79,7 @@ def test_boxes_follow_objects_and_cameras(dx: float, dy: float, pan: float) -> N
 
 
 def test_boxes_grow_with_objects_that_approach() -> None:
-    mover = BoxMover()
+    mover = BoxMover(FINE)
     run(mover, 6, 0, 0, grow=1.04)
     side = 60 * 1.04**6
     box = held(mover, scene(100, 80, side)).boxes[0]
@@ -94,7 +95,7 @@ def test_a_still_frame_moves_nothing() -> None:
 
 
 def test_objects_keep_their_track_ids_and_new_ones_get_their_own() -> None:
-    mover = BoxMover()
+    mover = BoxMover(MotionOptions(short_side=240, keep=0))
     first = key(mover, scene(100, 80, 60), found(square_box(100, 80, 60), square_box(300, 20, 40), labels=[0, 1]))
     for i in range(1, 4):
         held(mover, scene(100 + 6 * i, 80, 60))
@@ -108,7 +109,37 @@ def test_a_box_of_another_class_is_another_object() -> None:
     mover = BoxMover()
     key(mover, scene(100, 80, 60), found(square_box(100, 80, 60)))
     again = key(mover, scene(100, 80, 60), found(square_box(100, 80, 60), labels=[3]))
-    assert again.tracks is not None and again.tracks.tolist() == [1]
+    assert again.tracks is not None and again.tracks.tolist() == [1, 0] and again.labels.tolist() == [3, 0]
+
+
+def test_an_object_that_the_network_misses_lives_on_for_a_while() -> None:
+    mover = BoxMover()
+    key(mover, scene(100, 80, 60), found(square_box(100, 80, 60)))
+    scores = []
+    for _ in range(10):
+        detections = key(mover, scene(100, 80, 60), found())
+        scores.append(float(detections.scores[0]) if len(detections) else 0.0)
+    assert scores[0] == pytest.approx(0.63, abs=0.01) and scores == sorted(scores, reverse=True) and scores[-1] == 0
+
+
+def test_a_box_and_its_detection_become_one() -> None:
+    """A blink of the score is damped, and so is a jump of the box."""
+    mover = BoxMover()
+    key(mover, scene(100, 80, 60), found(square_box(100, 80, 60)))
+    jumped = key(mover, scene(100, 80, 60), found((110, 80, 170, 140), scores=[0.4]))
+    assert len(jumped) == 1 and jumped.tracks is not None and jumped.tracks.tolist() == [0]
+    assert 0.6 < float(jumped.scores[0]) < 0.8
+    assert float(jumped.boxes[0, 0]) == pytest.approx(108, abs=0.5)
+
+
+def test_something_new_outside_of_all_boxes_is_noticed() -> None:
+    mover, rule = BoxMover(), KeyFrames(every=100, motion=9, quality=0)
+    key(mover, scene(-70, 80, 60), found(square_box(300, 20, 40)))
+    noticed = []
+    for i in range(1, 12):
+        held(mover, scene(-70 + 12 * i, 80, 60))
+        noticed.append(rule.early(mover))
+    assert not any(noticed[:3]) and any(noticed), "a square that walks in from the left"
 
 
 def test_boxes_that_leave_the_frame_are_gone() -> None:
@@ -130,6 +161,7 @@ def test_no_boxes_and_a_new_size_are_no_trouble() -> None:
     key(mover, scene(100, 80, 60), found())
     assert len(held(mover, scene(100, 80, 60))) == 0
     key(mover, scene(100, 80, 60), found(square_box(100, 80, 60)))
+    mover.forget()
     key(mover, texture(120, 300, 4), found((10, 10, 40, 60)))
     assert len(held(mover, texture(120, 300, 4))) == 1
 
