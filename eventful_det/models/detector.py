@@ -231,6 +231,7 @@ class Detector(nn.Module):
         shadow_every: int = 0,
         shadow_score: float = 0.5,
         timing: bool = False,
+        live: bool = False,
     ) -> Stream:
         """Detect in a video, lazily and in constant memory; see `eventful_det.runtime.stream.Stream`."""
         from eventful_det.runtime.stream import Stream
@@ -249,6 +250,7 @@ class Detector(nn.Module):
             shadow_every=shadow_every,
             shadow_score=shadow_score,
             timing=timing,
+            live=live,
         )
 
     def _batch(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:

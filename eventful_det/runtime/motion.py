@@ -17,6 +17,7 @@ track id; an object that the network misses once lives on with a lower score.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -130,6 +131,12 @@ class BoxMover:
         """Forget the boxes: another scene begins. Track ids go on."""
         self._objects, self._field = None, FlowField()
 
+    def fork(self) -> BoxMover:
+        """Another mover that is as far, and goes on by itself."""
+        other = copy.copy(self)
+        other._field = self._field.fork()
+        return other
+
     @property
     def following(self) -> bool:
         """Whether there are boxes of a key frame, if only none."""
@@ -213,6 +220,12 @@ class FlowField:
         self._dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
         self._before: Picture | None = None
         self._flows: tuple[Array, Array] | None = None
+
+    def fork(self) -> FlowField:
+        """Another field that has seen the same last picture."""
+        other = FlowField()
+        other._before = self._before
+        return other
 
     @property
     def size(self) -> tuple[int, int]:
@@ -337,8 +350,9 @@ def _median(values: Array, used: NDArray[np.bool_]) -> Array:
 def overlaps(a: Array, b: Array) -> Array:
     """Intersection over union of boxes `(n, 4)` and `(m, 4)`, `(n, m)`."""
     low, high = np.maximum(a[:, None, :2], b[:, :2]), np.minimum(a[:, None, 2:], b[:, 2:])
-    both = np.maximum(high - low, 0).prod(-1)
-    return np.asarray(both / np.maximum(_areas(a)[:, None] + _areas(b) - both, 1e-9))
+    sides = np.maximum(high - low, 0)
+    both = sides[..., 0] * sides[..., 1]
+    return np.asarray(both / np.maximum(_areas(a)[:, None] + _areas(b) - both, 1e-9), np.float32)
 
 
 def _mutual(likeness: Array, least: float) -> tuple[Indices, Indices]:
@@ -353,7 +367,7 @@ def _mutual(likeness: Array, least: float) -> tuple[Indices, Indices]:
 
 def _areas(boxes: Array) -> Array:
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
-    return sides[:, 0] * sides[:, 1]
+    return np.asarray(sides[:, 0] * sides[:, 1], np.float32)
 
 
 @dataclass(frozen=True)
@@ -369,7 +383,7 @@ class KeyFrames:
     """
 
     every: int = 6
-    motion: float = 0.3
+    motion: float = 0.2
     quality: float = 0.5
     novelty: float = 0.03
 

@@ -157,8 +157,7 @@ class StreamSession(Generic[S]):
         image = self.transform(frame.image if resized is None else resized).to(self.detector.device)
         expected = None
         if self._mover is not None and self._mover.following:
-            y, x = self.transform.token_size(frame.image)
-            expected = self._mover.boxes().scaled(self.transform.token / x, self.transform.token / y)
+            expected = self.as_input(self._mover.boxes(), frame.image)
         seconds = {"motion": moved - moving, "other": time.perf_counter() - moved + moving - began}
         return KeyFrame(frame, image, cut, regular, dropped, seconds, expected)
 
@@ -196,6 +195,11 @@ class StreamSession(Generic[S]):
                 dropped=key.dropped,
             )
         )
+
+    def as_input(self, detections: Detections, image: NDArray[np.uint8]) -> Detections:
+        """Detections on a frame in pixels of the detector's input."""
+        y, x = self.transform.token_size(image)
+        return detections.scaled(self.transform.token / x, self.transform.token / y)
 
     def _is_key_frame(self) -> bool:
         """Whether the detector has to run although the scene goes on: the only place where that is decided."""
