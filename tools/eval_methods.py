@@ -11,7 +11,7 @@ from common import Gate, Texts, build_gate
 from eventful_det.errors import UserError
 from eventful_det.evaluation.runs import Method
 from eventful_det.gating.dense import Dense
-from eventful_det.gating.selector import DEFAULT, Gmacs, Latency
+from eventful_det.gating.selector import DEFAULT
 from eventful_det.options import Count, NonNegative, Range, Share, convert
 from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.motion import parse_hold
@@ -63,15 +63,9 @@ def sweep_methods(curves: Mapping[str, Curve]) -> list[Method]:
             for value in values:
                 if option == "budget":  # the default policy within it
                     budget = parse_budget(value)
-                    setting = (
-                        budget.value
-                        if isinstance(budget, Gmacs)
-                        else budget.seconds
-                        if isinstance(budget, Latency)
-                        else budget
-                    )
+                    amount = getattr(budget, "value", getattr(budget, "seconds", budget))
                     rule = _gate_with(where, curve.gate or {"rule": "rows"}).rule
-                    methods.append(Method(name, None if setting is None else float(setting), rule, budget, **fixed))
+                    methods.append(Method(name, float(amount), rule, budget, **fixed))
                     continue
                 value = convert(value, own or float, f"{where}.vary.{option}")
                 gate = _gate_with(where, curve.gate, **({} if own else {option: value}))

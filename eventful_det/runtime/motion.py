@@ -336,7 +336,7 @@ def _sampled(field: Array, points: Array) -> Array:
         cv2.remap(field, x[i : i + 16384], y[i : i + 16384], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         for i in range(0, len(x), 16384)  # remap takes at most 32,767 rows
     ]
-    return np.concatenate(values).reshape(points.shape)
+    return np.asarray(np.concatenate(values).reshape(points.shape), np.float32)
 
 
 def _median(values: Array, used: NDArray[np.bool_]) -> Array:
