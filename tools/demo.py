@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from common import (
@@ -51,6 +51,7 @@ from eventful_det.models.labels import relabel
 from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Share
 from eventful_det.outputs import file_names, owned
 from eventful_det.runtime.budget import BudgetOptions, parse_budget
+from eventful_det.runtime.motion import parse_hold
 from eventful_det.runtime.rescoring import Rescorer
 from eventful_det.runtime.session import StreamResult
 from eventful_det.runtime.stream import Stream
@@ -81,7 +82,7 @@ class Options:
     short_side: Side | None
     long_side: Side | None
     scene_cuts: bool
-    hold: Count
+    hold: Count | Literal["auto", "adaptive"]
     shadow_every: Natural
     rescore: bool
     track: bool
@@ -177,7 +178,7 @@ class Run:
             rule=gate.rule,
             max_frames=options.max_frames,
             scene_cuts=options.scene_cuts,
-            hold=options.hold,
+            hold=parse_hold(options.hold),
             shadow_every=1 if options.compare else options.shadow_every,
             shadow_score=options.show,
             timing=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from common import Gate, Texts, build_gate
 
@@ -13,7 +13,10 @@ from eventful_det.evaluation.runs import Method
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import DEFAULT
 from eventful_det.options import Count, NonNegative, Range, Share, convert
+from eventful_det.runtime.budget import parse_budget
+from eventful_det.runtime.motion import parse_hold
 
+Hold = Count | Literal["auto", "adaptive"]
 Scale = Annotated[float, Range(0.05, 8)]  # of the network's input
 
 
@@ -22,6 +25,7 @@ class Curve:
     """Methods that differ in one option; see configs/eval/sweep.yaml."""
 
     gate: dict[str, Any] | None = None
+    hold: Hold = 1
     vary: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     square: bool = False
 
@@ -30,7 +34,7 @@ class Curve:
 class EvalOptions:
     """What to run: one method (configs/eval/single.yaml), or curves (configs/eval/sweep.yaml)."""
 
-    hold: Count = 1
+    hold: Hold = 1
     scale: Scale = 1.0
     square: bool = False
     fractions: tuple[Share, ...] = ()
@@ -51,15 +55,21 @@ def sweep_methods(curves: Mapping[str, Curve]) -> list[Method]:
         where = f"eval.curves.{name}"
         if len(curve.vary) > 1:
             raise UserError(f"{where}: vary has to name one option, got {', '.join(curve.vary)}")
+        fixed: dict[str, Any] = {"hold": parse_hold(curve.hold), "square": curve.square}
         if not curve.vary:
-            methods.append(Method(name, None, *_gate_with(where, curve.gate), square=curve.square))
+            methods.append(Method(name, None, *_gate_with(where, curve.gate), **fixed))
         for option, values in curve.vary.items():
             own = {"hold": Count, "scale": Scale}.get(option)
             for value in values:
+                if option == "budget":  # the default policy within it
+                    budget = parse_budget(value)
+                    amount = getattr(budget, "value", getattr(budget, "seconds", budget))
+                    rule = _gate_with(where, curve.gate or {"rule": "rows"}).rule
+                    methods.append(Method(name, float(amount), rule, budget, **fixed))
+                    continue
                 value = convert(value, own or float, f"{where}.vary.{option}")
                 gate = _gate_with(where, curve.gate, **({} if own else {option: value}))
-                settings: dict[str, Any] = {option: value} if own else {}
-                methods.append(Method(name, float(value), *gate, square=curve.square, **settings))
+                methods.append(Method(name, float(value), *gate, **(fixed | ({option: value} if own else {}))))
     return methods
 
 

@@ -60,6 +60,7 @@ from eventful_det.models.checkpoints import DEFAULT, find_weights, load_detector
 from eventful_det.models.detector import Detector
 from eventful_det.options import Count, Natural
 from eventful_det.outputs import owned, write_json, write_text
+from eventful_det.runtime.motion import parse_hold
 
 READERS = 4  # threads that read frames ahead for a GPU; on a CPU they would take time from what is measured
 REASONS = 20  # of skipped frames that results.json quotes
@@ -97,7 +98,7 @@ def evaluate_single(config: Options, detector: Detector, data: CocoVideo, direct
     """Evaluate the rule of the gate group."""
     labelled_frames(data)
     gate, options = build_gate(config.gate), config.eval
-    ways: dict[str, Any] = {"hold": options.hold, "scale": options.scale, "square": options.square}
+    ways: dict[str, Any] = {"hold": parse_hold(options.hold), "scale": options.scale, "square": options.square}
     method = Method(str(config.gate["rule"]), None, gate.rule, gate.selector, **ways)
     run = gather(config, complete_all(config, detector, data, [method]), method, data)
     scores = run.scores()

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from common import AnyDetector, Side, Texts, as_list, build_gate, console, open_detector
 
@@ -25,6 +25,7 @@ from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.options import Count, Positive, Range
 from eventful_det.runtime.budget import parse_budget
+from eventful_det.runtime.motion import parse_hold
 from eventful_det.runtime.pool import StreamPool
 from eventful_det.serving.app import create_app
 from eventful_det.serving.limits import build_server
@@ -45,7 +46,7 @@ class Options:
     weights: str | None
     labels: str | None
     budget: float | int | str
-    hold: Count
+    hold: Count | Literal["auto", "adaptive"]
     rescore: bool
     track: bool
     short_side: Side | None
@@ -124,7 +125,7 @@ def build_runner(options: Options, detector: AnyDetector, sources: Sequence[str]
         rule=gate.rule,
         short_side=options.short_side,
         long_side=options.long_side,
-        hold=options.hold,
+        hold=parse_hold(options.hold),
         timing=True,
     )
     runner = PoolRunner(pool, max_streams=options.max_streams, track=options.track, rescore=options.rescore)

@@ -17,6 +17,7 @@ from eventful_det.evaluation.flushes import frames_since_flush
 from eventful_det.evaluation.ilsvrc import VidScores, vid_scores
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import Budget, Selector
+from eventful_det.runtime.motion import Hold
 from eventful_det.runtime.rescoring import Objects, Rescoring, rescore
 
 DENSE = "dense"  # the curve that all others are compared with
@@ -32,7 +33,8 @@ class Method:
         setting: the budget or the like that the curve varies; None where there is nothing to vary.
         rule: how a frame's tokens are recomputed.
         budget: as for a stream, which every video has for itself.
-        hold: run on every n-th frame only and move its boxes in between.
+        hold: run on every n-th frame only, or as `KeyFrames` say, and move its boxes in between; None = as the budget
+            demands.
         scale: of the network's input, relative to the model's own.
         square: frames are padded to a square, as the official code of Eventful Transformers does.
     """
@@ -41,7 +43,7 @@ class Method:
     setting: float | None = None
     rule: AnyRule = Dense()
     budget: Budget | Selector = None
-    hold: int = 1
+    hold: Hold = 1
     scale: float = 1.0
     square: bool = False
 

@@ -146,7 +146,9 @@ def run_videos(
     selector = selector_for(method.budget)
     if streams > 1 and isinstance(selector.budget, (Gmacs, Latency)):
         raise UserError(f"a budget of {selector.budget} is one of a step, which videos would share; set streams=1")
-    stepper = Stepper(detector, rule=exactly(method.rule), budget=selector, options=None, timing=True)
+    stepper = Stepper(
+        detector, rule=exactly(method.rule), budget=selector, options=None, timing=True, hold=method.hold is None
+    )
     running: dict[int, _Running[S]] = {}
     sides = (transform.short_side, transform.long_side)
     with closing(iter(VideoStreams(data, streams, size=sides, workers=workers))) as batches:
@@ -160,18 +162,16 @@ def run_videos(
                 if item.image is None:
                     run.skipped[item.frame.image_id] = item.fault
                     continue
-                began = time.perf_counter()
                 begun = run.session.begin(VideoFrame(item.image), item.resized)
                 if isinstance(begun, KeyFrame):
                     due.append((run, item.frame, begun))
                 else:
-                    moving = time.perf_counter() - began
-                    run.add(item.frame, begun, dataclasses.replace(begun.cost, seconds={"motion": moving}), moving)
+                    run.add(item.frame, begun, begun.cost, begun.cost.latency)
             if due:
                 began = time.perf_counter()
                 results = stepper.step([(run.session, key) for run, _, key in due])
                 results = [dataclasses.replace(one, detections=one.detections.to("cpu")) for one in results]
-                latency = time.perf_counter() - began + sum(key.seconds for _, _, key in due)
+                latency = time.perf_counter() - began + sum(sum(key.seconds.values()) for _, _, key in due)
                 for (run, frame, _), result, cost in zip(due, results, _shared(results, latency), strict=True):
                     run.add(frame, result, cost, latency)
             for item in batch:

@@ -20,6 +20,7 @@ from eventful_det.gating.convert import Rule, per_stream, step_streams
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.saliency import token_saliency
 from eventful_det.gating.selector import DEFAULT, Budget, Select, Selector
 from eventful_det.gating.state import State, StreamState, TensorTree
 from eventful_det.gating.update import Update
@@ -35,12 +36,11 @@ from eventful_det.models.incremental import (
 )
 from eventful_det.models.macs import DetectorCosts, HeadSizes, HeadWeights
 from eventful_det.models.rpn import ProposalGenerator
-from eventful_det.models.saliency import token_saliency
 from eventful_det.models.vitdet import ViTDetBackbone
 
 if TYPE_CHECKING:
     from eventful_det.runtime.budget import BudgetOptions
-    from eventful_det.runtime.motion import KeyFrames
+    from eventful_det.runtime.motion import Hold
     from eventful_det.runtime.stream import Source, Stream
 
 DIVISOR = 32  # sides of the network's input are multiples of the stride of p5
@@ -228,10 +228,11 @@ class Detector(nn.Module):
         short_side: int | None = None,
         long_side: int | None = None,
         scene_cuts: bool = True,
-        hold: int | KeyFrames = 1,
+        hold: Hold = None,
         shadow_every: int = 0,
         shadow_score: float = 0.5,
         timing: bool = False,
+        live: bool = False,
     ) -> Stream:
         """Detect in a video, lazily and in constant memory; see `eventful_det.runtime.stream.Stream`."""
         from eventful_det.runtime.stream import Stream
@@ -250,6 +251,7 @@ class Detector(nn.Module):
             shadow_every=shadow_every,
             shadow_score=shadow_score,
             timing=timing,
+            live=live,
         )
 
     def _batch(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from eventful_det.detectors.protocol import AnyRule, CostModel, S, VideoDetector
 from eventful_det.detectors.results import StepResult
+from eventful_det.gating.saliency import token_saliency
 from eventful_det.gating.selector import (
     Budget,
     GateInput,
@@ -37,6 +38,8 @@ from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 _SPIKE = 2.0  # a step is taken to have lasted at most so many times longer than expected
 _FIRST = 0.1  # of the first step that is measured, taken to be spent whatever is recomputed
 _FLOOR = 1 / 32  # of the tokens may be recomputed however slow the machine is: the detector stays alive
+_WORTH = 0.25  # of the tokens a key frame may recompute where a smaller budget has frames held: fewer are not worth it
+_LONGEST = 64.0  # frames from one key frame to the next, however small the budget is
 _MEMORY = 0.7  # weight of what was known in a running mean
 
 
@@ -149,6 +152,8 @@ class Stepper(Generic[S]):
         budget: of a step, as for `Stream`; streams share all but a `Selector` that says otherwise.
         options: of the budget. Under a `Selector` that streams do not share, `max_age` alone counts.
         timing: measure the seconds of each part, as a budget in seconds does in any case.
+        hold: as the budget demands: a key frame may recompute a quarter of the tokens in any case, and where that
+            costs more than a share of the tokens, `Gmacs` or `Latency`, frames are held until it is paid for.
 
     Raises:
         UserError: the budget is none, or the rule cannot hold it.
@@ -162,8 +167,9 @@ class Stepper(Generic[S]):
         budget: Budget | Selector,
         options: BudgetOptions | None,
         timing: bool,
+        hold: bool = False,
     ) -> None:
-        self.detector, self.rule, self.timing = detector, rule, timing
+        self.detector, self.rule, self.timing, self.hold = detector, rule, timing, hold
         self.options = options or BudgetOptions()
         self.clock = Clock()
         self.budget = budget
@@ -180,8 +186,13 @@ class Stepper(Generic[S]):
             self.detector.cost_model(self.rule)  # raises where there is none
         self._setting = _Setting(budget, selector, TokenBucket(self.options.bucket))  # at once: threads may set it
 
-    def step(self, due: Sequence[Due[S]]) -> list[StreamResult]:
-        """Run the detector on the next key frame of each of some streams."""
+    def step(self, due: Sequence[Due[S]], streams: int = 1) -> list[StreamResult]:
+        """Run the detector on the next key frame of each of some streams.
+
+        Args:
+            due: streams and their frames.
+            streams: among how many the budget is shared, those that wait for their turn included.
+        """
         setting = self._setting
         plan = _Plan(self, due, setting)
         timing = self.timing or isinstance(plan.selector.budget, Latency)
@@ -197,14 +208,37 @@ class Stepper(Generic[S]):
         for (session, key), remembered, result in zip(due, state.streams, results, strict=True):
             session.state.streams[0] = remembered
             if timing:
-                result.cost.seconds["other"] = result.cost.seconds.get("other", 0.0) + key.seconds
+                for part, seconds in key.seconds.items():
+                    result.cost.seconds[part] = result.cost.seconds.get(part, 0.0) + seconds
         if setting is self._setting:  # whatever budget was set meanwhile counts from the next step on
             self._setting = setting._replace(bucket=plan.settle(results))
         if timing:
             self._observe(results)
         if isinstance(plan.selector.budget, Latency):
             plan.remember(results)
-        return [session.finish(key, result) for (session, key), result in zip(due, results, strict=True)]
+        prices = [
+            self._price(setting.budget, key, result, streams) for (_, key), result in zip(due, results, strict=True)
+        ]
+        pairs = zip(due, results, prices, strict=True)
+        return [session.finish(key, result, price) for (session, key), result, price in pairs]
+
+    def _price(self, budget: Budget | Selector, key: KeyFrame, result: StepResult, streams: int) -> float | None:
+        """What a frame cost in what it might, at least 1; None where frames are not held for the budget's sake."""
+        if isinstance(budget, Selector) and isinstance(budget.budget, (Gmacs, Latency)):
+            budget = budget.budget
+        if not self.hold or not isinstance(budget, (float, Gmacs, Latency)):
+            return None
+        cost, moving = result.cost, 0.0
+        if isinstance(budget, float):
+            spent, income = cost.recomputed / cost.tokens, budget
+        elif isinstance(budget, Gmacs):
+            spent, income = cost.total / 1e9, budget.value
+        else:
+            spent, income, moving = cost.latency, budget.seconds, key.seconds.get("motion", 0.0)
+        if cost.flush:
+            return 1.0  # from outside of the budget
+        income = income / streams - moving  # boxes move on every frame
+        return min(_LONGEST, max(1.0, (spent - moving) / income)) if income > 0 else _LONGEST
 
     def _observe(self, results: Sequence[StepResult]) -> None:
         """Remember how long a step took."""
@@ -223,18 +257,29 @@ class _Plan(Generic[S]):
         _, selector, bucket = setting
         self.selector, self.bucket = selector, bucket
         self.sessions = [session for session, _ in due]
+        self.expected = [key.expected for _, key in due]
         self.priced = isinstance(selector.budget, (Gmacs, Latency))
         self.shared = self.priced or selector.assured is not None
-        self.needed = self.priced or self.options.max_age > 0 or (self.shared and self.options.bucket > 0)
+        remembers = self.options.max_age > 0 or (self.shared and self.options.bucket > 0)
+        self.needed = self.priced or remembers or any(one is not None for one in self.expected)
         self.asked: list[int] = []  # places of the streams that the budget is for: all but those that are flushed
         self.allowance = 0.0  # in tokens or MACs
 
     def __call__(self, gates: Sequence[GateInput]) -> Sequence[Tensor]:
         """For each gate the flat indices of its tokens."""
+        gates = [self._aimed(gate) for gate in gates]
         if not self.shared:
-            return [self._choose([gate])[0] for gate in gates]
+            return [self._choose([gate])[0] for gate in gates] if self.options.max_age else self.selector(gates)
         self.asked = [gate.stream for gate in gates]
         return self._choose(gates) if gates else []
+
+    def _aimed(self, gate: GateInput) -> GateInput:
+        """The gate with the saliency of where objects are now, not of where they were on the last key frame."""
+        expected = self.expected[gate.stream]
+        if expected is None or gate.grid is None:
+            return gate
+        patch = self.stepper.detector.input_transform.token
+        return gate._replace(saliency=token_saliency(expected.boxes, expected.scores, gate.grid, patch))
 
     def settle(self, results: Sequence[StepResult]) -> TokenBucket:
         """The bucket after the step."""
@@ -267,10 +312,16 @@ class _Plan(Generic[S]):
         if isinstance(budget, Gmacs):
             self.allowance = 1e9 * budget.value
             count = int((self._totals(gates, order) <= self.bucket.limit(self.allowance)).sum()) - 1
+            count = max(count, self._least(tokens))
         else:
             self.allowance = budget * tokens if isinstance(budget, float) else float(tokens_allowed(budget, tokens))
             count = int(self.bucket.limit(self.allowance))
+            count = max(count, self._least(tokens)) if isinstance(budget, float) else count
         return order.take(max(due, count))
+
+    def _least(self, tokens: int) -> int:
+        """How many of so many tokens may be recomputed whatever that costs."""
+        return int(_WORTH * tokens) if self.stepper.hold else 0
 
     def _order(self, gates: Sequence[GateInput]) -> tuple[Merged, int]:
         """The wanted tokens of all streams, those that would grow too old first, and how many these are."""
@@ -290,7 +341,8 @@ class _Plan(Generic[S]):
         """As many tokens as the machine can do in so many seconds; all of them where that is quicker than some."""
         totals, clock = self._totals(gates, order, expected=True), self.stepper.clock
         tokens = sum(gate.age.numel() for gate in gates)
-        floor = float(totals[min(len(order.index), math.ceil(_FLOOR * tokens))])
+        least = max(self._least(tokens), math.ceil(_FLOOR * tokens))
+        floor = float(totals[min(len(order.index), least)])
         affordable = max(floor, 1e9 * clock.gmacs(len(gates), seconds))
         count = max(due, int((totals <= affordable).sum()) - 1)
         dense = sum(self._costs.everything(_grid(gate)) for gate in gates) / 1e9

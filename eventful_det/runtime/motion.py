@@ -3,43 +3,54 @@
 ::
 
     mover = BoxMover()
-    detections = mover.key(image, detections)  # the network ran on this frame
-    detections = mover.held(next_image)  # it did not run on this one
+    mover.move(image)  # every frame, in order
+    detections = mover.key(detections)  # the network ran on it
+    mover.move(next_image)
+    detections = mover.boxes()  # it did not run on this one
 
 One flow field (DIS, Kroeger et al., ECCV 2016) serves all boxes, so the time hardly grows with their number. Points in
 each box tell how it moves and grows (MedianFlow, Kalal et al., ICPR 2010); a point counts if the flow back leads to
-where it came from. Points outside of all boxes tell how the camera moves, which carries boxes
-that cannot be followed. On a key
-frame a box that was moved hands its track id to the detection that overlaps it.
+where it came from. Points outside of all boxes tell how the camera moves, which carries boxes that cannot be followed,
+and whether something new comes. On a key frame a moved box and the detection of its object become one, which keeps the
+track id; an object that the network misses once lives on with a lower score.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torchvision.ops import box_iou
 
 from eventful_det.data.transforms import fit_size
 from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
 
 Array = NDArray[np.float32]
+Indices = NDArray[np.int64]
 Picture = NDArray[np.uint8]
 
-_POINTS = 7  # along each side of a box
-_CAMERA_POINTS = 10  # along each side of the frame
 _INSET = 0.15  # of a box's side has no points: there is mostly background
 _LEAST = 0.3  # share of a box's points that have to come back, or nothing is known of it
 _OWN = 0.25  # share of a box's points that have to leave the camera's motion, or the box goes with the camera
 _GROWTH = 1.1  # at most, from one frame to the next
+_GONE = 0.05  # score below which a box that the network does not find again is dropped
+_SURE = 0.3  # score of boxes whose motion is nothing new
+
+
+def _square(side: int) -> Array:
+    """`side` x `side` places evenly in the inner part of the unit square, `(side^2, 2)`, row by row."""
+    place = np.linspace(_INSET, 1 - _INSET, side, dtype=np.float32)
+    return np.stack(np.meshgrid(place, place), axis=-1).reshape(-1, 2)
+
+
+_BOX_POINTS, _CAMERA_POINTS = _square(7), _square(10)  # in each box, in the frame
 
 
 @dataclass(frozen=True)
@@ -52,15 +63,22 @@ class MotionOptions:
         moving: a point moves by itself if it leaves the camera's motion by more than so many pixels.
         decay: factor of the score for each frame on which a box could not be followed.
         inside: least share of a box's area that is still in the frame; with less it is dropped.
-        overlap: least intersection over union with a box of the same class that hands its track id on.
+        overlap: least intersection over union of a moved box and the detection of its object, of the same class.
+        rise, fall: how much of a change of an object's score counts at once, upwards and downwards.
+        blend: weight of the detection's box where it becomes one with a moved box.
+        keep: factor of the score of an object that the network does not find again; 0 = it is gone.
     """
 
-    short_side: int = 240
+    short_side: int = 160
     error: float = 1.0
     moving: float = 0.5
     decay: float = 0.9
     inside: float = 0.3
     overlap: float = 0.3
+    rise: float = 0.7
+    fall: float = 0.4
+    blend: float = 0.8
+    keep: float = 0.7
 
 
 class Flow(NamedTuple):
@@ -77,71 +95,122 @@ class Flow(NamedTuple):
     sure: NDArray[np.bool_]
 
 
+class _Objects(NamedTuple):
+    """What is followed, best first: boxes `(n, 4)` in pixels of the frame, scores, labels and track ids `(n,)`."""
+
+    boxes: Array
+    scores: Array
+    labels: Indices
+    tracks: Indices
+
+    def where(self, chosen: NDArray[Any]) -> _Objects:
+        """Those that a mask or indices pick."""
+        return _Objects(*(values[chosen] for values in self))
+
+
 class BoxMover:
     """Moves the boxes of one stream, whose frames come in order.
 
     Attributes:
-        quality: score-weighted share of the boxes that were followed on the last held frame; 1 on a key frame.
+        quality: score-weighted share of the boxes that were followed to the last frame; 1 on a key frame.
         motion: score-weighted mean distance that boxes went since the key frame, in their own sizes.
+        novelty: share of the points outside of all boxes that move by themselves now and did not on the key frame.
     """
 
     def __init__(self, options: MotionOptions | None = None) -> None:
         self.options = options or MotionOptions()
-        self.quality, self.motion = 1.0, 0.0
+        self.quality, self.motion, self.novelty = 1.0, 0.0, 0.0
         self._field = FlowField()
-        self._boxes: Detections | None = None
+        self._size = (0, 0)  # of the last frame
+        self._objects: _Objects | None = None
+        self._device = torch.device("cpu")
+        self._restless: float | None = None  # share of points that moved by themselves on the key frame
         self._next_track = 0
-
-    def key(self, image: Picture, found: Detections) -> Detections:
-        """Begin anew from what was detected on a frame `(h, w, 3)`: the same detections, with track ids."""
-        if self._boxes is None:
-            self._field.look(grey_picture(image, self.options.short_side))
-        else:
-            self.held(image)  # moved to this frame, boxes overlap the detections of their objects
-        self._boxes = dataclasses.replace(found, tracks=self._tracks(found))
-        self.quality, self.motion = 1.0, 0.0
-        return self._boxes.clone()
 
     def forget(self) -> None:
         """Forget the boxes: another scene begins. Track ids go on."""
-        self._boxes = None
+        self._objects, self._field = None, FlowField()
 
-    def held(self, image: Picture) -> Detections:
-        """The boxes on the next frame `(h, w, 3)`, on which the network does not run; those that left it are gone."""
-        assert self._boxes is not None, "key() comes first"
+    def fork(self) -> BoxMover:
+        """Another mover that is as far, and goes on by itself."""
+        other = copy.copy(self)
+        other._field = self._field.fork()
+        return other
+
+    @property
+    def following(self) -> bool:
+        """Whether there are boxes of a key frame, if only none."""
+        return self._objects is not None
+
+    def move(self, image: Picture) -> None:
+        """Go on to the next frame `(h, w, 3)`; boxes move with their objects, and those that leave it are gone."""
+        self._size = image.shape[0], image.shape[1]
         grey = grey_picture(image, self.options.short_side)
         self._field.look(grey)
-        scale = image.shape[0] / grey.shape[0]
-        boxes, scores = self._boxes.boxes.cpu().numpy() / scale, self._boxes.scores.cpu().numpy()
-        moved, followed = move_boxes(self._field, boxes, self.options)
-        gone = (moved - boxes).reshape(-1, 2, 2).mean(1)  # (n, 2), of the centres
-        weight = scores / max(float(scores.sum()), 1e-6)
-        self.quality = float((weight * followed).sum()) if len(scores) else 1.0
-        self.motion += float((weight * np.linalg.norm(gone, axis=1) / np.maximum(_sides(boxes), 1)).sum())
-        return self._arrived(torch.from_numpy(moved * scale), torch.from_numpy(followed), image.shape[:2])
+        if self._objects is None:
+            return  # nothing to move yet
+        before, scale = self._objects, image.shape[0] / grey.shape[0]
+        boxes = before.boxes / np.float32(scale)
+        moved = move_boxes(self._field, boxes, before.scores, self.options)
+        weight = before.scores / max(float(before.scores.sum()), 1e-6)
+        gone = np.linalg.norm((moved.boxes - boxes).reshape(-1, 2, 2).mean(1), axis=1)  # of the centres
+        self.quality = float((weight * moved.followed).sum()) if len(weight) else 1.0
+        self.motion += float((weight * gone / np.maximum(np.sqrt(_areas(boxes)), 1)).sum())
+        self._restless = moved.restless if self._restless is None else self._restless
+        self.novelty = max(0.0, moved.restless - self._restless)
+        scores = np.where(moved.followed, before.scores, np.float32(self.options.decay) * before.scores)
+        after = before._replace(boxes=moved.boxes * np.float32(scale), scores=scores)
+        # As they are: what is cut off at the border comes back with its object.
+        left = _areas(self._clipped(after.boxes)) >= self.options.inside * _areas(after.boxes)
+        order = np.argsort(-scores, kind="stable")
+        self._objects = after.where(order[left[order]])
 
-    def _tracks(self, found: Detections) -> Tensor:
-        """Track ids `(n,)` of detections: those of the moved boxes of their objects, or new ones."""
-        tracks = torch.full_like(found.labels, -1)
-        if self._boxes is not None and self._boxes.tracks is not None:
-            before = same_objects(found, self._boxes, self.options.overlap)
-            tracks[before >= 0] = self._boxes.tracks[before[before >= 0]]
-        new = (tracks < 0).nonzero().squeeze(1)
-        tracks[new] = torch.arange(self._next_track, self._next_track + len(new), device=tracks.device)
-        self._next_track += len(new)
-        return tracks
+    def boxes(self) -> Detections:
+        """The boxes on the last frame, best first, in its pixels."""
+        assert self._objects is not None, "key() comes first"
+        found = self._objects
+        clipped = self._clipped(found.boxes)
+        return Detections(*(torch.from_numpy(v.copy()).to(self._device) for v in (clipped, *found[1:])))
 
-    def _arrived(self, boxes: Tensor, followed: Tensor, size: tuple[int, ...]) -> Detections:
-        """The boxes `(n, 4)` in a frame of `size`, best first, without those that left it."""
-        assert self._boxes is not None
-        boxes, followed = boxes.to(self._boxes.boxes), followed.to(self._boxes.boxes.device)
-        clipped = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([size[1], size[0]] * 2))
-        scores = torch.where(followed, self._boxes.scores, self.options.decay * self._boxes.scores)
-        order = scores.argsort(descending=True, stable=True)
-        order = order[(_areas(clipped) >= self.options.inside * _areas(boxes))[order]]
-        moved = dataclasses.replace(self._boxes, boxes=boxes, scores=scores).map(lambda tensor: tensor[order])
-        self._boxes = moved  # as they are: what is cut off at the border comes back with its object
-        return dataclasses.replace(moved.clone(), boxes=clipped[order])
+    def key(self, found: Detections) -> Detections:
+        """Take in what was detected on the last frame: one with the boxes that moved there, and with track ids."""
+        self._device = found.boxes.device
+        boxes, scores, labels = (v.detach().cpu().numpy() for v in (found.boxes, found.scores, found.labels))
+        tracks = np.full(len(labels), -1, np.int64)
+        new = _Objects(boxes.astype(np.float32), scores.astype(np.float32), labels.astype(np.int64), tracks)
+        self._objects = self._merged(new, self._objects)
+        self.quality, self.motion, self.novelty, self._restless = 1.0, 0.0, 0.0, None
+        return self.boxes()
+
+    def _merged(self, new: _Objects, old: _Objects | None) -> _Objects:
+        """Detections and the moved boxes of the same frame as one list."""
+        options = self.options
+        if old is not None and len(old.scores):
+            overlap = overlaps(new.boxes, self._clipped(old.boxes)) * (new.labels[:, None] == old.labels)
+            here, there = _mutual(overlap, options.overlap)
+            tracks, scores, boxes = new.tracks.copy(), new.scores.copy(), new.boxes.copy()
+            tracks[here] = old.tracks[there]
+            change = new.scores[here] - old.scores[there]
+            scores[here] = old.scores[there] + np.where(change > 0, options.rise, options.fall) * change
+            boxes[here] += np.float32(1 - options.blend) * (self._clipped(old.boxes[there]) - boxes[here])
+            missed = ~np.isin(np.arange(len(old.scores)), there) & (options.keep * old.scores >= _GONE)
+            missed &= overlap.max(axis=0, initial=0) < 0.5  # of an object that was found there is one box
+            lost = old.where(missed)._replace(scores=np.float32(options.keep) * old.scores[missed])
+            new = _Objects(
+                np.concatenate([boxes, lost.boxes]),
+                np.concatenate([scores, lost.scores]),
+                np.concatenate([new.labels, lost.labels]),
+                np.concatenate([tracks, lost.tracks]),
+            )
+            new = new.where(np.argsort(-new.scores, kind="stable"))
+        nameless = np.flatnonzero(new.tracks < 0)
+        new.tracks[nameless] = np.arange(self._next_track, self._next_track + len(nameless))
+        self._next_track += len(nameless)
+        return new
+
+    def _clipped(self, boxes: Array) -> Array:
+        height, width = self._size
+        return np.clip(boxes, 0, np.array([width, height] * 2, np.float32))
 
 
 class FlowField:
@@ -151,6 +220,12 @@ class FlowField:
         self._dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
         self._before: Picture | None = None
         self._flows: tuple[Array, Array] | None = None
+
+    def fork(self) -> FlowField:
+        """Another field that has seen the same last picture."""
+        other = FlowField()
+        other._before = self._before
+        return other
 
     @property
     def size(self) -> tuple[int, int]:
@@ -176,9 +251,9 @@ class FlowField:
             return Flow(points, np.zeros_like(points), np.zeros(points.shape[:-1], bool))
         there, back = self._flows
         shift = _sampled(there, points)
-        returned = shift + _sampled(back, points + shift)
-        end, (height, width) = points + shift, self.size
-        inside = (end >= 0).all(-1) & (end[..., 0] < width) & (end[..., 1] < height)
+        end = points + shift
+        returned = shift + _sampled(back, end)
+        inside = ((end >= 0) & (end < np.array(self.size[::-1], np.float32))).all(-1)
         return Flow(points, shift, inside & (np.abs(returned).max(-1) < error))
 
 
@@ -186,49 +261,53 @@ def grey_picture(image: Picture, short_side: int) -> Picture:
     """A grey picture with `short_side` pixels along its short side, from RGB `(h, w, 3)`."""
     height, width = fit_size(image.shape[0], image.shape[1], short_side, 4 * short_side)
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    return np.asarray(cv2.resize(grey, (width, height), interpolation=cv2.INTER_AREA))
+    way = cv2.INTER_AREA if height < image.shape[0] / 2 else cv2.INTER_LINEAR  # areas take six times as long
+    return np.asarray(cv2.resize(grey, (width, height), interpolation=way))
 
 
-def move_boxes(field: FlowField, boxes: Array, options: MotionOptions) -> tuple[Array, NDArray[np.bool_]]:
-    """Move boxes from the last but one picture of a field to the last.
+class Moved(NamedTuple):
+    """Boxes `(n, 4)` in the next picture, which `(n,)` could be followed, share of other points that move."""
 
-    Args:
-        field: of the two pictures.
-        boxes: `(n, 4)` xyxy in their pixels.
-        options: how.
+    boxes: Array
+    followed: NDArray[np.bool_]
+    restless: float
 
-    Returns:
-        The boxes `(n, 4)` in the last picture, and which `(n,)` of them could be followed.
-    """
+
+def move_boxes(field: FlowField, boxes: Array, scores: Array, options: MotionOptions) -> Moved:
+    """Move boxes `(n, 4)`, xyxy with scores `(n,)`, from the last but one picture of a field to the last."""
     height, width = field.size
-    frame = np.array([[0, 0, width, height]], np.float32)
-    camera = camera_motion(field.at(_grid(frame, _CAMERA_POINTS)[0], options.error), boxes)
-    visible = np.clip(boxes, 0, np.array([width, height] * 2, np.float32))
-    flow = field.at(_grid(visible, _POINTS), options.error)  # (n, points, 2)
-    by_camera = flow.start @ camera[:, :2].T + camera[:, 2] - flow.start
-    own = flow.sure & (np.abs(flow.shift - by_camera).max(-1) > options.moving)
+    size = np.array([width, height], np.float32)
+    visible = np.clip(boxes, 0, np.tile(size, 2))
+    inner = visible[:, None, :2] + _BOX_POINTS * (visible[:, None, 2:] - visible[:, None, :2])  # (n, points, 2)
+    everywhere = _CAMERA_POINTS * size
+    count = len(everywhere)
+    start, shift, sure = field.at(np.concatenate([everywhere, inner.reshape(-1, 2)]), options.error)
+    seen = Flow(start[:count], shift[:count], sure[:count])
+    flow = Flow(inner, shift[count:].reshape(inner.shape), sure[count:].reshape(inner.shape[:2]))
+    camera = camera_motion(seen, boxes)
+    own = _leaves(flow, camera, options.moving)
     moves = own.sum(1) > _OWN * np.maximum(flow.sure.sum(1), 1)
     used = np.where(moves[:, None], own, flow.sure)  # an object that moves: leave out the background beside it
     followed = used.mean(1) > _LEAST
-    shift = _median(flow.shift, used)
+    end = flow.start + flow.shift
     mirrored = slice(None, None, -1)  # each point and the one across the centre tell how far apart the box grows
-    apart = np.linalg.norm(flow.start - flow.start[:, mirrored], axis=-1)
-    later = np.linalg.norm((flow.start + flow.shift) - (flow.start + flow.shift)[:, mirrored], axis=-1)
+    apart, later = (np.sqrt(((at - at[:, mirrored]) ** 2).sum(-1)) for at in (flow.start, end))
     pairs = used & used[:, mirrored] & (apart > 0)
     growth = _median((later / np.maximum(apart, 1e-6))[..., None], pairs)[:, 0]
     growth = np.where(pairs.sum(1) > 2, np.clip(growth, 1 / _GROWTH, _GROWTH), 1)
     centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
-    zoom = np.sqrt(max(float(np.linalg.det(camera[:, :2])), 1e-6))
-    centre = np.where(followed[:, None], centre + shift, centre @ camera[:, :2].T + camera[:, 2])
+    zoom = math.sqrt(max(float(np.linalg.det(camera[:, :2])), 1e-6))
+    by_camera = centre @ camera[:, :2].T + camera[:, 2]
+    centre = np.where(followed[:, None], centre + _median(flow.shift, used), by_camera)
     half = half * np.where(followed, growth, zoom)[:, None]
-    return np.concatenate([centre - half, centre + half], axis=1).astype(np.float32), followed
+    outside = ~_inside(seen.start, boxes[scores >= _SURE])
+    restless = float((_leaves(seen, camera, 2 * options.moving) & outside).mean())
+    return Moved(np.concatenate([centre - half, centre + half], axis=1).astype(np.float32), followed, restless)
 
 
 def camera_motion(flow: Flow, boxes: Array) -> Array:
     """The similarity `(2, 3)` by which the camera moved, from points `(p, 2)`, those outside of all boxes if enough."""
-    x, y = flow.start[:, :1], flow.start[:, 1:]
-    inside = ((x >= boxes[:, 0]) & (x <= boxes[:, 2]) & (y >= boxes[:, 1]) & (y <= boxes[:, 3])).any(axis=1)
-    outside = flow.sure & ~inside
+    outside = flow.sure & ~_inside(flow.start, boxes)
     use = outside if outside.sum() > len(outside) / 10 else flow.sure
     if use.sum() >= 3:
         start, end = flow.start[use], flow.start[use] + flow.shift[use]
@@ -238,23 +317,26 @@ def camera_motion(flow: Flow, boxes: Array) -> Array:
     return np.eye(2, 3, dtype=np.float32)
 
 
-def _grid(boxes: Array, side: int) -> Array:
-    """`side` x `side` points evenly in the inner part of each box `(n, 4)`: `(n, side^2, 2)`, row by row."""
-    place = np.linspace(_INSET, 1 - _INSET, side, dtype=np.float32)
-    share = np.stack(np.meshgrid(place, place), axis=-1).reshape(1, -1, 2)  # (1, side^2, 2)
-    return boxes[:, None, :2] + share * (boxes[:, None, 2:] - boxes[:, None, :2])
+def _leaves(flow: Flow, camera: Array, pixels: float) -> NDArray[np.bool_]:
+    """Which points leave the camera's motion `(2, 3)` by more than so many pixels."""
+    by_camera = flow.start @ camera[:, :2].T + camera[:, 2] - flow.start
+    return np.asarray(flow.sure & (np.abs(flow.shift - by_camera).max(-1) > pixels))
+
+
+def _inside(points: Array, boxes: Array) -> NDArray[np.bool_]:
+    """Which points `(p, 2)` lie in one of the boxes `(n, 4)`."""
+    within = (points[:, None] >= boxes[:, :2]) & (points[:, None] <= boxes[:, 2:])  # (p, n, 2)
+    return np.asarray(np.logical_and(within[..., 0], within[..., 1]).any(axis=1))
 
 
 def _sampled(field: Array, points: Array) -> Array:
-    """Values of a field `(h, w, 2)` at points `(..., 2)`, bilinear; beyond the border those of the border."""
-    if not points.size:
-        return np.zeros_like(points)
-    x, y = points.reshape(-1, 1, 2)[..., 0], points.reshape(-1, 1, 2)[..., 1]
+    """Values of a field `(h, w, 2)` at points `(p, 2)`, bilinear; beyond the border those of the border."""
+    x, y = np.ascontiguousarray(points[:, :1]), np.ascontiguousarray(points[:, 1:])
     values = [
         cv2.remap(field, x[i : i + 16384], y[i : i + 16384], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         for i in range(0, len(x), 16384)  # remap takes at most 32,767 rows
     ]
-    return np.concatenate(values).reshape(points.shape).astype(np.float32)
+    return np.asarray(np.concatenate(values).reshape(points.shape), np.float32)
 
 
 def _median(values: Array, used: NDArray[np.bool_]) -> Array:
@@ -265,22 +347,27 @@ def _median(values: Array, used: NDArray[np.bool_]) -> Array:
     return np.where(np.isfinite(picked), picked, 0).astype(np.float32)
 
 
-def same_objects(found: Detections, moved: Detections, overlap: float) -> Tensor:
-    """For each of n detections the moved box of its object `(n,)`: each other's best of a class; -1 = a new object."""
-    if not len(found) or not len(moved):
-        return torch.full_like(found.labels, -1)
-    likeness = box_iou(found.boxes, moved.boxes) * (found.labels[:, None] == moved.labels)
-    best, there = likeness.max(1)
-    mutual = (best >= overlap) & (likeness.argmax(0)[there] == torch.arange(len(found), device=there.device))
-    return torch.where(mutual, there, -1)
+def overlaps(a: Array, b: Array) -> Array:
+    """Intersection over union of boxes `(n, 4)` and `(m, 4)`, `(n, m)`."""
+    low, high = np.maximum(a[:, None, :2], b[:, :2]), np.minimum(a[:, None, 2:], b[:, 2:])
+    sides = np.maximum(high - low, 0)
+    both = sides[..., 0] * sides[..., 1]
+    return np.asarray(both / np.maximum(_areas(a)[:, None] + _areas(b) - both, 1e-9), np.float32)
 
 
-def _areas(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1)
+def _mutual(likeness: Array, least: float) -> tuple[Indices, Indices]:
+    """Rows and columns `(k,)` of a matrix that are each other's best, of at least so much."""
+    if not likeness.size:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    there = likeness.argmax(1)
+    here = np.arange(len(there))
+    pairs = (likeness[here, there] >= least) & (likeness.argmax(0)[there] == here)
+    return here[pairs], there[pairs]
 
 
-def _sides(boxes: Array) -> Array:
-    return np.sqrt(np.maximum((boxes[:, 2:] - boxes[:, :2]).prod(axis=1), 0))
+def _areas(boxes: Array) -> Array:
+    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
+    return np.asarray(sides[:, 0] * sides[:, 1], np.float32)
 
 
 @dataclass(frozen=True)
@@ -292,11 +379,13 @@ class KeyFrames:
         motion: it runs earlier when boxes went so far since the last key frame, in their own sizes (score-weighted
             mean): a box that is moved keeps its shape, and fast objects change theirs.
         quality: it runs earlier when a smaller share of the boxes than this could be followed.
+        novelty: it runs earlier when a larger share of the picture outside of all boxes begins to move.
     """
 
-    every: int = 4
-    motion: float = 0.8
+    every: int = 6
+    motion: float = 0.2
     quality: float = 0.5
+    novelty: float = 0.03
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -305,8 +394,35 @@ class KeyFrames:
     @staticmethod
     def each(every: int) -> KeyFrames:
         """Every n-th frame, whatever moves."""
-        return KeyFrames(every, math.inf, 0.0)
+        return KeyFrames(every, math.inf, 0.0, math.inf)
 
     def early(self, mover: BoxMover) -> bool:
-        """Whether to run before it is time, by how the boxes went on the last frame."""
-        return mover.motion > self.motion or mover.quality < self.quality
+        """Whether to run before it is time, by how the boxes went."""
+        return mover.motion > self.motion or mover.quality < self.quality or mover.novelty > self.novelty
+
+    @staticmethod
+    def of(hold: Hold) -> KeyFrames:
+        """What `hold` means: key frames, or the number n of every n-th one; None = every frame.
+
+        Raises:
+            UserError: it is none of these.
+        """
+        if isinstance(hold, KeyFrames):
+            return hold
+        if hold is None:
+            return dataclasses.replace(KeyFrames(), every=1)
+        if isinstance(hold, bool) or not isinstance(hold, int):
+            raise UserError(f"hold must be a number of frames, KeyFrames or None, got {hold!r}")
+        return KeyFrames.each(hold)
+
+
+Hold = int | KeyFrames | None
+"""On which frames the network runs: every n-th, as `KeyFrames` say, or (None) on as many as the budget allows."""
+
+HOLDS = ("auto", "adaptive")
+"""Words for `hold` in configs, besides numbers: as the budget allows, and `KeyFrames()`."""
+
+
+def parse_hold(value: int | str) -> Hold:
+    """`hold` as written in a config: a number, "auto" or "adaptive"."""
+    return {"auto": None, "adaptive": KeyFrames()}[value] if isinstance(value, str) else value

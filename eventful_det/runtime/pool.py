@@ -10,14 +10,15 @@
                 print(result.stream, result.frame_index, len(result.detections))
 
 Every round takes one frame of each stream that has one. The budget is that of a round, and goes where the changes are.
-With `hold` the detector runs on every n-th frame of a stream only, and the streams take turns.
+Where frames are held (`hold`, or a small budget) the streams take turns, so that rounds cost alike.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.control import Stepper
 from eventful_det.runtime.feed import Feed, open_feed
 from eventful_det.runtime.metrics import PoolMetrics, Tally
+from eventful_det.runtime.motion import Hold
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 from eventful_det.runtime.stream import Source
 
@@ -37,12 +39,18 @@ _PATIENCE = 0.5  # seconds to wait for a frame before looking again whether a st
 
 @dataclass
 class _Member:
-    """A stream of the pool; its key frames come in the rounds r for which r modulo `hold` is `turn`."""
+    """A stream of the pool.
+
+    Attributes:
+        next_key: the round in which its next key frame is due, if it has a frame in every round.
+        settled: it takes turns with the others.
+    """
 
     session: StreamSession[Any]
     feed: Feed
     tally: Tally
-    turn: int = 0
+    next_key: int = 0
+    settled: bool = False
 
 
 class StreamPool(Iterator[list[StreamResult]]):
@@ -59,8 +67,9 @@ class StreamPool(Iterator[list[StreamResult]]):
         rule: how tokens are recomputed.
         short_side, long_side: of the network's input in pixels; the model's own if None.
         scene_cuts: recompute all of a stream when another scene begins in it.
-        hold: run on every n-th frame of a stream only and hold its boxes in between; a scene cut ends that at once. The
-            streams take turns, so that rounds cost alike, and the budget is for those whose turn it is.
+        hold: run on every n-th frame of a stream only, or as `KeyFrames` say, and move its boxes in between; a scene
+            cut ends that at once. The streams take turns, so that rounds cost alike, and the budget is for those whose
+            turn it is. None = on every frame, unless the budget is smaller than what makes key frames worth their cost.
         timing: measure the seconds of each part, for which a GPU is waited for once per round.
 
     Raises:
@@ -77,7 +86,7 @@ class StreamPool(Iterator[list[StreamResult]]):
         short_side: int | None = None,
         long_side: int | None = None,
         scene_cuts: bool = True,
-        hold: int = 1,
+        hold: Hold = None,
         timing: bool = False,
     ) -> None:
         self._detector: VideoDetector[Any] = detector
@@ -85,7 +94,9 @@ class StreamPool(Iterator[list[StreamResult]]):
         self._transform = detector.input_transform.with_sides(short_side, long_side)
         self._scene_cuts, self._hold = scene_cuts, hold
         self._session("")  # raises where an option is out of its range
-        self._stepper: Stepper[Any] = Stepper(detector, rule=rule, budget=budget, options=options, timing=timing)
+        self._stepper: Stepper[Any] = Stepper(
+            detector, rule=rule, budget=budget, options=options, timing=timing, hold=hold is None
+        )
         self._rounds = 0
         self._members: dict[str, _Member] = {}
         self._departed: dict[str, Tally] = {}
@@ -128,7 +139,7 @@ class StreamPool(Iterator[list[StreamResult]]):
         with self._lock:
             unique = _unique(name or title, self._members)
             self._departed.pop(unique, None)
-            self._members[unique] = _Member(self._session(unique), feed, Tally(), self._free_turn())
+            self._members[unique] = _Member(self._session(unique), feed, Tally())
         self._arrived.set()
         return unique
 
@@ -152,12 +163,14 @@ class StreamPool(Iterator[list[StreamResult]]):
         with self._lock:
             members = list(self._members.values())
         begun = [(member, one) for member in members if (one := self._begin(member)) is not None]
-        due = [(member.session, one) for member, one in begun if isinstance(one, KeyFrame)]
-        finished = iter(self._stepper.step(due) if due else ())
+        due = [(member, one) for member, one in begun if isinstance(one, KeyFrame)]
+        finished = iter(self._stepper.step([(m.session, key) for m, key in due], len(members)) if due else ())
         self._rounds += bool(begun)
         results = []
         for member, one in begun:
             result = next(finished) if isinstance(one, KeyFrame) else one
+            if isinstance(one, KeyFrame):
+                self._schedule(member, one.regular, members)
             member.tally.count(result.cost, result.dropped, member.session.state.nbytes)
             results.append(result)
         return results
@@ -193,10 +206,16 @@ class StreamPool(Iterator[list[StreamResult]]):
     def _session(self, name: str) -> StreamSession[Any]:
         return StreamSession(self._detector, self._transform, name=name, scene_cuts=self._scene_cuts, hold=self._hold)
 
-    def _free_turn(self) -> int:
-        """The turn that the fewest streams have."""
-        taken = Counter(member.turn for member in self._members.values())
-        return min(range(self._hold), key=lambda turn: taken[turn])
+    def _schedule(self, member: _Member, regular: bool, members: Sequence[_Member]) -> None:
+        """Plan the next key frame of a stream; behind one out of turn it comes when the fewest others have theirs."""
+        wait = math.ceil(member.session.left)
+        member.settled &= regular
+        if not member.settled and wait > 1:
+            member.settled = True
+            taken = Counter(one.next_key for one in members if one is not member)
+            wait = max(range(1, wait + 1), key=lambda rounds: (-taken[self._rounds + rounds], rounds))
+            member.session.left = wait
+        member.next_key = self._rounds + wait
 
     def _begin(self, member: _Member) -> KeyFrame | StreamResult | None:
         """The next frame of a stream; None if it has none, which may be because it just left."""
@@ -204,11 +223,7 @@ class StreamPool(Iterator[list[StreamResult]]):
             frame = member.feed.poll()
             if frame is None:
                 return None
-            begun = member.session.begin(frame, dropped=member.feed.dropped)
-            if isinstance(begun, KeyFrame) and not begun.regular:
-                # Example: hold 3, turn 1. A first key frame in round 5 is followed by one in round 7, as 7 % 3 = 1.
-                member.session.schedule((member.turn - self._rounds - 1) % self._hold + 1)
-            return begun
+            return member.session.begin(frame, dropped=member.feed.dropped)
         except StopIteration:
             self._leave(member.session.name)
         except Exception as error:  # whatever is wrong with one source must not stop the others

@@ -9,6 +9,7 @@ A session decides and remembers; it does not run the detector, so that many sess
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from typing import Generic
@@ -22,7 +23,7 @@ from eventful_det.data.source import VideoFrame
 from eventful_det.detectors.protocol import InputTransform, S, VideoDetector
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.runtime.drift import Drift
-from eventful_det.runtime.motion import BoxMover, KeyFrames
+from eventful_det.runtime.motion import BoxMover, Hold, KeyFrames
 from eventful_det.runtime.scene_cuts import SceneCuts
 
 
@@ -71,7 +72,8 @@ class KeyFrame:
         flush: recompute everything.
         regular: it came in its turn, not because the stream begins anew.
         dropped: frames of a live source that were overtaken so far.
-        seconds: that it took to make the input.
+        seconds: that it took so far, by part.
+        expected: boxes of the frames before, moved to this one, in pixels of the input; None = there are none.
     """
 
     frame: VideoFrame
@@ -79,7 +81,8 @@ class KeyFrame:
     flush: bool
     regular: bool
     dropped: int
-    seconds: float
+    seconds: dict[str, float]
+    expected: Detections | None = None
 
 
 class StreamSession(Generic[S]):
@@ -90,12 +93,14 @@ class StreamSession(Generic[S]):
         transform: makes its inputs.
         name: of the stream.
         scene_cuts: recompute everything when another scene begins.
-        hold: every n-th frame is a key frame, and boxes move with their objects in between; or `KeyFrames`, which runs
-            earlier where they move far. A scene cut, a new size and a camera that came back make a key frame at once.
+        hold: see `KeyFrames`, boxes move with their objects between these; or every n-th frame, whatever moves. A scene
+            cut, a new size and a camera that came back make a key frame at once. None = every frame, unless `finish`
+            is told that frames cost more than their budget.
         move: False = boxes stand still between key frames (a baseline).
 
     Attributes:
         state: what the detector remembers of the stream.
+        left: frames until the next regular key frame; it may come earlier, see `KeyFrames`.
         variable_macs: MACs that the variable part of the detector takes on average, see `CostModel`; None = not known.
 
     Raises:
@@ -109,17 +114,18 @@ class StreamSession(Generic[S]):
         *,
         name: str = "",
         scene_cuts: bool = True,
-        hold: int | KeyFrames = 1,
+        hold: Hold = 1,
         move: bool = True,
     ) -> None:
-        self.detector, self.transform, self.name = detector, transform, name
-        self.key_frames = hold if isinstance(hold, KeyFrames) else KeyFrames.each(hold)
+        self.detector, self.transform, self.name, self._move = detector, transform, name, move
+        self.key_frames = KeyFrames.of(hold)
         self.state = detector.init_state()
         self.variable_macs: float | None = None
         self._cuts = SceneCuts() if scene_cuts else None
         self._last: StreamResult | None = None
-        self._mover = BoxMover() if move and self.key_frames.every > 1 else None  # follows boxes between key frames
-        self._to_hold = 0  # frames until the next regular key frame
+        self._mover = BoxMover() if move and (self.key_frames.every > 1 or isinstance(hold, KeyFrames)) else None
+        self.left = 0.0
+        self._earliest = math.inf  # the network may run before its time when so many are left
         self._frames = 0
 
     def begin(
@@ -135,24 +141,48 @@ class StreamSession(Generic[S]):
         Returns:
             A key frame, for `finish` after the detector's step; or the result of a held frame.
         """
-        cut = (self._cuts is not None and self._cuts(frame.image)) or frame.resumed
-        regular = self._last is not None and not self._to_hold
-        if self._last is not None and not self._is_key_frame(self._last, frame, cut):
-            return self._hold_boxes(self._last, frame, dropped)
         began = time.perf_counter()
+        self.left = max(self.left - 1, -1.0)
+        cut = (self._cuts is not None and self._cuts(frame.image)) or frame.resumed
+        last = self._last if self._last is not None and self._last.image.shape == frame.image.shape else None
+        moving = time.perf_counter()
+        if self._mover is not None:
+            if cut or last is None:
+                self._mover.forget()  # what stood in another scene
+            self._mover.move(frame.image)
+        moved = time.perf_counter()
+        if last is not None and not cut and not self._is_key_frame():
+            return self._hold_boxes(last, frame, dropped, {"motion": moved - moving, "other": moving - began})
+        regular = self._last is not None and self.left <= 0
         image = self.transform(frame.image if resized is None else resized).to(self.detector.device)
-        self._to_hold = self.key_frames.every - 1
-        if self._mover is not None and (cut or self._last is None or self._last.image.shape != frame.image.shape):
-            self._mover.forget()  # what stood in another scene
-        return KeyFrame(frame, image, cut, regular, dropped, time.perf_counter() - began)
+        expected = None
+        if self._mover is not None and self._mover.following:
+            expected = self.as_input(self._mover.boxes(), frame.image)
+        seconds = {"motion": moved - moving, "other": time.perf_counter() - moved + moving - began}
+        return KeyFrame(frame, image, cut, regular, dropped, seconds, expected)
 
-    def finish(self, key: KeyFrame, step: StepResult) -> StreamResult:
-        """The result of a key frame."""
+    def finish(self, key: KeyFrame, step: StepResult, price: float | None = None) -> StreamResult:
+        """The result of a key frame.
+
+        Args:
+            key: the frame.
+            step: what the detector made of it.
+            price: what the step cost, in what a frame may cost: so many frames, held ones included, pay for it. None =
+                there is no such limit.
+        """
         image = key.frame.image
+        if price is None:
+            self.left, self._earliest = self.key_frames.every, math.inf
+        else:  # what is not paid for yet adds up: on average the budget is kept, however early the network runs
+            self.left += price
+            self._earliest = self.left / 2
+        if self._mover is None and self._move and self.left > 1:
+            self._mover = BoxMover()
+            self._mover.move(image)
         detections = self.transform.restore(step.detections, image)
         return self._next(
             StreamResult(
-                detections=detections if self._mover is None else self._mover.key(image, detections),
+                detections=detections if self._mover is None else self._mover.key(detections),
                 names=self.detector.names,
                 frame_index=self._frames,
                 timestamp=key.frame.timestamp,
@@ -166,25 +196,27 @@ class StreamSession(Generic[S]):
             )
         )
 
-    def schedule(self, frames: int) -> None:
-        """Have the next regular key frame be the one after so many frames, 1 to `hold`."""
-        self._to_hold = frames - 1
+    def as_input(self, detections: Detections, image: NDArray[np.uint8]) -> Detections:
+        """Detections on a frame in pixels of the detector's input."""
+        y, x = self.transform.token_size(image)
+        return detections.scaled(self.transform.token / x, self.transform.token / y)
 
-    def _is_key_frame(self, last: StreamResult, frame: VideoFrame, cut: bool) -> bool:
-        """Whether the detector has to run: the only place where that is decided."""
-        early = self._mover is not None and self.key_frames.early(self._mover)
-        return cut or early or not self._to_hold or last.image.shape != frame.image.shape
+    def _is_key_frame(self) -> bool:
+        """Whether the detector has to run although the scene goes on: the only place where that is decided."""
+        early = self._mover is not None and self.left <= self._earliest and self.key_frames.early(self._mover)
+        return self.left <= 0 or early
 
-    def _hold_boxes(self, last: StreamResult, frame: VideoFrame, dropped: int) -> StreamResult:
+    def _hold_boxes(
+        self, last: StreamResult, frame: VideoFrame, dropped: int, seconds: dict[str, float]
+    ) -> StreamResult:
         """The result of a frame between key frames: the only place where that gets its boxes."""
-        self._to_hold -= 1
         return self._next(
             dataclasses.replace(
                 last,
-                detections=last.detections if self._mover is None else self._mover.held(frame.image),
+                detections=last.detections if self._mover is None else self._mover.boxes(),
                 frame_index=self._frames,
                 timestamp=frame.timestamp,
-                cost=last.cost.idle(),
+                cost=dataclasses.replace(last.cost.idle(), seconds=seconds),
                 work=torch.zeros_like(last.work),
                 image=frame.image,
                 held=True,

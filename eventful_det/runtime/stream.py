@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eventful_det.data.video import VideoSource, open_source
+from eventful_det.data.video import VideoFrame, VideoSource, open_source
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, S, VideoDetector
+from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
 from eventful_det.gating.selector import Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.control import Stepper
 from eventful_det.runtime.drift import Drift, DriftMonitor
-from eventful_det.runtime.motion import KeyFrames
+from eventful_det.runtime.live import LiveBoxes
+from eventful_det.runtime.motion import Hold
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
 Source = int | str | os.PathLike[str] | Iterable[NDArray[np.uint8]] | VideoSource
@@ -38,10 +40,13 @@ class Stream(Iterator[StreamResult]):
         max_frames: stop after this many frames.
         short_side, long_side: of the network's input in pixels; the model's own if None.
         scene_cuts: recompute everything when another scene begins.
-        hold: run the detector on every n-th frame only, and move its boxes in between; see `StreamSession`.
+        hold: run the detector on every n-th frame only, or as `KeyFrames` say, and move its boxes in between. None =
+            on every frame, unless the budget is smaller than what makes a key frame worth its cost.
         shadow_every: also run the dense detector on every n-th frame and report how far the detections of at least
             `shadow_score` drift from its; costs nothing of the budget and is counted nowhere else. 0 = never.
         timing: measure the seconds of each part, for which a GPU is waited for once per frame.
+        live: every frame gets moved boxes at once, while the detector works in a thread, at its own pace; see
+            `eventful_det.runtime.live`. For sources that come at the pace of a clock.
 
     Raises:
         UserError: the source cannot be opened, or an option is out of its range.
@@ -59,20 +64,27 @@ class Stream(Iterator[StreamResult]):
         short_side: int | None = None,
         long_side: int | None = None,
         scene_cuts: bool = True,
-        hold: int | KeyFrames = 1,
+        hold: Hold = None,
         shadow_every: int = 0,
         shadow_score: float = 0.5,
         timing: bool = False,
+        live: bool = False,
     ) -> None:
+        if live and (hold is not None or shadow_every):
+            raise UserError("a live stream runs the detector whenever it is idle; leave hold and shadow_every out")
         if shadow_every < 0:
             raise UserError(f"shadow_every must be a number of frames, or 0 for never, got {shadow_every}")
         self.rule, self.max_frames = rule, max_frames
         transform = detector.input_transform.with_sides(short_side, long_side)
-        self._session: StreamSession[Any] = StreamSession(detector, transform, scene_cuts=scene_cuts, hold=hold)
-        self._stepper: Stepper[Any] = Stepper(detector, rule=rule, budget=budget, options=options, timing=timing)
+        cuts, hold = (False, 1) if live else (scene_cuts, hold)  # a live stream looks for cuts on every frame
+        self._session: StreamSession[Any] = StreamSession(detector, transform, scene_cuts=cuts, hold=hold)
+        self._stepper: Stepper[Any] = Stepper(
+            detector, rule=rule, budget=budget, options=options, timing=timing, hold=hold is None
+        )
         self._monitor: DriftMonitor[Any] | None = None
         if shadow_every:
             self._monitor = DriftMonitor(detector, transform, shadow_every, shadow_score)
+        self._live = LiveBoxes(self._detect, scene_cuts) if live else None
         self._source = open_source(source)
         self._session.name = self._source.name
         self._frames = iter(self._source)
@@ -104,6 +116,8 @@ class Stream(Iterator[StreamResult]):
             self.close()
             raise StopIteration
         self._count += 1
+        if self._live is not None:
+            return self._live.show(frame, self._source.dropped)
         result = self._session.begin(frame, dropped=self._source.dropped)
         if isinstance(result, KeyFrame):
             (result,) = self._stepper.step([(self._session, result)])
@@ -112,7 +126,18 @@ class Stream(Iterator[StreamResult]):
         drift = self._monitor.compare(result.frame_index, result.image, result.detections, result.cost)
         return dataclasses.replace(result, drift=drift)
 
+    def _detect(self, frame: VideoFrame, expected: Detections | None) -> StreamResult:
+        """Run the detector on a frame; of a live stream, in its thread."""
+        key = self._session.begin(frame)
+        assert isinstance(key, KeyFrame)
+        if expected is not None:
+            key = dataclasses.replace(key, expected=self._session.as_input(expected, frame.image))
+        (result,) = self._stepper.step([(self._session, key)])
+        return result
+
     def close(self) -> None:
         """Release the source; iteration ends."""
+        if self._live is not None:
+            self._live.close()
         self._source.close()
         self._frames = iter(())

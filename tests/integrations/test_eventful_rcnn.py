@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from eventful_det.errors import UserError
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.saliency import token_saliency
 from eventful_det.gating.selector import (
     EVERYTHING,
     GateInput,
@@ -25,7 +26,6 @@ from eventful_det.gating.selector import (
     TopFraction,
 )
 from eventful_det.models.config import vitdet_tiny
-from eventful_det.models.saliency import token_saliency
 from eventful_det.runtime.stream import Stream
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

@@ -133,7 +133,7 @@ def test_streams_and_pools() -> None:
         assert result.detections.boxes.tolist() == [[16 * t, 16, 16 * t + 16, 32]] and result.token_size == (16, 16)
         assert result.names == toy.names and result.cost.latency > 0
     assert stream.drift is not None and stream.drift.frames == 3 and stream.drift.agreement == 1
-    pool = StreamPool(toy, budget=Gmacs(6 * MACS / 1e9), scene_cuts=False, options=BudgetOptions(max_age=50))
+    pool = StreamPool(toy, budget=Gmacs(6 * MACS / 1e9), scene_cuts=False, hold=1, options=BudgetOptions(max_age=50))
     pool.add(film(), name="one")
     pool.add(film(4), name="two")
     rounds = list(pool)

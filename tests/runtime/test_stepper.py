@@ -53,7 +53,7 @@ def worst_age(results: Sequence[StreamResult]) -> int:
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 def test_gmacs_are_never_exceeded(tiny_detector: Detector, moving: list[Image], share: float) -> None:
     dense = next(tiny_detector.stream(moving)).cost.dense_total
-    results = steady(list(tiny_detector.stream(moving, budget=Gmacs(share * dense / 1e9))))
+    results = steady(list(tiny_detector.stream(moving, budget=Gmacs(share * dense / 1e9), hold=1)))
     spent = [result.cost.total / dense for result in results]
     assert max(spent) <= share
     assert np.mean(spent) > 0.3 * share, "and it is used: what lacks is the bound of the region heads"
@@ -64,7 +64,7 @@ def test_frames_padded_to_squares(tiny_detector: Detector, moving: list[Image], 
     """The tokens that are priced are those of the padded frame, as of checkpoints from detectron2's zoo."""
     square = Detector(dataclasses.replace(tiny_detector.config, square_pad=160)).eval()
     square.load_state_dict(tiny_detector.state_dict())
-    results = steady(list(square.stream(moving[:6], budget=budget)))
+    results = steady(list(square.stream(moving[:6], budget=budget, hold=1)))
     assert results and all(result.cost.tokens == 100 for result in results)
     if isinstance(budget, Gmacs):
         assert 0 < max(result.cost.total for result in results) <= 1e9 * budget.value
@@ -80,7 +80,7 @@ def test_dense_is_the_ceiling(tiny_detector: Detector, moving: list[Image]) -> N
 def test_a_bucket_never_gives_more_than_it_holds(tiny_detector: Detector, budget: Budget) -> None:
     images = [clip(1, 1)[0]] * 12 + clip(4, 25)
     results = steady(
-        list(tiny_detector.stream(images, budget=budget, scene_cuts=False, options=BudgetOptions(bucket=3)))
+        list(tiny_detector.stream(images, budget=budget, scene_cuts=False, hold=1, options=BudgetOptions(bucket=3)))
     )
     gmacs = isinstance(budget, Gmacs)
     spent = [result.cost.total / 1e9 if gmacs else result.cost.recomputed for result in results]
@@ -92,7 +92,7 @@ def test_a_bucket_never_gives_more_than_it_holds(tiny_detector: Detector, budget
 
 
 def test_budget_of_any_kind_between_frames(tiny_detector: Detector, moving: list[Image]) -> None:
-    stream = tiny_detector.stream(moving, budget=0.5)
+    stream = tiny_detector.stream(moving, budget=0.5, hold=1)
     next(stream)
     dense = 0.0
     budgets: list[Budget | Selector] = [Gmacs(0.012), 7, Threshold(1e9), 0.0, Gmacs(0.02), EVERYTHING]
@@ -111,7 +111,7 @@ def test_budget_of_any_kind_between_frames(tiny_detector: Detector, moving: list
 @pytest.mark.parametrize("budget", [0.02, 1, Gmacs(0.008), Latency(1e-6), Threshold(1e9)])
 def test_staleness_is_bounded(tiny_detector: Detector, budget: Budget | Selector) -> None:
     images = [clip(1, 1)[0]] * 45
-    results = list(tiny_detector.stream(images, budget=budget, options=BudgetOptions(max_age=12)))
+    results = list(tiny_detector.stream(images, budget=budget, options=BudgetOptions(max_age=12), hold=1))
     assert worst_age(results) <= 12
     unbounded = list(tiny_detector.stream(images, budget=Threshold(1e9)))
     assert worst_age(unbounded) == 44
@@ -119,7 +119,7 @@ def test_staleness_is_bounded(tiny_detector: Detector, budget: Budget | Selector
 
 @pytest.mark.parametrize("budget", [8, 0.2])
 def test_what_is_due_is_part_of_the_budget(tiny_detector: Detector, moving: list[Image], budget: Budget) -> None:
-    results = steady(list(tiny_detector.stream(moving, budget=budget, options=BudgetOptions(max_age=40))))
+    results = steady(list(tiny_detector.stream(moving, budget=budget, options=BudgetOptions(max_age=40), hold=1)))
     assert worst_age(results) <= 40
     assert max(result.cost.recomputed for result in results) == (8 if budget == 8 else 12)
 
@@ -148,7 +148,9 @@ def test_latency_is_held_by_feedback(tiny_detector: Detector, moving: list[Image
     """A tenth of the time whatever is recomputed; twice as slow from frame 40 to 80; then a tenth of the target."""
     load = 1.0
     detector = simulated(tiny_detector, lambda cost: load * (0.01 + 0.09 * cost.total / cost.dense_total))
-    stream = detector.stream(moving * 3 + moving[::-1], budget=WANTS_ALL.within(Latency(0.05)), scene_cuts=False)
+    stream = detector.stream(
+        moving * 3 + moving[::-1], budget=WANTS_ALL.within(Latency(0.05)), scene_cuts=False, hold=1
+    )
     next(stream)
     taken = []
     for frame in range(119):
@@ -185,3 +187,32 @@ def test_the_paper_rule_knows_tokens_and_shares_only(tiny_detector: Detector, mo
 def test_results_do_not_depend_on_the_past_of_a_budget(tiny_detector: Detector, moving: list[Image]) -> None:
     costs = [[r.cost.macs for r in tiny_detector.stream(moving[:8], budget=Gmacs(0.01))] for _ in range(2)]
     assert costs[0] == costs[1] and any(a != b for a, b in pairwise(costs[0]))
+
+
+@pytest.mark.parametrize("share", [0.03, 0.1, 0.7])
+def test_a_small_budget_has_frames_held_and_is_kept_on_average(
+    tiny_detector: Detector, moving: list[Image], share: float
+) -> None:
+    """Rather a few key frames that are worth their cost than a little on each; early ones are paid for later."""
+    images = (moving + moving[::-1]) * 4
+    dense = next(tiny_detector.stream(images)).cost.dense_total
+    results = list(tiny_detector.stream(images, budget=Gmacs(share * dense / 1e9), scene_cuts=False))[1:]
+    spent = np.array([result.cost.total / dense for result in results])
+    assert spent.mean() <= 1.1 * share
+    assert spent.mean() > 0.5 * min(share, 0.4), "and it is used"
+    keys = [result for result in results if not result.held]
+    assert np.median([result.cost.recomputed for result in keys]) >= 15, "a key frame has a quarter of the 60 tokens"
+    assert (len(keys) < len(results)) == (share < 0.7)
+    shared = list(tiny_detector.stream(images, budget=0.05, scene_cuts=False))[1:]
+    assert sum(result.cost.recomputed for result in shared) <= 1.1 * 0.05 * 60 * len(shared)
+    assert not any(result.held for result in tiny_detector.stream(images[:9], budget=0.25, scene_cuts=False))
+
+
+def test_a_small_budget_in_seconds_is_kept_with_the_time_of_moving(
+    tiny_detector: Detector, moving: list[Image]
+) -> None:
+    detector = simulated(tiny_detector, lambda cost: 1.0 + 9.0 * cost.total / cost.dense_total)
+    stream = detector.stream((moving + moving[::-1]) * 3, budget=Latency(0.5), scene_cuts=False)
+    next(stream)
+    taken = [result.cost.latency for result in stream][10:]
+    assert np.mean(taken) == pytest.approx(0.5, rel=0.25)

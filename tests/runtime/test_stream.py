@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 
 from eventful_det.data.synthetic import SceneOptions, render_video, video_facts
 from eventful_det.data.video import VideoFrame, VideoSource
+from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
-from eventful_det.gating.selector import DEFAULT, EVERYTHING, Budget, Selector, TopK
+from eventful_det.gating.saliency import token_saliency
+from eventful_det.gating.selector import DEFAULT, EVERYTHING, Budget, GateInput, Ranking, Selector, TopK
 from eventful_det.models.detector import Detector
+from eventful_det.runtime.motion import BoxMover
 from eventful_det.runtime.pool import StreamPool
 from eventful_det.runtime.scene_cuts import SceneCuts
 from eventful_det.runtime.session import StreamResult
@@ -238,3 +241,22 @@ def test_what_is_not_a_cut() -> None:
         assert not cuts(np.clip(other, 0, 255).astype(np.uint8))
     assert cuts(black.astype(np.uint8))
     assert not cuts(black.astype(np.uint8))
+
+
+def test_the_gate_of_a_key_frame_looks_where_objects_have_moved_to(
+    tiny_detector: Detector, frames: list[Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On held frames boxes move on; the next key frame's saliency is that of the moved boxes, not of the last ones."""
+    box, score = torch.tensor([[48.0, 0.0, 80.0, 32.0]]), torch.tensor([0.7])
+    moved = Detections(box, score, torch.tensor([0]), torch.tensor([0]))
+    monkeypatch.setattr(BoxMover, "boxes", lambda mover: moved)
+    seen: list[GateInput] = []
+
+    def policy(gate: GateInput) -> Ranking:
+        seen.append(gate)
+        return Ranking(torch.arange(gate.error.numel()), 3)
+
+    list(tiny_detector.stream(frames[:5], budget=Selector(policy), scene_cuts=False, hold=2))
+    assert len(seen) == 2, "of five frames the third and the fifth are gated key frames"
+    for gate in seen:
+        assert gate.saliency is not None and torch.equal(gate.saliency, token_saliency(box, score, (6, 10), 16))

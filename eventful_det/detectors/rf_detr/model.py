@@ -29,11 +29,11 @@ from eventful_det.gating.convert import Rule, per_stream, step_streams
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.saliency import token_saliency
 from eventful_det.gating.selector import DEFAULT, Select
 from eventful_det.gating.state import State, StreamState, TensorTree
 from eventful_det.gating.update import Update
 from eventful_det.gating.vit_spec import spec_of
-from eventful_det.models.saliency import token_saliency
 
 
 @dataclass

@@ -28,6 +28,7 @@ from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.saliency import token_saliency
 from eventful_det.gating.selector import DEFAULT, Budget, Select, Selector
 from eventful_det.gating.state import State, StreamState, TensorTree
 from eventful_det.gating.update import Update
@@ -37,7 +38,6 @@ from eventful_det.integrations.detectron2.heads import Heads
 from eventful_det.integrations.video_states import VideoStates
 from eventful_det.models.incremental import HeadsState
 from eventful_det.models.macs import DetectorCosts
-from eventful_det.models.saliency import token_saliency
 from eventful_det.runtime.budget import parse_budget, selector_for
 from eventful_det.runtime.control import Stepper
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
