@@ -104,6 +104,7 @@ class EventfulRFDETR(nn.Module):
     Args:
         model: `transformers.RfDetrForObjectDetection`, a model of the package `rfdetr` (`RFDETRNano()`) or its network.
         min_score: detections below this score are dropped; 0 keeps all, as both packages do before their threshold.
+        side: of the square input in pixels; None = the model's own.
 
     Attributes:
         model: the network.
@@ -117,9 +118,10 @@ class EventfulRFDETR(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, model: Any, *, min_score: float = 0.05) -> None:
+    def __init__(self, model: Any, *, min_score: float = 0.05, side: int | None = None) -> None:
         super().__init__()
         self.model, parts = parts_of(model)
+        parts = dataclasses.replace(parts, side=side or parts.side)
         self.parts: Parts = parts
         self.spec = spec_of(self.parts.backbone)
         self.min_score = min_score
