@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from timm.optim._param_groups import param_groups_layer_decay
 
+from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.errors import UserError
 from eventful_det.models.detector import Detector
 
 
-def make_optimizer(detector: Detector, lr: float, weight_decay: float, layer_decay: float) -> torch.optim.AdamW:
+def make_optimizer(
+    detector: Detector | EventfulRFDETR, lr: float, weight_decay: float, layer_decay: float
+) -> torch.optim.AdamW:
     """AdamW; the deeper a parameter lies below the heads, the smaller its learning rate (ViTDet, appendix).
 
     Every group holds its share of the learning rate as "lr_scale"; norms, biases and position encodings have no
@@ -21,9 +24,9 @@ def make_optimizer(detector: Detector, lr: float, weight_decay: float, layer_dec
     """
     groups: list[dict[str, Any]] = list(
         param_groups_layer_decay(
-            detector.backbone.net,
+            detector.backbone.net if isinstance(detector, Detector) else detector.parts.backbone,
             weight_decay=weight_decay,
-            no_weight_decay_list=("pos_embed", "rel_pos_h", "rel_pos_w"),
+            no_weight_decay_list=("pos_embed", "rel_pos_h", "rel_pos_w", "embeddings.position_embeddings"),
             layer_decay=layer_decay,
         )
     )
