@@ -93,7 +93,9 @@ def init_backbone(detector: EventfulRFDETR, source: str | os.PathLike[str]) -> N
     with torch.no_grad():
         for parameter, value in pairs:
             if parameter.shape != value.shape:
-                raise UserError(f"{source} does not fit the backbone: {tuple(value.shape)}, not {tuple(parameter.shape)}")
+                raise UserError(
+                    f"{source} does not fit the backbone: {tuple(value.shape)}, not {tuple(parameter.shape)}"
+                )
             parameter.copy_(value)
 
 
