@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from benchmark_cases import DENSE, GATED, PEERS, TIMM, USUAL, Case, Options
+from common import AnyDetector
 from torch import Tensor, nn
 
 from eventful_det.data.transforms import resize, to_tensor
@@ -99,12 +100,12 @@ def peer_backbone(peer: OfficialBackbone, frames: Sequence[Tensor]) -> Method:
     return Method(run, lambda: peer.state_bytes, peer.reset)
 
 
-def whole_detector(detector: Detector | EventfulRFDETR, rule: str, k: int) -> Method:
+def whole_detector(detector: AnyDetector, rule: str, k: int) -> Method:
     """The detector, dense or by one of our rules."""
     state, how = detector.init_state(), GATED.get(rule, Dense())
 
     def run(frame: Tensor) -> Step:
-        (step,) = detector.step(frame[None], state, rule=how, selector=selector_of(k), timing=True)
+        (step,) = detector.step([frame], state, rule=how, selector=selector_of(k), timing=True)
         cost = step.cost
         macs = {"backbone": cost.macs["backbone"], "heads": cost.total - cost.macs["backbone"], "total": cost.total}
         heads = sum(cost.seconds.get(part, 0.0) for part in cost.macs if part != "backbone")

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from common import Data, Side, choose_device, command, console, say, write_results
+from common import AnyDetector, Data, Side, choose_device, command, console, say, write_results
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -224,7 +224,7 @@ def evaluate(data: CocoVideo, path: str, detector: Detector | EventfulRFDETR) ->
     columns = [TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=sum(len(video.frames) for video in data.videos))
-        scores = evaluate_detector(detector.eval(), data, on_frame=lambda _: progress.advance(task))
+        scores = evaluate_detector(cast(AnyDetector, detector.eval()), data, on_frame=lambda _: progress.advance(task))
     say(f"AP50 {100 * scores['ap50']:.1f}, AP {100 * scores['ap']:.1f} on {path}")
     return jsonable(scores)
 
@@ -235,7 +235,7 @@ def make_judge(data: CocoVideo, every: int) -> Callable[[Detector | EventfulRFDE
 
     def judge(detector: Detector | EventfulRFDETR) -> dict[str, float]:
         training = detector.training
-        scores = evaluate_detector(detector.eval(), part)
+        scores = evaluate_detector(cast(AnyDetector, detector.eval()), part)
         detector.train(training)
         return {name: scores[name] for name in ("ap", "ap50", "ap75")}
 

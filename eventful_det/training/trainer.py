@@ -175,7 +175,8 @@ class Trainer:
         if isinstance(result, Detector):
             save_detector(result, self.directory / f"{name}.safetensors", torch.float32, notes)
         else:
-            result.model.save_pretrained(self.directory if name == "model" else self.directory / name)
+            model: Any = result.model  # of transformers
+            model.save_pretrained(self.directory if name == "model" else self.directory / name)
 
     def _save_checkpoint(self) -> None:
         state = {

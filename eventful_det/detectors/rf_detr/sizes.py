@@ -48,7 +48,7 @@ SIZES: dict[Name, Size] = {
 }
 
 
-def random_model(name: Name, seed: int = 0, **changes: object) -> Any:
+def random_model(name: Name, seed: int = 0, **changes: Any) -> Any:
     """A `transformers.RfDetrForObjectDetection` of a size, with random weights.
 
     Args:
@@ -64,7 +64,7 @@ def random_model(name: Name, seed: int = 0, **changes: object) -> Any:
     except ImportError:
         raise UserError("RF-DETR needs the package transformers: pip install 'transformers>=5'") from None
     size = SIZES[name]
-    backbone: dict[str, object] = {
+    backbone: dict[str, Any] = {
         "model_type": "rf_detr_dinov2",
         "hidden_size": 384,
         "num_attention_heads": 6,
@@ -73,10 +73,8 @@ def random_model(name: Name, seed: int = 0, **changes: object) -> Any:
         "num_windows": size.regions,
         "out_indices": list(size.outputs),
     }
-    given = changes.pop("backbone_config", {})
-    if isinstance(given, dict):
-        backbone |= given
-    values = {"decoder_layers": size.decoder_layers, "decoder_n_points": 2, "num_labels": 91, **changes}
+    backbone |= changes.pop("backbone_config", {})
+    values: dict[str, Any] = {"decoder_layers": size.decoder_layers, "decoder_n_points": 2, "num_labels": 91, **changes}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return RfDetrForObjectDetection(RfDetrConfig(**{**values, "backbone_config": backbone})).eval()

@@ -65,8 +65,8 @@ def init_backbone(detector: EventfulRFDETR, source: str | os.PathLike[str]) -> N
     Raises:
         UserError: the source cannot be read or does not fit.
     """
-    tensors, vit = backbone_tensors(str(source)), detector.parts.backbone.embeddings
-    parameters = dict(vit.named_parameters())
+    tensors = backbone_tensors(str(source))
+    parameters = dict(detector.parts.backbone.get_submodule("embeddings").named_parameters())
     weight = tensors["patch_embed.proj.weight"]  # (D, 3, p, p)
     mean, std = (values.to(weight.dtype).view(1, 3, 1, 1) for values in (detector.pixel_mean, detector.pixel_std))
     shift = (weight * (mean - _PRETRAINED) / _PRETRAINED).sum((1, 2, 3))
