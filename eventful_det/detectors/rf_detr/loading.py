@@ -10,14 +10,11 @@ from typing import Any
 import torch
 
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
-from eventful_det.detectors.rf_detr.sizes import NAMES, SIZES
+from eventful_det.detectors.rf_detr.sizes import NAMES, SIZES, random_rfdetr
 from eventful_det.errors import UserError
 
 # Side of a patch, decoder layers and positions along a side tell the sizes of the package rfdetr apart.
-_KINDS = {
-    (size.patch, size.decoder_layers, size.trained // size.patch): f"RFDETR{name.rpartition('-')[2].title()}"
-    for name, size in SIZES.items()
-}
+_NAMES = {(size.patch, size.decoder_layers, size.trained // size.patch): name for name, size in SIZES.items()}
 _PROJECTION = "backbone.0.encoder.encoder.embeddings.patch_embeddings.projection.weight"
 _POSITIONS = "backbone.0.encoder.encoder.embeddings.position_embeddings"
 
@@ -74,7 +71,7 @@ def _rfdetr_model(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"no weights file {path}")
     try:
-        import rfdetr
+        import rfdetr  # noqa: F401
     except ImportError:
         raise UserError(f"{path} needs the package rfdetr: pip install rfdetr") from None
     try:
@@ -85,12 +82,12 @@ def _rfdetr_model(path: Path) -> Any:
         layers = len({key.split(".")[3] for key in tensors if key.startswith("transformer.decoder.layers.")})
     except Exception as error:
         raise UserError(f"{path} is no weights file of RF-DETR ({type(error).__name__}); download it again") from None
-    kind = _KINDS.get((patch, layers, int(positions**0.5)))
-    if kind is None or any(key.startswith("segmentation_head.") for key in tensors):
+    name = _NAMES.get((patch, layers, int(positions**0.5)))
+    if name is None or any(key.startswith("segmentation_head.") for key in tensors):
         raise UserError(f"{path} is not one of RF-DETR nano, small, medium, base or large for boxes")
-    model = getattr(rfdetr, kind)(pretrain_weights=None, num_classes=len(tensors["class_embed.bias"]) - 1)
+    model = random_rfdetr(name, num_classes=len(tensors["class_embed.bias"]) - 1)
     try:
         model.model.model.load_state_dict(tensors)
     except RuntimeError:
-        raise UserError(f"{path} does not fit {kind}; its parameters have other names or shapes") from None
+        raise UserError(f"{path} does not fit {name}; its parameters have other names or shapes") from None
     return model

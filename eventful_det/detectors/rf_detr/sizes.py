@@ -78,3 +78,21 @@ def random_model(name: Name, seed: int = 0, **changes: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return RfDetrForObjectDetection(RfDetrConfig(**{**values, "backbone_config": backbone})).eval()
+
+
+def random_rfdetr(name: Name, **options: Any) -> Any:
+    """A model of the package `rfdetr`, with random weights. Nothing is fetched: it would fetch DINOv2's for "base".
+
+    Args:
+        name: of the size.
+        options: of its class, for example `num_classes`.
+    """
+    import rfdetr
+    from rfdetr.models.backbone.dinov2_with_windowed_attn import WindowedDinov2WithRegistersBackbone as Backbone
+
+    kind, fetch = getattr(rfdetr, f"RFDETR{name.rpartition('-')[2].title()}"), Backbone.from_pretrained
+    Backbone.from_pretrained = lambda _, config: Backbone(config)
+    try:
+        return kind(pretrain_weights=None, **options)
+    finally:
+        Backbone.from_pretrained = fetch
