@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from common import Side
 
 from eventful_det.detectors.protocol import AnyRule
+from eventful_det.detectors.rf_detr.sizes import SIZES
 from eventful_det.errors import UserError
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
@@ -17,6 +18,7 @@ from eventful_det.options import Count, Range, Seed, Share, from_values
 DENSE = "dense"  # what all other methods are compared with
 GATED: dict[str, AnyRule] = {"rows": Rows(), "paper": Paper(), "rows_half": Rows(cache_dtype="float16")}
 OURS, PEERS = (DENSE, *GATED), ("peer_dense", "peer")
+TIMM = "timm:"  # before the name of a backbone of timm
 USUAL = (DENSE, "rows", "paper")  # of a case that names no methods
 Changes = Literal["synthetic", "clip", "still"]
 PARTS = {"backbone": ("backbone",), "detector": ("backbone", "heads", "total")}
@@ -58,7 +60,7 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if any(side % DIVISOR for side in self.size):
+        if self.model not in SIZES and not self.model.startswith(TIMM) and any(side % DIVISOR for side in self.size):
             raise UserError(f"{self.name}: height and width must be multiples of {DIVISOR} pixels")
         self._check_budget()
         usable = OURS + (PEERS if self.what == "backbone" else ())

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from benchmark_cases import DENSE, GATED, PEERS, USUAL, Case, Options
-from torch import Tensor
+from benchmark_cases import DENSE, GATED, PEERS, TIMM, USUAL, Case, Options
+from common import AnyDetector
+from torch import Tensor, nn
 
 from eventful_det.data.transforms import resize, to_tensor
 from eventful_det.data.video import open_source
+from eventful_det.detectors.rf_detr.model import EventfulRFDETR
+from eventful_det.detectors.rf_detr.sizes import SIZES, random_model
 from eventful_det.errors import UserError
 from eventful_det.evaluation.changes import BLOBS, blob_frames
 from eventful_det.evaluation.official_code import OfficialBackbone, OfficialCode, dense_difference
@@ -97,22 +100,39 @@ def peer_backbone(peer: OfficialBackbone, frames: Sequence[Tensor]) -> Method:
     return Method(run, lambda: peer.state_bytes, peer.reset)
 
 
-def whole_detector(detector: Detector, rule: str, k: int) -> Method:
+def whole_detector(detector: AnyDetector, rule: str, k: int) -> Method:
     """The detector, dense or by one of our rules."""
     state, how = detector.init_state(), GATED.get(rule, Dense())
 
     def run(frame: Tensor) -> Step:
-        (step,) = detector.step(frame[None], state, rule=how, selector=selector_of(k), timing=True)
+        (step,) = detector.step([frame], state, rule=how, selector=selector_of(k), timing=True)
         cost = step.cost
         macs = {"backbone": cost.macs["backbone"], "heads": cost.total - cost.macs["backbone"], "total": cost.total}
-        heads = sum(seconds for part, seconds in cost.seconds.items() if part in ("pyramid", "rpn", "roi"))
+        heads = sum(cost.seconds.get(part, 0.0) for part in cost.macs if part != "backbone")
         return Step(macs, {"backbone": cost.seconds["backbone"], "heads": heads})
 
     return Method(run, lambda: state.nbytes, state.reset)
 
 
-def build_detector(case: Case, classes: int, seed: int) -> Detector:
+def build_backbone(name: str, size: tuple[int, int], seed: int) -> nn.Module:
+    """One of timm's ViTs with random weights.
+
+    Raises:
+        UserError: timm does not know it.
+    """
+    import timm
+
+    torch.manual_seed(seed)
+    try:
+        return timm.create_model(name, num_classes=0, img_size=size).eval()
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"timm:{name} cannot be built ({str(error).splitlines()[0]})") from error
+
+
+def build_detector(case: Case, classes: int, seed: int) -> Detector | EventfulRFDETR:
     """The case's model, with random weights unless they are named."""
+    if case.model in SIZES:
+        return EventfulRFDETR(random_model(case.model, seed, **case.config))
     if case.model not in MODELS:
         return load_detector(None if case.model == "shipped" else case.model, **case.config)
     standard = MODELS[case.model](tuple(f"class{i}" for i in range(classes)))
@@ -144,8 +164,13 @@ class Setting:
 
 def prepare(case: Case, config: Options, count: int, device: torch.device, code: OfficialCode | None) -> Setting:
     """Build a case's model, methods and first `count` frames; checks that a peer computes what ours does."""
-    detector = build_detector(case, config.classes, config.seed).to(device)
-    patch = detector.config.patch
+    detector: Detector | EventfulRFDETR | None = None
+    if case.what == "backbone" and case.model.startswith(TIMM):
+        net = build_backbone(case.model.removeprefix(TIMM), case.size, config.seed).to(device)
+    else:
+        detector = build_detector(case, config.classes, config.seed).to(device)
+        net = detector.backbone.net if isinstance(detector, Detector) else detector.parts.backbone
+    patch = spec_of(net).patch
     tokens = case.size[0] * case.size[1] // patch**2
     k = case.budget(tokens)
     frames = [frame.to(device) for frame in make_frames(case, patch, k, count, config.clip, config.seed)]
@@ -157,13 +182,15 @@ def prepare(case: Case, config: Options, count: int, device: torch.device, code:
     recomputed = f"{k} of {tokens} tokens" if k else f"what the default selects, {DEFAULT}"
     notes = [f"Token changes: {changes}. Gated methods recompute {recomputed}."]
     if case.what == "detector":
-        methods = {name: whole_detector(detector, name, k) for name in case.methods or USUAL}
+        assert detector is not None
+        usual = USUAL if isinstance(detector, Detector) else USUAL[:2]  # the paper's rule does not know RF-DETR
+        methods = {name: whole_detector(detector, name, k) for name in case.methods or usual}
         return Setting(frames, methods, k, tokens, notes)
-    mean, std = detector.pixel_mean, detector.pixel_std
+    mean, std = (0.5, 0.5) if detector is None else (detector.pixel_mean, detector.pixel_std)
     frames = [(frame - mean) / std for frame in frames]
-    methods = backbone_methods(case, detector, frames, k, code)
+    methods = backbone_methods(case, net, frames, k, code)
     if code is not None and set(methods) & set(PEERS):
-        notes.append(check_peer(code, detector, frames[0]))
+        notes.append(check_peer(code, net, frames[0]))
     return Setting(frames, methods, k, tokens, notes)
 
 
@@ -183,13 +210,12 @@ def make_frames(case: Case, patch: int, k: int, count: int, clip: Any, seed: int
 
 
 def backbone_methods(
-    case: Case, detector: Detector, frames: Sequence[Tensor], k: int, code: OfficialCode | None
+    case: Case, net: Any, frames: Sequence[Tensor], k: int, code: OfficialCode | None
 ) -> dict[str, Method]:
     """The methods of a case of the backbone alone; `frames` are normalised."""
-    net = detector.backbone.net
     grid = spec_of(net).grid(*case.size)
     methods = {}
-    for name in case.methods or USUAL + (PEERS if code else ()):
+    for name in case.methods or (USUAL[:2] if case.model.startswith(TIMM) else USUAL + (PEERS if code else ())):
         if name == DENSE:
             methods[name] = dense_backbone(net, grid)
         elif name in GATED:
@@ -200,13 +226,13 @@ def backbone_methods(
     return methods
 
 
-def check_peer(code: OfficialCode, detector: Detector, frame: Tensor) -> str:
+def check_peer(code: OfficialCode, net: Any, frame: Tensor) -> str:
     """Whether the official dense backbone computes what ours does, in words; `frame` is normalised.
 
     Raises:
         UserError: it does not, so that its times would mean nothing.
     """
-    difference = dense_difference(code, detector.backbone.net, frame)
+    difference = dense_difference(code, net, frame)
     words = f"the dense token maps of the official code and ours differ by {difference:.1e} of the largest value"
     if not difference <= PEER_TOLERANCE:
         raise UserError(f"{words}; at most {PEER_TOLERANCE:.0e} is accepted")

@@ -4,10 +4,12 @@
     python tools/count_flops.py model=vitdet_tiny size=[320,512] rule=rows k=[80,160]
     python tools/count_flops.py model=vitdet_b_vid size=[[576,1024],[384,672]] fraction=[0.125,0.25]
     python tools/count_flops.py model=vitdet_tiny +model.window=8 k=160
+    python tools/count_flops.py model=rf-detr-nano fraction=[0.125,0.25]
 
-Nothing runs and no weights are needed: networks are built without memory (on torch's meta device) and counted in
-closed form. Counts are of steady frames, in which k tokens are recomputed; a flush costs what dense does. The heads
-are counted as the detector runs them when anything changed: in full, with the most proposals that it keeps.
+Nothing runs and no weights are needed: networks are built without memory (on torch's meta device; RF-DETR with random
+weights) and counted in closed form. Counts are of steady frames, in which k tokens are recomputed; a flush costs what
+dense does. The heads are counted as the detector runs them when anything changed: in full, with the most proposals
+that it keeps.
 """
 
 from __future__ import annotations
@@ -25,10 +27,15 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from eventful_det.data.transforms import fit_size
+from eventful_det.detectors.rf_detr.model import EventfulRFDETR
+from eventful_det.detectors.rf_detr.projector import everywhere, projector_macs
+from eventful_det.detectors.rf_detr.sizes import SIZES, random_model
 from eventful_det.errors import UserError
 from eventful_det.gating.macs import (
     Ablation,
+    Macs,
     ViTShape,
+    dense_macs,
     expected_cells,
     most_window_queries,
     paper_macs,
@@ -50,7 +57,8 @@ Fraction = Annotated[float, Range(0, 1, above=True)]
 _NOTES = (
     "Steady frames; a flush costs what dense does. official: the backbone as the paper's code counts it. backbone to "
     "total: our multiply-adds, with patch embedding and gates; heads in full, with as many proposals as are kept, "
-    "an upper bound for gated frames: there the heads recompute only what changed tokens reach."
+    "an upper bound for gated frames: there the heads recompute only what changed tokens reach. linear: the total "
+    "without the products of attention, QK^T and A.V, which counters that do not see fused attention leave out."
 )
 
 
@@ -99,13 +107,15 @@ class Options(Wish):
 
 
 class Network:
-    """A detector without memory, for its sizes."""
+    """A ViTDet without memory, for its sizes."""
+
+    rules: tuple[str, ...] = get_args(RuleName)
 
     def __init__(self, model: Mapping[str, Any], classes: int) -> None:
         changes = {key: value for key, value in model.items() if key not in ("name", "init")}
         name = model["name"]
         if name not in MODELS:
-            raise UserError(f"unknown model {name!r}; {nearest(name, MODELS)}")
+            raise UserError(f"unknown model {name!r}; {nearest(name, [*MODELS, *SIZES])}")
         config = MODELS[name](tuple(f"class{i}" for i in range(classes)))
         self.name = str(name)
         self.config = from_values(ModelConfig, {**dataclasses.asdict(config), **changes}, "model")
@@ -123,15 +133,52 @@ class Network:
         rows, cols = (-(-side // DIVISOR) * DIVISOR // self.shape.patch for side in (height, width))
         return rows, cols
 
-    def heads(self, grid: Grid) -> dict[str, int]:
+    def heads(self, grid: Grid) -> dict[str, Macs]:
         """MACs of the parts behind the backbone."""
-        return self.detector.head_weights.dense(grid, self.config.proposals)
+        dense = self.detector.head_weights.dense(grid, self.config.proposals)
+        return {part: Macs(linear=macs) for part, macs in dense.items()}
 
 
-def expand(wish: Wish, network: Network) -> Iterator[Case]:
+class RFDETRNetwork:
+    """An RF-DETR of `transformers`, for its sizes."""
+
+    rules: tuple[str, ...] = ("dense", "rows")  # the paper's rule does not know it
+
+    def __init__(self, model: Mapping[str, Any]) -> None:
+        self.name = str(model["name"])
+        if unknown := sorted(set(model) - {"name"}):
+            raise UserError(f"model: unknown option {unknown[0]!r}; {self.name} has none")
+        self.detector = EventfulRFDETR(random_model(model["name"]))
+        self.shape = self.detector.spec.shape
+
+    @property
+    def usual_size(self) -> tuple[int, int]:
+        """Height and width of its input."""
+        side = self.detector.input_transform.short_side
+        return side, side
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Tokens (rows, columns) of a frame, padded to whole windows."""
+        return self.detector.spec.grid(height, width)
+
+    def heads(self, grid: Grid) -> dict[str, Macs]:
+        """MACs of the parts behind the backbone."""
+        parts = self.detector.parts
+        attention = parts.decoder.queries**2 * parts.decoder.attention
+        return {
+            "projector": Macs(linear=projector_macs(parts.projector, everywhere(parts.projector, grid))),
+            "decoder": Macs(linear=parts.decoder.macs(grid[0] * grid[1]) - attention, attention=attention),
+        }
+
+
+def expand(wish: Wish, network: Network | RFDETRNetwork) -> Iterator[Case]:
     """The cases that one wish asks of one network: all combinations of its lists that differ."""
     pools, ablations = _list(wish.pool or 1), _list(wish.ablation or "full")
-    rules = _list(wish.rule or get_args(RuleName))
+    rules = _list(wish.rule or network.rules)
+    if unknown := [rule for rule in rules if rule not in network.rules]:
+        raise UserError(
+            f"{network.name}: rule={unknown[0]} does not know its windows; known: {', '.join(network.rules)}"
+        )
     for size, rule in itertools.product(_sizes(wish.size or network.usual_size), rules):
         if rule == "rows" and pools != [1]:
             raise UserError("rule=rows does not pool keys; set pool=1 or rule=[dense,paper]")
@@ -140,7 +187,7 @@ def expand(wish: Wish, network: Network) -> Iterator[Case]:
             yield Case(network.name, *size, rule, k, ablation, pool)
 
 
-def count(case: Case, network: Network, assume: Assumptions) -> dict[str, Any]:
+def count(case: Case, network: Network | RFDETRNetwork, assume: Assumptions) -> dict[str, Any]:
     """A case's entry in `results.json`; counts in GMACs."""
     grid = network.grid(case.height, case.width)
     official, backbone, assumed = _count_backbone(case, network.shape, grid, assume)
@@ -150,33 +197,38 @@ def count(case: Case, network: Network, assume: Assumptions) -> dict[str, Any]:
         "pool": None if case.pool == 1 else case.pool,
         "tokens": grid[0] * grid[1],
         "official_gmacs": None if official is None else official / 1e9,
-        **{part: macs / 1e9 for part, macs in parts.items()},
-        "total": sum(parts.values()) / 1e9,
+        **{part: macs.total / 1e9 for part, macs in parts.items()},
+        "total": sum(macs.total for macs in parts.values()) / 1e9,
+        "attention": {part: macs.attention / 1e9 for part, macs in parts.items()},
         "assumed": assumed,
     }
 
 
-def _count_backbone(case: Case, shape: ViTShape, grid: Grid, assume: Assumptions) -> tuple[int | None, int, str | None]:
+def _count_backbone(
+    case: Case, shape: ViTShape, grid: Grid, assume: Assumptions
+) -> tuple[int | None, Macs, str | None]:
     """Operations of the backbone as the official code counts them; its MACs; what was assumed, if anything."""
     tokens = grid[0] * grid[1]
     if case.pool < 1 or grid[0] % case.pool or grid[1] % case.pool:
         raise UserError(f"pool={case.pool} does not divide a grid of {grid[0]} x {grid[1]} tokens")
     if case.rule == "rows" and case.k is not None:
         queries, assumed = _queries(shape, grid, case.k, assume.padding)
-        return None, rows_macs(shape, grid, rows_sizes(shape, grid, case.k, queries)).total, assumed
+        return None, rows_macs(shape, grid, rows_sizes(shape, grid, case.k, queries)), assumed
+    if shape.prefix:
+        return None, dense_macs(shape, grid), None
     sizes, assumed = paper_sizes(shape, grid, tokens), None
     if case.k is not None:
         cells, assumed = _cells(grid, case.k, case.pool, assume.scatter)
         sizes = tuple(dataclasses.replace(block, cells=cells) for block in paper_sizes(shape, grid, case.k))
     how = (case.ablation or "full", case.pool, case.k is None)
-    return official_counts(shape, grid, sizes, *how).total, paper_macs(shape, grid, sizes, *how).total, assumed
+    return official_counts(shape, grid, sizes, *how).total, paper_macs(shape, grid, sizes, *how), assumed
 
 
 def _queries(shape: ViTShape, grid: Grid, k: int, padding: float | None) -> tuple[int | None, str | None]:
     """Queries that the tokens make in windows; None = the most there can be."""
     if not shape.windowed:
         return None, None
-    if padding is None:
+    if padding is None or shape.prefix:
         return None, "selected tokens fall into windows the costliest way"
     assumed = f"windowed attention pads its queries to {padding} per selected token (assume.padding)"
     return min(round(padding * k), most_window_queries(grid, shape.window, k)), assumed
@@ -222,14 +274,19 @@ def show(rows: list[dict[str, Any]]) -> None:
         title = f"{model}, {height} x {width} pixels, {group[0]['tokens']} tokens: GMACs per frame"
         table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
         table.add_column("rule", no_wrap=True)
-        for column in ("k", "official", "backbone", "pyramid", "rpn", "roi", "total", "share"):
+        heads = list(group[0]["attention"])
+        for column in ("k", "official", *heads, "total", "linear", "share"):
             table.add_column(column, justify="right", no_wrap=True)
         for row in group:
-            parts = ("official_gmacs", "backbone", "pyramid", "rpn", "roi", "total")
-            numbers = ["" if row[part] is None else f"{row[part]:.2f}" for part in parts]
+            numbers = ["" if row[part] is None else f"{row[part]:.2f}" for part in ("official_gmacs", *heads, "total")]
+            numbers.append(f"{row['total'] - sum(row['attention'].values()):.2f}")
             share = f"{row['total'] / dense:.0%}" if dense else ""
             table.add_row(_label(row), "" if row["k"] is None else str(row["k"]), *numbers, share)
         console.print(table)
+        if len(heads) == 3 and dense is not None:
+            row = next(row for row in group if row["rule"] == "dense")
+            linear = {part: row[part] - row["attention"][part] for part in heads}
+            console.print("linear by part:", ", ".join(f"{part} {gmacs:.2f}" for part, gmacs in linear.items()))
     console.print(_NOTES)
     for rule, assumed in dict.fromkeys((_label(row), row["assumed"]) for row in rows if row["assumed"]):
         console.print(f"Assumed of {rule}: {assumed}.")
@@ -251,7 +308,8 @@ def collect(options: Options) -> list[dict[str, Any]]:
     rows: dict[Case, dict[str, Any]] = {}
     for wish in [options] if own else options.cases:
         model = {"name": wish.model} if isinstance(wish.model, str) else wish.model or {}
-        network = Network({"name": "vitdet_tiny", **model}, options.classes)
+        model = {"name": "vitdet_tiny", **model}
+        network = RFDETRNetwork(model) if model["name"] in SIZES else Network(model, options.classes)
         rows |= {case: count(case, network, options.assume) for case in expand(wish, network)}
     return sorted(rows.values(), key=lambda row: (row["model"], -row["height"], -row["width"]))
 

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from common import Data, choose_device, command, console, say, write_results
+from common import AnyDetector, Data, Side, choose_device, command, console, say, write_results
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -33,6 +33,8 @@ from eventful_det.data.clips import ClipOptions, ClipSet
 from eventful_det.data.coco_video import CocoVideo, load_coco_video
 from eventful_det.data.mixed import MixedSet
 from eventful_det.data.training_set import Samples, TrainingSet
+from eventful_det.detectors.rf_detr.model import EventfulRFDETR
+from eventful_det.detectors.rf_detr.training import TINY, tiny
 from eventful_det.errors import UserError
 from eventful_det.evaluation.summary import evaluate_detector, jsonable
 from eventful_det.models.checkpoints import load_detector
@@ -81,7 +83,17 @@ class Options:
         return {name: data if name == "data" else getattr(self, name) for name in SAME}
 
 
-def build_model(config: Options, classes: tuple[str, ...]) -> Detector:
+@dataclass(frozen=True, kw_only=True)
+class TinyRFDETR:
+    """The sizes of configs/model/rf_detr_tiny.yaml."""
+
+    init: str | None = None
+    side: Side = 256
+    queries: Count = 50
+    groups: Count = 4
+
+
+def build_model(config: Options, classes: tuple[str, ...]) -> Detector | EventfulRFDETR:
     """The model to train: that of `start` if given, else that of `model`, its backbone started from `model.init`.
 
     With gates on, a trained detector is needed, of these classes: the shipped default, if `start` is not given.
@@ -91,16 +103,21 @@ def build_model(config: Options, classes: tuple[str, ...]) -> Detector:
     if config.start:
         return load_detector(config.start, classes=classes)
     sizes = dict(config.model)
-    name, init = sizes.pop("name"), sizes.pop("init", None)
+    name = sizes.pop("name")
+    if name == TINY:
+        return tiny(classes, **asdict(from_values(TinyRFDETR, sizes, "model")))
+    init = sizes.pop("init", None)
     if name not in MODELS:
-        raise UserError(f"unknown model {name!r}; {nearest(name, MODELS)}")
+        raise UserError(f"unknown model {name!r}; {nearest(name, [*MODELS, TINY])}")
     detector = Detector(from_values(ModelConfig, {**asdict(MODELS[name](classes)), **sizes}, "model"))
     if init:
         init_backbone(detector.backbone.net, init)
     return detector
 
 
-def build_task(config: Options, data: list[CocoVideo], detector: Detector) -> tuple[Samples, nn.Module | None]:
+def build_task(
+    config: Options, data: list[CocoVideo], detector: Detector | EventfulRFDETR
+) -> tuple[Samples, nn.Module | None]:
     """What to train on and what to minimise: stills and the detector's losses, or clips with gates on."""
     augmentation = config.augment
     order = config.train.seed, config.data.repeat_threshold, config.data.emphasis
@@ -108,6 +125,8 @@ def build_task(config: Options, data: list[CocoVideo], detector: Detector) -> tu
     if config.eventful is None:
         stills = [TrainingSet(part, augmentation, *order) for part in data]
         return MixedSet(stills, ratio, config.train.seed), None
+    if not isinstance(detector, Detector):
+        raise UserError("eventful: training with gates on is for ViTDet; leave start out, or name one")
     clips = [ClipSet(part, augmentation, config.clips or ClipOptions(), *order) for part in data]
     objective = EventfulObjective(detector, config.eventful)
     return MixedSet(clips, ratio, config.train.seed), objective
@@ -176,7 +195,7 @@ def train(config: Options) -> None:
         results = {
             "command": command(),
             "steps": options.steps,
-            "weights": str(directory / "model.safetensors"),
+            "weights": str(directory / "model.safetensors" if isinstance(detector, Detector) else directory),
             "best_ap50": trainer.best_score if options.eval_every else None,
             "validation": evaluate(validation, config.data.val, detector) if validation and config.evaluate else None,
         }
@@ -200,23 +219,23 @@ def check_same(config: Options, path: Path) -> None:
         raise UserError(f"{path}: the run was begun with other values of {', '.join(changed)}; choose another output")
 
 
-def evaluate(data: CocoVideo, path: str, detector: Detector) -> dict[str, Any]:
+def evaluate(data: CocoVideo, path: str, detector: Detector | EventfulRFDETR) -> dict[str, Any]:
     """Average precision and more of the dense detector on the validation split."""
     columns = [TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=sum(len(video.frames) for video in data.videos))
-        scores = evaluate_detector(detector.eval(), data, on_frame=lambda _: progress.advance(task))
+        scores = evaluate_detector(cast(AnyDetector, detector.eval()), data, on_frame=lambda _: progress.advance(task))
     say(f"AP50 {100 * scores['ap50']:.1f}, AP {100 * scores['ap']:.1f} on {path}")
     return jsonable(scores)
 
 
-def make_judge(data: CocoVideo, every: int) -> Callable[[Detector], dict[str, float]]:
+def make_judge(data: CocoVideo, every: int) -> Callable[[Detector | EventfulRFDETR], dict[str, float]]:
     """What the trainer calls now and then: average precision on a part of the validation split."""
     part = CocoVideo(data.categories, data.videos[::every], data.image_root)
 
-    def judge(detector: Detector) -> dict[str, float]:
+    def judge(detector: Detector | EventfulRFDETR) -> dict[str, float]:
         training = detector.training
-        scores = evaluate_detector(detector.eval(), part)
+        scores = evaluate_detector(cast(AnyDetector, detector.eval()), part)
         detector.train(training)
         return {name: scores[name] for name in ("ap", "ap50", "ap75")}
 

@@ -15,8 +15,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from eventful_det.detectors.rf_detr.loading import Name, is_rf_detr, load_rf_detr
+from eventful_det.detectors.rf_detr.loading import is_rf_detr, load_rf_detr
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
+from eventful_det.detectors.rf_detr.sizes import Name
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
 from eventful_det.models.config import ModelConfig

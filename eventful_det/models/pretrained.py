@@ -35,7 +35,7 @@ def init_backbone(vit: WindowedViT, source: str | os.PathLike[str]) -> None:
     Raises:
         UserError: the file cannot be read, or does not fit.
     """
-    tensors, own = without(_backbone_tensors(str(source)), _NOT_BACKBONE), vit.state_dict()
+    tensors, own = without(backbone_tensors(str(source)), _NOT_BACKBONE), vit.state_dict()
     try:
         tensors["pos_embed"] = _fit_positions(position_map(tensors["pos_embed"]), own["pos_embed"])
     except UserError as error:
@@ -57,7 +57,7 @@ def _fit_table(table: Tensor, own: Tensor) -> Tensor:
     return F.interpolate(table.T[None], own.shape[0], mode="linear")[0].T
 
 
-def _backbone_tensors(source: str) -> dict[str, Tensor]:
+def backbone_tensors(source: str) -> dict[str, Tensor]:
     """The tensors of the ViT in a source, under timm's names."""
     if source.startswith("timm:"):
         named = _timm_tensors(source.removeprefix("timm:"))

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map
 
 from eventful_det.data.training_set import Samples, Target, training_loader
+from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
 from eventful_det.models.checkpoints import save_detector
@@ -36,7 +37,8 @@ class Trainer:
     """Trains a detector; the run directory holds all there is to go on from.
 
     Files: `checkpoint.pt` (replaced atomically), `metrics.jsonl` (one line per logged step), `tensorboard/`,
-    `best.safetensors` where it is evaluated while training, and at the end `model.safetensors`.
+    `best.safetensors` where it is evaluated while training, and at the end `model.safetensors`. Weights of RF-DETR lie
+    in folders as `transformers` writes them: `best`, and at the end the run directory.
 
     Args:
         detector: the model, on its device.
@@ -50,13 +52,13 @@ class Trainer:
 
     def __init__(
         self,
-        detector: Detector,
+        detector: Detector | EventfulRFDETR,
         data: Samples,
         options: TrainOptions,
         directory: Path,
         on_step: Callable[[int, dict[str, float]], None] | None = None,
         objective: nn.Module | None = None,
-        evaluate: Callable[[Detector], dict[str, float]] | None = None,
+        evaluate: Callable[[Detector | EventfulRFDETR], dict[str, float]] | None = None,
     ) -> None:
         self.detector, self.data, self.options, self.directory = detector, data, options, directory
         self.on_step, self.evaluate = on_step, evaluate
@@ -67,7 +69,10 @@ class Trainer:
         self.device = detector.device
         self.dtype = autocast_dtype(options.amp, self.device)
         self.scaler = make_scaler(self.dtype, self.device)
-        detector.backbone.net.set_grad_checkpointing(options.checkpointing)
+        if isinstance(detector, Detector):
+            detector.backbone.net.set_grad_checkpointing(options.checkpointing)
+        elif options.checkpointing:
+            raise UserError("train.checkpointing is for ViTDet; RF-DETR is trained without")
         self.optimizer = make_optimizer(detector, options.lr, options.weight_decay, options.layer_decay)
         self.average = AveragedModel(detector, multi_avg_fn=get_ema_multi_avg_fn(options.ema)) if options.ema else None
         self.step, self.best_score = 0, -1.0
@@ -76,7 +81,7 @@ class Trainer:
         self.model = DistributedDataParallel(self.objective) if self.ranks > 1 else self.objective
 
     @property
-    def result(self) -> Detector:
+    def result(self) -> Detector | EventfulRFDETR:
         """The weights to use: averaged ones when there are any."""
         return self.detector if self.average is None else self.average.module  # type: ignore[return-value]
 
@@ -85,7 +90,7 @@ class Trainer:
         options = self.options
         return iter(training_loader(self.data, self.share, self.step, options.workers, self.rank, self.ranks))
 
-    def train(self) -> Detector:
+    def train(self) -> Detector | EventfulRFDETR:
         """Train to the end and return the model in evaluation mode.
 
         Raises:
@@ -104,7 +109,7 @@ class Trainer:
                 self._after_step(log, metrics)
         if log is not None:
             log.close()
-            self._save_weights("model.safetensors")
+            self._save_weights("model")
         return self.result.eval()
 
     def losses(self, images: Tensor, targets: list[Target]) -> dict[str, Tensor]:
@@ -158,7 +163,7 @@ class Trainer:
             log.write(self.step, {f"val_{name}": value for name, value in scores.items()}, "val")
             if scores[SCORE] > self.best_score:
                 self.best_score = scores[SCORE]
-                self._save_weights("best.safetensors")
+                self._save_weights("best")
         if self.step % options.checkpoint_every == 0 or end:
             self._save_checkpoint()
         if self.on_step is not None:
@@ -166,7 +171,12 @@ class Trainer:
 
     def _save_weights(self, name: str) -> None:
         notes = {"training": json.dumps(asdict(self.options)), "step": str(self.step)}
-        save_detector(self.result, self.directory / name, torch.float32, notes)
+        result = self.result
+        if isinstance(result, Detector):
+            save_detector(result, self.directory / f"{name}.safetensors", torch.float32, notes)
+        else:
+            model: Any = result.model  # of transformers
+            model.save_pretrained(self.directory if name == "model" else self.directory / name)
 
     def _save_checkpoint(self) -> None:
         state = {

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eventful_det import Stream, StreamPool, load_detector
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR, RFDETRStream
+from eventful_det.detectors.rf_detr.sizes import NAMES, SIZES, Name, random_model, random_rfdetr
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.rows import Rows
@@ -29,35 +30,26 @@ def small(package: str) -> Any:
     pytest.importorskip(package)
     torch.manual_seed(0)
     if package == "transformers":
-        from transformers import RfDetrConfig, RfDetrForObjectDetection
+        return judging(narrow("rf-detr-nano", num_hidden_layers=4, patch_size=8, image_size=64, out_indices=[2, 4]))
+    return judging(random_rfdetr("rf-detr-nano"))
 
-        backbone = {
-            "model_type": "rf_detr_dinov2",
-            "hidden_size": 24,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 2,
-            "patch_size": 8,
-            "image_size": 64,
-            "num_windows": 2,
-            "out_indices": [2, 4],
-        }
-        model = RfDetrForObjectDetection(
-            RfDetrConfig(
-                backbone_config=backbone,
-                d_model=32,
-                decoder_layers=2,
-                decoder_ffn_dim=48,
-                decoder_self_attention_heads=2,
-                decoder_cross_attention_heads=4,
-                num_queries=20,
-                num_labels=91,
-            )
-        ).eval()
-    else:
-        import rfdetr
 
-        model = rfdetr.RFDETRNano(pretrain_weights=None)
-    network: nn.Module = model if package == "transformers" else model.model.model.eval()
+def narrow(name: Name, **backbone: Any) -> Any:
+    """A network of a size of `transformers`, but for its widths, and for what is given."""
+    return random_model(
+        name,
+        backbone_config={"hidden_size": 24, "num_attention_heads": 2, **backbone},
+        d_model=32,
+        decoder_ffn_dim=48,
+        decoder_self_attention_heads=2,
+        decoder_cross_attention_heads=4,
+        num_queries=20,
+    )
+
+
+def judging(model: Any) -> Any:
+    """The model with heads that tell boxes and scores apart."""
+    network: nn.Module = model if isinstance(model, nn.Module) else model.model.model.eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(False)
@@ -78,14 +70,14 @@ def images(count: int = 4) -> list[Any]:
     return clip
 
 
-def own(model: Any, image: Any) -> tuple[Tensor, Tensor, Tensor]:
+def own(model: Any, image: Any, side: int = 64) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes, scores and labels as the package gives them."""
     if hasattr(model, "predict"):
         found = model.predict(image, threshold=0.0)
         return torch.tensor(found.xyxy), torch.tensor(found.confidence), torch.tensor(found.class_id)
     from transformers import RfDetrImageProcessor
 
-    processor = RfDetrImageProcessor(size={"height": 64, "width": 64})
+    processor = RfDetrImageProcessor(size={"height": side, "width": side})
     with torch.no_grad():
         outputs = model(**processor(images=image, return_tensors="pt"))
     (found,) = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[image.shape[:2]])
@@ -98,10 +90,34 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def test_the_package_own_predictions(model: Any) -> None:
+    same_predictions(model, 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_size_of_transformers(name: Name) -> None:
+    """Its grid, regions, output blocks and decoder layers; narrow, for time's sake."""
+    pytest.importorskip("transformers")
+    side = SIZES[name].side
+    detector = same_predictions(judging(narrow(name)), 1, side)
+    assert detector.input_transform.short_side == side
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_every_size_of_the_package_rfdetr(name: Name) -> None:
+    """On fewer pixels than its own, for time's sake, but "base", whose position encodings are resized."""
+    pytest.importorskip("rfdetr")
+    size = SIZES[name]
+    model = random_rfdetr(name, **({} if size.positions else {"resolution": 4 * size.patch * size.regions}))
+    same_predictions(judging(model), 1)
+
+
+def same_predictions(model: Any, frames: int, side: int = 64) -> EventfulRFDETR:
+    """Dense, and with everything selected, the detector predicts what its package does."""
     detector = EventfulRFDETR(model, min_score=0)
     transform, state, gated = detector.input_transform, detector.init_state(), detector.init_state()
-    for image in images(2):
-        boxes, scores, labels = own(model, image)
+    for image in images(frames):
+        boxes, scores, labels = own(model, image, side)
         frame = transform(image)
         for result in (
             detector.step([frame], state, rule=Dense())[0],
@@ -111,6 +127,7 @@ def test_the_package_own_predictions(model: Any) -> None:
             torch.testing.assert_close(found.scores, scores, atol=1e-4, rtol=0)
             torch.testing.assert_close(found.boxes, boxes.float(), atol=1e-2, rtol=1e-4)
             assert (found.labels == labels).float().mean() > 0.99
+    return detector
 
 
 def test_input_to_the_bit() -> None:
@@ -216,12 +233,15 @@ def test_a_folder_of_weights(tmp_path: Path) -> None:
     assert torch.equal(ours.boxes, theirs.boxes)
 
 
-def test_a_file_of_the_package_rfdetr(tmp_path: Path) -> None:
-    network = small("rfdetr").model.model
-    path = tmp_path / "rf-detr-nano.pth"
+@pytest.mark.parametrize("name", ["rf-detr-nano", "rf-detr-base"])
+def test_a_file_of_the_package_rfdetr(name: Name, tmp_path: Path) -> None:
+    pytest.importorskip("rfdetr")
+    network = random_rfdetr(name).model.model
+    path = tmp_path / f"{name}.pth"
     torch.save({"model": network.state_dict(), "args": argparse.Namespace(lr=1e-4)}, path)
     loaded = load_detector(path)
     assert isinstance(loaded, EventfulRFDETR) and loaded.names[1] == "person"
+    assert loaded.input_transform.short_side == SIZES[name].side
     assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), network.parameters(), strict=True))
     path.write_bytes(b"no weights")
     with pytest.raises(UserError, match="is no weights file of RF-DETR"):

@@ -5,24 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
+from eventful_det.detectors.rf_detr.sizes import NAMES, SIZES, random_rfdetr
 from eventful_det.errors import UserError
 
-Name = Literal["rf-detr-nano", "rf-detr-small", "rf-detr-medium", "rf-detr-base", "rf-detr-large"]
-NAMES: tuple[Name, ...] = ("rf-detr-nano", "rf-detr-small", "rf-detr-medium", "rf-detr-base", "rf-detr-large")
-
 # Side of a patch, decoder layers and positions along a side tell the sizes of the package rfdetr apart.
-_SIZES = {
-    (16, 2, 24): "RFDETRNano",
-    (16, 3, 32): "RFDETRSmall",
-    (16, 4, 36): "RFDETRMedium",
-    (14, 3, 37): "RFDETRBase",
-    (16, 4, 44): "RFDETRLarge",
-}
+_NAMES = {(size.patch, size.decoder_layers, size.trained // size.patch): name for name, size in SIZES.items()}
 _PROJECTION = "backbone.0.encoder.encoder.embeddings.patch_embeddings.projection.weight"
 _POSITIONS = "backbone.0.encoder.encoder.embeddings.position_embeddings"
 
@@ -59,7 +51,19 @@ def load_rf_detr(source: str | os.PathLike[str], *, min_score: float = 0.05) -> 
             f"no weights {source}: fetch config.json and model.safetensors of huggingface.co/{name} into a folder and "
             f"give its path ({reason[:120]})"
         ) from None
-    return EventfulRFDETR(model, min_score=min_score)
+    return EventfulRFDETR(model, min_score=min_score, side=_processed_side(name))
+
+
+def _processed_side(name: str) -> int | None:
+    """Side of the square that the image processor beside some weights makes; None = there is none."""
+    from transformers import RfDetrImageProcessor
+
+    try:
+        size, _ = RfDetrImageProcessor.get_image_processor_dict(name)
+        side = int(size["size"]["height"])
+    except (OSError, LookupError, TypeError, ValueError):
+        return None
+    return side
 
 
 def _rfdetr_model(path: Path) -> Any:
@@ -67,7 +71,7 @@ def _rfdetr_model(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"no weights file {path}")
     try:
-        import rfdetr
+        import rfdetr  # noqa: F401
     except ImportError:
         raise UserError(f"{path} needs the package rfdetr: pip install rfdetr") from None
     try:
@@ -78,12 +82,12 @@ def _rfdetr_model(path: Path) -> Any:
         layers = len({key.split(".")[3] for key in tensors if key.startswith("transformer.decoder.layers.")})
     except Exception as error:
         raise UserError(f"{path} is no weights file of RF-DETR ({type(error).__name__}); download it again") from None
-    kind = _SIZES.get((patch, layers, int(positions**0.5)))
-    if kind is None or any(key.startswith("segmentation_head.") for key in tensors):
+    name = _NAMES.get((patch, layers, int(positions**0.5)))
+    if name is None or any(key.startswith("segmentation_head.") for key in tensors):
         raise UserError(f"{path} is not one of RF-DETR nano, small, medium, base or large for boxes")
-    model = getattr(rfdetr, kind)(pretrain_weights=None, num_classes=len(tensors["class_embed.bias"]) - 1)
+    model = random_rfdetr(name, num_classes=len(tensors["class_embed.bias"]) - 1)
     try:
         model.model.model.load_state_dict(tensors)
     except RuntimeError:
-        raise UserError(f"{path} does not fit {kind}; its parameters have other names or shapes") from None
+        raise UserError(f"{path} does not fit {name}; its parameters have other names or shapes") from None
     return model

@@ -104,6 +104,7 @@ class EventfulRFDETR(nn.Module):
     Args:
         model: `transformers.RfDetrForObjectDetection`, a model of the package `rfdetr` (`RFDETRNano()`) or its network.
         min_score: detections below this score are dropped; 0 keeps all, as both packages do before their threshold.
+        side: of the square input in pixels; None = the model's own.
 
     Attributes:
         model: the network.
@@ -117,9 +118,10 @@ class EventfulRFDETR(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, model: Any, *, min_score: float = 0.05) -> None:
+    def __init__(self, model: Any, *, min_score: float = 0.05, side: int | None = None) -> None:
         super().__init__()
         self.model, parts = parts_of(model)
+        parts = dataclasses.replace(parts, side=side or parts.side)
         self.parts: Parts = parts
         std = sum(parts.std) / len(parts.std)
         self.spec = dataclasses.replace(spec_of(self.parts.backbone), pixel_std=std)
@@ -145,8 +147,18 @@ class EventfulRFDETR(nn.Module):
         parts, step = self.parts, self.spec.patch * self.spec.regions
         return Stretch(parts.side, parts.side, self.spec.patch, parts.mean, step=step, reciprocal=parts.reciprocal)
 
-    def forward(self, images: Tensor) -> list[Detections]:
-        """The dense detector on images `(B, 3, h, w)`, RGB in [0, 1]."""
+    def forward(
+        self, images: Tensor, targets: Sequence[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[Detections]:
+        """The dense detector on images `(B, 3, h, w)`, RGB in [0, 1].
+
+        Returns:
+            The detections of each image; in training mode with targets the losses, see `training.losses`.
+        """
+        if self.training and targets is not None:
+            from eventful_det.detectors.rf_detr.training import losses
+
+            return losses(self, images, targets)
         results = self.step(list(images), self.init_state(len(images)), rule=Dense())
         return [result.detections for result in results]
 

@@ -143,7 +143,9 @@ def _hugging_face(model: Any) -> Parts:
     inner = tuple(_conv_norm(c.conv, c.norm, c.activation) for b in layer.bottlenecks for c in (b.conv1, b.conv2))
     labels = [config.id2label[i] for i in range(config.num_labels)]
     unnamed = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
-    size = config.backbone_config.image_size
+    vit = config.backbone_config
+    trained = vit.image_size if isinstance(vit.image_size, int) else vit.image_size[0]
+    step = vit.patch_size * vit.num_windows
     return Parts(
         backbone=backbone,
         projector=Projector(
@@ -162,7 +164,7 @@ def _hugging_face(model: Any) -> Parts:
             width=config.d_model,
         ),
         names=_unique(coco_names(len(labels)) if unnamed else labels),
-        side=size if isinstance(size, int) else size[0],
+        side=-(-trained // step) * step,  # "base" has position encodings for 518 pixels, which are no whole windows
         reciprocal=True,
     )
 

@@ -1,0 +1,98 @@
+"""The sizes of RF-DETR, and random networks of them: for counts, times and tests, where weights do not matter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from eventful_det.errors import UserError
+
+Name = Literal["rf-detr-nano", "rf-detr-small", "rf-detr-medium", "rf-detr-base", "rf-detr-large"]
+NAMES: tuple[Name, ...] = get_args(Name)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the sizes differ in.
+
+    Attributes:
+        side: of the square input in pixels.
+        decoder_layers: of the decoder.
+        patch: side of a token in pixels.
+        regions: windows along a side.
+        outputs: blocks whose feature maps come out, from 1.
+        positions: side in pixels of the input that position encodings are trained for; 0 = `side`.
+    """
+
+    side: int
+    decoder_layers: int
+    patch: int = 16
+    regions: int = 2
+    outputs: tuple[int, ...] = (3, 6, 9, 12)
+    positions: int = 0
+
+    @property
+    def trained(self) -> int:
+        """Side in pixels that position encodings are for."""
+        return self.positions or self.side
+
+
+SIZES: dict[Name, Size] = {
+    "rf-detr-nano": Size(384, 2),
+    "rf-detr-small": Size(512, 3),
+    "rf-detr-medium": Size(576, 4),
+    "rf-detr-base": Size(560, 3, patch=14, regions=4, outputs=(2, 5, 8, 11), positions=518),
+    "rf-detr-large": Size(704, 4),
+}
+
+
+def random_model(name: Name, seed: int = 0, **changes: Any) -> Any:
+    """A `transformers.RfDetrForObjectDetection` of a size, with random weights.
+
+    Args:
+        name: of the size.
+        seed: of the weights.
+        changes: other values of its `RfDetrConfig`; those of `backbone_config` are a dictionary.
+
+    Raises:
+        UserError: transformers is missing.
+    """
+    try:
+        from transformers import RfDetrConfig, RfDetrForObjectDetection
+    except ImportError:
+        raise UserError("RF-DETR needs the package transformers: pip install 'transformers>=5'") from None
+    size = SIZES[name]
+    backbone: dict[str, Any] = {
+        "model_type": "rf_detr_dinov2",
+        "hidden_size": 384,
+        "num_attention_heads": 6,
+        "image_size": size.trained,
+        "patch_size": size.patch,
+        "num_windows": size.regions,
+        "out_indices": list(size.outputs),
+    }
+    backbone |= changes.pop("backbone_config", {})
+    values: dict[str, Any] = {"decoder_layers": size.decoder_layers, "decoder_n_points": 2, "num_labels": 91, **changes}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return RfDetrForObjectDetection(RfDetrConfig(**{**values, "backbone_config": backbone})).eval()
+
+
+def random_rfdetr(name: Name, **options: Any) -> Any:
+    """A model of the package `rfdetr`, with random weights. Nothing is fetched: it would fetch DINOv2's for "base".
+
+    Args:
+        name: of the size.
+        options: of its class, for example `num_classes`.
+    """
+    import rfdetr
+    from rfdetr.models.backbone.dinov2_with_windowed_attn import WindowedDinov2WithRegistersBackbone as Backbone
+
+    kind, fetch = getattr(rfdetr, f"RFDETR{name.rpartition('-')[2].title()}"), Backbone.from_pretrained
+    Backbone.from_pretrained = lambda _, config: Backbone(config)
+    try:
+        return kind(pretrain_weights=None, **options)
+    finally:
+        Backbone.from_pretrained = fetch
