@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from reporting import exit_status, plain_console, save_report, show, summary
+from reporting import NATURAL, Parser, exit_status, plain_console, save_report, show, summary
 from rich.console import Console
 
 from eventful_det.data.video_labels import LAYOUTS, import_annotations
@@ -25,9 +25,7 @@ from eventful_det.errors import printable
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("file", type=Path, help="the file, or the folder of files (YOLO, VOC)")
     add("--output", type=Path, required=True, help="the COCO-video JSON file to write")
@@ -36,13 +34,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--classes", type=Path, help="names of the classes, a line each (default: where the layout has it)")
     add("--key-frames", action="store_true", help="only the frames that the field trains on (mmtracking)")
     add("--strict", action="store_true", help="exit 1 at any fault of the data")
-    add("--show", type=int, default=10, metavar="N", help="faults to print (default: 10; all are in the report)")
+    add(
+        "--show",
+        type=NATURAL,
+        default=10,
+        metavar="N",
+        help="faults to print (default: 10; all are in the report)",
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args, console = parse(argv), plain_console()
-    return exit_status(lambda: convert(args, console), args.output)
+    return exit_status(lambda: convert(args, console), args.output, owner=False)
 
 
 def convert(args: argparse.Namespace, console: Console) -> int:

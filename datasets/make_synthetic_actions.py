@@ -11,25 +11,25 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Annotated
 
-from reporting import exit_status
+from reporting import NATURAL, SEED, Parser, exit_status, number, plain_console
 from rich.console import Console
 from rich.progress import track
 
-from eventful_det.data.video_writer import VideoWriter
+from eventful_det.data.video_writer import Rate, VideoWriter
 from eventful_det.files import written_whole
+from eventful_det.options import Range
 from eventful_det.recognition.synthetic_actions import ACTIONS, ActionOptions, action_of, render_action
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options = ActionOptions()
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder")
-    add("--train-clips", type=int, default=1200)
-    add("--val-clips", type=int, default=240)
+    add("--train-clips", type=NATURAL, default=1200)
+    add("--val-clips", type=NATURAL, default=240)
     add("--width", type=int, default=options.width, help="pixels, even")
     add("--height", type=int, default=options.height, help="pixels, even")
     add("--frames", type=int, default=options.frames, help="of a clip")
@@ -37,14 +37,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--noise", type=float, default=options.noise, help="sensor noise, standard deviation in grey levels")
     add("--camera", choices=("still", "pan", "both"), default=options.camera)
     add("--bystander", type=float, default=options.bystander, help="share of clips with a second, still object")
-    add("--fps", type=int, default=25, help="of the mp4 files")
-    add("--quality", type=int, default=16, help="x264's constant rate factor; 18 looks flawless, 28 is small")
-    add("--seed", type=int, default=0)
+    add("--fps", type=number(Rate), default=25, help="of the mp4 files")
+    add(
+        "--quality",
+        type=number(Annotated[int, Range(0, 51)]),
+        default=16,
+        help="x264's constant rate factor; 18 looks flawless, 28 is small",
+    )
+    add("--seed", type=SEED, default=0)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, console = parse(argv), Console(soft_wrap=True)
+    args, console = parse(argv), plain_console()
     return exit_status(lambda: make(args, console), args.output, "run the same command again to go on")
 
 

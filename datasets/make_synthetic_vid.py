@@ -15,7 +15,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from reporting import exit_status
+from reporting import WORKERS, Parser, exit_status, plain_console
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -26,9 +26,7 @@ from eventful_det.data.synthetic_tree import TreeOptions, is_complete, make_tree
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     tree, scene = TreeOptions(), SceneOptions()
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="new, empty or unfinished folder")
     add("--train-videos", type=int, default=tree.train_videos)
@@ -56,12 +54,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=tree.disturbance,
         help="noise, light, weather; none if empty",
     )
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    add("--workers", type=WORKERS, default=os.cpu_count() or 1, help="processes")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, console = parse(argv), Console(soft_wrap=True)
+    args, console = parse(argv), plain_console()
     return exit_status(lambda: make(args, console), args.output, "run the same command again to go on")
 
 

@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 
 import cv2
-from reporting import exit_status, plain_console
+from reporting import COUNT, Parser, exit_status, plain_console
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
@@ -34,15 +34,12 @@ from eventful_det.data.frame_reader import FrameReader
 from eventful_det.data.transforms import Image
 from eventful_det.data.video import open_source
 from eventful_det.errors import UserError, printable
-from eventful_det.options import Count, convert
 
 QUALITY = 95  # of the JPEG frames
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("sources", nargs="+", help="video files, or one COCO-video JSON file")
     add("--output", type=Path, required=True, help="folder of the data set")
@@ -51,7 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--in-place", action="store_true", help="leave video files as they are")
     add("--extract", action="store_true", help="decode the video files of the JSON file")
     add("--start", nargs="+", default=[], metavar="NAME:FRAME", help="first frame to take, from 0, by video")
-    add("--max-frames", type=int, metavar="N", help="only N frames of each video")
+    add("--max-frames", type=COUNT, metavar="N", help="only N frames of each video")
     return parser.parse_args(argv)
 
 
@@ -61,7 +58,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(args: argparse.Namespace, console: Console) -> int:
-    convert(args.max_frames, Count | None, "--max-frames")
     data = labelled(args, console) if args.sources[0].endswith(".json") else decoded(args, console)
     for video in data.videos:
         if not video.frames:

@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from reporting import exit_status, plain_console, save_report, show, summary
+from reporting import COUNT, NATURAL, WORKERS, Parser, exit_status, plain_console, save_report, show, summary
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -24,38 +24,48 @@ from eventful_det.data.coco_video import CocoVideo, Problem
 from eventful_det.data.imagenet_vid import Source, convert, find_tree, list_folders
 from eventful_det.data.sampling import at_most_per_class, what_is_missing
 from eventful_det.errors import UserError, printable
+from eventful_det.outputs import print_error
 
 SETS = {"vid_train": ("VID", "train"), "vid_val": ("VID", "val"), "det_train": ("DET", "train")}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("root", type=Path, help="the folder that holds Data and Annotations, or its parent")
     add("--sets", nargs="+", choices=SETS, help="what to prepare (default: all that the tree holds)")
     add("--output", type=Path, help="folder of the JSON files (default: <tree>/annotations)")
-    add("--frames-per-video", type=int, metavar="K", help="of VID train: K evenly spaced frames (default: all)")
-    add("--det-per-class", type=int, metavar="K", help="of DET train: at most K images for each class (default: all)")
+    add(
+        "--frames-per-video",
+        type=COUNT,
+        metavar="K",
+        help="of VID train: K evenly spaced frames (default: all)",
+    )
+    add(
+        "--det-per-class",
+        type=COUNT,
+        metavar="K",
+        help="of DET train: at most K images for each class (default: all)",
+    )
     add("--classes", type=Path, help="category table (default: <tree>/classes.json if there, else ImageNet VID)")
     add("--strict", action="store_true", help="exit 1 at any fault of the data")
     add(
-        "--show", type=int, default=10, metavar="N", help="faults to print per set (default: 10; all are in the report)"
+        "--show",
+        type=NATURAL,
+        default=10,
+        metavar="N",
+        help="faults to print per set (default: 10; all are in the report)",
     )
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    add("--workers", type=WORKERS, default=os.cpu_count() or 1, help="processes")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args, console = parse(argv), plain_console()
-    return exit_status(lambda: prepare(args, console), args.root)
+    return exit_status(lambda: prepare(args, console), args.root, owner=False)
 
 
 def prepare(args: argparse.Namespace, console: Console) -> int:
-    for option in ("frames_per_video", "det_per_class"):
-        if getattr(args, option) is not None and getattr(args, option) < 1:
-            raise UserError(f"--{option.replace('_', '-')} is {getattr(args, option)}; expected 1 or more")
     tree = find_tree(args.root)
     table = categories(args.classes, tree)
     output: Path = args.output or tree / "annotations"
@@ -87,7 +97,7 @@ def prepare(args: argparse.Namespace, console: Console) -> int:
             console.print(printable(f"wrote {path}") + "\n")
         else:
             empty = True
-            print(printable(f"error: {name}: no usable box in {source.annotations}; nothing written"), file=sys.stderr)
+            print_error(f"{name}: no usable box in {source.annotations}; nothing written")
     return int(empty or (args.strict and faults > 0))
 
 

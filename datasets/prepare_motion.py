@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prepare_clips import write_picture
-from reporting import exit_status, plain_console
+from reporting import COUNT, SEED, Parser, exit_status, plain_console
 from rich.console import Console
 from rich.progress import track
 
@@ -33,14 +33,17 @@ SHAPES = ((320, 320), (320, 448), (320, 576), (448, 320))  # (height, width) of 
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("stills", help="COCO (or COCO-video) JSON file with labels")
     add("--output", type=Path, required=True, help="folder of the data set")
-    add("--clips", type=int, default=100, help="number of clips; each picture is used once before any is used again")
-    add("--frames", type=int, default=16, help="frames of a clip")
+    add(
+        "--clips",
+        type=COUNT,
+        default=100,
+        help="number of clips; each picture is used once before any is used again",
+    )
+    add("--frames", type=COUNT, default=16, help="frames of a clip")
     add("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), default=(1.15, 1.5), help="1 = pictures fit in")
     add("--static", type=float, default=0.0, help="share of the clips whose camera stands still")
     add("--pan", type=float, default=0.03, help="fastest way of the camera per frame, as a share of the frame")
@@ -48,7 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sprites", type=int, default=1, help="most objects of other pictures that fly through a clip")
     add("--speed", type=float, default=0.03, help="their fastest way per frame, as a share of the width")
     add("--noise", type=float, default=3.0, help="largest standard deviation of sensor noise in grey levels")
-    add("--seed", type=int, default=0)
+    add("--seed", type=SEED, default=0)
     return parser.parse_args(argv)
 
 
@@ -58,8 +61,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(args: argparse.Namespace, console: Console) -> int:
-    if args.clips < 1 or not 0 < args.scale[0] <= args.scale[1]:
-        raise UserError(f"need 1 clip or more and 0 < MIN <= MAX, got --clips {args.clips} --scale {args.scale}")
     names = ("static", "pan", "zoom", "sprites", "speed", "noise")
     options = ClipOptions(length=args.frames, **{name: getattr(args, name) for name in names})
     plain = Augmentation(SHAPES, tuple(args.scale), flip=0.0, colour=0.0)

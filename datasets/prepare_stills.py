@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import sys
@@ -22,11 +21,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from reporting import exit_status, plain_console
+from reporting import SEED, WORKERS, Parser, exit_status, plain_console
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -35,6 +34,7 @@ from eventful_det.data.coco_video import CocoVideo, Frame, json_rows, load_coco_
 from eventful_det.data.near_duplicates import Hashes, connected, dhash, distances, near_pairs
 from eventful_det.data.pictures import read_grey
 from eventful_det.errors import UserError
+from eventful_det.outputs import write_json
 
 NEAR = 6  # bits: above, pictures of unlike things start to chain together
 SCENE_GAP = 30  # frames: further apart, two frames of a film no longer count as neighbours
@@ -51,15 +51,13 @@ class Still(NamedTuple):
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("annotations", type=Path, help="COCO JSON file")
     add("--output", type=Path, required=True, help="folder; the files go to its subfolder annotations")
     add("--holdout", type=float, default=0.15, metavar="SHARE", help="what share goes to val (default: 0.15)")
-    add("--seed", type=int, default=0, help="another seed makes another split (default: 0)")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="threads that read images")
+    add("--seed", type=SEED, default=0, help="another seed makes another split (default: 0)")
+    add("--workers", type=WORKERS, default=os.cpu_count() or 1, help="threads that read images")
     return parser.parse_args(argv)
 
 
@@ -71,8 +69,6 @@ def main(argv: list[str] | None = None) -> int:
 def prepare(args: argparse.Namespace, console: Console) -> int:
     if not 0 < args.holdout < 1:
         raise UserError(f"--holdout is {args.holdout:g}; expected a share between 0 and 1, for example 0.15")
-    if args.seed < 0:
-        raise UserError(f"--seed is {args.seed}; expected 0 or more")
     data = load_coco_video(args.annotations)
     if any(len(video.frames) != 1 for video in data.videos):
         raise UserError(
@@ -107,7 +103,7 @@ def prepare(args: argparse.Namespace, console: Console) -> int:
         "val_images": int(held_out.sum()),
         "val": sorted(still.frame.file_name for still, chosen in zip(stills, held_out, strict=True) if chosen),
     }
-    save_json(folder / "split.json", record)
+    write_json(folder / "split.json", record)
     sources = [(source, source) for source in sorted({still.source for still in stills})]
     console.print(summary("source", sources, stills, held_out))
     console.print(summary("class", [(str(i), name) for i, name in data.categories], stills, held_out))
@@ -229,12 +225,6 @@ def summary(kind: str, rows: Sequence[tuple[str, str]], stills: Sequence[Still],
     for key, title in rows:
         table.add_row(title, *(str(side[f"{what} of {kind}", key]) for what in ("images", "boxes") for side in sides))
     return table
-
-
-def save_json(path: Path, record: dict[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

@@ -2,27 +2,59 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
+import argparse
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
 from eventful_det.data.coco_video import CocoVideo, Problem
 from eventful_det.errors import UserError, printable
+from eventful_det.options import Count, Natural, Range, Seed, convert
+from eventful_det.outputs import Stdout, owned, print_error, write_json
 
 
 def plain_console() -> Console:
-    """A console that prints names as they are: brackets in them are no markup."""
-    return Console(soft_wrap=True, markup=False, highlight=False)
+    """A console that prints names as they are: brackets in them are no markup. No pipe or disk behind it fails."""
+    return Console(file=Stdout(), soft_wrap=True, markup=False, emoji=False, highlight=False)  # type: ignore[arg-type]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of command lines whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print_error(f"{message}; see --help")
+        self.exit(2)
+
+
+def number(hint: Any) -> Callable[[str], Any]:
+    """What reads a number from a command line, and holds it to its annotation; see `eventful_det.options`."""
+
+    def parse(text: str) -> Any:
+        value: Any = text
+        with suppress(ValueError):
+            value = (int if text.lstrip("+-").isdecimal() else float)(text)
+        try:
+            return convert(value, hint, "it")
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
+NATURAL, COUNT, SEED = number(Natural), number(Count), number(Seed)
+WORKERS = number(Annotated[int, Range(0, 256)])
 
 
 def exit_status(
-    work: Callable[[], int], place: Path, stopped: str = "finished files are whole, the others untouched"
+    work: Callable[[], int],
+    place: Path,
+    stopped: str = "finished files are whole, the others untouched",
+    owner: bool = True,
 ) -> int:
     """Do the work of a script; what ends it early is said in one line.
 
@@ -30,22 +62,23 @@ def exit_status(
         work: returns the exit status.
         place: where the work is, for errors of the disk that do not tell.
         stopped: what is left when somebody stops it.
+        owner: `place` is a folder that no other process may write to meanwhile.
     """
     try:
-        return work()
+        with owned(place) if owner else nullcontext():
+            return work()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(str(error))
     except OSError as error:
-        print(printable(f"error: {error.filename or place}: {error.strerror or error}"), file=sys.stderr)
+        print_error(f"{error.filename or place}: {error.strerror or error}")
     except KeyboardInterrupt:
-        print(f"stopped; {stopped}", file=sys.stderr)
+        print_error(f"stopped; {stopped}", kind="")
         return 130
     return 2
 
 
 def save_report(path: Path, data: CocoVideo, problems: Sequence[Problem]) -> None:
     """Write what a data set holds and everything that was wrong."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "videos": len(data.videos),
         "frames": sum(len(video.frames) for video in data.videos),
@@ -53,9 +86,7 @@ def save_report(path: Path, data: CocoVideo, problems: Sequence[Problem]) -> Non
         "problem_counts": dict(sorted(Counter(p.kind for p in problems).items())),
         "problems": [p._asdict() for p in problems],
     }
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_json(path, report)
 
 
 def summary(name: str, data: CocoVideo) -> Table:

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ try:
 except ImportError:  # Windows: nobody is kept out
     fcntl = None  # type: ignore[assignment]
 
-_LOCK = ".in_use"
+LOCK = ".in_use"  # in every folder that is being written to
 _LONGEST = 100  # characters of the name of a folder
 
 
@@ -35,7 +36,7 @@ def owned(directory: Path) -> Iterator[None]:
         UserError: another process writes there, or the folder cannot be made.
     """
     made = [path for path in (directory, *directory.parents) if not path.exists()]
-    path = directory / _LOCK
+    path = directory / LOCK
     with reporting(directory):
         directory.mkdir(parents=True, exist_ok=True)
         lock = _take(path)
@@ -132,3 +133,33 @@ def file_names(titles: Iterable[str], reserved: Iterable[str] = ()) -> list[str]
         taken.add(name.lower())
         names.append(name)
     return names
+
+
+class Stdout:
+    """Standard output. A closed pipe or a full disk silences it, an alphabet that it lacks becomes "?"."""
+
+    def write(self, text: str) -> int:
+        with self._silenced():
+            encoding = sys.stdout.encoding or "utf-8"
+            sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with self._silenced():
+            sys.stdout.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+    @contextmanager
+    def _silenced(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, AttributeError):
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def print_error(text: str, kind: str = "error: ") -> None:
+    """Print an error in one line."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"{kind}{' '.join(printable(text).split())}", file=sys.stderr, flush=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 
-# From "://" to the last "@" before white space or another address: passwords hold "/", "?", "#" and "@" unescaped.
-_LOGIN = re.compile(r"(:/(?:/|(?=[^\s/:]*:)))((?:(?!://)\S)*)@(?=([^\s/?#]*))")
+# From "://" to the last "@" before another address: passwords hold "/", "?", "#", "@" and blanks unescaped. Where no
+# colon ends a user's name, white space ends the address.
+_LOGIN = re.compile(
+    r"(:/(?:/|(?=[^\s/:]*:)))([^/:@]{0,999}:(?:(?!://).){0,999}|(?:(?!://)\S){0,999})@(?=([^\s/?#]*))", re.DOTALL
+)
 _PARAMETER = re.compile(
-    r"(?i)((?:^|[?&;\s,'\"{\[/=])[+~]*(?:[\w.-]*(?:passw(?:or)?d|passphrase|pwd|token|secret|credentials?|signature|api[_-]?key)"
-    r"|(?:[\w.-]*[._-])?(?:pass|psw|pw|key|auth|sig|session(?:id)?)))=[^\s&]+"
+    r"(?i)((?:^|[?&;#\s,'\"{\[/=])[+~]*(?:[\w.-]*(?:passw(?:or)?d|passphrase|pwd|token|secret|credentials?|signature|api[_-]?key)"
+    r"|(?:[\w.-]*[._-])?(?:pass|(?:login)?pas|psk|psw|pw|key|auth|sig|session(?:id)?)))=[^\s&]+"
 )
 _HOST = re.compile(r"[^:@]*(:\d+)?/")  # a host, its port and a path
 _HIDDEN = "***"

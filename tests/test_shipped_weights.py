@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import box_iou
 
+import eventful_det
 from eventful_det import load_detector
 from eventful_det.data.classes import SYNTHETIC_SHAPES
 from eventful_det.data.coco_video import load_coco_video
 from eventful_det.data.pictures import read_image
 from eventful_det.data.synthetic import SceneOptions, render_video
+from eventful_det.errors import UserError
 from eventful_det.models.checkpoints import SYNTHETIC
 from eventful_det.models.detector import Detector
 
@@ -60,3 +62,15 @@ def test_real_objects_are_found_in_held_out_videos(sequence: str) -> None:
     truth = [[(names[a.category_id], a.box) for a in frame.annotations] for frame in frames]
     images = [read_image(str(data.image_path(frame))) for frame in frames]
     assert share_found(load_detector(), images, truth, 1.0) > 0.7
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(eventful_det.__file__).parent.glob("weights/*.safetensors")), ids=lambda path: path.stem
+)
+def test_damage_to_shipped_weights_would_be_noticed(path: Path, tmp_path: Path) -> None:
+    contents = bytearray(path.read_bytes())
+    contents[-1000] ^= 1
+    damaged = tmp_path / path.name
+    damaged.write_bytes(contents)
+    with pytest.raises(UserError, match="damaged"):
+        load_detector(str(damaged))

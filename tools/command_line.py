@@ -26,7 +26,6 @@ from types import ModuleType
 from typing import Any, get_origin
 
 import hydra
-from common import print_error
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
@@ -36,6 +35,7 @@ from yaml import YAMLError
 
 from eventful_det.errors import UserError
 from eventful_det.options import alternatives, find_type, from_values, nearest
+from eventful_det.outputs import print_error
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 COMMANDS = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +22,7 @@ from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT, Focus, LargestError, RandomOrder, Selector
 from eventful_det.models.checkpoints import SYNTHETIC, load_detector
 from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Share, from_values, nearest
-from eventful_det.outputs import write_json
+from eventful_det.outputs import Stdout, write_json
 
 Texts = str | int | tuple[str | int, ...]  # several names, or one; some are numbers
 Side = Annotated[int, Range(32, 16384)]  # of the network's input in pixels
@@ -119,33 +117,8 @@ class Data:
     weights: str | None = None
 
 
-class _Stdout:
-    """Standard output. A closed pipe or a full disk behind it silences it: printing decides nothing."""
-
-    def write(self, text: str) -> int:
-        with self._silenced():
-            sys.stdout.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._silenced():
-            sys.stdout.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stdout, name)
-
-    @contextmanager
-    def _silenced(self) -> Iterator[None]:
-        try:
-            yield
-        except UnicodeEncodeError:
-            raise
-        except (OSError, ValueError, AttributeError):
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-
-
 AnyDetector = VideoDetector[Any]
-console = Console(file=_Stdout(), markup=False, emoji=False, highlight=False)  # type: ignore[arg-type]
+console = Console(file=Stdout(), markup=False, emoji=False, highlight=False)  # type: ignore[arg-type]
 
 
 def say(text: str) -> None:
@@ -156,12 +129,6 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print a warning."""
     console.print(Text.assemble(("warning:", "yellow"), " ", printable(text)), soft_wrap=True)
-
-
-def print_error(text: str, kind: str = "error: ") -> None:
-    """Print an error in one line."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"{kind}{' '.join(printable(text).split())}", file=sys.stderr, flush=True)
 
 
 def as_list(texts: Texts | None) -> list[str]:

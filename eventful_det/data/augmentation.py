@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from eventful_det.data.transforms import Image, resize
 from eventful_det.errors import UserError
-from eventful_det.options import NonNegative, Positive, Range, Share, convert_fields
+from eventful_det.options import NonNegative, Range, Share, convert_fields
 
 _Side = Annotated[int, Range(32, 8192)]
+_Scale = Annotated[float, Range(0, 16, above=True)]
 Boxes = NDArray[np.float32]
 _SPLIT = (0.35, 0.65)  # where a mosaic is divided, as a share of each side
 _BLUR = (3, 9)  # shortest and longest motion blur in pixels
@@ -46,7 +47,7 @@ class Augmentation:
     """
 
     sizes: tuple[tuple[_Side, _Side], ...] = ((256, 384),)
-    scale: tuple[Positive, Positive] = (0.6, 1.6)
+    scale: tuple[_Scale, _Scale] = (0.6, 1.6)
     aspect: Annotated[float, Range(1, 100)] = 1.0
     flip: Share = 0.5
     rotate: Annotated[float, Range(0, 180)] = 0.0

@@ -16,6 +16,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import cv2
 import numpy as np
@@ -24,6 +25,12 @@ from numpy.typing import NDArray
 from eventful_det.data.synthetic_scene import CAMERAS, MOTIONS, Actor, Shot, make_shot
 from eventful_det.data.synthetic_shapes import Array
 from eventful_det.errors import UserError
+from eventful_det.options import Count, Natural, Range, Share, convert_fields
+
+Side = Annotated[int, Range(32, 8192)]  # of a frame in pixels
+Size = Annotated[float, Range(0, 1, above=True)]  # of an object, as a fraction of the frame's shorter side
+Noise = Annotated[float, Range(0, 255)]  # standard deviation in grey levels
+Objects = Annotated[int, Range(1, 1000)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,37 +52,25 @@ class SceneOptions:
         min_side: ... and its visible box is at least this many pixels wide and high.
     """
 
-    width: int = 384
-    height: int = 256
-    frames: int = 60
-    objects: tuple[int, int] = (2, 5)
-    object_size: tuple[float, float] = (0.14, 0.5)
-    noise: float = 2.0
-    exposure_drift: float = 0.08
-    static_fraction: float = 0.5
-    cut_fraction: float = 0.25
-    occluder_fraction: float = 0.5
-    min_visible: float = 0.3
-    min_side: int = 10
+    width: Side = 384
+    height: Side = 256
+    frames: Count = 60
+    objects: tuple[Objects, Objects] = (2, 5)
+    object_size: tuple[Size, Size] = (0.14, 0.5)
+    noise: Noise = 2.0
+    exposure_drift: Annotated[float, Range(0, 0.99)] = 0.08
+    static_fraction: Share = 0.5
+    cut_fraction: Share = 0.25
+    occluder_fraction: Share = 0.5
+    min_visible: Share = 0.3
+    min_side: Natural = 10
 
     def __post_init__(self) -> None:
-        problem = ""
-        if min(self.width, self.height) < 32:
-            problem = f"frames of {self.width}x{self.height} are too small; use at least 32x32"
-        elif self.frames < 1:
-            problem = f"frames is {self.frames}; use at least 1"
-        elif not 1 <= self.objects[0] <= self.objects[1]:
-            problem = f"objects is {self.objects}; expected (fewest, most) with 1 <= fewest <= most"
-        elif not 0 < self.object_size[0] <= self.object_size[1] <= 1:
-            problem = f"object_size is {self.object_size}; expected (smallest, largest), fractions in (0, 1]"
-        elif self.noise < 0 or not 0 <= self.exposure_drift < 1:
-            problem = f"noise is {self.noise}, exposure_drift {self.exposure_drift}; use >= 0 and 0 <= drift < 1"
-        else:
-            for name in ("static_fraction", "cut_fraction", "occluder_fraction", "min_visible"):
-                if not 0 <= getattr(self, name) <= 1:
-                    problem = f"{name} is {getattr(self, name)}; expected a fraction in [0, 1]"
-        if problem:
-            raise UserError(f"synthetic video: {problem}")
+        convert_fields(self, "synthetic video")
+        for name in ("objects", "object_size"):
+            least, most = getattr(self, name)
+            if least > most:
+                raise UserError(f"synthetic video.{name} must be [least, most], got [{least}, {most}]")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 from xml.sax.saxutils import escape
 
 import av
@@ -29,8 +30,10 @@ from eventful_det.data.classes import SYNTHETIC_SHAPES, classes_json
 from eventful_det.data.disturbances import DISTURBANCES, disturb
 from eventful_det.data.parallel import map_ordered
 from eventful_det.data.synthetic import SceneOptions, SyntheticFrame, SyntheticObject, render_video, video_facts
+from eventful_det.data.video_writer import Rate
 from eventful_det.errors import UserError
-from eventful_det.options import nearest
+from eventful_det.options import Count, Natural, Range, Seed, convert_fields, nearest
+from eventful_det.outputs import LOCK, write_text
 
 FACTS_FILE = "synthetic.json"
 VIDEOS_PER_FOLDER = 1000  # ILSVRC keeps at most a thousand training videos in one folder
@@ -41,27 +44,24 @@ class TreeOptions:
     """What a synthetic data set holds; ``scene.frames`` is set per split, ``disturbance`` befalls all videos."""
 
     scene: SceneOptions = field(default_factory=SceneOptions)
-    train_videos: int = 640
-    val_videos: int = 16
-    train_frames: int = 6
-    val_frames: int = 60
-    seed: int = 0
-    fps: int = 25
-    jpeg_quality: int = 90
+    train_videos: Natural = 640
+    val_videos: Natural = 16
+    train_frames: Count = 6
+    val_frames: Count = 60
+    seed: Seed = 0
+    fps: Rate = 25
+    jpeg_quality: Annotated[int, Range(1, 100)] = 90
     mp4: bool = False
     disturbance: str = ""
 
     def __post_init__(self) -> None:
+        convert_fields(self, "synthetic set")
         if self.disturbance and self.disturbance not in DISTURBANCES:
             raise UserError(
                 f"synthetic set: no disturbance {self.disturbance!r}; {nearest(self.disturbance, DISTURBANCES)}"
             )
-        if self.train_videos + self.val_videos < 1 or min(self.train_videos, self.val_videos) < 0:
+        if not self.train_videos + self.val_videos:
             raise UserError("synthetic set: no videos asked for; ask for at least one training or validation video")
-        if min(self.train_frames, self.val_frames) < 1:
-            raise UserError("synthetic set: a video needs at least 1 frame")
-        if self.seed < 0 or self.fps < 1 or not 1 <= self.jpeg_quality <= 100:
-            raise UserError("synthetic set: expected seed >= 0, fps >= 1 and a JPEG quality in 1..100")
 
     def videos(self, split: str) -> int:
         return self.train_videos if split == "train" else self.val_videos
@@ -89,7 +89,7 @@ def make_tree(root: Path, options: TreeOptions, workers: int = 1) -> Iterator[tu
     jobs = [(split, i) for split in ("train", "val") for i in range(options.videos(split))]
     _write_lists(root, options)
     yield from map_ordered(partial(write_video, root, options), jobs, workers)
-    _write_text(root / FACTS_FILE, json.dumps({**facts, "complete": True}, indent=1) + "\n")
+    write_text(root / FACTS_FILE, json.dumps({**facts, "complete": True}, indent=1) + "\n")
 
 
 def is_complete(root: Path, options: TreeOptions) -> bool:
@@ -180,7 +180,7 @@ def _claim(root: Path, facts: dict[str, object]) -> None:
     """Mark an empty folder as ours, or make sure that it is this very data set, unfinished."""
     if root.exists() and not root.is_dir():
         raise UserError(f"{root} is a file; choose a folder as --output")
-    if root.is_dir() and any(root.iterdir()):
+    if root.is_dir() and any(path.name != LOCK for path in root.iterdir()):
         try:
             found = json.loads((root / FACTS_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -191,8 +191,8 @@ def _claim(root: Path, facts: dict[str, object]) -> None:
                 "choose another --output or delete it"
             )
     root.mkdir(parents=True, exist_ok=True)
-    _write_text(root / FACTS_FILE, json.dumps({**facts, "complete": False}, indent=1) + "\n")
-    _write_text(root / "classes.json", classes_json(SYNTHETIC_SHAPES))
+    write_text(root / FACTS_FILE, json.dumps({**facts, "complete": False}, indent=1) + "\n")
+    write_text(root / "classes.json", classes_json(SYNTHETIC_SHAPES))
 
 
 def _facts(options: TreeOptions) -> dict[str, object]:
@@ -215,11 +215,5 @@ def _write_lists(root: Path, options: TreeOptions) -> None:
     train = [video_name("train", i) for i in range(options.train_videos)]
     val = [video_name("val", i) for i in range(options.val_videos)]
     frames = [f"{video}/{i:06d}" for video in val for i in range(options.val_frames)]
-    _write_text(folder / "train.txt", "".join(f"{video} 1\n" for video in train))
-    _write_text(folder / "val.txt", "".join(f"{frame} {n}\n" for n, frame in enumerate(frames, start=1)))
-
-
-def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_text(folder / "train.txt", "".join(f"{video} 1\n" for video in train))
+    write_text(folder / "val.txt", "".join(f"{frame} {n}\n" for n, frame in enumerate(frames, start=1)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import av
 import cv2
@@ -22,6 +22,9 @@ from numpy.typing import NDArray
 
 from eventful_det.data.transforms import resize
 from eventful_det.errors import UserError
+from eventful_det.options import Range
+
+Rate = Annotated[int, Range(1, 1000)]  # frames per second
 
 # Fragments, so that the file plays however its writing ends; `close` turns them into an ordinary seekable mp4.
 # Negative offsets, so that it begins at 0 although the encoder holds frames back.

@@ -16,16 +16,18 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from eventful_det.data.classes import SYNTHETIC_SHAPES
+from eventful_det.data.synthetic import Noise, Side, Size
 from eventful_det.data.synthetic_scene import make_background
 from eventful_det.data.synthetic_shapes import Array, sprite
 from eventful_det.errors import UserError
+from eventful_det.options import Range, Share, convert_fields
 
 ACTIONS = (
     "enter",
@@ -66,26 +68,18 @@ class ActionOptions:
         bystander: share of the clips in which a second object stands still.
     """
 
-    width: int = 128
-    height: int = 128
-    frames: int = 32
-    object_size: tuple[float, float] = (0.22, 0.42)
-    noise: float = 2.0
+    width: Side = 128
+    height: Side = 128
+    frames: Annotated[int, Range(8)] = 32
+    object_size: tuple[Size, Size] = (0.22, 0.42)
+    noise: Noise = 2.0
     camera: Literal["still", "pan", "both"] = "both"
-    bystander: float = 0.5
+    bystander: Share = 0.5
 
     def __post_init__(self) -> None:
-        problem = ""
-        if min(self.width, self.height) < 32 or self.frames < 8:
-            problem = f"{self.frames} frames of {self.width}x{self.height} are too small; use at least 8 of 32x32"
-        elif not 0 < self.object_size[0] <= self.object_size[1] <= 1:
-            problem = f"object_size is {self.object_size}; expected (smallest, largest), fractions in (0, 1]"
-        elif self.noise < 0 or not 0 <= self.bystander <= 1:
-            problem = f"noise is {self.noise}, bystander {self.bystander}; use 0 or more, and a share in [0, 1]"
-        elif self.camera not in (*CAMERAS, "both"):
-            problem = f"camera is {self.camera!r}; expected still, pan or both"
-        if problem:
-            raise UserError(f"synthetic actions: {problem}")
+        convert_fields(self, "synthetic actions")
+        if self.object_size[0] > self.object_size[1]:
+            raise UserError(f"synthetic actions.object_size must be [least, most], got {list(self.object_size)}")
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,7 @@ def test_labels_follow_the_camera(stills: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_done_is_said_in_one_line(stills: Path, tmp_path: Path) -> None:
-    for options, message in (
-        (("--clips", 0), "1 clip or more"),
-        (("--frames", 1), "length must be a whole number"),
-    ):
+    for options, message in ((("--frames", 1), "length must be a whole number"),):
         status, told = run(stills, "--output", tmp_path / "out", *options)
         assert status == 2 and message in told and told.count("\n") == 1
     assert run(stills, "--output", tmp_path / "out", "--clips", 2, "--frames", 3)[0] == 0

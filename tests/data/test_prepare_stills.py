@@ -199,7 +199,6 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(
         ("one group", "cannot be split"),
         ("no images", "cannot be split"),
         ("--holdout 1", "--holdout is 1; expected a share between 0 and 1"),
-        ("--seed -1", "--seed is -1; expected 0 or more"),
         ("no file", "cannot read the data set"),
     ],
 )
