@@ -32,7 +32,7 @@ from eventful_det.recognition.clips import recognise
 from eventful_det.recognition.evaluation import Way
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.segments import Segments
-from eventful_det.recognition.synthetic_actions import ACTIONS, ActionClip, ActionOptions, mirrored, render_action
+from eventful_det.recognition.synthetic_actions import ActionClip, ActionOptions, mirrored, render_action
 from eventful_det.recognition.views import frame_indices, normalise
 from eventful_det.training.log import Log
 from eventful_det.training.optim import learning_rate, set_learning_rate
