@@ -2,8 +2,8 @@
 
     python datasets/make_synthetic_actions.py --output .data/synthetic_actions
 
-Writes a folder per class, as Kinetics is kept: `<output>/<split>/<class>/<index>.mp4`. The same options and seed give
-the same clips. Files that are there already are kept, so an interrupted run goes on where it stopped.
+Writes a folder per class, as Kinetics is kept: `<output>/<split>/<class>/<camera>/<index>.mp4`. The same options and
+seed give the same clips. Files that are there already are kept, so an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def make(args: argparse.Namespace, console: Console) -> int:
     )
     clips = [(split, i) for split in ("train", "val") for i in range(getattr(args, f"{split}_clips"))]
     for split, index in track(clips, "rendering clips", console=console):
-        path = args.output / split / ACTIONS[action_of(options, index)[0]] / f"{index:05d}.mp4"
+        label, camera = action_of(options, index)
+        path = args.output / split / ACTIONS[label] / camera / f"{index:05d}.mp4"
         if path.is_file():
             continue
         clip = render_action(options, args.seed, index, split)

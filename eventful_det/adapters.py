@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventful_det.detectors.results import Detections
+from eventful_det.detectors.results import Detections, FrameCost
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import coco_results
+from eventful_det.recognition.stream import RecognitionResult
 from eventful_det.runtime.session import StreamResult
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def to_coco(result: StreamResult, image_id: int | None = None, categories: Seque
 
 def to_record(result: StreamResult) -> dict[str, Any]:
     """A frame as one JSON object: what was found, and what it cost. Boxes are xyxy in pixels of the source."""
-    found, cost = result.detections, result.cost
+    found = result.detections
     objects = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), _tracks(found), strict=True)
     return {
         "frame_index": result.frame_index,
@@ -81,17 +82,37 @@ def to_record(result: StreamResult) -> dict[str, Any]:
             }
             for box, score, label, track in objects
         ],
-        "cost": {
-            "macs": {**cost.macs, "total": cost.total},
-            "dense": {**cost.dense, "total": cost.dense_total},
-            "ms": {**{k: round(v * 1e3, 3) for k, v in cost.seconds.items()}, "total": round(cost.latency * 1e3, 3)},
-            "recomputed": cost.recomputed,
-            "tokens": cost.tokens,
-            "flush": cost.flush,
-        },
+        "cost": cost_record(result.cost),
         "held": result.held,
         "frame_age": result.frame_age,
         "dropped": result.dropped,
+    }
+
+
+def action_record(result: RecognitionResult) -> dict[str, Any]:
+    """A step of action recognition as one JSON object: the likeliest classes of each head, and what it cost."""
+    return {
+        "frame_index": result.frame_index,
+        "timestamp": result.timestamp,
+        "classes": {
+            head: [{"name": name, "probability": round(value, 4)} for name, value in result.top(head=head)]
+            for head in result.names
+        },
+        "cost": cost_record(result.cost),
+        "frame_age": result.frame_age,
+        "dropped": result.dropped,
+    }
+
+
+def cost_record(cost: FrameCost) -> dict[str, Any]:
+    """What a frame cost, as one JSON object."""
+    return {
+        "macs": {**cost.macs, "total": cost.total},
+        "dense": {**cost.dense, "total": cost.dense_total},
+        "ms": {**{k: round(v * 1e3, 3) for k, v in cost.seconds.items()}, "total": round(cost.latency * 1e3, 3)},
+        "recomputed": cost.recomputed,
+        "tokens": cost.tokens,
+        "flush": cost.flush,
     }
 
 

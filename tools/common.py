@@ -114,6 +114,9 @@ class Data:
     repeat_threshold: NonNegative = 0.0
     emphasis: dict[str, Positive] = field(default_factory=dict)
     absent: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    videos: str | None = None
+    verbs: str | None = None
+    nouns: str | None = None
     weights: str | None = None
 
 

@@ -5,7 +5,8 @@
     python tools/convert_weights.py input=a.safetensors output=b.safetensors +model.short_side=320 +notes.licence=MIT
 
 Reads what `load_detector` reads: ours, ViTDets of detectron2's model zoo or training, and the official eventful code's
-conversions of them. Every key is accounted for.
+conversions of them. Every key is accounted for. Recognisers, ours, official, TAdaConv's or scenic's, are found by
+their contents; with the suffix .pth they get the official names, or `names=tadaconv`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import actions
 import torch
 from common import Texts, as_list, say, write_results
 
@@ -36,6 +38,7 @@ class Options:
     notes: dict[str, str]
     model: dict[str, Any]
     allow: Texts
+    names: Literal["official", "tadaconv"]
     results: str
 
 
@@ -46,6 +49,10 @@ def run(config: Options) -> None:
     path = Path(config.output)
     ours = path.suffix == ".safetensors"
     dtype = config.dtype or ("float16" if ours else "float32")
+    if actions.recognises(None, config.input):
+        wanted = None if config.dtype is None else DTYPES[config.dtype]
+        write_results(Path(config.results), actions.convert(config.input, path, wanted, config.notes, config.names))
+        return
     source = find_weights(config.input)
     weights = read_weights(source)
     detector = load_detector(source, allow=as_list(config.allow), **config.model)

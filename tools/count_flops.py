@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import actions
 import torch
-from common import command, console, write_results
+from common import command, console, say, write_results
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -100,6 +101,7 @@ class Wish:
 class Options(Wish):
     """What may be asked of the counter; configs/count_flops.yaml explains it."""
 
+    task: actions.Task | None
     classes: Count
     assume: Assumptions
     output: str
@@ -297,6 +299,21 @@ def _label(row: Mapping[str, Any]) -> str:
     return ", ".join([row["rule"], *variant, *([f"pool {row['pool']}"] if row["pool"] else [])])
 
 
+def name_of(model: dict[str, Any] | str | None) -> str | None:
+    """The name of the model asked for, if any."""
+    return model.get("name") if isinstance(model, dict) else model
+
+
+def count_recognisers(options: Options) -> None:
+    """Count, print and write the table of recognisers."""
+    rows = actions.count(name_of(options.model), None if options.k is None else _list(options.k))
+    with owned(Path(options.output)):
+        write_results(Path(options.output), {"command": command(), "rows": rows})
+    for _, group in itertools.groupby(rows, lambda row: row["model"]):
+        actions.show_table(actions.table_of(list(group)))
+    say("GMACs as the official code counts them: of a step, of a clip with all views, and where views share tubelets.")
+
+
 def collect(options: Options) -> list[dict[str, Any]]:
     """The rows of `results.json` that a config asks for.
 
@@ -316,6 +333,9 @@ def collect(options: Options) -> list[dict[str, Any]]:
 
 def run(options: Options) -> None:
     """Count, print and write the table."""
+    if options.task == "recognition" or name_of(options.model) in actions.MODELS:
+        count_recognisers(options)
+        return
     rows = collect(options)
     with owned(Path(options.output)):
         results = {"command": command(), "assume": dataclasses.asdict(options.assume), "rows": rows}

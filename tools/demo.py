@@ -6,6 +6,7 @@
     python tools/demo.py source=0 output=outputs/webcam           # until Ctrl-C
     python tools/demo.py source=rtsp://camera/stream              # its newest frames; called again when it is lost
     python tools/demo.py source=pictures/ gate/policy=threshold gate.policy.threshold=2
+    python tools/demo.py source=kitchen.mp4 weights=vivit_tiny_synthetic   # recognise actions
     python tools/demo.py 'source=clips/*.mp4' classes=[person,dog]  # a folder of outputs for each video
 
 Writes annotated.mp4, detections.jsonl (a line per frame), cost.csv, cost.png and results.json. Whatever ends the
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import actions
 import torch
 from common import (
     AnyDetector,
@@ -31,6 +33,7 @@ from common import (
     Texts,
     as_list,
     build_gate,
+    choose_device,
     command,
     console,
     open_detector,
@@ -38,7 +41,7 @@ from common import (
     uninterrupted,
     write_results,
 )
-from demo_files import Outputs
+from demo_files import ActionOutputs, Outputs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, open_source
@@ -50,6 +53,8 @@ from eventful_det.models.detector import Detector
 from eventful_det.models.labels import relabel
 from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Share
 from eventful_det.outputs import file_names, owned
+from eventful_det.recognition.recogniser import Recogniser
+from eventful_det.recognition.stream import RecognitionStream
 from eventful_det.runtime.budget import BudgetOptions, parse_budget
 from eventful_det.runtime.motion import parse_hold
 from eventful_det.runtime.rescoring import Rescorer
@@ -67,6 +72,7 @@ class Options:
 
     positional: ClassVar = ("source",)
 
+    task: actions.Task | None
     gate: dict[str, Any]
     source: Texts
     output: str
@@ -170,7 +176,7 @@ class Run:
         self.source, self.directory, self.detector = source, directory, detector
         self._sizes: dict[str, Any] = {"short_side": options.short_side, "long_side": options.long_side}
         gate = build_gate(options.gate)
-        self.stream = Stream(
+        self.stream: Stream | RecognitionStream = Stream(
             detector,
             source,
             budget=gate.selector if budget is None else budget,
@@ -185,7 +191,7 @@ class Run:
             **self._sizes,
         )
         self.options = options
-        self._results: Iterator[StreamResult] = map(Rescorer(), self.stream) if options.rescore else self.stream
+        self._results: Iterator[Any] = map(Rescorer(), self.stream) if options.rescore else self.stream
         if options.track:
             self._results = map(Tracker(source.fps), self._results)
 
@@ -197,9 +203,8 @@ class Run:
             KeyboardInterrupt: someone wanted it to stop.
         """
         first = next(self._results)  # the outputs of an earlier run stay until the source has proved to work
-        self._dense_seconds = time_dense(self.detector, first, self._sizes)
-        fps = self.source.fps if self.source.fps and 1 <= self.source.fps <= 240 else 25.0
-        outputs = Outputs(self.directory, fps, show=self.options.show, width=self.options.width)
+        self._dense_seconds = self.time_dense(first)
+        outputs = self.make_outputs()
         began, stopped = time.perf_counter(), None
         try:
             with uninterrupted():
@@ -221,7 +226,16 @@ class Run:
             raise stopped
         return results
 
-    def _carry(self, results: Iterator[StreamResult], outputs: Outputs) -> None:
+    def time_dense(self, first: Any) -> float:
+        """Seconds that a frame takes when everything is recomputed."""
+        return time_dense(self.detector, first, self._sizes)
+
+    def make_outputs(self) -> Outputs:
+        """The files, not yet open."""
+        fps = self.source.fps if self.source.fps and 1 <= self.source.fps <= 240 else 25.0
+        return Outputs(self.directory, fps, show=self.options.show, width=self.options.width)
+
+    def _carry(self, results: Iterator[Any], outputs: Outputs) -> None:
         """Take every frame to the files, and show how far they are."""
         columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")]
         total = min((n for n in (self.source.frames, self.options.max_frames) if n), default=None)
@@ -248,10 +262,36 @@ class Run:
             "peak_memory_mb": round(peak_memory(torch.device("cpu")) / 1e6),
             **counts,
             "stopped": _ending(stopped),
-            **({"drift": self.stream.drift.summary()} if self.stream.drift else {}),
+            **({"drift": self.stream.drift.summary()} if isinstance(self.stream, Stream) and self.stream.drift else {}),
         }
         outputs.publish(results)
         return results
+
+
+class ActionRun(Run):
+    """One source on its way through a recogniser into its files; frames are tubelets."""
+
+    def __init__(
+        self, options: Options, budget: Budget, recogniser: Recogniser, source: VideoSource, directory: Path
+    ) -> None:
+        self.options, self.source, self.directory, self.recogniser = options, source, directory, recogniser
+        gate = build_gate(options.gate)
+        chosen = gate.selector if budget is None else budget
+        steps = {"max_steps": options.max_frames, "scene_cuts": options.scene_cuts}
+        self.stream = self._results = recogniser.stream(source, budget=chosen, rule=gate.rule, **steps)  # type: ignore[assignment, arg-type]
+
+    def time_dense(self, first: Any) -> float:
+        """See `Run`."""
+        frames = itertools.repeat(first.image)
+        runs = self.recogniser.stream(frames, rule=Dense(), scene_cuts=False, max_steps=4)
+        _, *seconds = [result.cost.latency for result in runs]  # the first warms up
+        return statistics.median(seconds)
+
+    def make_outputs(self) -> Outputs:
+        """See `Run`."""
+        config = self.recogniser.config
+        steps_per_second = config.fps / (config.stride * config.tubelet[0])
+        return ActionOutputs(self.directory, steps_per_second, show=self.options.show, width=self.options.width)
 
 
 def _ending(stopped: BaseException | None) -> str | None:
@@ -286,19 +326,28 @@ def run(options: Options) -> None:
     """Run every source. One that fails does not keep the others from running."""
     budget = parse_budget(options.budget)
     sources, output = find_sources(as_list(options.source)), Path(options.output)
-    detector = build_detector(options, sources)
+    known: AnyDetector | Recogniser
+    if actions.recognises(options.task, options.weights):
+        known = actions.load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))
+    else:
+        known = build_detector(options, sources)
     with owned(output):
-        run_all(options, budget, detector, dict(zip(name_folders(output, sources), sources, strict=True)))
+        run_all(options, budget, known, dict(zip(name_folders(output, sources), sources, strict=True)))
 
 
-def run_all(options: Options, budget: Budget | None, detector: AnyDetector, sources: dict[Path, str | Path]) -> None:
+def run_all(
+    options: Options, budget: Budget | None, known: AnyDetector | Recogniser, sources: dict[Path, str | Path]
+) -> None:
     """Run each source into its folder."""
     runs: dict[str, Any] = {}
     failed: list[str] = []
     for directory, source in sources.items():
         try:
             with open_source(source, ahead=AHEAD, reconnect=options.reconnect, silence=options.silence) as opened:
-                runs[directory.name] = Run(options, budget, detector, opened, directory)()
+                if isinstance(known, Recogniser):
+                    runs[directory.name] = ActionRun(options, budget, known, opened, directory)()
+                else:
+                    runs[directory.name] = Run(options, budget, known, opened, directory)()
         except UserError as error:
             if len(sources) == 1:
                 raise

@@ -16,22 +16,21 @@ import numpy as np
 from common import say
 from numpy.typing import NDArray
 
-from eventful_det.adapters import to_record
+from eventful_det.adapters import action_record, to_record
 from eventful_det.data.video_writer import VideoWriter
 from eventful_det.detectors.results import FrameCost
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
 from eventful_det.outputs import printable_values, reporting
-from eventful_det.runtime.session import StreamResult
 from eventful_det.viz import Caption, annotate, cost_row, plot_cost
+from eventful_det.viz.actions import annotate_action
 
 HISTORY = 100  # frames in the strip charts
-_NAMES = ("annotated.mp4", "detections.jsonl", "cost.csv", "cost.png")
 _WAITING = 3  # frames that may wait to be written
 
 
 class Outputs:
-    """Writes annotated.mp4, detections.jsonl, cost.csv, cost.png and results.json into a folder.
+    """Writes annotated.mp4, detections.jsonl (`lines`), cost.csv, cost.png and results.json into a folder.
 
     Until the run is over they are called annotated.part.mp4 and so on; then they replace those of an earlier run. A
     thread draws and writes; it goes on where the caller is interrupted. `open` comes first.
@@ -42,11 +41,16 @@ class Outputs:
         show, width: of the pictures; see `annotate`.
     """
 
+    lines = "detections.jsonl"
+
     def __init__(self, directory: Path, fps: float, *, show: float, width: int) -> None:
         self.directory, self.fps, self.show, self.width = directory, fps, show, width
         self.frames = 0
         self._history: deque[FrameCost] = deque(maxlen=HISTORY)
-        self._video_path, self._lines_path, self._table_path, self._plot_path = (_part(directory / n) for n in _NAMES)
+        self._results: deque[Any] = deque(maxlen=HISTORY)  # of actions
+        self._video_path, self._lines_path, self._table_path, self._plot_path = (
+            _part(directory / n) for n in self._names
+        )
         self._open_files = contextlib.ExitStack()
         self._rows: csv.DictWriter[str] | None = None
         self._error: BaseException | None = None
@@ -67,7 +71,7 @@ class Outputs:
             self._video = VideoWriter(self._video_path, self.fps)
             self._open_files.callback(self._video.close)
 
-    def write(self, result: StreamResult, caption: Caption) -> None:
+    def write(self, result: Any, caption: Caption) -> None:
         """Append a frame to every file, soon.
 
         Raises:
@@ -98,7 +102,7 @@ class Outputs:
         except BaseException:
             self.discard()
             raise
-        names = [name for name in _NAMES if _part(self.directory / name).exists()]
+        names = [name for name in self._names if _part(self.directory / name).exists()]
         return {**sum_up(columns), "files": [str(self.directory / name) for name in names]}
 
     def _plot(self, columns: dict[str, NDArray[np.float64]]) -> None:
@@ -117,7 +121,7 @@ class Outputs:
         try:
             with written_whole(self.directory / "results.json") as part:
                 part.write_text(json.dumps(printable_values(results), indent=1) + "\n", encoding="utf-8")
-                for name in _NAMES:
+                for name in self._names:
                     if _part(self.directory / name).exists():
                         os.replace(_part(self.directory / name), self.directory / name)
         except UserError:
@@ -131,16 +135,28 @@ class Outputs:
         for path in (self._video_path, self._lines_path, self._table_path, self._plot_path):
             path.unlink(missing_ok=True)
 
-    def _write(self, result: StreamResult, caption: Caption) -> None:
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return "annotated.mp4", self.lines, "cost.csv", "cost.png"
+
+    def picture(self, result: Any, caption: Caption) -> NDArray[np.uint8]:
+        """What the video shows of a frame."""
+        return annotate(result, self._history, self.show, caption=caption, width=self.width)
+
+    def record(self, result: Any) -> dict[str, Any]:
+        """What the lines tell of a frame."""
+        return to_record(result)
+
+    def _write(self, result: Any, caption: Caption) -> None:
         if self._error is not None:
             return
         try:
             self._history.append(result.cost)
-            picture = annotate(result, self._history, self.show, caption=caption, width=self.width)
+            picture = self.picture(result, caption)
             row = {"frame": result.frame_index, **cost_row(result.cost), "held": int(result.held)}
             self._video.write(picture, result.timestamp)
-            with reporting(self.directory / "detections.jsonl"):
-                self._lines.write(json.dumps(to_record(result)) + "\n")
+            with reporting(self.directory / self.lines):
+                self._lines.write(json.dumps(self.record(result)) + "\n")
             with reporting(self.directory / "cost.csv"):
                 if self._rows is None:
                     self._rows = csv.DictWriter(self._table, list(row))
@@ -150,6 +166,21 @@ class Outputs:
         except BaseException as error:
             self._error = error
             raise
+
+
+class ActionOutputs(Outputs):
+    """The same of a stream of actions; the lines are in actions.jsonl."""
+
+    lines = "actions.jsonl"
+
+    def picture(self, result: Any, caption: Caption) -> NDArray[np.uint8]:
+        """See `Outputs`."""
+        self._results.append(result)
+        return annotate_action(result, list(self._results), self._history, caption=caption, width=self.width)
+
+    def record(self, result: Any) -> dict[str, Any]:
+        """See `Outputs`."""
+        return action_record(result)
 
 
 def _part(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Evaluate a detector on video: average precision, multiply-adds, time.
+"""Evaluate a detector on video: average precision, multiply-adds, time. Or a recogniser on clips: accuracy.
 
     python tools/eval_net.py                                     # the shipped weights on the synthetic data set
     python tools/eval_net.py gate=dense weights=runs/train/model.safetensors
@@ -6,6 +6,7 @@
     python tools/eval_net.py eval=sweep max_videos=2 max_frames=20
     python tools/eval_net.py eval=sweep data=clips               # your own, labelled or not: agreement with dense
     python tools/eval_net.py experiment=sweep_vid weights=...    # ImageNet VID: everything a paper's table needs
+    python tools/eval_net.py data=actions eval=sweep             # action recognition
 
 The same command goes on where a killed run was, and does not run finished videos again. `streams=8` runs eight videos
 side by side; `torchrun --nproc_per_node=N` shares the videos out between processes. Neither changes a result.
@@ -26,8 +27,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import actions
 import torch
 import torch.distributed as dist
 from common import Data, as_list, build_gate, choose_device, command, console, say, warn, write_results
@@ -78,6 +80,7 @@ NOTE = (
 class Options:
     """What may be asked of the evaluation; configs/eval_net.yaml explains it."""
 
+    task: actions.Task | None
     data: Data
     gate: dict[str, Any]
     eval: EvalOptions
@@ -92,6 +95,8 @@ class Options:
     scene_cuts: bool
     streams: Count
     workers: Natural | None
+    views: Literal["shared", "separate", "both"]
+    temporal_views: Count | None
 
 
 def evaluate_single(config: Options, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
@@ -265,6 +270,19 @@ def evaluate_all(config: Options) -> None:
             report_results(config, detector.device, data, directory, results)
 
 
+def evaluate_recogniser(config: Options) -> None:
+    """Evaluate a recogniser on clips, then write the results."""
+    directory, weights = Path(config.output), config.weights or actions.DEFAULT
+    gate = None if config.eval.curves is not None else build_gate(config.gate)
+    changes = {} if config.temporal_views is None else {"temporal_views": config.temporal_views}
+    recogniser = actions.load_recogniser(weights, **changes).to(choose_device(config.device))
+    options: dict[str, Any] = {"max_clips": config.max_videos, "hold": config.eval.hold, "views": config.views}
+    about = {"command": command(), "weights": weights, "data": config.data.val, "threads": torch.get_num_threads()}
+    with owned(directory):
+        results = actions.evaluate(recogniser, config.data, gate, directory, **options)
+        write_results(directory, about | results)
+
+
 def report_results(
     config: Options, device: torch.device, data: CocoVideo, directory: Path, results: dict[str, Any]
 ) -> None:
@@ -285,6 +303,9 @@ def report_results(
 
 def run(config: Options) -> None:
     """Evaluate with or without torchrun."""
+    if actions.recognises(config.task, config.weights):
+        evaluate_recogniser(config)
+        return
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo", timeout=PATIENCE)
         if torch.cuda.is_available():

@@ -1,8 +1,9 @@
-"""Train a detector.
+"""Train a detector, or a recogniser of actions.
 
     python tools/train_net.py                                    # vitdet_tiny on the synthetic data set
     python tools/train_net.py train.steps=500 output=runs/short
     python tools/train_net.py experiment=eventful_finetune       # with gates on, from the shipped weights
+    python tools/train_net.py experiment=actions                 # a recogniser, on rendered clips
     torchrun --nproc_per_node=8 tools/train_net.py experiment=vitdet_b_vid    # one process per GPU (or CPU)
 
 The same command goes on from the last checkpoint when a run was cut off. docs/training.md explains all of it.
@@ -18,9 +19,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
+import actions
 import torch
 import torch.distributed as dist
-from common import AnyDetector, Data, Side, choose_device, command, console, say, write_results
+from common import AnyDetector, Data, Gate, Side, choose_device, command, console, say, write_results
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -37,6 +39,8 @@ from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.rf_detr.training import TINY, tiny
 from eventful_det.errors import UserError
 from eventful_det.evaluation.summary import evaluate_detector, jsonable
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.selector import DEFAULT as GATE
 from eventful_det.models.checkpoints import load_detector
 from eventful_det.models.config import MODELS, ModelConfig
 from eventful_det.models.detector import Detector
@@ -63,6 +67,8 @@ class Mix:
 class Options:
     """What may be asked of the training; configs/train_net.yaml explains it."""
 
+    task: actions.Task | None = None
+    recognition: actions.RecognitionOptions = actions.RecognitionOptions()
     model: dict[str, Any]
     data: Data
     train: TrainOptions
@@ -159,6 +165,9 @@ def run(config: Options) -> None:
 def train(config: Options) -> None:
     """Train, then write the results."""
     directory, options = Path(config.output), config.train
+    if config.model["name"] in actions.MODELS or actions.recognises(config.task, config.start):
+        train_recogniser(config)
+        return
     device = choose_device(config.device)
     if dist.is_initialized() and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -200,6 +209,19 @@ def train(config: Options) -> None:
             "validation": evaluate(validation, config.data.val, detector) if validation and config.evaluate else None,
         }
         write_results(directory, results)
+
+
+def train_recogniser(config: Options) -> None:
+    """Train a recogniser, evaluate it, and write the results."""
+    directory, device = Path(config.output), choose_device(config.device)
+    main_process = not dist.is_initialized() or dist.get_rank() == 0
+    results = actions.train(config, directory, device)
+    if main_process:
+        if config.evaluate:
+            recogniser = actions.load_recogniser(results["weights"])
+            dense = Gate(Dense(), GATE)
+            results["validation"] = actions.evaluate(recogniser, config.data, dense, directory)["rows"]
+        write_results(directory, {"command": command(), **results})
 
 
 def check_same(config: Options, path: Path) -> None:

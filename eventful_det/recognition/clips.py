@@ -29,7 +29,7 @@ class ClipResult:
     Attributes:
         logits: of each head `(classes,)`, averaged over the views.
         features: `(V, T', D)` spatial outputs of all views, spatial views outside.
-        cost: of the whole clip; `tokens` and `recomputed` are those of all tubelets that were computed.
+        cost: of the whole clip; `tokens` and `recomputed` are those of all tubelets.
         tubelets: how many of them, over all crops.
     """
 
@@ -98,9 +98,11 @@ def _view_by_view(
     state: State[Any] = State([None] * len(frames))
     features: list[Tensor] = []
     costs: list[StepCost] = []
+    updates: list[Update] = []
     for step in range(config.steps):
         if step % hold:
             features.append(features[-1])
+            costs += [recogniser.cost(update, windows=0).idle() for update in updates]
             continue
         updates = recogniser.spatial_step(list(frames[:, step]), state, rule=rule, selector=selector)
         features.append(_features(updates))
@@ -117,6 +119,7 @@ def _shared(
     state: State[Any] = State([None] * config.spatial_views)
     features: list[Tensor] = []
     costs: list[StepCost] = []
+    updates: list[Update] = []
     run = 0  # tubelets since the stream began anew
     for i, start in enumerate(starts):
         gap = i > 0 and start - starts[i - 1] != config.tubelet[0] * config.stride
@@ -124,6 +127,7 @@ def _shared(
         run += 1
         if (run - 1) % hold:
             features.append(features[-1])
+            costs += [recogniser.cost(update, windows=0).idle() for update in updates]
             continue
         frames = recogniser.tubelets(crop_views(normalise(_tubelet(clip, start, config), config)[None], config))
         updates = recogniser.spatial_step(list(frames[:, 0]), state, rule=rule, selector=selector, flush=gap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from eventful_det.recognition.accuracy import Accuracy, Scored, accuracy
 from eventful_det.recognition.clip_reader import read_clips
 from eventful_det.recognition.clips import Clip, recognise
 from eventful_det.recognition.recogniser import Recogniser
+from eventful_det.recognition.results import StepCost
 from eventful_det.recognition.segments import Segment, Segments
 from eventful_det.recognition.stream import DEFAULT_RULE
 
@@ -47,7 +49,7 @@ class Evaluation:
         failed: segments that could not be read, and why.
         gmacs: 1e9 multiply-adds per clip.
         dense_gmacs: those of the dense recogniser on the same tubelets.
-        seconds: per clip, of the recogniser alone.
+        times: seconds of each clip, of the recogniser alone.
     """
 
     way: Way
@@ -55,7 +57,12 @@ class Evaluation:
     failed: dict[str, str]
     gmacs: float
     dense_gmacs: float
-    seconds: float
+    times: tuple[float, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Median of a clip."""
+        return statistics.median(self.times)
 
     @property
     def accuracy(self) -> dict[str, Accuracy]:
@@ -81,35 +88,41 @@ def evaluate(
         UserError: no segment can be read.
     """
     way = way or Way("default")
-    return evaluate_clips(recogniser, read_clips(segments.items, recogniser.config, way.shared), way, on_clip)
+    clips = read_clips(segments.items, recogniser.config, way.shared)
+    return evaluate_clips(recogniser, clips, [way], on_clip)[0]
 
 
 def evaluate_clips(
     recogniser: Recogniser,
     clips: Iterable[tuple[Segment, Clip | UserError]],
-    way: Way,
+    ways: Sequence[Way],
     on_clip: Callable[[int], None] | None = None,
-) -> Evaluation:
-    """See `evaluate`; takes the clips themselves."""
-    scored, failed = [], {}
-    macs = dense = 0
-    seconds = 0.0
+) -> list[Evaluation]:
+    """See `evaluate`; takes the clips themselves, and runs each in several ways, which take turns clip by clip."""
+    results: list[list[tuple[Scored, StepCost, float]]] = [[] for _ in ways]
+    failed = {}
     for done, (segment, clip) in enumerate(clips, 1):
         if isinstance(clip, UserError):
             failed[segment.name] = str(clip)
         else:
-            began = time.perf_counter()
-            result = recognise(recogniser, clip, rule=way.rule, selector=way.selector, shared=way.shared, hold=way.hold)
-            seconds += time.perf_counter() - began
-            macs, dense = macs + result.cost.total, dense + result.cost.dense_total
-            scored.append(Scored(segment, {head: logits.cpu() for head, logits in result.logits.items()}))
+            for way, entries in zip(ways, results, strict=True):
+                options: dict[str, Any] = {"shared": way.shared, "hold": way.hold}
+                began = time.perf_counter()
+                result = recognise(recogniser, clip, rule=way.rule, selector=way.selector, **options)
+                seconds = time.perf_counter() - began
+                scored = Scored(segment, {head: logits.cpu() for head, logits in result.logits.items()})
+                entries.append((scored, result.cost, seconds))
         if on_clip is not None:
             on_clip(done)
-    if not scored:
+    if not results[0]:
         reason = next(iter(failed.values()), "there are none")
         raise UserError(f"no clip can be read: {reason}")
-    count = len(scored)
-    return Evaluation(way, tuple(scored), failed, macs / 1e9 / count, dense / 1e9 / count, seconds / count)
+    evaluations = []
+    for way, entries in zip(ways, results, strict=True):
+        scores, costs, times = zip(*entries, strict=True)
+        macs, dense = sum(cost.total for cost in costs), sum(cost.dense_total for cost in costs)
+        evaluations.append(Evaluation(way, scores, failed, macs / 1e9 / len(costs), dense / 1e9 / len(costs), times))
+    return evaluations
 
 
 def sweep_ways(parts: Sequence[int] = (2, 4, 8, 16), shared: bool = True) -> Iterator[Way]:
@@ -121,7 +134,7 @@ def sweep_ways(parts: Sequence[int] = (2, 4, 8, 16), shared: bool = True) -> Ite
         yield Way(f"rows, all wanted, 1/{part}", selector=Selector(LargestError(age_power=0.5), share), shared=shared)
         yield Way(f"random 1/{part}", selector=Selector(RandomOrder(), share), shared=shared)
         yield Way(f"paper 1/{part}", rule=Paper(), selector=Selector(LargestError(), share), shared=shared)
-        yield Way(f"every {part}th held", rule=Dense(), shared=shared, hold=part)
+        yield Way(f"held 1/{part}", rule=Dense(), shared=shared, hold=part)
 
 
 def still_view(clip: torch.Tensor) -> torch.Tensor:

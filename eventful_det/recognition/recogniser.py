@@ -45,6 +45,8 @@ class Recogniser(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
         self.apply(_initialise)
+        # Spatial outputs vary by about 3: next to them small positions cannot be seen, and order is not learned.
+        nn.init.normal_(self.temporal_model.backbone.position_encoding.encoding)
         self.spec = ViTSpec(
             projection=self.embedding,
             positions=self.spatial_model.positions,

@@ -106,6 +106,8 @@ def read_epic(
 def read_folders(root: str | os.PathLike[str], classes: Sequence[str] | None = None, head: str = "action") -> Segments:
     """Read a folder of folders, one per class, each with videos; as Kinetics is often kept.
 
+    Where the videos of a class lie in folders, these are taken for the participants.
+
     Args:
         root: of the folders.
         classes: names in the order of their labels; None = the folders by name.
@@ -122,7 +124,12 @@ def read_folders(root: str | os.PathLike[str], classes: Sequence[str] | None = N
             f"{root / unknown[0]} is no class of the recogniser; its classes are {', '.join(names[:5])}, ..."
         )
     items = [
-        Segment(f"{folder.name}/{path.relative_to(folder)}", path, labels={head: names.index(folder.name)})
+        Segment(
+            f"{folder.name}/{path.relative_to(folder)}",
+            path,
+            labels={head: names.index(folder.name)},
+            participant="" if path.parent == folder else path.relative_to(folder).parts[0],
+        )
         for folder in folders
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in VIDEO_SUFFIXES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -58,13 +59,14 @@ class RecognitionResult:
     """One step of a stream: what happens in the window of tubelets that ends with it.
 
     Attributes:
-        probabilities: of each head, `(classes,)`.
+        probabilities: of each head, `(classes,)`, on the CPU.
         names: class names of each head.
         frame_index: of the last frame of the tubelet, from 0.
         timestamp: of that frame in seconds since the start of the source, or None where it has no clock.
-        cost: of this step.
+        cost: of this step; its seconds, not told apart by part, run from the tubelet to the probabilities.
         work: `(H, W)` share of its token-wise work that each token had done, 0 to 1.
         image: that frame, `(h, w, 3)` uint8 RGB.
+        held: never; every tubelet is looked at.
         stream: name of the source.
         frame_age: seconds from the capture of that frame to this result; None unless the source is live.
         dropped: frames of a live source that were overtaken by newer ones so far.
@@ -77,6 +79,7 @@ class RecognitionResult:
     cost: StepCost
     work: Tensor
     image: NDArray[np.uint8]
+    held: bool = False
     stream: str = ""
     frame_age: float | None = None
     dropped: int = 0
@@ -201,12 +204,15 @@ class RecognitionStream(Iterator[RecognitionResult]):
         raise StopIteration
 
     def _step(self, tubelet: Tensor, frame: VideoFrame, cut: bool) -> RecognitionResult:
+        began = time.perf_counter()
         (step,) = self.recogniser.step(
             [tubelet.to(self.recogniser.device)], self._state, rule=self.rule, selector=self._selector, flush=cut
         )
+        probabilities = {head: values.cpu() for head, values in step.probabilities.items()}  # waits for a GPU
+        step.cost.seconds["other"] = time.perf_counter() - began
         self._steps += 1
         return RecognitionResult(
-            probabilities=step.probabilities,
+            probabilities=probabilities,
             names=dict(self.recogniser.config.classes),
             frame_index=self._index,
             timestamp=frame.timestamp,

@@ -221,11 +221,9 @@ def _motion(rng: np.random.Generator, action: str, size: Array, options: ActionO
         part = np.clip((np.linspace(0, 1, frames) - moment) / slow + 0.5, 0, 1)
         motion.opacity = part if action == "appear" else 1 - part
     else:  # shake
-        times = np.linspace(0, 1, frames) - begin
-        busy = ((progress > 0) & (progress < 1)).astype(np.float64)
-        wave = busy * np.sin(2 * math.pi * times * rng.uniform(3.0, 5.0))
+        wave = np.sin(2 * math.pi * progress * rng.uniform(1.0, 1.5))  # slow enough for tubelets of four frames
         heading = rng.uniform(0, 2 * math.pi)
-        swing = np.array([math.cos(heading), math.sin(heading)]) * rng.uniform(0.25, 0.45) * diameter
+        swing = np.array([math.cos(heading), math.sin(heading)]) * rng.uniform(0.4, 0.7) * diameter
         motion.centre = motion.centre + wave[:, None] * swing
     return motion
 

@@ -7,9 +7,9 @@ softmax of a softmax.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
@@ -31,7 +32,7 @@ from eventful_det.recognition.clips import recognise
 from eventful_det.recognition.evaluation import Way
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.segments import Segments
-from eventful_det.recognition.synthetic_actions import ACTIONS, ActionClip, ActionOptions, mirrored, render_action
+from eventful_det.recognition.synthetic_actions import ActionClip, ActionOptions, mirrored, render_action
 from eventful_det.recognition.views import frame_indices, normalise
 from eventful_det.training.log import Log
 from eventful_det.training.optim import learning_rate, set_learning_rate
@@ -96,34 +97,38 @@ class Samples(Protocol):
 
 
 class SyntheticClips:
-    """Synthetic actions, rendered when they are asked for: one view of `config.size` each, never the same twice.
+    """Synthetic actions: one view of `config.size` each, mirrored anew along random axes each time.
 
-    Each clip is shown twice running, each time mirrored along other axes, which saves half of the rendering. Hints say
-    where objects are.
+    A clip is rendered when it is first asked for, and kept in memory. Hints say where objects are.
+
+    Args:
+        recogniser: whose views they are.
+        options: what they are like.
+        seed: of clips and order.
+        split: of the clips.
+        count: of different clips.
     """
 
-    def __init__(self, recogniser: Recogniser, options: ActionOptions, seed: int = 0, split: str = "train") -> None:
+    def __init__(
+        self, recogniser: Recogniser, options: ActionOptions, seed: int = 0, split: str = "train", count: int = 6000
+    ) -> None:
         config = recogniser.config
         if options.frames < config.span:
             raise UserError(f"clips of {options.frames} frames are too short for views that span {config.span}")
-        self.config, self.options, self.seed, self.split = config, options, seed, split
-        self._render = functools.lru_cache(maxsize=1)(self._rendered)
+        self.config, self.options, self.seed, self.split, self.count = config, options, seed, split, count
+        self.rendered: dict[int, ActionClip] = {}
 
     def sample(self, n: int) -> Sample:
-        """See `Samples`. Clips come in an order in which classes and cameras mix."""
+        """See `Samples`. The order is drawn anew for each round."""
+        index = int(np.random.default_rng([self.seed, n // self.count]).permutation(self.count)[n % self.count])
+        if index not in self.rendered:
+            frames = range(0, self.config.span, self.config.stride)
+            self.rendered[index] = render_action(self.options, self.seed, index, self.split, frames)
         rng = np.random.default_rng([self.seed, n, 7])
-        clip = self._render(n // 2)
-        axes = [axis for axis in ("x", "y", "time") if rng.random() < 0.5]
-        clip = mirrored(clip, *axes)
+        clip = mirrored(self.rendered[index], *(axis for axis in ("x", "y", "time") if rng.random() < 0.5))
         view = normalise(torch.from_numpy(clip.frames).permute(0, 3, 1, 2), self.config)
         hints = torch.from_numpy(clip.coverage).unflatten(0, (self.config.steps, -1)).mean(1).flatten(1)
         return centre(view, self.config.size), {next(iter(self.config.classes)): clip.label}, hints
-
-    def _rendered(self, n: int) -> ActionClip:
-        count = 2 * len(ACTIONS)
-        index = n * count + int(np.random.default_rng([self.seed, n, 5]).integers(count))
-        frames = range(0, self.config.span, self.config.stride)
-        return render_action(self.options, self.seed, index, self.split, frames)
 
 
 class VideoClips:
@@ -352,7 +357,10 @@ class RecogniserTrainer:
         place = int(self.progress * options.steps)
         set_learning_rate(self.optimizer, learning_rate(place, options.steps, options.lr, options.warmup, "cosine", ()))
         x, labels = x.to(self.device), {head: label.to(self.device) for head, label in labels.items()}
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        # On CPUs the fused attention's backward pass takes longer than all the rest, sequences being short.
+        attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
+        mixed = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        with attention, mixed:
             losses = self.loss(x, labels, None if hints is None else hints.to(self.device))
         right = losses.pop("right")
         total = torch.stack(list(losses.values())).sum()

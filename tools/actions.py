@@ -1,0 +1,302 @@
+"""Action recognition in the tools: what `task=recognition`, or weights of a recogniser, make of them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from common import Data, Gate, console, say, warn
+from rich import box
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from eventful_det.errors import UserError
+from eventful_det.files import written_whole
+from eventful_det.options import Natural, NonNegative, Share, from_values, nearest
+from eventful_det.outputs import write_text
+from eventful_det.recognition.accuracy import accuracy, write_submission
+from eventful_det.recognition.checkpoints import (
+    find_recogniser,
+    is_recogniser,
+    load_recogniser,
+    read_recogniser,
+    save_official,
+    save_recogniser,
+    save_tadaconv,
+    start_from_image,
+)
+from eventful_det.recognition.clip_reader import read_clips
+from eventful_det.recognition.config import RecogniserConfig, vivit_b_epic, vivit_b_k400, vivit_tiny
+from eventful_det.recognition.evaluation import Evaluation, Way, evaluate_clips, sweep_ways
+from eventful_det.recognition.recogniser import Recogniser
+from eventful_det.recognition.segments import Segments, read_epic, read_folders
+from eventful_det.recognition.synthetic_actions import ACTIONS, ActionOptions
+from eventful_det.recognition.training import (
+    FeatureClips,
+    RecogniserTrainer,
+    RecogniserTraining,
+    Samples,
+    SyntheticClips,
+    VideoClips,
+    cache_features,
+)
+from eventful_det.testing import official_vivit
+from eventful_det.training.options import TrainOptions
+
+Task = Literal["detection", "recognition"]
+MODELS = {"vivit_tiny": vivit_tiny, "vivit_b_epic": vivit_b_epic, "vivit_b_k400": vivit_b_k400}
+DEFAULT = "vivit_tiny_synthetic"  # shipped weights
+_GROUPS = 20  # participants that are told apart
+_STEPS = {"vivit_b_epic": (50, 100, 200), "vivit_b_k400": (24, 48, 96)}  # tokens of the paper's tables
+_COLUMNS = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecognitionOptions:
+    """What training a recogniser needs beside `train`; configs/train_net.yaml explains it."""
+
+    features: str | None = None
+    frozen: Natural = 0
+    smoothing: Share = 0.0
+    seconds: NonNegative = 0.0
+
+
+def recognises(task: Task | None, weights: str | None) -> bool:
+    """Whether a tool is to recognise actions: it is told to, or the weights are a recogniser's."""
+    if task is not None or weights is None:
+        return task == "recognition"
+    try:
+        path = find_recogniser(weights)
+    except UserError:
+        return False  # detection says what is wrong
+    return is_recogniser(path)
+
+
+def read_segments(path: str, data: Data, classes: Mapping[str, Sequence[str]] | None) -> Segments:
+    """A table of EPIC-Kitchens 100 or a folder per class, by what is there.
+
+    Args:
+        path: of the table or folder.
+        data: the other paths.
+        classes: of the recogniser; None = as the folders say.
+    """
+    if Path(path).suffix == ".csv":
+        names = {key: table for key, table in (("verbs", data.verbs), ("nouns", data.nouns)) if table}
+        segments = read_epic(path, data.videos or data.root, **names)
+    else:
+        heads = [None] if classes is None else list(classes.values())
+        segments = read_folders(path, heads[0])
+    if segments.missing:
+        warn(f"{len(segments.missing)} videos are missing, and {segments.left_out} segments with them")
+    return segments
+
+
+# Evaluation
+
+
+def evaluate(
+    recogniser: Recogniser,
+    data: Data,
+    gate: Gate | None,
+    directory: Path,
+    *,
+    max_clips: int | None = None,
+    hold: int = 1,
+    views: Literal["shared", "separate", "both"] = "shared",
+) -> dict[str, Any]:
+    """Accuracy, multiply-adds and time of one rule, or of all ways of a sweep; returns what `results.json` holds.
+
+    Args:
+        recogniser: in evaluation mode.
+        data: whose validation split is looked at.
+        gate: rule and selector; None = a sweep.
+        directory: of the files.
+        max_clips: look at so many, evenly spread.
+        hold: of the one rule, see `recognise`.
+        views: whether temporal views share tubelets.
+    """
+    segments = read_segments(data.val, data, recogniser.config.classes)
+    count = len(segments) if max_clips is None else min(max_clips, len(segments))
+    items = [segments.items[i * len(segments) // count] for i in range(count)]
+    kinds = [True, False] if views == "both" else [views == "shared"]
+    evaluations: list[Evaluation] = []
+    with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("clips", total=count * len(kinds))
+        for shared in kinds:
+            ways = list(sweep_ways(shared=shared)) if gate is None else [Way("rule", *gate, shared, hold)]
+            clips = read_clips(items, recogniser.config, shared)
+            evaluations += evaluate_clips(recogniser, clips, ways, lambda _: progress.advance(task))
+    rows = [row_of(evaluation, evaluations[0]) for evaluation in evaluations]
+    text = table_of(rows)
+    write_text(directory / "accuracy.md", text)
+    with written_whole(directory / "accuracy.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    if {"verb", "noun"} <= recogniser.config.classes.keys() and gate is not None:
+        write_submission(directory / "test.json", evaluations[0].scored)
+    show_table(text)
+    failed = evaluations[0].failed
+    if failed:
+        warn(f"{len(failed)} clips could not be read. The first: {next(iter(failed.values()))}")
+    return {"rows": rows, "clips": count - len(failed), "failed": failed}
+
+
+def row_of(evaluation: Evaluation, dense: Evaluation) -> dict[str, Any]:
+    """A way as a row of a table; percent, GMACs per clip, and milliseconds per clip beside those of the first way."""
+    way, scored = evaluation.way, evaluation.scored
+    row: dict[str, Any] = {"way": way.name, "views": "shared" if way.shared else "separate"}
+    for head, found in evaluation.accuracy.items():
+        row |= {f"{head} top-1": round(found.top1, 2), f"{head} top-5": round(found.top5, 2)}
+    people = sorted({item.segment.participant for item in scored} - {""})
+    for person in people if 1 < len(people) <= _GROUPS else []:
+        for head, found in accuracy(scored, lambda segment, _, name=person: segment.participant == name).items():  # type: ignore[misc]
+            row[f"{head} top-1, {person}"] = round(found.top1, 2)
+    ratios = [own / other for own, other in zip(evaluation.times, dense.times, strict=True)]
+    share = evaluation.gmacs / evaluation.dense_gmacs
+    return row | {
+        "GMACs": round(evaluation.gmacs, 4),
+        "share of dense": round(share, 4),
+        "ms": round(1e3 * evaluation.seconds, 2),
+        "time of first": round(statistics.median(ratios), 4),
+    }
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a Markdown table."""
+    header = list(rows[0])
+    lines = [header, ["---"] * len(header), *([_text(row[name]) for name in header] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _text(value: object) -> str:
+    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def show_table(text: str) -> None:
+    """Print a Markdown table."""
+    header, _, *lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines()]
+    table = Table(*header, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+
+
+# Training
+
+
+class TrainingConfig(Protocol):
+    """What training a recogniser knows of the options of tools/train_net.py."""
+
+    model: dict[str, Any]
+    data: Data
+    train: TrainOptions
+    recognition: RecognitionOptions
+    start: str | None
+
+
+def train(config: TrainingConfig, directory: Path, device: torch.device) -> dict[str, Any]:
+    """Train a recogniser in a directory and return what `results.json` holds."""
+    data, train, options = config.data, config.train, config.recognition
+    synthetic = data.train == "synthetic"
+    if data.train is None:
+        raise UserError("data: there is nothing to train on; give data.train=FOLDER, a table, or synthetic")
+    torch.manual_seed(train.seed)
+    segments = None if synthetic else read_segments(data.train, data, None)
+    recogniser = build(config, {"action": ACTIONS} if segments is None else segments.classes).to(device)
+    samples: Samples
+    if segments is None:
+        height, width = recogniser.config.size
+        samples = SyntheticClips(recogniser, ActionOptions(width, height, recogniser.config.span), train.seed)
+    elif options.features:
+        say("caching spatial outputs")
+        cache_features(recogniser.eval(), segments, Path(options.features), Way("default"))
+        samples = FeatureClips(Path(options.features), train.seed)
+    else:
+        samples = VideoClips(recogniser, segments, train.seed)
+    names = RecogniserTraining.__dataclass_fields__.keys() & asdict(train).keys()
+    settings = {name: getattr(train, name) for name in names}
+    settings |= {"frozen": options.frozen, "smoothing": options.smoothing, "seconds": options.seconds}
+    with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("training", total=train.steps)
+
+        def show(step: int, metrics: dict[str, float]) -> None:
+            losses = sum(value for name, value in metrics.items() if name.startswith("loss"))
+            progress.update(task, completed=step, description=f"loss {losses:.3f}")
+
+        trainer = RecogniserTrainer(recogniser, samples, RecogniserTraining(**settings), directory, show)
+        trainer.train()
+    return {"steps": trainer.step, "weights": str(directory / "model.safetensors")}
+
+
+def build(config: TrainingConfig, classes: Mapping[str, Sequence[str]]) -> Recogniser:
+    """The recogniser to train: that of `start`, or one of a model's sizes, its spatial part from `init` if given.
+
+    Raises:
+        UserError: a name is unknown, or sizes do not fit.
+    """
+    if config.start is not None:
+        return load_recogniser(config.start)
+    sizes = dict(config.model)
+    name, init = sizes.pop("name"), sizes.pop("init", None)
+    if name not in MODELS:
+        raise UserError(f"unknown model {name!r}; {nearest(name, MODELS)}")
+    model = MODELS[name]({head: tuple(names) for head, names in classes.items()})  # type: ignore[operator]
+    recogniser = Recogniser(from_values(RecogniserConfig, {**asdict(model), **sizes}, "model"))
+    if init:
+        start_from_image(recogniser, init)
+    return recogniser
+
+
+# Weights and counts
+
+
+def convert(
+    source: str,
+    output: Path,
+    dtype: torch.dtype | None,
+    notes: Mapping[str, str],
+    names: Literal["official", "tadaconv"],
+) -> dict[str, Any]:
+    """Rewrite a recogniser: `.safetensors` is ours; other suffixes the official code's names, or TAdaConv's."""
+    path = find_recogniser(source)
+    found = read_recogniser(path)
+    recogniser = load_recogniser(path)
+    if output.suffix == ".safetensors":
+        kept = {key: value for key, value in found.notes.items() if key not in ("format", "config")}
+        save_recogniser(recogniser, output, dtype or torch.float16, {**kept, **notes})
+    elif dtype not in (None, torch.float32) or notes:
+        raise UserError(f"{output}: dtype and notes are for .safetensors; others hold float32 alone")
+    else:
+        (save_tadaconv if names == "tadaconv" else save_official)(recogniser, output)
+    megabytes = output.stat().st_size / 1e6
+    say(f"{output}: {megabytes:.1f} MB, from {found.format} names")
+    digest = hashlib.sha256(output.read_bytes()).hexdigest()
+    return {"input": source, "format": found.format, "output": str(output), "megabytes": megabytes, "sha256": digest}
+
+
+def count(model: str | None, k: Sequence[int] | None) -> list[dict[str, Any]]:
+    """Operations of published recognisers as the official code counts them, of a step and of a clip; in GMACs."""
+    rows: list[dict[str, Any]] = []
+    for name in _STEPS if model is None else [model]:
+        if name not in MODELS:
+            raise UserError(f"unknown model {name!r}; {nearest(name, MODELS)}")
+        config = vivit_tiny({"action": ACTIONS}) if name == "vivit_tiny" else MODELS[name]()  # type: ignore[call-arg]
+        tokens = config.grid[0] * config.grid[1] + 1  # the class token is one of them
+        for budget in (None, *(k or _STEPS.get(name, (tokens // 8, tokens // 4, tokens // 2)))):
+            if budget is not None and not 1 <= budget <= tokens:
+                raise UserError(f"k must be a whole number of 1 to {tokens} tokens, got {budget}")
+            step, clip = (
+                f(config, budget).total / 1e9 for f in (official_vivit.spatial_step, official_vivit.clip_counts)
+            )
+            length = config.span * 2  # of a clip whose views overlap by a half or more
+            shared = official_vivit.shared_counts(config, [length], budget) / 1e9
+            entry = {"model": name, "tokens": tokens, "k": budget, "step": step, "clip": clip}
+            rows.append({**entry, f"shared views, {length} frames": shared})
+    return rows
