@@ -114,11 +114,17 @@ class Torch(Backend):
     name = "torch"
 
     def __init__(
-        self, graphs: Iterable[Graph], precision: Precision = "float32", threads: int | None = None, compiled: bool = False
+        self,
+        graphs: Iterable[Graph],
+        precision: Precision = "float32",
+        threads: int | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__(precision, threads)
         modules = {graph.name: graph.module for graph in graphs}
-        self._modules = {key: torch.compile(module, dynamic=False) if compiled else module for key, module in modules.items()}
+        self._modules = {
+            key: torch.compile(module, dynamic=False) if compiled else module for key, module in modules.items()
+        }
         self.name = "compile" if compiled else "torch"
 
     def _compile(self, name: str, inputs: Sequence[Tensor]) -> Run:

@@ -23,7 +23,7 @@ from eventful_det.errors import UserError
 from eventful_det.gating.convert import per_stream
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
-from eventful_det.gating.selector import DEFAULT, Budget, Select, Selector
+from eventful_det.gating.selector import DEFAULT, Budget, RandomK, Select, Selector
 from eventful_det.gating.state import State, TensorTree
 from eventful_det.gating.whole_windows import (
     Chosen,
@@ -36,11 +36,10 @@ from eventful_det.gating.whole_windows import (
 )
 from eventful_det.gating.windows import Grid, windows_of
 from eventful_det.models.config import ModelConfig
-from eventful_det.models.detector import DIVISOR, Detector
+from eventful_det.models.detector import Detector
 from eventful_det.models.incremental import HeadsState, refresh_regions
-from eventful_det.models.macs import HeadWeights
 from eventful_det.models.pooling import pool_regions
-from eventful_det.models.roi_heads import Reader, RegionOutput, SingleHead
+from eventful_det.models.roi_heads import Reader, SingleHead
 from eventful_det.models.saliency import token_saliency
 
 if TYPE_CHECKING:
@@ -130,12 +129,13 @@ class _RegionHead(SingleHead):
 class CompiledDetector:
     """A detector for video in a compiled engine, for frames of one size: a `VideoDetector`.
 
-    Whole windows are recomputed, see `Windows`; heads run on tiles of them. Gate, boxes, non-maximum suppression and the
-    reading of regions are PyTorch's, in float32. All that is remembered of a stream belongs to the caller.
+    Whole windows are recomputed, see `Windows`; heads run on tiles of them. Gate, boxes, non-maximum suppression and
+    the reading of regions are PyTorch's, in float32. All that is remembered of a stream belongs to the caller.
 
     Args:
         config: of the detector.
-        size: (height, width) of its inputs in pixels, multiples of 32; smaller frames are padded at the bottom and right.
+        size: (height, width) of its inputs in pixels, multiples of 32; smaller frames are padded at the bottom
+            and right.
         rule: with the numbers of windows that are compiled.
         backend: runs the graphs.
 
@@ -178,7 +178,7 @@ class CompiledDetector:
         state, frame = self.init_state(), torch.zeros(3, *self.size)
         for count in self.rule.sizes(self._windows):
             share = -(-count * self.grid[0] * self.grid[1] // self._windows)
-            self.step([frame], state, selector=lambda gates, n=share: [torch.arange(n)] * len(gates))
+            self.step([frame], state, selector=RandomK(share))
         for count in range(1, _REGION_STEPS + 1):
             pooled = torch.zeros(count * self._regions.step, 7, 7, self.config.channels)
             self.backend.run("regions", pooled)
@@ -209,7 +209,9 @@ class CompiledDetector:
             UserError: the numbers of frames and streams differ, a frame is too large, or the rule is another.
         """
         if rule not in (DEFAULT_RULE, self.rule, Dense()):
-            raise UserError(f"this engine was exported with {self.rule}; it cannot follow {rule}. Use its own or Dense()")
+            raise UserError(
+                f"this engine was exported with {self.rule}; it cannot follow {rule}. Use its own or Dense()"
+            )
         flushes = [flush] * len(state) if isinstance(flush, bool) else list(flush)
         watch, dense = Stopwatch(self.device, timing), rule == Dense()
         images, streams, begins = [], [], []
@@ -286,7 +288,9 @@ class CompiledDetector:
         """Normalise a frame and pad it to the engine's size."""
         (height, width), (_, h, w) = self.size, frame.shape
         if h > height or w > width:
-            raise UserError(f"a frame of {h} x {w} does not fit an engine for {height} x {width}; export it for that size")
+            raise UserError(
+                f"a frame of {h} x {w} does not fit an engine for {height} x {width}; export it for that size"
+            )
         image = (frame - self._mean).div_(self._std)
         return image if (h, w) == (height, width) else F.pad(image, (0, width - w, 0, height - h))
 
@@ -341,7 +345,11 @@ class CompiledDetector:
         elif count or stream.detections is None:
             regions = self._run_windows(image, stream, chosen, watch)
         assert stream.detections is not None
-        everything = self._macs(None, self.config.proposals, True)
+        weights = self.head_weights
+        everything = {
+            "backbone": dense_macs(self.shape, self.grid).total,
+            **weights.dense(self.grid, self.config.proposals),
+        }
         work = torch.ones(tokens) if chosen is None else torch.zeros(tokens).index_fill_(0, chosen.tokens, 1.0)
         recomputed = tokens if chosen is None else len(chosen.tokens)
         cost = FrameCost(self._macs(count, regions, flush), everything, recomputed, tokens, flush)
@@ -350,7 +358,8 @@ class CompiledDetector:
     def _macs(self, count: int | None, regions: int, flush: bool) -> dict[str, int]:
         """MACs by part of a frame with so many windows, None = dense."""
         if count is None:
-            backbone, heads = dense_macs(self.shape, self.grid).total, self.head_weights.dense(self.grid, regions)
+            backbone = dense_macs(self.shape, self.grid, padded_linear=True).total
+            heads = self.head_weights.dense(self.grid, regions)
         else:
             backbone = windows_macs(self.shape, self.grid, count, everything=flush).total
             heads = dict.fromkeys(("pyramid", "rpn", "roi"), 0)
@@ -472,6 +481,11 @@ def load_engine(
     if warm_up:
         detector.warm_up()
     return detector
+
+
+def is_engine(folder: Path) -> bool:
+    """Whether it is the folder of an engine."""
+    return (folder / MANIFEST).is_file()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

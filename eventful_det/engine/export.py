@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ def export_detector(
         detector: in evaluation mode, on the CPU, in float32.
         folder: made if it is missing; files of an earlier export are replaced.
         format: "openvino" or "onnx".
-        size: (height, width) of the network's input in pixels, multiples of 32; None = for frames of 16:9 in the model's
-            own size.
+        size: (height, width) of the network's input in pixels, multiples of 32; None = for frames of 16:9 in the
+            model's own size.
         buckets: numbers of windows for gated frames, see `Windows`.
 
     Raises:
@@ -79,7 +80,10 @@ def default_size(detector: Detector) -> tuple[int, int]:
 
 def _write_openvino(graph: Graph, path: Path) -> None:
     ov: Any = import_package("openvino")
-    shapes = [[-1 if i in free else n for i, n in enumerate(x.shape)] for x, free in zip(graph.example, graph.free)]
+    shapes = [
+        [-1 if i in free else n for i, n in enumerate(x.shape)]
+        for x, free in zip(graph.example, graph.free, strict=True)
+    ]
     with _quiet():
         model = ov.convert_model(graph.module, example_input=graph.example, input=[ov.PartialShape(s) for s in shapes])
         ov.save_model(model, path, compress_to_fp16=False)
@@ -87,27 +91,28 @@ def _write_openvino(graph: Graph, path: Path) -> None:
 
 def _write_onnx(graph: Graph, path: Path) -> None:
     import_package("onnx")
-    import_package("onnxscript")
     names = [f"input{i}" for i in range(len(graph.example))]
-    axes = {
-        name: {i: f"{name}_{i}" for i in free} for name, free in zip(names, graph.free, strict=True) if free
-    }
+    axes = {name: {i: f"{name}_{i}" for i in free} for name, free in zip(names, graph.free, strict=True) if free}
     with _quiet():
         torch.onnx.export(
-            graph.module, graph.example, str(path), input_names=names, dynamic_axes=axes, opset_version=_OPSET, dynamo=False
+            graph.module,
+            graph.example,
+            str(path),
+            input_names=names,
+            dynamic_axes=axes,
+            opset_version=_OPSET,
+            dynamo=False,
         )
 
 
-class _quiet(warnings.catch_warnings):
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Exporters warn of whatever depends on a shape, and of themselves."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
-        warnings.simplefilter("ignore")
-        self._level = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        return entered
-
-    def __exit__(self, *arguments: object) -> None:
-        logging.disable(self._level)
-        super().__exit__(*arguments)
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

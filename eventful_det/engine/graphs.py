@@ -22,8 +22,8 @@ from eventful_det.gating.windows import Grid, windows_of
 from eventful_det.models.cells import Layout, layout_of
 from eventful_det.models.detector import Detector
 from eventful_det.models.macs import HeadSizes, level_sizes
-from eventful_det.models.rpn import ProposalHead
 from eventful_det.models.roi_heads import POOL, SingleHead
+from eventful_det.models.rpn import ProposalHead
 from eventful_det.models.vitdet import ConvNorm, ViTDetBackbone
 
 _CPU = torch.device("cpu")
@@ -126,7 +126,9 @@ class Geometry:
             for done in range(1, self.convs + 1)
         ]
         tokens = count * self.window**2
-        return HeadSizes((tokens, tokens, tokens, tokens // 4), tuple(around[0][:_STAGES]), tuple(rpn), sum(around[-1]), 0)
+        return HeadSizes(
+            (tokens, tokens, tokens, tokens // 4), tuple(around[0][:_STAGES]), tuple(rpn), sum(around[-1]), 0
+        )
 
     def _tiles(self, level: int) -> LevelTiles:
         inside = [self._cells(level, halo) for halo in (0, 1, 1 + self.convs)]
@@ -269,17 +271,17 @@ def graphs_of(detector: Detector, size: tuple[int, int]) -> Iterator[Graph]:
     places = windows_of(grid, side, _CPU)
     few, channels, head = min(2, places.count), config.channels, detector.proposal_generator.rpn_head
     caches = [torch.zeros(cache_shape(shape, grid)) for _ in global_blocks(shape)]
-    yield Graph("dense", DenseGraph(detector), (torch.zeros(1, 3, *size),), ((),))
+    yield Graph("dense", DenseGraph(detector).eval(), (torch.zeros(1, 3, *size),), ((),))
     yield Graph(
         "backbone",
-        BackboneGraph(detector, grid),
+        BackboneGraph(detector, grid).eval(),
         (torch.zeros(few, places.slots, shape.pixels), torch.arange(few), *caches),
         ((0,), (0,), *[()] * len(caches)),
     )
     maps = tuple(torch.zeros(2, 16, 16, channels) for _ in range(_STAGES + 1))
-    yield Graph("pyramid", PyramidGraph(detector.backbone), maps[:-1], ((0, 1, 2),) * _STAGES)
+    yield Graph("pyramid", PyramidGraph(detector.backbone).eval(), maps[:-1], ((0, 1, 2),) * _STAGES)
     if len(head.convs) > 1:
         maps = *maps, *(torch.ones(2, 16, 16, 1) for _ in maps)
-    yield Graph("proposals", ProposalGraph(head), maps, ((0, 1, 2),) * len(maps))
+    yield Graph("proposals", ProposalGraph(head).eval(), maps, ((0, 1, 2),) * len(maps))
     pooled = torch.zeros(2, POOL, POOL, channels)
-    yield Graph("regions", RegionGraph(cast(SingleHead, detector.roi_heads)), (pooled,), ((0,),))
+    yield Graph("regions", RegionGraph(cast(SingleHead, detector.roi_heads)).eval(), (pooled,), ((0,),))
