@@ -21,7 +21,7 @@ from eventful_det.gating.rows import compute_dtype
 from eventful_det.gating.selector import GateInput, Select, token_errors
 from eventful_det.gating.state import StreamState, TensorTree
 from eventful_det.gating.update import Update
-from eventful_det.gating.vit_spec import ViTSpec, relative_table
+from eventful_det.gating.vit_spec import ViTSpec
 from eventful_det.gating.windows import Grid, Side, windows_of
 from eventful_det.gating.windows import Windows as Places
 
@@ -36,15 +36,14 @@ class WindowTables(TensorTree):
     Attributes:
         positions: `(windows, slots, D)` position encodings, or None.
         inside: `(windows, slots, 1)` 0 at padded places, else 1; None where there are none.
-        offsets: `(windows, slots, rows + columns)` where the queries of global blocks find their relative positions in
-            a table, those of padded keys included; None without them.
-        relative: per block tables of relative positions, or None: `(2, side, side, d)` of windowed blocks, and
-            `(2 rows - 1 + 2 columns - 1, d)` of global ones.
+        offsets: where queries find their relative positions in a table, `(slots, 2 side)` in windowed blocks and
+            `(windows, slots, rows + columns)` in global ones, those to padded keys included; None without them.
+        relative: per block a table of relative positions, those along y and then along x; or None.
     """
 
     positions: Tensor | None
     inside: Tensor | None
-    offsets: Tensor | None
+    offsets: tuple[Tensor, Tensor] | None
     relative: list[Tensor | None]
 
 
@@ -255,25 +254,24 @@ def tables_of(vit: ViTSpec, grid: Grid) -> WindowTables:
     positions = None if vit.positions is None else vit.positions(grid).detach()
     inside = torch.zeros(places.count * places.slots, 1, device=vit.device, dtype=vit.dtype)
     inside.index_fill_(0, places.place, 1)
-    relative: list[Tensor | None] = []
-    for block in vit.blocks:
-        tables = None
-        if block.rel_pos is not None and block.window:
-            tables = torch.stack([relative_table(table.detach(), places.shape[0]) for table in block.rel_pos()])
-        elif block.rel_pos is not None:
-            tables = torch.cat(block.tables(grid))
-        relative.append(tables)
+    tables = [block.tables(places.shape if block.window else grid) for block in vit.blocks]
     return WindowTables(
         positions=None if positions is None else positions.index_select(0, places.token).unflatten(0, by_window),
         inside=None if len(places.token) == len(places.window) else inside.unflatten(0, by_window),
-        offsets=_offsets(grid, places.shape[0], vit.device) if vit.shape.rel_pos else None,
-        relative=relative,
+        offsets=_offsets(grid, places, vit.device) if vit.shape.rel_pos else None,
+        relative=[torch.cat(pair) if pair else None for pair in tables],
     )
 
 
-def _offsets(grid: Grid, side: int, device: torch.device) -> Tensor:
+def _offsets(grid: Grid, places: Places, device: torch.device) -> tuple[Tensor, Tensor]:
     """`WindowTables.offsets`: a table holds the offsets along y from -(rows - 1), then those along x."""
-    (rows, cols), (down, across) = grid, (-(-grid[0] // side), -(-grid[1] // side))
+    side = places.shape[0]
+    return _offsets_of(places.shape, side, device)[0], _offsets_of(grid, side, device)
+
+
+def _offsets_of(shape: Grid, side: int, device: torch.device) -> Tensor:
+    """`(windows, slots, rows + columns)` for all pairs of tokens of a map of this shape, padded to whole windows."""
+    (rows, cols), (down, across) = shape, (-(-shape[0] // side), -(-shape[1] // side))
     y = torch.arange(down * side, device=device)
     x = torch.arange(across * side, device=device)
     along_y = (y[:, None] - y).clamp(1 - rows, rows - 1) + rows - 1  # (padded rows, padded rows)
@@ -310,7 +308,8 @@ def run_windows(
         z = z + tables.positions.index_select(0, windows)
     z = vit.norm_pre(z)
     inside = None if tables.inside is None else tables.inside.index_select(0, windows)
-    offsets = None if tables.offsets is None else tables.offsets.index_select(0, windows).flatten(0, 1)
+    within, across = (None, None) if tables.offsets is None else tables.offsets
+    across = None if across is None else across.index_select(0, windows).flatten(0, 1)  # (W * slots, rows + columns)
     new: list[Tensor] = []
     for block, table in zip(vit.blocks, tables.relative, strict=True):
         h = block.norm1(z)
@@ -318,27 +317,21 @@ def run_windows(
             h = h * inside  # the dense network pads after the norm, with zeros
         qkv = block.qkv(h.flatten(0, 1)).unflatten(0, (-1, slots))  # (W, slots, 3, heads, d)
         if block.window:
-            o = _attend_windows(qkv, table)
+            o = _attend_windows(qkv, table, within)
         else:
             kv = qkv[:, :, 1:].to(caches[len(new)].dtype)
             cache = caches[len(new)].index_copy(0, windows, kv)
             new.append(kv)
-            o = _attend_frame(qkv[:, :, 0], cache, table, offsets, tables.inside, grid)
+            o = _attend_frame(qkv[:, :, 0], cache, table, across, tables.inside, grid)
         z = z + block.proj(o.flatten(-2))  # (W, slots, heads, d) to (W, slots, D)
         z = z + block.mlp(block.norm2(z))
     return vit.norm(z), *new
 
 
-def _attend_windows(qkv: Tensor, table: Tensor | None) -> Tensor:
+def _attend_windows(qkv: Tensor, table: Tensor | None, offsets: Tensor | None) -> Tensor:
     """Attention within windows, `(W, slots, 3, heads, d)` to `(W, slots, heads, d)`."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (W, heads, slots, d) each
-    bias = None
-    if table is not None:
-        side = table.shape[1]
-        square = q.unflatten(2, (side, side))  # (W, heads, y, x, d)
-        along_y = torch.einsum("whyxd,ykd->whyxk", square, table[0])
-        along_x = torch.einsum("whyxd,xkd->whyxk", square, table[1])
-        bias = (along_y[..., :, None] + along_x[..., None, :]).flatten(4).flatten(2, 3)  # (W, heads, slots, slots)
+    bias = None if table is None or offsets is None else _relative_bias(q, table, offsets, (1, 1))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
 
@@ -347,21 +340,36 @@ def _attend_frame(
 ) -> Tensor:
     """Attention to the keys of the frame, `(W, slots, heads, d)` to the same."""
     slots, side = q.shape[1], int(q.shape[1] ** 0.5)
-    rows = q.flatten(0, 1).transpose(0, 1)  # (heads, r, d), r = W * slots
-    k, v = cache.to(q.dtype).flatten(0, 1).permute(1, 2, 0, 3).unbind(0)  # (heads, keys, d) each
+    rows = q.flatten(0, 1).transpose(0, 1)[None]  # (1, heads, r, d), r = W * slots
+    k, v = cache.to(q.dtype).flatten(0, 1).permute(1, 2, 0, 3)[:, None].unbind(0)  # (1, heads, keys, d) each
     bias = None
     if table is not None and offsets is not None:
-        terms = rows @ table.to(q.dtype).T  # (heads, r, offsets)
-        terms = terms.gather(2, offsets[None].expand(len(terms), -1, -1))  # (heads, r, rows + columns)
-        down, across = -(-grid[0] // side), -(-grid[1] // side)
-        along_y = terms[..., : down * side].unflatten(-1, (down, 1, side, 1))
-        along_x = terms[..., down * side :].unflatten(-1, (1, across, 1, side))
-        bias = (along_y + along_x).flatten(2)  # (heads, r, keys), window by window
+        bias = _relative_bias(rows, table, offsets, (-(-grid[0] // side), -(-grid[1] // side)))
     if inside is not None:
         hidden = (1 - inside.to(q.dtype)).flatten() * _NO_KEY  # (keys,)
-        bias = hidden.expand(1, rows.shape[1], -1) if bias is None else bias + hidden
-    o = F.scaled_dot_product_attention(rows[None], k[None], v[None], attn_mask=None if bias is None else bias[None])
+        bias = hidden.expand(1, 1, rows.shape[2], -1) if bias is None else bias + hidden
+    o = F.scaled_dot_product_attention(rows, k, v, attn_mask=bias)
     return o[0].transpose(0, 1).unflatten(0, (-1, slots))
+
+
+def _relative_bias(q: Tensor, table: Tensor, offsets: Tensor, windows: Grid) -> Tensor:
+    """Relative positions of queries `(n, heads, r, d)` to the keys of `windows` (down, across), window by window.
+
+    Args:
+        q: unscaled queries.
+        table: `(offsets, d)`.
+        offsets: `(r, rows + columns)`, see `WindowTables`.
+        windows: that the keys lie in.
+
+    Returns:
+        `(n, heads, r, keys)`.
+    """
+    terms = q @ table.to(q.dtype).T  # (n, heads, r, offsets)
+    terms = terms.gather(3, offsets.expand(*terms.shape[:2], -1, -1))  # (n, heads, r, rows + columns)
+    side = offsets.shape[1] // sum(windows)
+    along_y, along_x = terms.flatten(0, 2).split([windows[0] * side, windows[1] * side], dim=1)  # (n * heads * r, ...)
+    y, x = along_y.unflatten(1, (windows[0], 1, side, 1)), along_x.unflatten(1, (1, windows[1], 1, side))
+    return (y + x).flatten(1).view(*q.shape[:3], -1)
 
 
 def update_of(shape: ViTShape, state: WindowsState, chosen: Chosen, tokens: Tensor | None, flush: bool) -> Update:
@@ -384,8 +392,9 @@ def windows_macs(shape: ViTShape, grid: Grid, count: int, everything: bool = Fal
     places = windows_of(grid, shape.window, torch.device("cpu"))
     rows, keys = count * places.slots, places.count * places.slots
     linear = rows * (shape.pixels * shape.dim + shape.depth * shape.weights)
-    windowed = attention_macs(shape, rows * places.slots, rows * places.slots, rows, places.shape)
-    offsets = (2 * grid[0] - 1, 2 * grid[1] - 1)
-    whole = attention_macs(shape, rows * keys, rows * keys, rows, offsets)
+    windowed, whole = (
+        attention_macs(shape, rows * slots, rows * slots, rows, (2 * size[0] - 1, 2 * size[1] - 1))
+        for slots, size in ((places.slots, places.shape), (keys, grid))
+    )
     gate = 0 if everything else grid[0] * grid[1] * shape.pixels
     return Macs(linear=linear, gate=gate) + windowed.times(shape.windowed) + whole.times(shape.depth - shape.windowed)
