@@ -45,6 +45,8 @@ setup(
         "plots": PLOTS,
         "train": TRAIN,
         "serve": SERVE,
+        "openvino": ["openvino>=2025.0"],  # tools/export.py format=openvino, and its engine
+        "onnx": ["onnxruntime>=1.18", "onnx>=1.16"],  # the same for format=onnx
         "hf": ["transformers>=5.3"],  # RF-DETR
         "teacher": ["onnxruntime>=1.18"],  # tools/pseudo_label.py
         "supervision": ["supervision>=0.26"],  # to_supervision
@@ -68,6 +70,7 @@ setup(
             "transformers>=5.3",  # RF-DETR, DINOv2 and DINOv3, with random weights
             "onnxruntime>=1.18",  # as in teacher
             "onnx>=1.16",  # a tiny teacher, made by the tests
+            "openvino>=2025.0",  # as in openvino
             "nbclient>=0.10",  # runs the notebook
             "ipykernel>=6.29",  # the notebook's Python
         ],

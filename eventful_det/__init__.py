@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from eventful_det.gating.selector import Threshold as Threshold
     from eventful_det.gating.selector import TopFraction as TopFraction
     from eventful_det.gating.selector import TopK as TopK
+    from eventful_det.gating.whole_windows import Windows as Windows
     from eventful_det.models.checkpoints import load_detector as load_detector
     from eventful_det.models.detector import Detector as Detector
     from eventful_det.recognition.checkpoints import load_recogniser as load_recogniser
@@ -65,6 +66,7 @@ _PUBLIC = {
     "Threshold": "eventful_det.gating.selector",
     "TopFraction": "eventful_det.gating.selector",
     "TopK": "eventful_det.gating.selector",
+    "Windows": "eventful_det.gating.whole_windows",
     "load_detector": "eventful_det.models.checkpoints",
     "Detector": "eventful_det.models.detector",
     "load_recogniser": "eventful_det.recognition.checkpoints",

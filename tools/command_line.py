@@ -46,6 +46,7 @@ COMMANDS = {
     "count": "count_flops",
     "benchmark": "benchmark",
     "convert": "convert_weights",
+    "export": "export",
     "label": "pseudo_label",
 }
 _PAGE = "fastapi uvicorn websockets"

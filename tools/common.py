@@ -20,13 +20,14 @@ from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT, Focus, LargestError, RandomOrder, Selector
+from eventful_det.gating.whole_windows import Windows
 from eventful_det.models.checkpoints import SYNTHETIC, load_detector
 from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Share, from_values, nearest
 from eventful_det.outputs import Stdout, write_json
 
 Texts = str | int | tuple[str | int, ...]  # several names, or one; some are numbers
 Side = Annotated[int, Range(32, 16384)]  # of the network's input in pixels
-RULES: dict[str, type[AnyRule]] = {"rows": Rows, "paper": Paper, "dense": Dense}
+RULES: dict[str, type[AnyRule]] = {"rows": Rows, "windows": Windows, "paper": Paper, "dense": Dense}
 
 
 class Gate(NamedTuple):
@@ -196,7 +197,7 @@ def build_gate(gate: Mapping[str, Any]) -> Gate:
     """The rule and the selector of a `gate` config (configs/gate/*.yaml).
 
     Args:
-        gate: "rule" ("rows", "paper" or "dense"), "policy" with its "name" ("topk", "fraction", "threshold",
+        gate: "rule" ("rows", "windows", "paper" or "dense"), "policy" with its "name" ("topk", "fraction", "threshold",
             "focus", "random") and its options, and the options of the rule.
 
     Raises:

@@ -20,11 +20,12 @@ from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT, Select
 from eventful_det.gating.state import State, TensorTree
+from eventful_det.gating.whole_windows import Windows
 from eventful_det.gating.windows import Grid
 
 S = TypeVar("S", bound=TensorTree)
 
-AnyRule = Rows | Paper | Dense
+AnyRule = Rows | Windows | Paper | Dense
 """How the tokens of a frame are recomputed."""
 
 DEFAULT_RULE: AnyRule = Rows()

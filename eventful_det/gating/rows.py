@@ -101,7 +101,7 @@ class Rows:
     def init_stream(self, vit: ViTSpec, grid: Grid) -> RowsState:
         """Allocate the state of a stream whose frames have `grid` tokens."""
         tokens, zeros = grid[0] * grid[1], vit.projection.weight.new_zeros
-        dtype = _compute_dtype(vit) if self.cache_dtype is None else getattr(torch, self.cache_dtype)
+        dtype = compute_dtype(vit) if self.cache_dtype is None else getattr(torch, self.cache_dtype)
         return RowsState(
             self.layout,
             grid,
@@ -215,7 +215,7 @@ class Rows:
         ]
 
 
-def _compute_dtype(vit: ViTSpec) -> torch.dtype:
+def compute_dtype(vit: ViTSpec) -> torch.dtype:
     """The type in which linear layers give keys and values."""
     autocast = torch.is_autocast_enabled(vit.device.type) and vit.dtype == torch.float32
     return torch.get_autocast_dtype(vit.device.type) if autocast else vit.dtype

@@ -18,6 +18,8 @@ from torch import Tensor
 from eventful_det.detectors.rf_detr.loading import is_rf_detr, load_rf_detr
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.rf_detr.sizes import Name
+from eventful_det.engine.backends import Precision
+from eventful_det.engine.detector import CompiledDetector, is_engine, load_engine
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
 from eventful_det.models.config import ModelConfig
@@ -113,6 +115,8 @@ def load_detector(
     labels: LabelMap | str | os.PathLike[str] | None = None,
     allow: Sequence[str] = (),
     classes: Sequence[str] | None = None,
+    *,
+    precision: Precision = "float32",
     **changes: object,
 ) -> Detector: ...
 
@@ -122,19 +126,23 @@ def load_detector(
     labels: LabelMap | str | os.PathLike[str] | None = None,
     allow: Sequence[str] = (),
     classes: Sequence[str] | None = None,
+    *,
+    precision: Precision = "float32",
     **changes: object,
-) -> Detector | EventfulRFDETR:
-    """A detector ready for inference, on the CPU in float32.
+) -> Detector | EventfulRFDETR | CompiledDetector:
+    """A detector ready for inference, on the CPU.
 
     Args:
         source: the name of shipped weights (the default ones if None), or a file: written by `save_detector`; a
             ViTDet of detectron2 (`.pkl` of its model zoo, `.pth`); or the official eventful code's conversion of one.
-            The format is detected by content. Or an RF-DETR, see `load_rf_detr`, which has none of the options below.
+            The format is detected by content. Or the folder of a compiled engine, see `load_engine`, of which of the
+            options below `precision` alone holds; or an RF-DETR, see `load_rf_detr`, which has none of them.
         labels: names of classes to change, or None as a name to drop the class; a mapping, or a JSON file of one.
         allow: patterns such as "backbone.simfp_2.*" of keys that may be missing, unexpected or of another shape; what
             is not in the file keeps its initial values. All other keys have to fit.
         classes: to start training with. Where they are others than the file's, its last layer starts anew, which the
             log says; where the file has no names but as many classes, they are called so.
+        precision: in which it computes; "auto" = the quickest that this CPU has.
         changes: values of `ModelConfig` to change that do not affect the weights, for example `proposals=50`; other
             values too if `allow` says so.
 
@@ -142,10 +150,10 @@ def load_detector(
         UserError: no such file or name; the file is of no known format, damaged, or asks for more than data; keys do
             not fit; or a value is none that the option can have.
     """
-    if source is not None and is_rf_detr(source):
+    if source is not None and (is_engine(Path(source)) or is_rf_detr(source)):
         if labels is not None or allow or classes is not None or changes:
-            raise UserError(f"{source}: labels, allow, classes and changes are for ViTDet; RF-DETR has none of them")
-        return load_rf_detr(source)
+            raise UserError(f"{source}: labels, allow, classes and changes are for ViTDet in PyTorch alone")
+        return load_engine(Path(source), precision=precision) if is_engine(Path(source)) else load_rf_detr(source)
     path = find_weights(source)
     weights = read_weights(path)
     known, tensors = weights.config.classes, weights.tensors

@@ -39,13 +39,13 @@ def pool_regions(values: Tensor, layout: Layout, boxes: Tensor, canonical_box: f
     cells = y[:, :, None, :, None] + x[:, None, :, None]
     weights = weight_y[:, :, None, :, None] * weight_x[:, None, :, None]
     used = (weights != 0).flatten(3).flatten(0, 2)
-    counts = used.sum(1)
+    counts, taps = used.sum(1), used.flatten().nonzero().squeeze(1)
     bins = F.embedding_bag(
-        cells.view(used.shape)[used],
+        cells.flatten().index_select(0, taps),
         values,
         counts.cumsum(0) - counts,
         mode="sum",
-        per_sample_weights=weights.view(used.shape)[used].to(values.dtype),
+        per_sample_weights=weights.flatten().index_select(0, taps).to(values.dtype),
     )
     return bins.view(len(boxes), POOL, POOL, values.shape[1]).permute(0, 3, 1, 2)
 

@@ -1,0 +1,1 @@
+"""Engines: the steps of a detector as compiled graphs, by OpenVINO, ONNX Runtime or `torch.compile`."""

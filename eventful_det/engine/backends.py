@@ -1,0 +1,150 @@
+"""What runs graphs: OpenVINO, ONNX Runtime, or PyTorch itself, as it is or compiled.
+
+OpenVINO is given the shapes beforehand: each graph is compiled once for each of them, at its first run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from eventful_det.engine.graphs import Graph
+from eventful_det.errors import UserError
+
+Format = Literal["openvino", "onnx"]
+Precision = Literal["float32", "bfloat16"]
+SUFFIX: dict[Format, str] = {"openvino": ".xml", "onnx": ".onnx"}
+Run = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+class Backend(ABC):
+    """Runs the graphs of a detector on the CPU.
+
+    Attributes:
+        name: of the engine.
+        precision: in which it computes; inputs and outputs are float32.
+    """
+
+    name: str
+
+    def __init__(self, precision: Precision, threads: int | None) -> None:
+        self.precision, self.threads = precision, threads or torch.get_num_threads()
+        self._runs: dict[tuple[object, ...], Run] = {}
+
+    def run(self, name: str, *inputs: Tensor) -> list[Tensor]:
+        """Run a graph. Outputs are valid until its next run."""
+        key = (name, *(tensor.shape for tensor in inputs))
+        if key not in self._runs:
+            self._runs[key] = self._compile(name, inputs)
+        return self._runs[key](inputs)
+
+    @abstractmethod
+    def _compile(self, name: str, inputs: Sequence[Tensor]) -> Run:
+        """What runs a graph on inputs of these shapes."""
+
+
+class OpenVINO(Backend):
+    """OpenVINO's CPU plugin."""
+
+    name = "openvino"
+
+    def __init__(self, folder: Path, precision: Precision = "float32", threads: int | None = None) -> None:
+        super().__init__(precision, threads)
+        self._core, self._folder = import_package("openvino").Core(), folder
+        self._models: dict[str, Any] = {}
+
+    def _compile(self, name: str, inputs: Sequence[Tensor]) -> Run:
+        if name not in self._models:
+            self._models[name] = self._core.read_model(self._folder / f"{name}{SUFFIX['openvino']}")
+        model = self._models[name].clone()
+        model.reshape({i: list(tensor.shape) for i, tensor in enumerate(inputs)})
+        hints = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": self.threads,
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[self.precision],
+        }
+        request = self._core.compile_model(model, "CPU", hints).create_infer_request()
+
+        def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+            given = [tensor.contiguous().numpy() for tensor in tensors]
+            results = request.infer(given, share_inputs=True, share_outputs=True)
+            return [torch.from_numpy(results[i]) for i in range(len(results))]
+
+        return run
+
+
+class ONNXRuntime(Backend):
+    """ONNX Runtime's CPU provider, in float32."""
+
+    name = "onnxruntime"
+
+    def __init__(self, folder: Path, precision: Precision = "float32", threads: int | None = None) -> None:
+        if precision != "float32":
+            raise UserError(f"ONNX Runtime computes in float32 on CPUs, not in {precision}; export format=openvino")
+        super().__init__(precision, threads)
+        self._ort, self._folder = import_package("onnxruntime"), folder
+        self._sessions: dict[str, Any] = {}
+
+    def _compile(self, name: str, inputs: Sequence[Tensor]) -> Run:
+        if name not in self._sessions:
+            options = self._ort.SessionOptions()
+            options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
+            options.log_severity_level = 3
+            path = str(self._folder / f"{name}{SUFFIX['onnx']}")
+            self._sessions[name] = self._ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = self._sessions[name]
+        names = [entry.name for entry in session.get_inputs()]
+
+        def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+            feeds = {key: tensor.contiguous().numpy() for key, tensor in zip(names, tensors, strict=True)}
+            return [torch.from_numpy(result) for result in session.run(None, feeds)]
+
+        return run
+
+
+class Torch(Backend):
+    """PyTorch, as it is or by `torch.compile`."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        graphs: Iterable[Graph],
+        precision: Precision = "float32",
+        threads: int | None = None,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__(precision, threads)
+        modules = {graph.name: graph.module for graph in graphs}
+        self._modules = {
+            key: torch.compile(module, dynamic=False) if compiled else module for key, module in modules.items()
+        }
+        self.name = "compile" if compiled else "torch"
+
+    def _compile(self, name: str, inputs: Sequence[Tensor]) -> Run:
+        def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+            low = torch.autocast("cpu", torch.bfloat16) if self.precision == "bfloat16" else contextlib.nullcontext()
+            with torch.no_grad(), low:
+                results = self._modules[name](*tensors)
+            results = results if isinstance(results, tuple) else (results,)
+            return [result.float() for result in results]
+
+        return run
+
+
+def import_package(module: str) -> Any:
+    """A module that is needed only here.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return __import__(module)
+    except ImportError as error:
+        raise UserError(f"this engine needs {module}: python -m pip install {module}") from error

@@ -1,0 +1,400 @@
+"""The `Windows` rule: whole attention windows are recomputed, by the dense network on fewer of them.
+
+Windowed blocks need no memory then; only global blocks keep keys and values. All shapes follow from the number of
+windows, which comes from a short list, so that a compiler can work them out beforehand: `run_windows` is a function of
+tensors. With every window selected it equals the dense network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eventful_det.errors import UserError
+from eventful_det.gating.macs import Macs, ViTShape, attention_macs
+from eventful_det.gating.rows import compute_dtype
+from eventful_det.gating.selector import GateInput, Select, token_errors
+from eventful_det.gating.state import StreamState, TensorTree
+from eventful_det.gating.update import Update
+from eventful_det.gating.vit_spec import ViTSpec
+from eventful_det.gating.windows import Grid, Side, windows_of
+from eventful_det.gating.windows import Windows as Places
+
+SHARES = (1 / 16, 1 / 8, 1 / 4, 0.35, 1 / 2)  # of the windows, and all of them
+_NO_KEY = -1e9  # bias of a padded key
+
+
+@dataclass
+class WindowTables(TensorTree):
+    """What depends on the weights and the grid alone.
+
+    Attributes:
+        positions: `(windows, slots, D)` position encodings, or None.
+        inside: `(windows, slots, 1)` 0 at padded places, else 1; None where there are none.
+        offsets: where queries find their relative positions in a table, `(slots, 2 side)` in windowed blocks and
+            `(windows, slots, rows + columns)` in global ones, those to padded keys included; None without them.
+        relative: per block a table of relative positions, those along y and then along x; or None.
+    """
+
+    positions: Tensor | None
+    inside: Tensor | None
+    offsets: tuple[Tensor, Tensor] | None
+    relative: list[Tensor | None]
+
+
+@dataclass
+class WindowsState(StreamState):
+    """State of one stream under `Windows`.
+
+    Attributes:
+        reference: `(N, P)` patches last let through.
+        age: `(N,)` frames since each token was let through.
+        caches: per global block the keys and values `(windows, slots, 2, heads, d)`.
+        output: `(N, D)` the last computed output of every token.
+        tables: worked out at a flush.
+    """
+
+    reference: Tensor
+    age: Tensor
+    caches: list[Tensor]
+    output: Tensor
+    tables: WindowTables | None = None
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Whole windows are recomputed, in numbers of a short list.
+
+    A selection of r of N tokens stands for the same share of the windows, rounded to whole ones: those of its first
+    tokens. The number is rounded up to one of the list, and the stalest windows fill up.
+
+    Args:
+        buckets: the list: shares of the windows (float) or numbers (int). All of them are always in it.
+    """
+
+    buckets: tuple[float | int, ...] = SHARES
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "buckets", tuple(self.buckets))
+        wrong = [b for b in self.buckets if isinstance(b, bool) or not (0 < b <= 1 if isinstance(b, float) else b >= 1)]
+        if wrong:
+            raise UserError(f"Windows: buckets are shares in (0, 1] or numbers of windows from 1, got {wrong[0]!r}")
+
+    @property
+    def layout(self) -> tuple[str, ...]:
+        """What the form of the state depends on."""
+        return ("windows",)
+
+    def sizes(self, count: int) -> tuple[int, ...]:
+        """The numbers of windows that may be recomputed of `count`, ascending."""
+        return bucket_sizes(self.buckets, count)
+
+    def windows_for(self, selected: int, tokens: int, count: int) -> int:
+        """How many of `count` windows are recomputed when so many of all tokens are selected."""
+        if not selected:
+            return 0
+        wanted = max(1, round(selected * count / tokens))
+        return next(size for size in self.sizes(count) if size >= wanted)
+
+    def init_stream(self, vit: ViTSpec, grid: Grid) -> WindowsState:
+        """Allocate the state of a stream whose frames have `grid` tokens.
+
+        Raises:
+            UserError: the network has no windows, or parts that only the `Rows` rule knows.
+        """
+        vit.require_plain("the windows rule")
+        if not isinstance(vit.window, int) or not vit.window or vit.prefix_count or vit.layout != "maps":
+            raise UserError("the windows rule needs a network with windows and without class tokens; use the rows rule")
+        shape = cache_shape(vit.shape, grid)
+        caches = [vit.projection.weight.new_zeros(shape, dtype=compute_dtype(vit)) for _ in global_blocks(vit.shape)]
+        return new_state(grid, vit.shape.pixels, vit.dim, caches, vit.projection.weight)
+
+    def step(
+        self,
+        vit: ViTSpec,
+        frames: Sequence[Tensor],
+        states: Sequence[WindowsState],
+        select: Select,
+        saliency: Sequence[Tensor | None],
+    ) -> list[Update]:
+        """Process the next frame of every stream; see `Rows.step`."""
+        flushes = [state.frame == 0 for state in states]
+        compared = [vit.patches(frame) for frame in frames]
+        choices = self.choose(compared, states, select, saliency, vit.shape.window)
+        updates = []
+        for now, chosen, state, flush in zip(compared, choices, states, flushes, strict=True):
+            if flush or state.tables is None:
+                state.tables = tables_of(vit, state.grid)
+            tokens = None
+            if len(chosen.windows):
+                patches = chosen.patches(now)
+                tokens, *new = run_windows(vit, state.tables, state.grid, patches, chosen.windows, state.caches)
+                for cache, kv in zip(state.caches, new, strict=True):
+                    cache.index_copy_(0, chosen.windows, kv)
+            updates.append(update_of(vit.shape, state, chosen, tokens, flush))
+        return updates
+
+    def choose(
+        self,
+        compared: Sequence[Tensor],
+        states: Sequence[WindowsState],
+        select: Select,
+        saliency: Sequence[Tensor | None],
+        side: Side,
+    ) -> list[Chosen]:
+        """The only decision of the frame: the windows of each stream, whose tokens then count as renewed.
+
+        Args:
+            compared: patches `(N, P)` of each stream.
+            states: of the streams; reference, age and frame are updated.
+            select, saliency: as for `step`.
+            side: of a window.
+        """
+        gates = [
+            GateInput(token_errors(now, state.reference), state.age, state.frame, state.grid, weight, stream)
+            for stream, (now, state, weight) in enumerate(zip(compared, states, saliency, strict=True))
+            if state.frame
+        ]
+        asked = [gate.stream for gate in gates]
+        indices = dict(zip(asked, select(gates) if gates else (), strict=True))
+        choices = []
+        for stream, (now, state) in enumerate(zip(compared, states, strict=True)):
+            places = windows_of(state.grid, side, now.device)
+            chosen = Chosen.of(places, self._windows(indices.get(stream), state.age, places))
+            state.frame += 1
+            state.age.add_(1).index_fill_(0, chosen.tokens, 1)
+            state.reference.index_copy_(0, chosen.tokens, now.index_select(0, chosen.tokens).to(state.reference.dtype))
+            choices.append(chosen)
+        return choices
+
+    def _windows(self, index: Tensor | None, age: Tensor, places: Places) -> Tensor:
+        """The windows `(W,)` that selected tokens `(r,)` stand for, ascending; None = all of them."""
+        tokens = len(age)
+        count = places.count if index is None else self.windows_for(len(index), tokens, places.count)
+        if index is None or count in (0, places.count):
+            return torch.arange(count, device=age.device)
+        turn = torch.arange(len(index), device=age.device)
+        first = torch.full((places.count,), tokens, device=age.device)
+        first.scatter_reduce_(0, places.window.index_select(0, index), turn, "amin")
+        oldest = torch.zeros_like(first).scatter_reduce_(0, places.window, age.long(), "amax").clamp_(max=tokens)
+        return torch.where(first < tokens, first - 2 * tokens, -oldest).argsort(stable=True)[:count].sort().values
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Windows to recompute.
+
+    Attributes:
+        windows: `(W,)`, ascending.
+        slots: `(W, slots)` the token at each place of these windows, any at padded ones.
+        tokens: `(r,)` those of them that are in the frame, window by window.
+        held: `(r,)` where these are among the `W * slots` places; None = everywhere.
+    """
+
+    windows: Tensor
+    slots: Tensor
+    tokens: Tensor
+    held: Tensor | None
+
+    @classmethod
+    def of(cls, places: Places, windows: Tensor) -> Chosen:
+        """Some of the windows of a grid."""
+        slots = places.token.view(places.count, -1).index_select(0, windows)
+        if len(places.token) == len(places.window):
+            return cls(windows, slots, slots.flatten(), None)
+        number = windows[:, None] * places.slots + torch.arange(places.slots, device=windows.device)
+        held = (places.place.index_select(0, slots.flatten()) == number.flatten()).nonzero().squeeze(1)
+        return cls(windows, slots, slots.flatten().index_select(0, held), held)
+
+    def patches(self, compared: Tensor) -> Tensor:
+        """Rows `(N, P)` of the frame in these windows, `(W, slots, P)`."""
+        return compared.index_select(0, self.slots.flatten()).view(*self.slots.shape, -1)
+
+    def inside(self, rows: Tensor) -> Tensor:
+        """Of rows `(W, slots, C)` those of `tokens`, `(r, C)`."""
+        return rows.flatten(0, 1) if self.held is None else rows.flatten(0, 1).index_select(0, self.held)
+
+
+@lru_cache(maxsize=64)
+def bucket_sizes(buckets: tuple[float | int, ...], count: int) -> tuple[int, ...]:
+    """See `Windows.sizes`."""
+    numbers = (round(bucket * count) if isinstance(bucket, float) else bucket for bucket in buckets)
+    return tuple(sorted({min(max(1, number), count) for number in numbers} | {count}))
+
+
+def global_blocks(shape: ViTShape) -> list[int]:
+    """The blocks that keep keys and values."""
+    return [block for block in range(shape.depth) if not shape.is_windowed(block)]
+
+
+def cache_shape(shape: ViTShape, grid: Grid) -> tuple[int, ...]:
+    """`(windows, slots, 2, heads, d)` of the keys and values of a global block."""
+    places = windows_of(grid, shape.window, torch.device("cpu"))
+    return places.count, places.slots, 2, shape.heads, shape.dim // shape.heads
+
+
+def new_state(grid: Grid, pixels: int, dim: int, caches: list[Tensor], like: Tensor) -> WindowsState:
+    """An empty state, of the type and on the device of `like`."""
+    tokens = grid[0] * grid[1]
+    age = torch.ones(tokens, dtype=torch.int32, device=like.device)
+    return WindowsState(
+        Windows().layout, grid, like.new_zeros(tokens, pixels), age, caches, like.new_zeros(tokens, dim)
+    )
+
+
+def tables_of(vit: ViTSpec, grid: Grid) -> WindowTables:
+    """What `run_windows` needs at a grid."""
+    places = windows_of(grid, vit.window, vit.device)
+    by_window = (places.count, places.slots)
+    positions = None if vit.positions is None else vit.positions(grid).detach()
+    inside = torch.zeros(places.count * places.slots, 1, device=vit.device, dtype=vit.dtype)
+    inside.index_fill_(0, places.place, 1)
+    tables = [block.tables(places.shape if block.window else grid) for block in vit.blocks]
+    return WindowTables(
+        positions=None if positions is None else positions.index_select(0, places.token).unflatten(0, by_window),
+        inside=None if len(places.token) == len(places.window) else inside.unflatten(0, by_window),
+        offsets=_offsets(grid, places, vit.device) if vit.shape.rel_pos else None,
+        relative=[torch.cat(pair) if pair else None for pair in tables],
+    )
+
+
+def _offsets(grid: Grid, places: Places, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`WindowTables.offsets`: a table holds the offsets along y from -(rows - 1), then those along x."""
+    side = places.shape[0]
+    return _offsets_of(places.shape, side, device)[0], _offsets_of(grid, side, device)
+
+
+def _offsets_of(shape: Grid, side: int, device: torch.device) -> Tensor:
+    """`(windows, slots, rows + columns)` for all pairs of tokens of a map of this shape, padded to whole windows."""
+    (rows, cols), (down, across) = shape, (-(-shape[0] // side), -(-shape[1] // side))
+    y = torch.arange(down * side, device=device)
+    x = torch.arange(across * side, device=device)
+    along_y = (y[:, None] - y).clamp(1 - rows, rows - 1) + rows - 1  # (padded rows, padded rows)
+    along_x = (x[:, None] - x).clamp(1 - cols, cols - 1) + cols - 1 + 2 * rows - 1
+    along_y = along_y.view(down, 1, side, 1, -1).expand(down, across, side, side, -1)
+    along_x = along_x.view(1, across, 1, side, -1).expand(down, across, side, side, -1)
+    return torch.cat([along_y, along_x], -1).reshape(down * across, side * side, -1)
+
+
+def run_windows(
+    vit: ViTSpec,
+    tables: WindowTables,
+    grid: Grid,
+    patches: Tensor,
+    windows: Tensor,
+    caches: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """The network on some windows; nothing is written.
+
+    Args:
+        vit: the network.
+        tables: of the grid.
+        grid: tokens of the frame.
+        patches: `(W, slots, P)` of the windows, of padded places any.
+        windows: `(W,)` which they are.
+        caches: `(windows, slots, 2, heads, d)` of the global blocks.
+
+    Returns:
+        Outputs `(W, slots, D)`, and for each global block keys and values `(W, slots, 2, heads, d)`.
+    """
+    slots = vit.window**2 if isinstance(vit.window, int) else 0
+    z = vit.embed(patches)  # (W, slots, D)
+    if tables.positions is not None:
+        z = z + tables.positions.index_select(0, windows)
+    z = vit.norm_pre(z)
+    inside = None if tables.inside is None else tables.inside.index_select(0, windows)
+    within, across = (None, None) if tables.offsets is None else tables.offsets
+    across = None if across is None else across.index_select(0, windows).flatten(0, 1)  # (W * slots, rows + columns)
+    new: list[Tensor] = []
+    for block, table in zip(vit.blocks, tables.relative, strict=True):
+        h = block.norm1(z)
+        if block.window and inside is not None:
+            h = h * inside  # the dense network pads after the norm, with zeros
+        qkv = block.qkv(h.flatten(0, 1)).unflatten(0, (-1, slots))  # (W, slots, 3, heads, d)
+        if block.window:
+            o = _attend_windows(qkv, table, within)
+        else:
+            kv = qkv[:, :, 1:].to(caches[len(new)].dtype)
+            cache = caches[len(new)].index_copy(0, windows, kv)
+            new.append(kv)
+            o = _attend_frame(qkv[:, :, 0], cache, table, across, tables.inside, grid)
+        z = z + block.proj(o.flatten(-2))  # (W, slots, heads, d) to (W, slots, D)
+        z = z + block.mlp(block.norm2(z))
+    return vit.norm(z), *new
+
+
+def _attend_windows(qkv: Tensor, table: Tensor | None, offsets: Tensor | None) -> Tensor:
+    """Attention within windows, `(W, slots, 3, heads, d)` to `(W, slots, heads, d)`."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (W, heads, slots, d) each
+    bias = None if table is None or offsets is None else _relative_bias(q, table, offsets, (1, 1))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+
+
+def _attend_frame(
+    q: Tensor, cache: Tensor, table: Tensor | None, offsets: Tensor | None, inside: Tensor | None, grid: Grid
+) -> Tensor:
+    """Attention to the keys of the frame, `(W, slots, heads, d)` to the same."""
+    slots, side = q.shape[1], int(q.shape[1] ** 0.5)
+    rows = q.flatten(0, 1).transpose(0, 1)[None]  # (1, heads, r, d), r = W * slots
+    k, v = cache.to(q.dtype).flatten(0, 1).permute(1, 2, 0, 3)[:, None].unbind(0)  # (1, heads, keys, d) each
+    bias = None
+    if table is not None and offsets is not None:
+        bias = _relative_bias(rows, table, offsets, (-(-grid[0] // side), -(-grid[1] // side)))
+    if inside is not None:
+        hidden = (1 - inside.to(q.dtype)).flatten() * _NO_KEY  # (keys,)
+        bias = hidden.expand(1, 1, rows.shape[2], -1) if bias is None else bias + hidden
+    o = F.scaled_dot_product_attention(rows, k, v, attn_mask=bias)
+    return o[0].transpose(0, 1).unflatten(0, (-1, slots))
+
+
+def _relative_bias(q: Tensor, table: Tensor, offsets: Tensor, windows: Grid) -> Tensor:
+    """Relative positions of queries `(n, heads, r, d)` to the keys of `windows` (down, across), window by window.
+
+    Args:
+        q: unscaled queries.
+        table: `(offsets, d)`.
+        offsets: `(r, rows + columns)`, see `WindowTables`.
+        windows: that the keys lie in.
+
+    Returns:
+        `(n, heads, r, keys)`.
+    """
+    terms = q @ table.to(q.dtype).T  # (n, heads, r, offsets)
+    terms = terms.gather(3, offsets.expand(*terms.shape[:2], -1, -1))  # (n, heads, r, rows + columns)
+    side = offsets.shape[1] // sum(windows)
+    along_y, along_x = terms.flatten(0, 2).split([windows[0] * side, windows[1] * side], dim=1)  # (n * heads * r, ...)
+    y, x = along_y.unflatten(1, (windows[0], 1, side, 1)), along_x.unflatten(1, (1, windows[1], 1, side))
+    return (y + x).flatten(1).view(*q.shape[:3], -1)
+
+
+def update_of(shape: ViTShape, state: WindowsState, chosen: Chosen, tokens: Tensor | None, flush: bool) -> Update:
+    """What a frame of the `Windows` rule hands on; outputs `(W, slots, D)` are kept if there are any."""
+    if tokens is not None:
+        state.output.index_copy_(0, chosen.tokens, chosen.inside(tokens).to(state.output.dtype))
+    return Update(
+        tokens=state.output.unflatten(0, state.grid),
+        prefix=None,
+        changed=chosen.tokens,
+        work=torch.zeros(len(state.age), device=state.age.device).index_fill_(0, chosen.tokens, 1.0),
+        flush=flush,
+        macs=windows_macs(shape, state.grid, len(chosen.windows), everything=flush),
+    )
+
+
+@lru_cache(maxsize=256)
+def windows_macs(shape: ViTShape, grid: Grid, count: int, everything: bool = False) -> Macs:
+    """The cost of a frame of the `Windows` rule on which so many windows are recomputed."""
+    places = windows_of(grid, shape.window, torch.device("cpu"))
+    rows, keys = count * places.slots, places.count * places.slots
+    linear = rows * (shape.pixels * shape.dim + shape.depth * shape.weights)
+    windowed, whole = (
+        attention_macs(shape, rows * slots, rows * slots, rows, (2 * size[0] - 1, 2 * size[1] - 1))
+        for slots, size in ((places.slots, places.shape), (keys, grid))
+    )
+    gate = 0 if everything else grid[0] * grid[1] * shape.pixels
+    return Macs(linear=linear, gate=gate) + windowed.times(shape.windowed) + whole.times(shape.depth - shape.windowed)

@@ -1,0 +1,176 @@
+"""Compiled detectors: the same detections as PyTorch, streams and pools as any detector has them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from eventful_det.detectors.protocol import AnyRule, VideoDetector
+from eventful_det.engine.backends import Torch
+from eventful_det.engine.detector import MANIFEST, CompiledDetector, CompiledStream, load_engine
+from eventful_det.engine.export import default_size, export_detector
+from eventful_det.engine.graphs import Geometry, graphs_of
+from eventful_det.errors import UserError
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.paper import Paper
+from eventful_det.gating.selector import EVERYTHING, Gmacs, RandomK, Selector, Threshold, TopFraction, TopK
+from eventful_det.gating.whole_windows import Windows
+from eventful_det.models.checkpoints import load_detector
+from eventful_det.models.config import ModelConfig
+from eventful_det.models.detector import Detector
+from eventful_det.runtime.pool import StreamPool
+
+SIZE = (96, 160)
+RULE = Windows((1, 3, 5))
+
+
+def make_detector(**changes: object) -> Detector:
+    """A small detector with random weights, whose boxes are many; 3 x 5 windows at `SIZE` of 2 x 2 tokens."""
+    torch.manual_seed(0)
+    small = {"dim": 24, "depth": 4, "heads": 2, "window": 2, "global_blocks": (1, 3), "channels": 8, "box_fc": (16,)}
+    config = ModelConfig.from_dict(
+        {"classes": ("a", "b"), **small, "proposals": 20, "score_threshold": 0.0, "short_side": 96, **changes}
+    )
+    detector = Detector(config)
+    for parameter in detector.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape)
+    return detector.eval().requires_grad_(False)
+
+
+def clip(count: int, size: tuple[int, int] = SIZE) -> list[Tensor]:
+    """Frames in which a square moves over noise."""
+    frame = torch.rand(3, *size, generator=torch.Generator().manual_seed(1))
+    frames = []
+    for t in range(count):
+        frames.append(frame.clone())
+        frames[-1][:, 20:50, 12 * t : 12 * t + 30] = 0.9
+    return frames
+
+
+def assert_same(detector: Detector, engine: CompiledDetector, rule: AnyRule, selector: Selector) -> None:
+    states = detector.init_state(), engine.init_state()
+    for frame in clip(5):
+        (ours,) = detector.step([frame], states[0], rule=rule, selector=selector)
+        (theirs,) = engine.step([frame], states[1], rule=rule, selector=selector)
+        a, b = ours.detections, theirs.detections
+        assert len(a) == len(b) > 5
+        assert (a.boxes - b.boxes).abs().max() < 1e-3 and (a.scores - b.scores).abs().max() < 1e-3
+        assert torch.equal(a.labels, b.labels) and torch.equal(ours.work, theirs.work)
+        assert ours.cost.recomputed == theirs.cost.recomputed and ours.cost.flush == theirs.cost.flush
+        assert ours.cost.macs["backbone"] == theirs.cost.macs["backbone"] and ours.cost.dense == theirs.cost.dense
+
+
+def in_torch(detector: Detector, rule: Windows = RULE) -> CompiledDetector:
+    return CompiledDetector(detector.config, SIZE, rule, Torch(graphs_of(detector, SIZE)))
+
+
+@pytest.mark.parametrize("changes", [{}, {"rpn_convs": 2}, {"window": 4, "box_convs": 0}])
+def test_the_graphs_compute_what_the_detector_does(changes: dict[str, object]) -> None:
+    detector = make_detector(**changes)
+    engine = in_torch(detector)
+    for selector in (TopK(8), TopFraction(0.3), RandomK(20), EVERYTHING, Threshold(1e9)):
+        assert_same(detector, engine, RULE, selector)
+    assert_same(detector, engine, Dense(), EVERYTHING)
+
+
+@pytest.mark.parametrize(("format", "package"), [("openvino", "openvino"), ("onnx", "onnxruntime")])
+def test_a_folder_is_a_detector(format: str, package: str, tmp_path: Path) -> None:
+    pytest.importorskip(package)
+    if format == "onnx":
+        pytest.importorskip("onnx")
+    detector = make_detector()
+    export_detector(detector, tmp_path / "engine", format=format, size=SIZE, buckets=RULE.buckets)  # type: ignore[arg-type]
+    engine = load_detector(tmp_path / "engine")
+    assert isinstance(engine, CompiledDetector) and engine.rule == RULE and engine.names == ("a", "b")
+    for selector in (TopK(8), EVERYTHING):
+        assert_same(detector, engine, RULE, selector)
+    assert_same(detector, engine, Dense(), EVERYTHING)
+    with pytest.raises(UserError, match="PyTorch alone"):
+        load_detector(tmp_path / "engine", proposals=5)
+    about = json.loads((tmp_path / "engine" / MANIFEST).read_text())
+    (tmp_path / "engine" / MANIFEST).write_text(json.dumps(about | {"format": "other"}))
+    with pytest.raises(UserError, match="holds no engine"):
+        load_engine(tmp_path / "engine")
+
+
+def test_streams_pools_and_budgets() -> None:
+    engine: CompiledDetector = in_torch(make_detector())
+    detector: VideoDetector[CompiledStream] = engine
+    film = [(255 * frame.permute(1, 2, 0)).byte().numpy() for frame in clip(6)]
+    results = list(engine.stream(film, budget=0.2, scene_cuts=False, timing=True))
+    assert [r.cost.recomputed for r in results] == [60] + [12] * 5, "a fifth of 15 windows of four tokens"
+    assert all(r.cost.latency > 0 for r in results)
+    costs = engine.cost_model(RULE)
+    prices = costs.macs(engine.grid, torch.arange(60))
+    assert prices[0] < prices[1] == prices[5] < prices[6] == prices[13] < prices[14] == prices[21] < prices[22]
+    budget = Gmacs(float(prices[13]) / 1e9)
+    for result in list(engine.stream(film, budget=budget, scene_cuts=False))[1:]:
+        assert result.cost.total <= prices[13] and result.cost.recomputed == 12
+    pool = StreamPool(detector, budget=0.2, scene_cuts=False)
+    pool.add(film, name="one")
+    pool.add(film[:4], name="two")
+    rounds = list(pool)
+    assert len(rounds) == 6 and all(r.cost.recomputed in (4, 12, 20, 60) for round in rounds for r in round)
+
+
+def test_state_is_the_callers() -> None:
+    engine = in_torch(make_detector())
+    one, both = engine.init_state(), engine.init_state(2)
+    for frame in clip(3):
+        (alone,) = engine.step([frame], one, selector=Threshold(0.1).within(8))
+        first, second = engine.step([frame, torch.zeros_like(frame)], both, selector=Threshold(0.1).within(8))
+        assert torch.equal(alone.detections.boxes, first.detections.boxes)
+    assert both.nbytes == pytest.approx(2 * one.nbytes, rel=0.1) and second.cost.macs["rpn"] == 0
+    copy = one.clone()
+    frame = clip(4)[-1]
+    (before,), (after,) = (engine.step([frame], state, selector=TopK(8)) for state in (copy, one))
+    assert torch.equal(before.detections.boxes, after.detections.boxes)
+    (small,) = engine.step([frame[:, :60, :100]], one)
+    assert small.cost.flush and float(small.detections.boxes[:, 2].max()) <= 100
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda engine: engine.step([torch.zeros(3, 97, 160)], engine.init_state()), "does not fit an engine for 96"),
+        (lambda engine: engine.step([torch.zeros(3, *SIZE)], engine.init_state(), rule=Paper()), "cannot follow Paper"),
+        (lambda engine: engine.cost_model(Dense()), "windows rule only"),
+        (lambda _: export_detector(make_detector(), Path("x"), size=(90, 160)), "multiples of 32"),
+        (lambda _: list(graphs_of(make_detector(window=0, global_blocks=()), SIZE)), "even number of tokens"),
+        (lambda _: list(graphs_of(make_detector(box_stages=3), SIZE)), "cascade"),
+    ],
+)
+def test_what_cannot_be_is_one_line(call: Callable[[CompiledDetector], object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call(in_torch(make_detector()))
+
+
+def test_every_cell_is_written_by_the_windows_together() -> None:
+    for grid, window in [((6, 10), 2), ((10, 14), 4), ((18, 32), 4)]:
+        geometry = Geometry(grid, window, 1)
+        own = torch.cat([level.own.flatten() for level in geometry.levels])
+        own = own[own < geometry.nowhere]
+        cells = geometry.layout.inside.nonzero().squeeze(1)
+        assert torch.equal(own.sort().values, cells[cells < geometry.layout.starts[4]])
+        for level, tiles in enumerate(geometry.levels):
+            assert set(tiles.own.flatten().tolist()) <= set(tiles.write.flatten().tolist())
+            inside = int((tiles.read[0] > 0).sum(dim=(1, 2)).max())
+            assert inside <= (geometry.side(level) + 4) ** 2
+
+
+def test_sizes_of_frames_of_16_to_9() -> None:
+    config = dataclasses.asdict(make_detector().config)
+    for short, long, size in [(320, 640, (320, 576)), (576, 1024, (576, 1024)), (256, 300, (192, 320))]:
+        detector = make_detector(short_side=short, long_side=long)
+        assert default_size(detector) == size, config
+    film = [np.zeros((360, 640, 3), np.uint8)]
+    engine = CompiledDetector(make_detector().config, (320, 576), RULE, Torch(graphs_of(make_detector(), (320, 576))))
+    (result,) = engine.stream(film)
+    assert result.cost.tokens == 720

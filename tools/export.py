@@ -1,0 +1,57 @@
+"""Compile a detector for CPUs: a folder of graphs for OpenVINO or ONNX Runtime.
+
+    python tools/export.py                                          # the shipped detector, for OpenVINO
+    python tools/export.py model=vitdet_tiny_vid format=onnx size=[320,576] buckets=[0.125,0.25,0.5] output=engine
+    eventful-det detect video.mp4 --weights engine                  # then use the folder as weights
+
+Needs `pip install eventful-det[openvino]` or `[onnx]`. Frames are resized and padded to the size; see docs/engine.md.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from common import say
+
+from eventful_det.engine.detector import MANIFEST
+from eventful_det.engine.export import export_detector
+from eventful_det.errors import UserError
+from eventful_det.models.checkpoints import load_detector
+from eventful_det.models.detector import Detector
+from eventful_det.options import Count
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be asked of the export; configs/export.yaml explains it."""
+
+    positional: ClassVar = ("model",)
+
+    model: str | None
+    format: Literal["openvino", "onnx"]
+    size: tuple[Count, Count] | None
+    buckets: tuple[float | int, ...]
+    output: str | None
+
+
+def run(config: Options) -> None:
+    """Load a detector, write its folder."""
+    detector = load_detector(config.model)
+    if not isinstance(detector, Detector):
+        raise UserError(f"model={config.model} is no ViTDet with weights in PyTorch; only such a detector is exported")
+    folder = Path(config.output or f"outputs/engine_{config.format}")
+    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
+        raise UserError(f"output={folder} holds other files than an engine's; give a new folder")
+    export_detector(detector, folder, format=config.format, size=config.size, buckets=config.buckets)
+    megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    height, width = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["size"]
+    say(f"{folder}: {config.format}, {height} x {width} pixels, {megabytes:.0f} MB; use it as weights={folder}")
+
+
+if __name__ == "__main__":
+    from command_line import start
+
+    start("export")
