@@ -97,6 +97,8 @@ def refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any], name: str
 def nearest(name: object, known: Iterable[str]) -> str:
     """What to say to somebody who gave a name that is not known."""
     known = sorted(known)
+    if not known:
+        return "it has none"
     near = difflib.get_close_matches(str(name), known, 1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 

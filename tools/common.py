@@ -141,6 +141,17 @@ def as_list(texts: Texts | None) -> list[str]:
     return [str(text) for text in several]
 
 
+def at_least_one(texts: Texts | None, name: str) -> list[str]:
+    """One or several texts as a list.
+
+    Raises:
+        UserError: there is none; the message calls them `name`.
+    """
+    if not (found := as_list(texts)):
+        raise UserError(f"{name}: give at least one")
+    return found
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C and requests to terminate wait until the block is done."""

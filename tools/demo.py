@@ -31,7 +31,7 @@ from common import (
     AnyDetector,
     Side,
     Texts,
-    as_list,
+    at_least_one,
     build_gate,
     choose_device,
     command,
@@ -44,7 +44,7 @@ from common import (
 from demo_files import ActionOutputs, Outputs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, open_source
+from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, home_path, open_source
 from eventful_det.errors import UserError, printable
 from eventful_det.evaluation.efficiency import peak_memory
 from eventful_det.gating.dense import Dense
@@ -109,7 +109,7 @@ def find_sources(sources: Sequence[str]) -> list[str | Path]:
 def _find(source: str) -> list[str | Path]:
     if "://" in source:
         return [source]
-    path = Path(source).expanduser()
+    path = home_path(source)
     if path.is_file():
         return [path]
     inside = f"{glob.escape(str(path))}/*" if path.is_dir() else str(path)
@@ -134,7 +134,7 @@ def build_detector(options: Options, sources: Sequence[str | Path]) -> AnyDetect
     detector = open_detector(options.weights, options.labels, options.device, sources)
     if options.classes is None:
         return detector
-    return keep_classes(detector, as_list(options.classes))
+    return keep_classes(detector, at_least_one(options.classes, "classes"))
 
 
 def keep_classes(detector: AnyDetector, classes: Sequence[str]) -> Detector:
@@ -325,7 +325,7 @@ def print_summary(results: dict[str, Any]) -> None:
 def run(options: Options) -> None:
     """Run every source. One that fails does not keep the others from running."""
     budget = parse_budget(options.budget)
-    sources, output = find_sources(as_list(options.source)), Path(options.output)
+    sources, output = find_sources(at_least_one(options.source, "source")), Path(options.output)
     known: AnyDetector | Recogniser
     if actions.recognises(options.task, options.weights):
         known = actions.load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))

@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Literal
 
 import cv2
 import numpy as np
-from common import Texts, as_list, command, console, say, warn, write_results
+from common import Texts, as_list, at_least_one, command, console, say, warn, write_results
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -69,7 +69,7 @@ class Options:
 
 def gather(config: Options, names: tuple[str, ...], output: Path) -> CocoVideo:
     """The pictures to label, with the boxes that people drew: a COCO-video file, or pictures and frames of videos."""
-    sources = as_list(config.source)
+    sources = at_least_one(config.source, "source")
     if len(sources) == 1 and str(sources[0]).endswith(".json"):
         data = load_coco_video(sources[0])
         if files := [video.file_name for video in data.videos if video.file_name]:

@@ -85,10 +85,15 @@ def _open(source: Any, reconnect: float, silence: float) -> VideoSource:
     )
 
 
+def home_path(text: str) -> Path:
+    """A path in which "~" stands for a home, where somebody has it; else it is a name like any other."""
+    return Path(os.path.expanduser(text))
+
+
 def _open_path(text: str) -> VideoSource:
     if re.fullmatch(r"synthetic(:\d+)?", text):
         return _Synthetic(int(text.partition(":")[2] or 0))
-    path = Path(text).expanduser()
+    path = home_path(text)
     if path.is_dir():
         return _Pictures(text, path.iterdir())
     if path.is_file():

@@ -18,7 +18,7 @@ video files nor the order of frames nor tracks, and hold all pictures in memory.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -77,7 +77,7 @@ class VideoLabels:
     marks: dict[str, list[Mark]]
     first: int | None = None
     empty: bool = True
-    searched: set[int] | None = None
+    searched: Container[int] | None = None
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -227,7 +227,7 @@ def _read_tracks(root: ElementTree.Element, labels: VideoLabels) -> None:
     step = int((root.findtext("meta//frame_filter") or "").partition("step=")[2] or 1)
     size = root.findtext("meta//size")
     labels.first = 0
-    labels.searched = None if size is None else set(range(start, start + step * int(size), step))
+    labels.searched = None if size is None else range(start, start + step * int(size), step)
     for number, track in enumerate(root.iterfind("track")):
         for shape in track:
             if shape.get("outside") != "1":

@@ -233,6 +233,8 @@ def test_files_with_names_of_any_bytes(tmp_path: Path, images: list[Image]) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         assert len(list(open_source("0001"))) == 1, "a folder, no webcam"
+        encode(tmp_path / "a.mp4", images[:3]).rename("~nobody.mp4")
+        assert len(list(open_source("~nobody.mp4"))) == 3, "a name, nobody's home"
 
 
 def test_a_claim_of_a_huge_picture_is_skipped(tmp_path: Path, images: list[Image]) -> None:

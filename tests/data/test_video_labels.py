@@ -171,6 +171,10 @@ def test_parts_of_a_video_in_cvat(tmp_path: Path) -> None:
     assert [frame.frame_id for frame in data.frames if frame.labelled] == [2, 5, 8, 11]
     assert [len(frame.annotations) for frame in data.frames] == [0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 2]
 
+    path.write_text(path.read_text().replace("<size>4<", f"<size>{10**18}<"))  # a claim costs nothing
+    data, _ = import_annotations(path, media=video)
+    assert [frame.frame_id for frame in data.frames if frame.labelled] == [2, 5, 8, 11]
+
 
 @pytest.mark.parametrize("layout", ["images", "stills"])
 def test_images_of_cvat(tmp_path: Path, layout: str) -> None:

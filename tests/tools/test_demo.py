@@ -347,6 +347,8 @@ def test_camera_that_restarts(weights: str, tmp_path: Path) -> None:
         (["weights={tmp}/none.safetensors"], "no weights"),
         (["device=abacus"], "device=abacus"),
         (["source={tmp}"], "no pictures"),
+        (["source=[]"], "source: give at least one"),
+        (["classes=[]"], "classes: give at least one"),
     ],
 )
 def test_error_lines(weights: str, tmp_path: Path, options: list[str], message: str) -> None:
