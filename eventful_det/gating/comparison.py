@@ -10,7 +10,8 @@ from torch import Tensor
 _FITS = 6  # rounds of the robust fit of light
 _BETTER = 0.5  # light has changed if it leaves less than this of the change of the median token
 _STILL = 4  # one token in so many is held to be still
-_FINE = 0.7  # part of the change of a token from pixel to pixel that only noise has
+_APART = 2  # pixels between those whose changes are compared: of resized frames, neighbours share noise
+_FINE = 0.9  # what noise has of its change from pixel to pixel, and what moves seldom has
 
 
 class Comparison(NamedTuple):
@@ -87,17 +88,20 @@ def _median(values: Tensor) -> Tensor:
 def noise_levels(patches: Tensor, reference: Tensor, channels: int) -> Tensor:
     """How much of each token's error may be noise, `(N,)`: noise differs from pixel to pixel, what moves does not.
 
-    Differences of neighbours, in the direction in which they are smaller, give the level of each token. That of the
+    Differences of near pixels, in the direction in which they are smaller, give the level of each token. That of the
     stillest quarter holds for all; tokens without any structure, such as padding, have no say.
     """
     side = round((patches.shape[1] / channels) ** 0.5)
-    if side < 2:
+    if side <= _APART:
         return patches.new_zeros(len(patches), dtype=torch.float32)
     change = (patches - reference).float().unflatten(1, (channels, side, side))  # (N, C, p, p)
     along_x, along_y = (
-        torch.linalg.vector_norm(change.diff(dim=axis).flatten(1), dim=1) for axis in (3, 2)
+        torch.linalg.vector_norm(
+            (change.narrow(axis, _APART, side - _APART) - change.narrow(axis, 0, side - _APART)).flatten(1), dim=1
+        )
+        for axis in (3, 2)
     )  # (N,) each
-    level = torch.minimum(along_x, along_y) * (side / (2 * (side - 1))) ** 0.5
+    level = torch.minimum(along_x, along_y) * (side / (2 * (side - _APART))) ** 0.5
     flat = patches.amax(1) == patches.amin(1)
     still = (len(level) - flat.sum()) // _STILL
     common = level.masked_fill(flat, torch.inf).sort().values.index_select(0, still.clamp(max=len(level) - 1).view(1))

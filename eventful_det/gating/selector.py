@@ -52,7 +52,7 @@ class Ranking(NamedTuple):
     wanted: int
 
 
-_NOISE = 2.0  # a change of fewer times the noise is none
+_NOISE = 1.25  # a change of fewer times the noise is none
 _OBJECT = 0.5  # saliency from which on a token is taken for one of an object
 _MOVES = 0.2  # objects move where more than this share of their tokens changed; else something passes before them
 
@@ -78,10 +78,10 @@ def _salient(scores: Tensor, gate: GateInput, weight: float) -> Tensor:
 class Focus:
     """Tokens that changed; objects first and the rest in turns.
 
-    A token changed if its error exceeds `threshold` and twice its noise. Each one of an object, as the saliency tells,
-    wants `renew` others along, whose context changed: they were computed among keys and values of long ago. Where
-    objects move, at least the share `floor` is wanted, so that frames cost alike; where nothing changed, nothing at
-    all. Changed tokens come first. Among them, and among the others, the order is by age x (1 +
+    A token changed if its error exceeds `threshold` and stands out of its noise. Each one of an object, as the saliency
+    tells, wants `renew` others along, whose context changed: they were computed among keys and values of long ago.
+    Where objects move, at least the share `floor` is wanted, so that frames cost alike; where nothing changed, nothing
+    at all. Changed tokens come first. Among them, and among the others, the order is by age x (1 +
     `saliency` x the gate's saliency): where something was detected on the last frame tokens are refreshed together and
     often, elsewhere the stalest are next. The size of the error does not count, because when a camera moves everything
     has changed, most of all background of strong contrast. Blocks of `block` x `block` tokens share their mean order,

@@ -150,7 +150,7 @@ def test_focus_takes_the_floor_where_objects_move_not_for_what_passes_before_the
 
 
 def test_focus_takes_no_noise_for_a_change() -> None:
-    gate = GateInput(torch.tensor([3.0, 3.0, 3.0, 0.5]), torch.ones(4), 1, noise=torch.tensor([2.0, 1.4, 0.0, 0.0]))
+    gate = GateInput(torch.tensor([3.0, 3.0, 3.0, 0.5]), torch.ones(4), 1, noise=torch.tensor([2.5, 2.3, 0.0, 0.0]))
     assert one(Selector(Focus(1.0, block=1, renew=0)), gate).tolist() == [1, 2]
     assert one(Threshold(1.0), gate).tolist() == [0, 1, 2], "the paper's threshold is what it says"
 
