@@ -4,7 +4,7 @@
     python tools/demo.py source=clip.mp4 budget=0.25 max_frames=300
     python tools/demo.py source=clip.mp4 budget=50ms shadow_every=30   # or budget=40GMACs; how far it drifts from dense
     python tools/demo.py source=0 output=outputs/webcam           # until Ctrl-C
-    python tools/demo.py source=rtsp://camera/stream              # its newest frames; called again when it is lost
+    python tools/demo.py source=rtsp://camera/stream live=true    # boxes on every frame at once, detector in a thread
     python tools/demo.py source=pictures/ gate/policy=threshold gate.policy.threshold=2
     python tools/demo.py source=kitchen.mp4 weights=vivit_tiny_synthetic   # recognise actions
     python tools/demo.py 'source=clips/*.mp4' classes=[person,dog]  # a folder of outputs for each video
@@ -89,6 +89,7 @@ class Options:
     long_side: Side | None
     scene_cuts: bool
     hold: Count | Literal["auto", "adaptive"]
+    live: bool
     shadow_every: Natural
     rescore: bool
     track: bool
@@ -188,6 +189,7 @@ class Run:
             shadow_every=1 if options.compare else options.shadow_every,
             shadow_score=options.show,
             timing=True,
+            live=options.live,
             **self._sizes,
         )
         self.options = options

@@ -12,7 +12,7 @@ from eventful_det.errors import UserError
 from eventful_det.evaluation.runs import Method
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import DEFAULT
-from eventful_det.options import Count, NonNegative, Range, Share, convert
+from eventful_det.options import Count, NonNegative, Positive, Range, Share, convert
 from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.motion import parse_hold
 
@@ -41,6 +41,8 @@ class EvalOptions:
     thresholds: tuple[NonNegative, ...] = ()
     caps: tuple[Share, ...] = ()
     only: Texts | None = None
+    fps: tuple[Positive, ...] = ()
+    small_cnn: str | None = None
     curves: dict[str, Curve] | None = None
 
 
@@ -63,7 +65,7 @@ def sweep_methods(curves: Mapping[str, Curve]) -> list[Method]:
             for value in values:
                 if option == "budget":  # the default policy within it
                     budget = parse_budget(value)
-                    amount = getattr(budget, "value", getattr(budget, "seconds", budget))
+                    amount: Any = getattr(budget, "value", getattr(budget, "seconds", budget))
                     rule = _gate_with(where, curve.gate or {"rule": "rows"}).rule
                     methods.append(Method(name, float(amount), rule, budget, **fixed))
                     continue

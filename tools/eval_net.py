@@ -5,6 +5,7 @@
     python tools/eval_net.py eval=sweep                          # budgets and baselines: CSV, table, plot
     python tools/eval_net.py eval=sweep max_videos=2 max_frames=20
     python tools/eval_net.py eval=sweep data=clips               # your own, labelled or not: agreement with dense
+    python tools/eval_net.py eval=latency data=clips             # what is known when frames arrive, 10 and 30 a second
     python tools/eval_net.py experiment=sweep_vid weights=...    # ImageNet VID: everything a paper's table needs
     python tools/eval_net.py data=actions eval=sweep             # action recognition
 
@@ -14,7 +15,7 @@ side by side; `torchrun --nproc_per_node=N` shares the videos out between proces
 Frames that cannot be read are skipped, counted and named; they are in no number.
 
 Writes results.json to `output`; beside it coco_results.json (detections of a single evaluation), or sweep.csv,
-sweep.json, sweep.md, sweep.png and sweep.pdf.
+sweep.json, sweep.md, sweep.png and sweep.pdf; or latency_aware.md.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ import contextlib
 import os
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -49,10 +52,12 @@ from rich.table import Table
 from eventful_det.data.coco_video import CocoVideo, load_coco_video
 from eventful_det.data.remap import for_classes
 from eventful_det.data.streams import share_out
+from eventful_det.data.teacher import Teacher
 from eventful_det.errors import UserError
 from eventful_det.evaluation import report
 from eventful_det.evaluation.detection import ENOUGH, labelled_frames
 from eventful_det.evaluation.flushes import ap50_since_flush
+from eventful_det.evaluation.latency_aware import Look, cnn_look, detector_look, latency_aware, markdown
 from eventful_det.evaluation.runs import Method, MethodRun
 from eventful_det.evaluation.store import ResultStore, file_hash
 from eventful_det.evaluation.summary import Row, jsonable, row_of
@@ -156,6 +161,27 @@ def evaluate_sweep(config: Options, detector: Detector, data: CocoVideo, directo
     _show([list(TERMINAL), *([line[header.index(name)] for name in TERMINAL] for line in lines)])
     say(f"plot: {directory / 'sweep.png'}")
     return {"rows": rows, "skipped": _skipped(skipped)}
+
+
+def evaluate_latency(config: Options, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
+    """Latency-aware precision of every curve that recomputes every frame, boxes standing still and moved."""
+    labelled_frames(data)
+    looks: dict[str, Callable[[], Look]] = {
+        method.name: partial(detector_look, detector, method)
+        for method in sweep_methods(config.eval.curves or {})
+        if method.hold == 1 and not method.square
+    }
+    if config.eval.small_cnn is not None:
+        cnn = Teacher(config.eval.small_cnn, threads=torch.get_num_threads())
+        looks[cnn.path.stem] = partial(cnn_look, cnn, detector.names)
+    rows = []
+    for fps in config.eval.fps:
+        for name, new_look in looks.items():
+            for move in (False, True):
+                rows.append(latency_aware(data, detector.names, name, fps, new_look, move))
+                say(markdown(rows[-1:]).splitlines()[-1])
+    write_text(directory / "latency_aware.md", markdown(rows))
+    return {"latency_aware": rows, "skipped": _skipped({})}
 
 
 def complete_all(config: Options, detector: Detector, data: CocoVideo, methods: list[Method]) -> ResultStore:
@@ -262,6 +288,8 @@ def evaluate_all(config: Options) -> None:
         data = for_classes(data, detector.names)
     directory = Path(config.output)
     evaluate = evaluate_single if config.eval.curves is None else evaluate_sweep
+    if config.eval.fps:
+        evaluate = evaluate_latency
     # Jobs that share out a sweep write whole files into one folder; so do the processes of torchrun.
     alone = config.eval.only is None and not (dist.is_initialized() and dist.get_rank())
     with owned(directory) if alone else contextlib.nullcontext():

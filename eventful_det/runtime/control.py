@@ -261,7 +261,8 @@ class _Plan(Generic[S]):
         self.priced = isinstance(selector.budget, (Gmacs, Latency))
         self.shared = self.priced or selector.assured is not None
         remembers = self.options.max_age > 0 or (self.shared and self.options.bucket > 0)
-        self.needed = self.priced or remembers or any(one is not None for one in self.expected)
+        small = stepper.hold and self.shared and isinstance(selector.budget, float) and selector.budget < _WORTH
+        self.needed = self.priced or remembers or small or any(one is not None for one in self.expected)
         self.asked: list[int] = []  # places of the streams that the budget is for: all but those that are flushed
         self.allowance = 0.0  # in tokens or MACs
 

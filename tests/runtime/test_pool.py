@@ -237,7 +237,7 @@ def test_gmacs_are_those_of_a_round(tiny_detector: Detector) -> None:
 
 def test_a_flush_costs_the_others_nothing(tiny_detector: Detector) -> None:
     """A stream that joins is recomputed in full, outside of the budget; the others keep all of theirs."""
-    pool = StreamPool(tiny_detector, budget=0.2, scene_cuts=False)
+    pool = StreamPool(tiny_detector, budget=0.2, scene_cuts=False, hold=1)
     pool.add(clip(4, 6), name="old")
     for step in range(6):
         if step == 3:
