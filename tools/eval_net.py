@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import Data, as_list, build_gate, choose_device, command, console, say, warn, write_results
+from common import AnyDetector, Data, as_list, build_gate, choose_device, command, console, say, warn, write_results
 from eval_methods import EvalOptions, chosen, sweep_methods
 from rich import box
 from rich.progress import (
@@ -47,6 +47,7 @@ from rich.table import Table
 from eventful_det.data.coco_video import CocoVideo, load_coco_video
 from eventful_det.data.remap import for_classes
 from eventful_det.data.streams import share_out
+from eventful_det.detectors.rf_detr.loading import is_rf_detr
 from eventful_det.errors import UserError
 from eventful_det.evaluation import report
 from eventful_det.evaluation.detection import ENOUGH, labelled_frames
@@ -57,7 +58,6 @@ from eventful_det.evaluation.summary import Row, jsonable, row_of
 from eventful_det.evaluation.sweep import collect, complete, first
 from eventful_det.files import written_whole
 from eventful_det.models.checkpoints import DEFAULT, find_weights, load_detector
-from eventful_det.models.detector import Detector
 from eventful_det.options import Count, Natural
 from eventful_det.outputs import owned, write_json, write_text
 
@@ -93,7 +93,7 @@ class Options:
     workers: Natural | None
 
 
-def evaluate_single(config: Options, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
+def evaluate_single(config: Options, detector: AnyDetector, data: CocoVideo, directory: Path) -> dict[str, Any]:
     """Evaluate the rule of the gate group."""
     labelled_frames(data)
     gate, options = build_gate(config.gate), config.eval
@@ -120,7 +120,7 @@ def evaluate_single(config: Options, detector: Detector, data: CocoVideo, direct
     }
 
 
-def evaluate_sweep(config: Options, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
+def evaluate_sweep(config: Options, detector: AnyDetector, data: CocoVideo, directory: Path) -> dict[str, Any]:
     """Evaluate all curves in one run."""
     import_module("matplotlib")  # rather missed now than when all is done
     methods = sweep_methods(config.eval.curves or {})
@@ -152,15 +152,15 @@ def evaluate_sweep(config: Options, detector: Detector, data: CocoVideo, directo
     return {"rows": rows, "skipped": _skipped(skipped)}
 
 
-def complete_all(config: Options, detector: Detector, data: CocoVideo, methods: list[Method]) -> ResultStore:
+def complete_all(config: Options, detector: AnyDetector, data: CocoVideo, methods: list[Method]) -> ResultStore:
     """Run what has not been run, on all processes of torchrun; only the first returns, the others are done.
 
     Every process runs videos of its own and leaves the results in the store, from where the first one takes them.
     """
     about = {
-        "weights": file_hash(find_weights(config.weights)),
+        "weights": weights_hash(config.weights),
         "data": file_hash(config.data.val),
-        "detector": detector.config.to_json(),
+        "detector": repr((detector.names, detector.input_transform)),
         "scene_cuts": config.scene_cuts,
         "streams": config.streams,
         "device": detector.device.type,
@@ -186,6 +186,14 @@ def complete_all(config: Options, detector: Detector, data: CocoVideo, methods: 
             sys.exit()
         complete(detector, data, methods, store, **options)  # what another process could not keep
     return store
+
+
+def weights_hash(source: str | None) -> str:
+    """A hash of what `load_detector` reads; of weights that lie elsewhere, their name."""
+    if source is None or not is_rf_detr(source):
+        return file_hash(find_weights(source))
+    path = Path(source) / "model.safetensors" if Path(source).is_dir() else Path(source)
+    return file_hash(path) if path.is_file() else source
 
 
 def gather(config: Options, store: ResultStore, method: Method, data: CocoVideo) -> MethodRun:
@@ -251,7 +259,7 @@ def evaluate_all(config: Options) -> None:
     build_gate(config.gate)
     data = load_data(config)
     device = choose_device(config.device)
-    detector = load_detector(config.weights, config.labels).to(device)
+    detector: AnyDetector = load_detector(config.weights, config.labels).to(device)
     if config.common_classes:
         data = for_classes(data, detector.names)
     directory = Path(config.output)

@@ -99,7 +99,8 @@ def test_rf_detr_and_a_backbone_of_timm() -> None:
     pytest.importorskip("transformers")
     sizes = "{d_model: 32, decoder_ffn_dim: 48, decoder_self_attention_heads: 2, decoder_cross_attention_heads: 4"
     vit = "{hidden_size: 24, num_attention_heads: 2}"
-    detector = f"{{model: rf-detr-nano, size: [64,64], fraction: 0.25, config: {sizes}, num_queries: 9, backbone_config: {vit}}}}}"
+    sizes += f", num_queries: 9, backbone_config: {vit}}}"
+    detector = f"{{model: rf-detr-nano, size: [64,64], fraction: 0.25, config: {sizes}}}"
     backbone = "{model: 'timm:vit_tiny_patch16_224', size: [64,64], what: backbone, k: 4}"
     for case in cases_of(settings(f"cases=[{detector},{backbone}]"))[0]:
         setting = prepare(case, settings(), 2, torch.device("cpu"), None)
