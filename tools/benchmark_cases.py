@@ -37,6 +37,7 @@ class Options:
     peer: str | None
     only: str | None
     streams: tuple[Count, ...] | None
+    weights: str | None
     budget: float | int | str
     hold: Count
     profile: bool

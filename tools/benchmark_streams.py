@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_cases import Options
-from common import choose_device, console, write_results
+from common import AnyDetector, choose_device, console, write_results
 from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -32,7 +32,6 @@ from eventful_det.gating.dense import Dense
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Budget
 from eventful_det.models.checkpoints import SYNTHETIC, load_detector
-from eventful_det.models.detector import Detector
 from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.pool import StreamPool
 from eventful_det.runtime.session import StreamResult
@@ -68,7 +67,7 @@ def bench_streams(config: Options, about: dict[str, Any]) -> None:
     assert budget is not None and config.streams is not None
     if config.hold > config.repetitions:
         raise UserError(f"hold must be at most repetitions={config.repetitions}, got {config.hold}")
-    detector = load_detector(None if config.clip else SYNTHETIC).to(choose_device(config.device))
+    detector = load_detector(config.weights or (None if config.clip else SYNTHETIC)).to(choose_device(config.device))
     clip = _clip(config.clip or "synthetic:1")
     rows: list[dict[str, Any]] = []
     for count in config.streams:
@@ -91,7 +90,7 @@ def _play(clip: Sequence[Image], start: int) -> Iterator[Image]:
 
 
 def _bench(
-    detector: Detector, budget: Budget, clip: Sequence[Image], count: int, config: Options
+    detector: AnyDetector, budget: Budget, clip: Sequence[Image], count: int, config: Options
 ) -> list[dict[str, Any]]:
     """The rows of a number of streams."""
     methods = {
@@ -126,7 +125,7 @@ def _part(budget: Budget, count: int) -> Budget:
 
 
 def _pools(
-    detector: Detector, budget: Budget, clip: Sequence[Image], sizes: Sequence[int], hold: int = 1
+    detector: AnyDetector, budget: Budget, clip: Sequence[Image], sizes: Sequence[int], hold: int = 1
 ) -> Callable[[int], Round]:
     """A callable that runs a round of all streams, in pools of these sizes; without a budget, of the dense detector."""
     rule = Dense() if budget is None else Rows()

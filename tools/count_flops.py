@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -48,7 +48,7 @@ from eventful_det.gating.windows import Grid
 from eventful_det.models.config import MODELS, ModelConfig
 from eventful_det.models.detector import DIVISOR, Detector
 from eventful_det.options import Count, Range, Share, from_values, nearest
-from eventful_det.outputs import owned
+from eventful_det.outputs import owned, write_text
 from eventful_det.testing.official import official_counts
 
 RuleName = Literal["dense", "paper", "rows"]
@@ -58,8 +58,8 @@ Fraction = Annotated[float, Range(0, 1, above=True)]
 _NOTES = (
     "Steady frames; a flush costs what dense does. official: the backbone as the paper's code counts it. backbone to "
     "total: our multiply-adds, with patch embedding and gates; heads in full, with as many proposals as are kept, "
-    "an upper bound for gated frames: there the heads recompute only what changed tokens reach. linear: the total "
-    "without the products of attention, QK^T and A.V, which counters that do not see fused attention leave out."
+    "an upper bound for gated frames: there the heads recompute only what changed tokens reach. attention: "
+    "the products QK^T and A.V, which counters that do not see fused attention leave out; linear: all else."
 )
 
 
@@ -268,30 +268,54 @@ def _list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print one table per model and input size; shares are of its dense total."""
+def tables(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[list[str]]]]:
+    """A title and lines, the first with the columns' names, per model and input size; shares are of its dense total."""
     for (model, height, width), members in itertools.groupby(rows, lambda r: (r["model"], r["height"], r["width"])):
         group = list(members)
+        parts = [*group[0]["attention"], "total"]
         dense = next((row["total"] for row in group if row["rule"] == "dense" and not row["pool"]), None)
-        title = f"{model}, {height} x {width} pixels, {group[0]['tokens']} tokens: GMACs per frame"
-        table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
-        table.add_column("rule", no_wrap=True)
-        heads = list(group[0]["attention"])
-        for column in ("k", "official", *heads, "total", "linear", "share"):
-            table.add_column(column, justify="right", no_wrap=True)
+        lines = [["rule", "k", "official", *parts, "share"]]
         for row in group:
-            numbers = ["" if row[part] is None else f"{row[part]:.2f}" for part in ("official_gmacs", *heads, "total")]
-            numbers.append(f"{row['total'] - sum(row['attention'].values()):.2f}")
-            share = f"{row['total'] / dense:.0%}" if dense else ""
-            table.add_row(_label(row), "" if row["k"] is None else str(row["k"]), *numbers, share)
+            k, share = ("" if row["k"] is None else str(row["k"])), (f"{row['total'] / dense:.0%}" if dense else "")
+            lines.append([_label(row), k, *_numbers(row, ("official_gmacs", *parts)), share])
+            if row["rule"] == "dense":
+                attention = {**row["attention"], "total": sum(row["attention"].values())}
+                linear = {part: row[part] - attention[part] for part in parts}
+                lines.append(["  linear", "", "", *_numbers(linear, parts), ""])
+                lines.append(["  attention", "", "", *_numbers(attention, parts), ""])
+        yield f"{model}, {height} x {width} pixels, {group[0]['tokens']} tokens: GMACs per frame", lines
+
+
+def _numbers(row: Mapping[str, Any], parts: Iterable[str]) -> list[str]:
+    return ["" if row[part] is None else f"{row[part]:.2f}" for part in parts]
+
+
+def notes(rows: list[dict[str, Any]]) -> list[str]:
+    """What a reader of the tables should know."""
+    assumed = dict.fromkeys((_label(row), row["assumed"]) for row in rows if row["assumed"])
+    return [_NOTES, *(f"Assumed of {rule}: {what}." for rule, what in assumed)]
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the tables."""
+    for title, (header, *lines) in tables(rows):
+        table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
+        for i, column in enumerate(header):
+            table.add_column(column, justify="right" if i else "left", no_wrap=True)
+        for line in lines:
+            table.add_row(*line)
         console.print(table)
-        if len(heads) == 3 and dense is not None:
-            row = next(row for row in group if row["rule"] == "dense")
-            linear = {part: row[part] - row["attention"][part] for part in heads}
-            console.print("linear by part:", ", ".join(f"{part} {gmacs:.2f}" for part, gmacs in linear.items()))
-    console.print(_NOTES)
-    for rule, assumed in dict.fromkeys((_label(row), row["assumed"]) for row in rows if row["assumed"]):
-        console.print(f"Assumed of {rule}: {assumed}.")
+    console.print(*notes(rows), sep="\n")
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The tables as Markdown."""
+    text = f"`{command()}`\n\n{' '.join(notes(rows))}\n"
+    for title, (header, *lines) in tables(rows):
+        text += f"\n## {title}\n\n"
+        rule = ["---", *["---:"] * (len(header) - 1)]
+        text += "".join(f"| {' | '.join(cell.strip() for cell in cells)} |\n" for cells in (header, rule, *lines))
+    return text
 
 
 def _label(row: Mapping[str, Any]) -> str:
@@ -340,6 +364,7 @@ def run(options: Options) -> None:
     with owned(Path(options.output)):
         results = {"command": command(), "assume": dataclasses.asdict(options.assume), "rows": rows}
         write_results(Path(options.output), results)
+        write_text(Path(options.output) / "count_flops.md", markdown(rows))
     show(rows)
 
 

@@ -35,7 +35,7 @@ from typing import Any, Literal
 import actions
 import torch
 import torch.distributed as dist
-from common import Data, as_list, build_gate, choose_device, command, console, say, warn, write_results
+from common import AnyDetector, Data, as_list, build_gate, choose_device, command, console, say, warn, write_results
 from eval_methods import EvalOptions, chosen, sweep_methods
 from rich import box
 from rich.progress import (
@@ -53,6 +53,7 @@ from eventful_det.data.coco_video import CocoVideo, load_coco_video
 from eventful_det.data.remap import for_classes
 from eventful_det.data.streams import share_out
 from eventful_det.data.teacher import Teacher
+from eventful_det.detectors.rf_detr.loading import is_rf_detr
 from eventful_det.errors import UserError
 from eventful_det.evaluation import report
 from eventful_det.evaluation.detection import ENOUGH, labelled_frames
@@ -64,7 +65,6 @@ from eventful_det.evaluation.summary import Row, jsonable, row_of
 from eventful_det.evaluation.sweep import collect, complete, first
 from eventful_det.files import written_whole
 from eventful_det.models.checkpoints import DEFAULT, find_weights, load_detector
-from eventful_det.models.detector import Detector
 from eventful_det.options import Count, Natural
 from eventful_det.outputs import owned, write_json, write_text
 from eventful_det.runtime.motion import parse_hold
@@ -104,7 +104,7 @@ class Options:
     temporal_views: Count | None
 
 
-def evaluate_single(config: Options, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
+def evaluate_single(config: Options, detector: AnyDetector, data: CocoVideo, directory: Path) -> dict[str, Any]:
     """Evaluate the rule of the gate group."""
     labelled_frames(data)
     gate, options = build_gate(config.gate), config.eval
@@ -131,7 +131,7 @@ def evaluate_single(config: Options, detector: Detector, data: CocoVideo, direct
     }
 
 
-def evaluate_sweep(config: Options, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
+def evaluate_sweep(config: Options, detector: AnyDetector, data: CocoVideo, directory: Path) -> dict[str, Any]:
     """Evaluate all curves in one run."""
     import_module("matplotlib")  # rather missed now than when all is done
     methods = sweep_methods(config.eval.curves or {})
@@ -163,7 +163,7 @@ def evaluate_sweep(config: Options, detector: Detector, data: CocoVideo, directo
     return {"rows": rows, "skipped": _skipped(skipped)}
 
 
-def evaluate_latency(config: Options, detector: Detector, data: CocoVideo, directory: Path) -> dict[str, Any]:
+def evaluate_latency(config: Options, detector: AnyDetector, data: CocoVideo, directory: Path) -> dict[str, Any]:
     """Latency-aware precision of every curve that recomputes every frame, boxes standing still and moved."""
     labelled_frames(data)
     looks: dict[str, Callable[[], Look]] = {
@@ -184,15 +184,15 @@ def evaluate_latency(config: Options, detector: Detector, data: CocoVideo, direc
     return {"latency_aware": rows, "skipped": _skipped({})}
 
 
-def complete_all(config: Options, detector: Detector, data: CocoVideo, methods: list[Method]) -> ResultStore:
+def complete_all(config: Options, detector: AnyDetector, data: CocoVideo, methods: list[Method]) -> ResultStore:
     """Run what has not been run, on all processes of torchrun; only the first returns, the others are done.
 
     Every process runs videos of its own and leaves the results in the store, from where the first one takes them.
     """
     about = {
-        "weights": file_hash(find_weights(config.weights)),
+        "weights": weights_hash(config.weights),
         "data": file_hash(config.data.val),
-        "detector": detector.config.to_json(),
+        "detector": repr((detector.names, detector.input_transform)),
         "scene_cuts": config.scene_cuts,
         "streams": config.streams,
         "device": detector.device.type,
@@ -218,6 +218,14 @@ def complete_all(config: Options, detector: Detector, data: CocoVideo, methods: 
             sys.exit()
         complete(detector, data, methods, store, **options)  # what another process could not keep
     return store
+
+
+def weights_hash(source: str | None) -> str:
+    """A hash of what `load_detector` reads; of weights that lie elsewhere, their name."""
+    if source is None or not is_rf_detr(source):
+        return file_hash(find_weights(source))
+    path = Path(source) / "model.safetensors" if Path(source).is_dir() else Path(source)
+    return file_hash(path) if path.is_file() else source
 
 
 def gather(config: Options, store: ResultStore, method: Method, data: CocoVideo) -> MethodRun:
@@ -283,7 +291,7 @@ def evaluate_all(config: Options) -> None:
     build_gate(config.gate)
     data = load_data(config)
     device = choose_device(config.device)
-    detector = load_detector(config.weights, config.labels).to(device)
+    detector: AnyDetector = load_detector(config.weights, config.labels).to(device)
     if config.common_classes:
         data = for_classes(data, detector.names)
     directory = Path(config.output)

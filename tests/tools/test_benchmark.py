@@ -95,6 +95,21 @@ def test_still_frames() -> None:
     assert setting.methods["rows_half"].state_bytes() < setting.methods["rows"].state_bytes()
 
 
+def test_rf_detr_and_a_backbone_of_timm() -> None:
+    pytest.importorskip("transformers")
+    sizes = "{d_model: 32, decoder_ffn_dim: 48, decoder_self_attention_heads: 2, decoder_cross_attention_heads: 4"
+    vit = "{hidden_size: 24, num_attention_heads: 2}"
+    sizes += f", num_queries: 9, backbone_config: {vit}}}"
+    detector = f"{{model: rf-detr-nano, size: [64,64], fraction: 0.25, config: {sizes}}}"
+    backbone = "{model: 'timm:vit_tiny_patch16_224', size: [64,64], what: backbone, k: 4}"
+    for case in cases_of(settings(f"cases=[{detector},{backbone}]"))[0]:
+        setting = prepare(case, settings(), 2, torch.device("cpu"), None)
+        assert list(setting.methods) == ["dense", "rows"] and setting.k == 4
+        dense, rows = ([method.step(frame) for frame in setting.frames] for method in setting.methods.values())
+        parts = ("backbone", "heads", "total") if case.what == "detector" else ("backbone",)
+        assert tuple(rows[1].macs) == parts and rows[1].macs["backbone"] < 0.5 * dense[1].macs["backbone"]
+
+
 def timed(totals: list[float], backbones: list[float], macs: int) -> Timed[Step]:
     step = [Step({"backbone": macs, "total": 2 * macs}, {"backbone": seconds}) for seconds in backbones]
     calls = [Call(seconds, result) for seconds, result in zip(totals, step, strict=True)]

@@ -76,6 +76,19 @@ def test_a_wish() -> None:
     assert [(row["model"], row["width"], row["tokens"]) for row in wide] == [("vitdet_tiny", 455, 480)] * 2
 
 
+def test_rf_detr_by_part(tmp_path: Path) -> None:
+    """What others count leaves out the products of attention: 14.5 GMACs, of which 12.5, 0.8 and 1.1."""
+    pytest.importorskip("transformers")
+    done = run("tools/count_flops.py", "model=rf-detr-nano", "fraction=0.25", f"output={tmp_path}")
+    assert "14.46" in done.stdout and "| linear |" in (tmp_path / "count_flops.md").read_text()
+    dense, rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    linear = {part: dense[part] - products for part, products in dense["attention"].items()}
+    assert linear == pytest.approx({"backbone": 12.5, "projector": 0.83, "decoder": 1.15}, rel=0.01)
+    assert dense["total"] == pytest.approx(15.91, abs=0.01) and rows["total"] < 0.4 * dense["total"]
+    with pytest.raises(UserError, match="rule=paper does not know its windows"):
+        ask("model=rf-detr-nano", "rule=paper")
+
+
 def test_assumptions() -> None:
     rows = ["model=vitdet_b_vid", "size=[1024,1024]", "rule=rows", "k=512"]
     even, measured, bound = (ask(*rows, f"assume.padding={n}")[0]["backbone"] for n in ("1", "2.4", "null"))

@@ -1,0 +1,91 @@
+"""The tools with an RF-DETR: through the protocol, they know nothing of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import benchmark
+import demo
+import eval_net
+import pytest
+from running import ENVIRONMENT, ROOT, make_tree, options_of
+
+from eventful_det.detectors.rf_detr.sizes import random_model
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = ["--width", "96", "--height", "64", "--val-videos", "1", "--val-frames", "3"]
+    return make_tree(tmp_path_factory.mktemp("vid") / "tree", *sizes, "--train-videos", "1", "--train-frames", "1")
+
+
+@pytest.fixture(scope="module")
+def weights(tree: Path) -> Path:
+    """A folder of a small random model that has the classes of the data."""
+    data = json.loads((tree / "annotations" / "imagenet_vid_val.json").read_text())
+    names = dict(enumerate(entry["name"] for entry in data["categories"]))
+    vit = {"hidden_size": 24, "num_attention_heads": 2, "image_size": 64}
+    heads = {"decoder_self_attention_heads": 2, "decoder_cross_attention_heads": 4, "num_queries": 9}
+    model = random_model(
+        "rf-detr-nano", d_model=32, id2label=names, num_labels=len(names), backbone_config=vit, **heads
+    )
+    model.save_pretrained(tree / "rf_detr")
+    return tree / "rf_detr"
+
+
+def test_detect(weights: Path, tmp_path: Path) -> None:
+    options = [f"weights={weights}", "source=synthetic:1", "max_frames=4", "budget=0.25", f"output={tmp_path}"]
+    demo.run(options_of("demo", "device=cpu", *options))
+    assert (tmp_path / "annotated.mp4").stat().st_size > 0
+    with (tmp_path / "cost.csv").open() as file:
+        total = [float(row["gmacs_total"]) for row in csv.DictReader(file)]
+    assert len(total) == 4 and max(total[1:]) < total[0]
+
+
+def test_a_sweep(tree: Path, weights: Path, tmp_path: Path) -> None:
+    few = ["eval.fractions=[0.25]", "eval.caps=[0.25]", "eval.curves.moved_boxes.vary.hold=[2]", "scene_cuts=false"]
+    options = [f"data.root={tree}", f"weights={weights}", f"output={tmp_path}"]
+    eval_net.run(options_of("eval_net", "device=cpu", "eval=rf_detr", *few, *options))
+    dense, rows, *_, moved = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert rows["relative_total"] < 1 and moved["relative_total"] == pytest.approx(2 / 3)
+    assert rows["state_bytes"] > dense["state_bytes"]
+
+
+def test_many_streams(weights: Path, tmp_path: Path) -> None:
+    options = ["streams=[2]", f"weights={weights}", "repetitions=2", "warm_up=1", f"output={tmp_path}"]
+    benchmark.run(options_of("benchmark", "device=cpu", *options))
+    rows = json.loads((tmp_path / "results.json").read_text())["streams"]
+    assert {row["method"] for row in rows} >= {"dense", "pool"} and all(row["streams"] == 2 for row in rows)
+
+
+def test_a_live_page(weights: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    options = [f"weights={weights}", "source=synthetic:1", "port=0", "budget=25%", "device=cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "tools/serve.py", *options],
+        cwd=ROOT,
+        env={**ENVIRONMENT, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("watch at http"), process.communicate(timeout=60)[1]
+        with urllib.request.urlopen(line.split()[2] + "api/state", timeout=60) as answer:
+            state = json.load(answer)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert [one["title"] for one in state["streams"]] == ["synthetic:1"]
