@@ -20,7 +20,7 @@ from eventful_det.errors import UserError
 from eventful_det.files import written_whole
 from eventful_det.options import Natural, NonNegative, Share, from_values, nearest
 from eventful_det.outputs import write_text
-from eventful_det.recognition.accuracy import accuracy, write_submission
+from eventful_det.recognition.accuracy import accuracy, unseen, write_submission
 from eventful_det.recognition.checkpoints import (
     find_recogniser,
     is_recogniser,
@@ -156,7 +156,7 @@ def row_of(evaluation: Evaluation, dense: Evaluation) -> dict[str, Any]:
         row |= {f"{head} top-1": round(found.top1, 2), f"{head} top-5": round(found.top5, 2)}
     people = sorted({item.segment.participant for item in scored} - {""})
     for person in people if 1 < len(people) <= _GROUPS else []:
-        for head, found in accuracy(scored, lambda segment, _, name=person: segment.participant == name).items():  # type: ignore[misc]
+        for head, found in accuracy(scored, unseen({person})).items():
             row[f"{head} top-1, {person}"] = round(found.top1, 2)
     ratios = [own / other for own, other in zip(evaluation.times, dense.times, strict=True)]
     share = evaluation.gmacs / evaluation.dense_gmacs
@@ -194,11 +194,25 @@ def show_table(text: str) -> None:
 class TrainingConfig(Protocol):
     """What training a recogniser knows of the options of tools/train_net.py."""
 
-    model: dict[str, Any]
-    data: Data
-    train: TrainOptions
-    recognition: RecognitionOptions
-    start: str | None
+    @property
+    def model(self) -> dict[str, Any]:
+        """Its name, and sizes that are changed."""
+
+    @property
+    def data(self) -> Data:
+        """A table or a folder per class; `train: synthetic` renders clips as it goes."""
+
+    @property
+    def train(self) -> TrainOptions:
+        """As of detection."""
+
+    @property
+    def recognition(self) -> RecognitionOptions:
+        """What recognition needs beside it."""
+
+    @property
+    def start(self) -> str | None:
+        """Recogniser to start from."""
 
 
 def train(config: TrainingConfig, directory: Path, device: torch.device) -> dict[str, Any]:
@@ -247,7 +261,7 @@ def build(config: TrainingConfig, classes: Mapping[str, Sequence[str]]) -> Recog
     name, init = sizes.pop("name"), sizes.pop("init", None)
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}; {nearest(name, MODELS)}")
-    model = MODELS[name]({head: tuple(names) for head, names in classes.items()})  # type: ignore[operator]
+    model = MODELS[name]({head: tuple(names) for head, names in classes.items()})
     recogniser = Recogniser(from_values(RecogniserConfig, {**asdict(model), **sizes}, "model"))
     if init:
         start_from_image(recogniser, init)

@@ -66,8 +66,8 @@ class ActionOptions:
         bystander: share of the clips in which a second object stands still.
     """
 
-    width: int = 128
-    height: int = 128
+    width: int = 112
+    height: int = 112
     frames: int = 32
     object_size: tuple[float, float] = (0.22, 0.42)
     noise: float = 2.0
