@@ -7,6 +7,7 @@ import hashlib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,10 +18,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from eventful_det.errors import UserError
+from eventful_det.evaluation.timing import paired_ratios, time_together
 from eventful_det.files import written_whole
+from eventful_det.gating.convert import Rule
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.paper import Paper
+from eventful_det.gating.rows import Rows
+from eventful_det.gating.selector import DEFAULT as SELECTOR
+from eventful_det.gating.selector import Selector, TopK
 from eventful_det.options import Natural, NonNegative, Share, from_values, nearest
 from eventful_det.outputs import write_text
-from eventful_det.recognition.accuracy import accuracy, write_submission
+from eventful_det.recognition.accuracy import accuracy, unseen, write_submission
 from eventful_det.recognition.checkpoints import (
     find_recogniser,
     is_recogniser,
@@ -35,6 +43,7 @@ from eventful_det.recognition.clip_reader import read_clips
 from eventful_det.recognition.config import RecogniserConfig, vivit_b_epic, vivit_b_k400, vivit_tiny
 from eventful_det.recognition.evaluation import Evaluation, Way, evaluate_clips, sweep_ways
 from eventful_det.recognition.recogniser import Recogniser
+from eventful_det.recognition.results import StepCost
 from eventful_det.recognition.segments import Segments, read_epic, read_folders
 from eventful_det.recognition.synthetic_actions import ACTIONS, ActionOptions
 from eventful_det.recognition.training import (
@@ -156,7 +165,7 @@ def row_of(evaluation: Evaluation, dense: Evaluation) -> dict[str, Any]:
         row |= {f"{head} top-1": round(found.top1, 2), f"{head} top-5": round(found.top5, 2)}
     people = sorted({item.segment.participant for item in scored} - {""})
     for person in people if 1 < len(people) <= _GROUPS else []:
-        for head, found in accuracy(scored, lambda segment, _, name=person: segment.participant == name).items():  # type: ignore[misc]
+        for head, found in accuracy(scored, unseen({person})).items():
             row[f"{head} top-1, {person}"] = round(found.top1, 2)
     ratios = [own / other for own, other in zip(evaluation.times, dense.times, strict=True)]
     share = evaluation.gmacs / evaluation.dense_gmacs
@@ -194,11 +203,25 @@ def show_table(text: str) -> None:
 class TrainingConfig(Protocol):
     """What training a recogniser knows of the options of tools/train_net.py."""
 
-    model: dict[str, Any]
-    data: Data
-    train: TrainOptions
-    recognition: RecognitionOptions
-    start: str | None
+    @property
+    def model(self) -> dict[str, Any]:
+        """Its name, and sizes that are changed."""
+
+    @property
+    def data(self) -> Data:
+        """A table or a folder per class; `train: synthetic` renders clips as it goes."""
+
+    @property
+    def train(self) -> TrainOptions:
+        """As of detection."""
+
+    @property
+    def recognition(self) -> RecognitionOptions:
+        """What recognition needs beside it."""
+
+    @property
+    def start(self) -> str | None:
+        """Recogniser to start from."""
 
 
 def train(config: TrainingConfig, directory: Path, device: torch.device) -> dict[str, Any]:
@@ -247,7 +270,7 @@ def build(config: TrainingConfig, classes: Mapping[str, Sequence[str]]) -> Recog
     name, init = sizes.pop("name"), sizes.pop("init", None)
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}; {nearest(name, MODELS)}")
-    model = MODELS[name]({head: tuple(names) for head, names in classes.items()})  # type: ignore[operator]
+    model = MODELS[name]({head: tuple(names) for head, names in classes.items()})
     recogniser = Recogniser(from_values(RecogniserConfig, {**asdict(model), **sizes}, "model"))
     if init:
         start_from_image(recogniser, init)
@@ -285,9 +308,7 @@ def count(model: str | None, k: Sequence[int] | None) -> list[dict[str, Any]]:
     """Operations of published recognisers as the official code counts them, of a step and of a clip; in GMACs."""
     rows: list[dict[str, Any]] = []
     for name in _STEPS if model is None else [model]:
-        if name not in MODELS:
-            raise UserError(f"unknown model {name!r}; {nearest(name, MODELS)}")
-        config = vivit_tiny({"action": ACTIONS}) if name == "vivit_tiny" else MODELS[name]()  # type: ignore[call-arg]
+        config = _config(name)
         tokens = config.grid[0] * config.grid[1] + 1  # the class token is one of them
         for budget in (None, *(k or _STEPS.get(name, (tokens // 8, tokens // 4, tokens // 2)))):
             if budget is not None and not 1 <= budget <= tokens:
@@ -300,3 +321,56 @@ def count(model: str | None, k: Sequence[int] | None) -> list[dict[str, Any]]:
             entry = {"model": name, "tokens": tokens, "k": budget, "step": step, "clip": clip}
             rows.append({**entry, f"shared views, {length} frames": shared})
     return rows
+
+
+# Time
+
+
+def time_steps(model: str, k: int | None, repetitions: int, warm_up: int, seed: int) -> list[dict[str, Any]]:
+    """Time steps of a recogniser with random weights: dense, rows and paper, in float32 and bfloat16, in turns.
+
+    Args:
+        model: name of the model; it runs on the CPU.
+        k: tokens that a gated step recomputes, class token included; None = an eighth.
+        repetitions, warm_up: timed steps, and steps before them.
+        seed: of weights, frames and order.
+    """
+    torch.manual_seed(seed)
+    recogniser = Recogniser(_config(model)).eval()
+    config = recogniser.config
+    tokens = config.grid[0] * config.grid[1] + 1
+    count = tokens // 8 if k is None else k
+    chosen, paper = TopK(count - 1), TopK(count)  # Rows always recomputes the class token besides
+    still = torch.rand(config.tubelet[0], config.channels, *config.size)
+    tubelets = [torch.where(torch.rand(config.size) < 0.5, still, torch.rand_like(still)) for _ in range(8)]
+    rules: dict[str, tuple[Rule[Any], Selector]]
+    rules = {"dense": (Dense(), SELECTOR), "rows": (Rows(), chosen), "paper": (Paper(), paper)}
+    ways = {f"{name}, {dtype}": (*rule, dtype) for name, rule in rules.items() for dtype in ("float32", "bfloat16")}
+    states = {name: recogniser.init_state() for name in ways}
+
+    def step(name: str, i: int) -> StepCost:
+        rule, selector, dtype = ways[name]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            return recogniser.step([tubelets[i % 8]], states[name], rule=rule, selector=selector)[0].cost
+
+    calls = {name: partial(step, name) for name in ways}
+    timed = time_together(calls, repetitions, warm_up, torch.device("cpu"), seed)
+    seconds = {name: [call.seconds for call in timed[name].calls] for name in ways}
+    dense = [name for name in ways if name.startswith("dense")]
+    quickest = min(dense, key=lambda name: statistics.median(seconds[name]))
+    return [
+        {
+            "way": name,
+            "GMACs": timed[name].calls[-1].result.total / 1e9,
+            "ms": 1e3 * statistics.median(own),
+            "faster than dense, float32": paired_ratios(seconds["dense, float32"], own).median,
+            f"than {quickest}": paired_ratios(seconds[quickest], own).median,
+        }
+        for name, own in seconds.items()
+    ]
+
+
+def _config(model: str) -> RecogniserConfig:
+    if model not in MODELS:
+        raise UserError(f"unknown model {model!r}; {nearest(model, MODELS)}")
+    return vivit_tiny({"action": ACTIONS}) if model == "vivit_tiny" else MODELS[model]()  # type: ignore[call-arg]

@@ -45,6 +45,8 @@ class Options:
     classes: Count
     output: str
     cases: tuple[dict[str, Any], ...]
+    recogniser: str | None
+    k: Count | None
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ from eventful_det.models.detector import Detector
 from eventful_det.models.labels import relabel
 from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Share
 from eventful_det.outputs import file_names, owned
+from eventful_det.recognition.checkpoints import load_recogniser
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.stream import RecognitionStream
 from eventful_det.runtime.budget import BudgetOptions, parse_budget
@@ -280,7 +281,7 @@ class ActionRun(Run):
         gate = build_gate(options.gate)
         chosen = gate.selector if budget is None else budget
         steps = {"max_steps": options.max_frames, "scene_cuts": options.scene_cuts}
-        self.stream = self._results = recogniser.stream(source, budget=chosen, rule=gate.rule, **steps)  # type: ignore[assignment, arg-type]
+        self.stream = self._results = recogniser.stream(source, budget=chosen, rule=gate.rule, **steps)  # type: ignore[arg-type]
 
     def time_dense(self, first: Any) -> float:
         """See `Run`."""
@@ -330,7 +331,7 @@ def run(options: Options) -> None:
     sources, output = find_sources(at_least_one(options.source, "source")), Path(options.output)
     known: AnyDetector | Recogniser
     if actions.recognises(options.task, options.weights):
-        known = actions.load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))
+        known = load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))
     else:
         known = build_detector(options, sources)
     with owned(output):

@@ -67,6 +67,7 @@ from eventful_det.files import written_whole
 from eventful_det.models.checkpoints import DEFAULT, find_weights, load_detector
 from eventful_det.options import Count, Natural
 from eventful_det.outputs import owned, write_json, write_text
+from eventful_det.recognition.checkpoints import load_recogniser
 from eventful_det.runtime.motion import parse_hold
 
 READERS = 4  # threads that read frames ahead for a GPU; on a CPU they would take time from what is measured
@@ -310,8 +311,8 @@ def evaluate_recogniser(config: Options) -> None:
     """Evaluate a recogniser on clips, then write the results."""
     directory, weights = Path(config.output), config.weights or actions.DEFAULT
     gate = None if config.eval.curves is not None else build_gate(config.gate)
-    changes = {} if config.temporal_views is None else {"temporal_views": config.temporal_views}
-    recogniser = actions.load_recogniser(weights, **changes).to(choose_device(config.device))
+    changes: dict[str, Any] = {} if config.temporal_views is None else {"temporal_views": config.temporal_views}
+    recogniser = load_recogniser(weights, **changes).to(choose_device(config.device))
     options: dict[str, Any] = {"max_clips": config.max_videos, "hold": config.eval.hold, "views": config.views}
     about = {"command": command(), "weights": weights, "data": config.data.val, "threads": torch.get_num_threads()}
     with owned(directory):

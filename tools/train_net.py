@@ -47,6 +47,7 @@ from eventful_det.models.detector import Detector
 from eventful_det.models.pretrained import init_backbone
 from eventful_det.options import Count, Positive, from_values, nearest
 from eventful_det.outputs import owned, write_text
+from eventful_det.recognition.checkpoints import load_recogniser
 from eventful_det.training.objective import EventfulObjective, EventfulOptions
 from eventful_det.training.options import TrainOptions
 from eventful_det.training.probe import probe
@@ -218,7 +219,7 @@ def train_recogniser(config: Options) -> None:
     results = actions.train(config, directory, device)
     if main_process:
         if config.evaluate:
-            recogniser = actions.load_recogniser(results["weights"])
+            recogniser = load_recogniser(results["weights"])
             dense = Gate(Dense(), GATE)
             results["validation"] = actions.evaluate(recogniser, config.data, dense, directory)["rows"]
         write_results(directory, {"command": command(), **results})

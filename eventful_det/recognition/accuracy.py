@@ -109,7 +109,7 @@ def per_class(scored: Sequence[Scored]) -> dict[str, dict[int, Accuracy]]:
 
 
 def unseen(participants: Collection[str]) -> Callable[[Segment, str], bool]:
-    """For `accuracy`: segments of participants that the training set does not show."""
+    """For `accuracy`: segments of some participants, such as those that the training set does not show."""
     return lambda segment, head: segment.participant in participants
 
 

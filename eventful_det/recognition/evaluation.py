@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import Rule
@@ -22,6 +22,7 @@ from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.results import StepCost
 from eventful_det.recognition.segments import Segment, Segments
 from eventful_det.recognition.stream import DEFAULT_RULE
+from eventful_det.recognition.views import frame_indices
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Way:
 
     Attributes:
         name: for tables.
+        rule, selector, shared, hold: as of `recognise`.
+        one_frame: show the frame in the middle of the first view alone (a baseline, which sees no motion).
     """
 
     name: str
@@ -37,6 +40,7 @@ class Way:
     selector: Select = DEFAULT
     shared: bool = True
     hold: int = 1
+    one_frame: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,12 @@ def evaluate_clips(
         else:
             for way, entries in zip(ways, results, strict=True):
                 options: dict[str, Any] = {"shared": way.shared, "hold": way.hold}
+                seen: Clip = clip
+                if way.one_frame:
+                    view = frame_indices(len(clip), recogniser.config)[0]
+                    seen = _OneFrame(clip, view[len(view) // 2])
                 began = time.perf_counter()
-                result = recognise(recogniser, clip, rule=way.rule, selector=way.selector, **options)
+                result = recognise(recogniser, seen, rule=way.rule, selector=way.selector, **options)
                 seconds = time.perf_counter() - began
                 scored = Scored(segment, {head: logits.cpu() for head, logits in result.logits.items()})
                 entries.append((scored, result.cost, seconds))
@@ -128,15 +136,24 @@ def evaluate_clips(
 def sweep_ways(parts: Sequence[int] = (2, 4, 8, 16), shared: bool = True) -> Iterator[Way]:
     """The ways that a sweep compares: dense, and 1/2, 1/4, ... of the tokens by each rule, or of the tubelets."""
     yield Way("dense", rule=Dense(), shared=shared)
+    yield Way("one frame", rule=Dense(), shared=shared, one_frame=True)
     for part in parts:
         share = 1 / part
         yield Way(f"rows 1/{part}", selector=DEFAULT.within(share), shared=shared)
-        yield Way(f"rows, all wanted, 1/{part}", selector=Selector(LargestError(age_power=0.5), share), shared=shared)
         yield Way(f"random 1/{part}", selector=Selector(RandomOrder(), share), shared=shared)
         yield Way(f"paper 1/{part}", rule=Paper(), selector=Selector(LargestError(), share), shared=shared)
         yield Way(f"held 1/{part}", rule=Dense(), shared=shared, hold=part)
 
 
-def still_view(clip: torch.Tensor) -> torch.Tensor:
-    """A clip `(T, c, H, W)` that shows its middle frame alone: what a single frame tells."""
-    return clip[[len(clip) // 2] * len(clip)]
+@dataclass(frozen=True)
+class _OneFrame:
+    """A clip that shows one of its frames alone."""
+
+    clip: Clip
+    index: int
+
+    def __len__(self) -> int:
+        return len(self.clip)
+
+    def __getitem__(self, indices: Sequence[int]) -> Tensor:
+        return self.clip[[self.index] * len(indices)]

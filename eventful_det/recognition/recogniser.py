@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import Rule, step_streams
+from eventful_det.gating.macs import rows_macs, rows_sizes
 from eventful_det.gating.selector import DEFAULT, Budget, Select, Selector
 from eventful_det.gating.state import State
 from eventful_det.gating.update import Update
@@ -203,6 +204,11 @@ class Recogniser(nn.Module):
         """Multiply-adds of the temporal model and of the heads on one window."""
         heads = sum(classifier.weight.numel() for _, classifier in self.classifiers())
         return {"temporal": self.temporal_model.macs(), "heads": heads}
+
+    def step_macs(self, tokens: int) -> int:
+        """Multiply-adds of a step by `Rows` that recomputes so many tokens of a tubelet of the usual size."""
+        shape, grid = self.spec.shape, self.config.grid
+        return rows_macs(shape, grid, rows_sizes(shape, grid, tokens)).total + sum(self.window_macs().values())
 
     def cost(self, update: Update, windows: int = 1) -> StepCost:
         """Of an update of the spatial model, and of so many windows that the temporal model looks at."""

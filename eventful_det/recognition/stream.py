@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import math
 import os
 import time
@@ -24,6 +26,8 @@ from eventful_det.gating.state import State
 from eventful_det.recognition.config import RecogniserConfig
 from eventful_det.recognition.results import RecogniserStream, RecognitionStep, StepCost
 from eventful_det.recognition.views import cover, crop_corners
+from eventful_det.runtime.budget import selector_for
+from eventful_det.runtime.control import Clock, Load
 from eventful_det.runtime.scene_cuts import SceneCuts
 
 DEFAULT_RULE: Rule[Any] = Rows()
@@ -41,6 +45,9 @@ class StreamingRecogniser(Protocol):
 
     def init_state(self, batch: int = 1) -> State[RecogniserStream]:
         """An empty state."""
+
+    def step_macs(self, tokens: int) -> int:
+        """Multiply-adds of a step by `Rows` that recomputes so many tokens."""
 
     def step(
         self,
@@ -132,8 +139,8 @@ class RecognitionStream(Iterator[RecognitionResult]):
         recogniser: in evaluation mode.
         source: a video file, webcam number, RTSP or HTTP URL, image folder or glob, an iterable of `(h, w, 3)` uint8
             RGB arrays, or an open `VideoSource`.
-        budget: tokens of a step: a share of them (float) or a number (int), of which the default policy makes the best;
-            or a `Selector` of your own; None = the default selector.
+        budget: what a step may cost: a share of the tokens (float), tokens (int), `Gmacs(4)` or `Latency(0.05)`, of
+            which the default policy makes the best; or a `Selector` of your own; None = the default selector.
         rule: how tokens are recomputed.
         max_steps: stop after so many.
         scene_cuts: begin anew, with an empty window, when another scene begins.
@@ -154,6 +161,7 @@ class RecognitionStream(Iterator[RecognitionResult]):
     ) -> None:
         self.recogniser, self.rule, self.max_steps = recogniser, rule, max_steps
         self.budget = budget
+        self._pace = Clock()
         self._state = recogniser.init_state()
         self._cuts = SceneCuts() if scene_cuts else None
         self._source = open_source(source)
@@ -169,13 +177,20 @@ class RecognitionStream(Iterator[RecognitionResult]):
 
     @budget.setter
     def budget(self, budget: Budget | Selector) -> None:
-        limit = budget.budget if isinstance(budget, Selector) else budget
-        if isinstance(limit, (Gmacs, Latency)):
-            raise UserError(f"a budget of {limit} cannot be held by recognition yet; give tokens or a share of them")
-        self._selector = (
-            budget if isinstance(budget, Selector) else DEFAULT if budget is None else DEFAULT.within(budget)
-        )
-        self._budget = budget
+        selector = selector_for(budget)
+        if isinstance(selector.budget, (Gmacs, Latency)) and not isinstance(self.rule, Rows):
+            raise UserError(f"a budget of {selector.budget} needs the rule Rows; give tokens or a share of them")
+        self._selector, self._budget = selector, budget
+
+    def _affordable(self) -> Selector:
+        """The selector of the next step, its limit in tokens. Seconds are held by feedback, from the first step on."""
+        limit = self._selector.budget
+        if not isinstance(limit, (Gmacs, Latency)):
+            return self._selector
+        gmacs = limit.value if isinstance(limit, Gmacs) else self._pace.gmacs(1, limit.seconds)
+        rows, cols = self.recogniser.config.grid
+        macs = [self.recogniser.step_macs(tokens) for tokens in range(rows * cols + 1)]
+        return dataclasses.replace(self._selector, budget=max(0, bisect.bisect_right(macs, 1e9 * gmacs) - 1))
 
     @property
     def state_bytes(self) -> int:
@@ -206,10 +221,13 @@ class RecognitionStream(Iterator[RecognitionResult]):
     def _step(self, tubelet: Tensor, frame: VideoFrame, cut: bool) -> RecognitionResult:
         began = time.perf_counter()
         (step,) = self.recogniser.step(
-            [tubelet.to(self.recogniser.device)], self._state, rule=self.rule, selector=self._selector, flush=cut
+            [tubelet.to(self.recogniser.device)], self._state, rule=self.rule, selector=self._affordable(), flush=cut
         )
         probabilities = {head: values.cpu() for head, values in step.probabilities.items()}  # waits for a GPU
-        step.cost.seconds["other"] = time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        step.cost.seconds["other"] = seconds
+        whole = step.cost.recomputed == step.cost.tokens
+        self._pace.observe(Load(1, step.cost.total / 1e9), seconds, whole)
         self._steps += 1
         return RecognitionResult(
             probabilities=probabilities,

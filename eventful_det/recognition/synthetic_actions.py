@@ -68,8 +68,8 @@ class ActionOptions:
         bystander: share of the clips in which a second object stands still.
     """
 
-    width: Side = 128
-    height: Side = 128
+    width: Side = 112
+    height: Side = 112
     frames: Annotated[int, Range(8)] = 32
     object_size: tuple[Size, Size] = (0.22, 0.42)
     noise: Noise = 2.0

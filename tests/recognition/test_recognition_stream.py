@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from small import moving_clip, small_recogniser
 
 from eventful_det.data.source import VideoFrame
 from eventful_det.errors import UserError
-from eventful_det.gating.selector import Gmacs, TopK
+from eventful_det.gating.paper import Paper
+from eventful_det.gating.selector import Gmacs, LargestError, Latency, Selector, TopK
 from eventful_det.recognition.checkpoints import load_recogniser
 from eventful_det.recognition.config import vivit_tiny
 from eventful_det.recognition.evaluation import Way
@@ -59,7 +61,40 @@ def test_the_budget_can_be_turned_and_the_state_stays_in_size() -> None:
 
 def test_a_budget_that_cannot_be_held_is_refused_at_once() -> None:
     with pytest.raises(UserError, match="give tokens or a share"):
-        small_recogniser().stream(arrays(4), budget=Gmacs(1))
+        small_recogniser().stream(arrays(4), budget=Gmacs(1), rule=Paper())
+
+
+def test_a_budget_in_macs_is_used_to_the_last_token() -> None:
+    recogniser = small_recogniser()
+    budget = recogniser.step_macs(3)
+    for macs, tokens in ((budget, 3), (budget - 1, 2), (1, 0), (10 * budget, 6)):
+        selector = Selector(LargestError(), Gmacs(macs / 1e9))
+        _, *results = recogniser.stream(arrays(24), budget=selector, scene_cuts=False)
+        assert {result.cost.recomputed for result in results} == {tokens}
+    assert results[-1].cost.total == recogniser.step_macs(6)
+
+
+def test_a_budget_in_seconds_is_met_by_fewer_tokens() -> None:
+    recogniser = small_recogniser()
+    much, none = (
+        [r.cost.recomputed for r in recogniser.stream(arrays(60), budget=Latency(seconds), scene_cuts=False)]
+        for seconds in (10.0, 1e-6)
+    )
+    assert sum(much[1:]) > 0 and sum(none[1:]) == 0
+
+
+def test_memory_does_not_grow(steps: int = 500) -> None:
+    """Of a source that makes its frames as they are asked for; 5,000 steps were tried once."""
+    frames = (frame for _ in range(steps // 10) for frame in arrays(20))
+    stream = small_recogniser(stride=1).stream(frames, budget=1, scene_cuts=False)
+    sizes, used = set(), []
+    tracemalloc.start()
+    for i, _ in enumerate(stream):
+        if i % (steps // 5) == steps // 5 - 1:
+            sizes.add(stream.state_bytes)
+            used.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert len(sizes) == 1 and len(used) == 5 and used[-1] < used[0] + 50_000
 
 
 def test_another_scene_begins_anew() -> None:

@@ -1,0 +1,107 @@
+"""The tools on recognisers: clips are made, a recogniser is trained on them, evaluated, converted, run and counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import convert_weights
+import count_flops
+import demo
+import eval_net
+import pytest
+import train_net
+from running import ROOT, options_of, run
+
+from eventful_det.errors import UserError
+from eventful_det.recognition.checkpoints import load_recogniser
+
+SIZES = ["dim=24", "heads=2", "mlp=32", "temporal_heads=2", "temporal_mlp=32", "depth=1", "temporal_depth=1"]
+SIZES += ["size=[32,32]", "position_grid=[2,2]", "frames=8", "stride=1"]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of clips, 13 to train on and 13 to look at: of the first class with both cameras."""
+    root = tmp_path_factory.mktemp("actions")
+    size = ["--width", "32", "--height", "32", "--frames", "8", "--train-clips", "13", "--val-clips", "13"]
+    run(str(ROOT / "datasets/make_synthetic_actions.py"), "--output", str(root), *size)
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The results of a short training."""
+    output = tmp_path_factory.mktemp("run")
+    options = [f"data.root={clips}", f"data.train={clips / 'train'}", f"output={output}", "train.steps=2"]
+    options += ["device=cpu", "train.batch=2", "train.workers=0", *(f"model.{size}" for size in SIZES)]
+    train_net.run(options_of("train_net", "experiment=actions", *options))
+    return results_in(output)
+
+
+def results_in(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return found
+
+
+def test_training_ends_with_weights_and_their_accuracy(trained: dict[str, Any]) -> None:
+    recogniser = load_recogniser(trained["weights"])
+    assert trained["steps"] == 2 and recogniser.config.dim == 24
+    (row,) = trained["validation"]
+    assert 0 <= row["action top-1"] <= row["action top-5"] <= 100 and row["share of dense"] == 1
+
+
+def test_second_stage_changes_the_temporal_model_alone(clips: Path, trained: dict[str, Any], tmp_path: Path) -> None:
+    options = [f"start={trained['weights']}", f"data.root={clips}", f"data.train={clips / 'train'}", "evaluate=false"]
+    options += [f"recognition.features={tmp_path / 'features'}", f"output={tmp_path / 'run'}", "train.steps=2"]
+    train_net.run(options_of("train_net", "data=actions", *options, "device=cpu", "train.workers=0"))
+    before, after = (load_recogniser(w).state_dict() for w in (trained["weights"], tmp_path / "run/model.safetensors"))
+    changed = {name.split(".")[0] for name, value in after.items() if not value.equal(before[name])}
+    assert changed == {"temporal_model", "classifier"} and len(list((tmp_path / "features").iterdir())) == 13
+
+
+def test_sweep_of_shared_and_separate_views(clips: Path, trained: dict[str, Any], tmp_path: Path) -> None:
+    options = ["eval=sweep", "views=both", "temporal_views=2", "max_videos=3", f"weights={trained['weights']}"]
+    eval_net.run(options_of("eval_net", "data=actions", f"data.root={clips}", f"output={tmp_path}", *options))
+    rows = {(row["way"], row["views"]): row for row in results_in(tmp_path)["rows"]}
+    dense = rows["dense", "shared"]["GMACs"]
+    assert dense < rows["dense", "separate"]["GMACs"]
+    assert all(rows[way, "shared"]["GMACs"] < dense for way in ("rows 1/4", "held 1/4"))
+    assert (tmp_path / "accuracy.csv").is_file() and "| rows 1/4 |" in (tmp_path / "accuracy.md").read_text()
+
+
+def test_cameras_are_told_apart(clips: Path, trained: dict[str, Any], tmp_path: Path) -> None:
+    options = [f"data.root={clips}", f"output={tmp_path}", f"weights={trained['weights']}"]
+    eval_net.run(options_of("eval_net", "data=actions", *options))
+    (row,) = results_in(tmp_path)["rows"]
+    assert {"action top-1, still", "action top-1, pan"} <= row.keys()
+
+
+def test_demo_of_actions(clips: Path, trained: dict[str, Any], tmp_path: Path) -> None:
+    source = next(clips.rglob("*.mp4"))
+    options = [f"source={source}", f"weights={trained['weights']}", "budget=0.5", f"output={tmp_path}", "device=cpu"]
+    demo.run(options_of("demo", *options))
+    lines = [json.loads(line) for line in (tmp_path / "actions.jsonl").read_text().splitlines()]
+    assert [line["frame_index"] for line in lines] == [1, 3, 5, 7]
+    assert all(len(line["classes"]["action"]) == 5 for line in lines)
+    assert results_in(tmp_path)["frames"] == 4 and (tmp_path / "annotated.mp4").stat().st_size > 0
+
+
+@pytest.mark.parametrize("names", ["official", "tadaconv"])
+def test_conversion_there_and_back(names: str, trained: dict[str, Any], tmp_path: Path) -> None:
+    for source, output in ((trained["weights"], tmp_path / "a.pth"), (tmp_path / "a.pth", tmp_path / "b.safetensors")):
+        options = [f"input={source}", f"output={output}", f"names={names}", f"results={tmp_path}"]
+        convert_weights.run(options_of("convert_weights", *options, *(["dtype=float32"] * (output.suffix != ".pth"))))
+    first, last = (load_recogniser(path).state_dict() for path in (trained["weights"], tmp_path / "b.safetensors"))
+    assert first.keys() == last.keys() and all(value.equal(last[name]) for name, value in first.items())
+    assert results_in(tmp_path)["format"] == names
+
+
+def test_counts_are_those_of_the_paper(tmp_path: Path) -> None:
+    count_flops.run(options_of("count_flops", "task=recognition", f"output={tmp_path}"))
+    clips = {(row["model"], row["k"]): row["clip"] for row in results_in(tmp_path)["rows"]}
+    assert clips["vivit_b_epic", None] == pytest.approx(7122.02, abs=0.01)
+    assert clips["vivit_b_epic", 50] == pytest.approx(1358.40, abs=0.01)
+    with pytest.raises(UserError, match="whole number of 1 to 401"):
+        count_flops.run(options_of("count_flops", "model=vivit_b_epic", "k=500", f"output={tmp_path}"))
