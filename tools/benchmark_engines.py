@@ -235,6 +235,7 @@ def bench_engines(config: Options, about: dict[str, Any]) -> None:
         write_text(Path(config.output) / "benchmark.md", markdown(about, results))
         if config.save is not None:
             write_json(Path(config.save), whole)
+            write_text(Path(config.save).with_suffix(".md"), markdown(about, results))
         show(results[-1])
 
 

@@ -59,8 +59,6 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(UserError, match="runs on CPUs"):
-        benchmark.run(options_of("benchmark", "engine=[torch]", "device=cuda:0", f"cases=[{CASE}]"))
     with pytest.raises(UserError, match="no case of a whole detector"):
         benchmark.run(options_of("benchmark", "engine=[torch]", "only=backbone 672"))
     with pytest.raises(UserError, match="engine"):
