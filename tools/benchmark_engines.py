@@ -80,6 +80,7 @@ def engines(
                     export_detector(detector, path, format=format, size=case.size, buckets=case.buckets)  # type: ignore[arg-type]
                 backend = kind(path, precision, torch.get_num_threads())
             made[engine, precision] = CompiledDetector(detector.config, case.size, rule, backend)
+            made[engine, precision].warm_up()
     yield made
 
 
@@ -134,7 +135,7 @@ def run_case(case: Case, config: Options, folder: Path) -> dict[str, Any]:
             steps["torch rows float32"] = detector_step(detector, Rows(), k)
         if config.onnx is not None:
             steps |= cnn_steps(Path(config.onnx), config)
-        for step in steps.values():  # a first and a gated frame: whatever is compiled, is compiled now
+        for step in steps.values():  # whatever is not compiled yet, is compiled now
             step(frames[0])
             step(frames[1])
         timed = time_together(
