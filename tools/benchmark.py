@@ -5,6 +5,7 @@
     python tools/benchmark.py only=672x672 profile=true          # the cases whose name holds "672x672"
     python tools/benchmark.py recogniser=vivit_b_epic k=50 threads=1   # action recognition
     python tools/benchmark.py streams=[1,2,4,8,16] budget=0.25   # many streams: see tools/benchmark_streams.py
+    python tools/benchmark.py engine=[torch,openvino]            # engines: see tools/benchmark_engines.py
     python tools/benchmark.py cases='[{model: vitdet_tiny, size: [384,640], what: detector, fraction: 0.125}]'
 
 The methods of a case live in one process, see the same frames and take turns frame by frame, in an order drawn anew
@@ -29,6 +30,7 @@ from typing import Any
 import actions
 import torch
 from benchmark_cases import DENSE, PARTS, PEERS, Case, Options, cases_of
+from benchmark_engines import bench_engines
 from benchmark_methods import Method, Step, prepare
 from benchmark_streams import bench_streams
 from common import choose_device, command, console, say, write_results
@@ -255,6 +257,8 @@ def run(config: Options) -> None:
     with owned(Path(config.output)):
         if config.recogniser is not None:
             bench_recogniser(config, about)
+        elif config.engine is not None:
+            bench_engines(config, about)
         elif config.streams is None:
             bench_cases(config, about, code)
         else:

@@ -12,6 +12,7 @@ from eventful_det.detectors.rf_detr.sizes import SIZES
 from eventful_det.errors import UserError
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.whole_windows import SHARES
 from eventful_det.models.detector import DIVISOR
 from eventful_det.options import Count, Range, Seed, Share, from_values
 
@@ -20,6 +21,7 @@ GATED: dict[str, AnyRule] = {"rows": Rows(), "paper": Paper(), "rows_half": Rows
 OURS, PEERS = (DENSE, *GATED), ("peer_dense", "peer")
 TIMM = "timm:"  # before the name of a backbone of timm
 USUAL = (DENSE, "rows", "paper")  # of a case that names no methods
+EngineName = Literal["torch", "compile", "openvino", "onnxruntime"]
 Changes = Literal["synthetic", "clip", "still"]
 PARTS = {"backbone": ("backbone",), "detector": ("backbone", "heads", "total")}
 
@@ -36,6 +38,10 @@ class Options:
     clip: str | None
     peer: str | None
     only: str | None
+    engine: tuple[EngineName, ...] | None
+    precision: tuple[Literal["float32", "bfloat16"], ...]
+    onnx: str | None
+    save: str | None
     streams: tuple[Count, ...] | None
     weights: str | None
     budget: float | int | str
@@ -60,6 +66,7 @@ class Case:
     fraction: Share | None = None
     changes: Changes = "synthetic"
     methods: tuple[str, ...] | None = None
+    buckets: tuple[float | int, ...] = SHARES
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -77,6 +84,8 @@ class Case:
         if self.changes == "still":
             if given is not None:
                 raise UserError(f"{self.name}: nothing changes in still frames; give neither k nor fraction")
+        elif given is None and self.changes == "clip":
+            return  # the default policy
         elif (self.k is None) == (self.fraction is None):
             raise UserError(f"{self.name}: give exactly one of k (tokens) and fraction (share of the tokens)")
 
@@ -88,8 +97,8 @@ class Case:
         return " ".join([*parts, *(["+".join(self.methods)] if self.methods else [])])
 
     def budget(self, tokens: int) -> int:
-        """Tokens that gated methods recompute."""
-        if self.changes == "still":
+        """Tokens that gated methods recompute; 0 = as many as the default policy wants."""
+        if self.k is None and self.fraction is None:
             return 0
         k = round((self.fraction or 0.0) * tokens) if self.k is None else self.k
         if not 1 <= k <= tokens:

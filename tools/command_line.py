@@ -182,7 +182,7 @@ def overrides(module: ModuleType, arguments: Sequence[str], literal: bool = True
     positional: list[str] = []
     left = deque(arguments)
     while left:
-        argument = left.popleft()
+        argument = _renamed(module, left.popleft())
         name = argument.partition("=")[0]
         if argument == "--":  # names follow, whatever they look like
             positional += left
@@ -198,6 +198,14 @@ def overrides(module: ModuleType, arguments: Sequence[str], literal: bool = True
         else:
             positional.append(argument)
     return _positional(module, positional) + given
+
+
+def _renamed(module: ModuleType, argument: str) -> str:
+    """An argument with the option's own name in place of another that the tool also knows it by."""
+    name, equals, value = argument.partition("=")
+    bare = name.lstrip("-")
+    own = getattr(module.Options, "aliases", {}).get(bare) if equals or bare != name else None
+    return argument if own is None else f"{name.removesuffix(bare)}{own}{equals}{value}"
 
 
 def _value_of(argument: str, left: deque[str]) -> str:

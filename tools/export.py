@@ -28,9 +28,10 @@ from eventful_det.options import Count
 class Options:
     """What may be asked of the export; configs/export.yaml explains it."""
 
-    positional: ClassVar = ("model",)
+    positional: ClassVar = ("weights",)
+    aliases: ClassVar = {"model": "weights"}  # Hydra would take model=... for a folder of configs
 
-    model: str | None
+    weights: str | None
     format: Literal["openvino", "onnx"]
     size: tuple[Count, Count] | None
     buckets: tuple[float | int, ...]
@@ -39,9 +40,11 @@ class Options:
 
 def run(config: Options) -> None:
     """Load a detector, write its folder."""
-    detector = load_detector(config.model)
+    detector = load_detector(config.weights)
     if not isinstance(detector, Detector):
-        raise UserError(f"model={config.model} is no ViTDet with weights in PyTorch; only such a detector is exported")
+        raise UserError(
+            f"weights={config.weights} is no ViTDet with weights in PyTorch; only such a detector is exported"
+        )
     folder = Path(config.output or f"outputs/engine_{config.format}")
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
         raise UserError(f"output={folder} holds other files than an engine's; give a new folder")

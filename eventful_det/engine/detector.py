@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.detectors.stopwatch import Stopwatch
-from eventful_det.engine.backends import Backend, ONNXRuntime, OpenVINO, Precision
+from eventful_det.engine.backends import Backend, ONNXRuntime, OpenVINO, Precision, quickest_precision
 from eventful_det.engine.graphs import Geometry, check_exportable
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import per_stream
@@ -460,13 +460,17 @@ def _numbers_of(geometry: Geometry) -> list[Tensor]:
 
 
 def load_engine(
-    folder: Path, *, precision: Precision = "float32", threads: int | None = None, warm_up: bool = True
+    folder: Path,
+    *,
+    precision: Precision | Literal["auto"] = "float32",
+    threads: int | None = None,
+    warm_up: bool = True,
 ) -> CompiledDetector:
     """A detector from a folder that `export_detector` wrote.
 
     Args:
         folder: of the engine.
-        precision: in which it computes.
+        precision: in which it computes; "auto" = the quickest here.
         threads: of the CPU; None = as many as PyTorch uses.
         warm_up: compile everything now.
 
@@ -475,6 +479,8 @@ def load_engine(
     """
     about = read_manifest(folder)
     backend: type[OpenVINO] | type[ONNXRuntime] = OpenVINO if about["engine"] == "openvino" else ONNXRuntime
+    if precision == "auto":
+        precision = quickest_precision() if backend is OpenVINO else "float32"
     height, width = about["size"]
     config, rule = ModelConfig.from_dict(about["config"]), Windows(tuple(about["buckets"]))
     detector = CompiledDetector(config, (height, width), rule, backend(folder, precision, threads))

@@ -330,8 +330,11 @@ def run_windows(
 
 def _attend_windows(qkv: Tensor, table: Tensor | None, offsets: Tensor | None) -> Tensor:
     """Attention within windows, `(W, slots, 3, heads, d)` to `(W, slots, heads, d)`."""
+    slots = qkv.shape[1]
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (W, heads, slots, d) each
-    bias = None if table is None or offsets is None else _relative_bias(q, table, offsets, (1, 1))
+    bias = None
+    if table is not None and offsets is not None:
+        bias = _relative_bias(q, table, offsets, (1, 1)).view(-1, qkv.shape[3], slots, slots)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
 
@@ -344,7 +347,8 @@ def _attend_frame(
     k, v = cache.to(q.dtype).flatten(0, 1).permute(1, 2, 0, 3)[:, None].unbind(0)  # (1, heads, keys, d) each
     bias = None
     if table is not None and offsets is not None:
-        bias = _relative_bias(rows, table, offsets, (-(-grid[0] // side), -(-grid[1] // side)))
+        windows = -(-grid[0] // side), -(-grid[1] // side)
+        bias = _relative_bias(rows, table, offsets, windows).view(1, rows.shape[1], -1, k.shape[2])
     if inside is not None:
         hidden = (1 - inside.to(q.dtype)).flatten() * _NO_KEY  # (keys,)
         bias = hidden.expand(1, 1, rows.shape[2], -1) if bias is None else bias + hidden
@@ -362,14 +366,15 @@ def _relative_bias(q: Tensor, table: Tensor, offsets: Tensor, windows: Grid) -> 
         windows: that the keys lie in.
 
     Returns:
-        `(n, heads, r, keys)`.
+        `(n * heads * r, keys)`.
     """
     terms = q @ table.to(q.dtype).T  # (n, heads, r, offsets)
-    terms = terms.gather(3, offsets.expand(*terms.shape[:2], -1, -1))  # (n, heads, r, rows + columns)
+    # Not by sizes in numbers, which a compiler would take for fixed: there are at least as many offsets as keys.
+    terms = terms.gather(3, offsets.expand_as(terms[..., : offsets.shape[-1]]))  # (n, heads, r, rows + columns)
     side = offsets.shape[1] // sum(windows)
     along_y, along_x = terms.flatten(0, 2).split([windows[0] * side, windows[1] * side], dim=1)  # (n * heads * r, ...)
     y, x = along_y.unflatten(1, (windows[0], 1, side, 1)), along_x.unflatten(1, (1, windows[1], 1, side))
-    return (y + x).flatten(1).view(*q.shape[:3], -1)
+    return (y + x).flatten(1)
 
 
 def update_of(shape: ViTShape, state: WindowsState, chosen: Chosen, tokens: Tensor | None, flush: bool) -> Update:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eventful_det.detectors.protocol import AnyRule, VideoDetector
-from eventful_det.engine.backends import Torch
+from eventful_det.engine.backends import Torch, quickest_precision
 from eventful_det.engine.detector import MANIFEST, CompiledDetector, CompiledStream, load_engine
 from eventful_det.engine.export import default_size, export_detector
 from eventful_det.engine.graphs import Geometry, graphs_of
@@ -163,6 +163,17 @@ def test_every_cell_is_written_by_the_windows_together() -> None:
             assert set(tiles.own.flatten().tolist()) <= set(tiles.write.flatten().tolist())
             inside = int((tiles.read[0] > 0).sum(dim=(1, 2)).max())
             assert inside <= (geometry.side(level) + 4) ** 2
+
+
+def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {torch.float32: 2.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr("eventful_det.engine.backends._seconds", lambda x, _: seconds[x.dtype])
+    for bfloat16, precision in ((1.0, "bfloat16"), (1.9, "float32")):
+        seconds[torch.bfloat16] = bfloat16
+        quickest_precision.cache_clear()
+        assert quickest_precision() == precision
+        assert load_detector("vitdet_tiny_synthetic", precision="auto").spec.dtype == getattr(torch, precision)
+    quickest_precision.cache_clear()
 
 
 def test_sizes_of_frames_of_16_to_9() -> None:

@@ -1,0 +1,65 @@
+"""tools/benchmark.py engine=[...]: every method against the fastest dense one of its precision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import benchmark
+import pytest
+import torch
+from benchmark_engines import compare, markdown
+from running import options_of
+
+from eventful_det.errors import UserError
+from eventful_det.evaluation.timing import Call, Timed
+
+SMALL = "{dim: 48, depth: 4, heads: 3, global_blocks: [1,3], channels: 16, box_fc: [64], proposals: 20}"
+CASE = f"{{model: vitdet_tiny, size: [64,96], fraction: 0.25, buckets: [0.25], config: {SMALL}}}"
+
+
+def timed(*milliseconds: float, gmacs: float = 1.0) -> Timed[tuple[float, int]]:
+    calls = [Call(1e-3 * value, (gmacs, 5_000_000)) for value in milliseconds]
+    return Timed(calls[0], calls)
+
+
+def test_ratios_are_to_the_fastest_dense_of_the_precision() -> None:
+    methods = {
+        "torch dense float32": timed(100, 110, 120, gmacs=4),
+        "openvino dense float32": timed(50, 60, 40, gmacs=4),
+        "openvino gated float32": timed(10, 10, 10),
+        "openvino dense bfloat16": timed(20, 20, 20, gmacs=4),
+        "a cnn openvino float32": timed(25, 25, 25, gmacs=0),
+    }
+    slow, fast, gated, cnn = compare(methods, "float32")
+    assert slow["against"] == gated["against"] == "openvino dense"
+    assert slow["faster"] == pytest.approx(50 / 100) and fast["faster"] == 1
+    assert gated["faster"] == pytest.approx(5) and gated["time_share"] == pytest.approx(0.2)
+    assert gated["macs_share"] == 0.25 and gated["p95_over_p50"] == 1 and cnn["macs_share"] is None
+    (low,) = compare(methods, "bfloat16")
+    assert low["method"] == "openvino dense" and low["faster"] == 1
+    text = markdown({"command": "c", "machine": "m", "repetitions": 3}, [{"name": "x", "rows": [slow, fast, cnn]}])
+    assert "| float32 | openvino dense * | 4.00 | 100 | 50.0 |" in text and "| a cnn openvino | - | - | 25.0 |" in text
+
+
+def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("engine=[torch]", "precision=[float32,bfloat16]", "repetitions=2", "warm_up=1", "threads=1")
+    saved = tmp_path / "performance.json"
+    benchmark.run(options_of("benchmark", *options, f"cases=[{CASE}]", f"output={tmp_path / 'out'}", f"save={saved}"))
+    assert "torch gated" in capsys.readouterr().out
+    (case,) = json.loads(saved.read_text())["cases"]
+    rows = {(row["precision"], row["method"]): row for row in case["rows"]}
+    assert set(rows) == {
+        *((precision, f"torch {how}") for precision in ("float32", "bfloat16") for how in ("dense", "gated")),
+        ("float32", "torch rows"),
+    }
+    assert all(row["against"] == "torch dense" for row in case["rows"])
+    assert 0 < rows["float32", "torch gated"]["macs_share"] < 0.95 < rows["float32", "torch dense"]["macs_share"]
+    assert (tmp_path / "out/benchmark.md").is_file() and torch.get_num_threads() == 1
+
+
+def test_mistakes() -> None:
+    with pytest.raises(UserError, match="no case of a whole detector"):
+        benchmark.run(options_of("benchmark", "engine=[torch]", "only=backbone 672"))
+    with pytest.raises(UserError, match="engine"):
+        options_of("benchmark", "engine=[fast]")

@@ -1,0 +1,45 @@
+"""tools/export.py: a folder that is a detector for every other tool, and its error lines."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import export
+import pytest
+import torch
+from running import options_of
+
+from eventful_det.engine.detector import CompiledDetector
+from eventful_det.errors import UserError
+from eventful_det.models.checkpoints import load_detector, save_detector
+from eventful_det.models.detector import Detector
+
+
+def test_export(tiny_detector: Detector, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    save_detector(tiny_detector, tmp_path / "a.safetensors", torch.float32)
+    folder = tmp_path / "engine"
+    for _ in range(2):  # again over the first
+        options = (f"model={tmp_path / 'a.safetensors'}", "format=onnx", "size=[96,160]", "buckets=[0.25]")
+        export.run(options_of("export", *options, f"output={folder}"))
+    assert f"{folder}: onnx, 96 x 160 pixels" in capsys.readouterr().out
+    engine = load_detector(folder)
+    assert isinstance(engine, CompiledDetector) and engine.size == (96, 160) and engine.rule.buckets == (0.25,)
+    with pytest.raises(UserError, match="float32 on CPUs"):
+        load_detector(folder, precision="bfloat16")
+
+
+def test_mistakes(tiny_detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_detector(tiny_detector, tmp_path / "a.safetensors", torch.float32)
+    model = f"model={tmp_path / 'a.safetensors'}"
+    with pytest.raises(UserError, match="holds other files"):
+        export.run(options_of("export", model, f"output={tmp_path}"))
+    with pytest.raises(UserError, match="multiples of 32"):
+        export.run(options_of("export", model, "size=[100,160]", f"output={tmp_path / 'b'}"))
+    with pytest.raises(UserError, match="buckets"):
+        export.run(options_of("export", model, "buckets=[1.5]", f"output={tmp_path / 'b'}"))
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(UserError, match="pip install openvino"):
+        export.run(options_of("export", model, "size=[96,160]", f"output={tmp_path / 'b'}"))

@@ -1,0 +1,260 @@
+"""Gated frames against the fastest dense network there is: engines and precisions in one process.
+
+    python tools/benchmark.py engine=[torch,openvino] precision=[float32,bfloat16] threads=1 clip=my.mp4
+    python tools/benchmark.py engine=[torch,compile,openvino,onnxruntime] onnx=yolox_nano.onnx only=shipped
+
+Every engine runs the whole detector, dense and gated; they take turns frame by frame. Ratios are those of one frame,
+against the dense network with the least median in the same precision, whatever its engine. `torch rows` is the default
+rule in eager PyTorch. Decoding, resizing and drawing are not timed; boxes and non-maximum suppression are.
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_cases import Case, EngineName, Options, cases_of
+from benchmark_methods import build_detector, make_frames, selector_of
+from common import console, say, write_results
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+
+from eventful_det.detectors.protocol import AnyRule, VideoDetector
+from eventful_det.engine.backends import ONNXRuntime, OpenVINO, Precision, Torch, import_package
+from eventful_det.engine.detector import CompiledDetector
+from eventful_det.engine.export import export_detector
+from eventful_det.engine.graphs import graphs_of
+from eventful_det.errors import UserError
+from eventful_det.evaluation.efficiency import Spread
+from eventful_det.evaluation.summary import jsonable
+from eventful_det.evaluation.timing import Timed, paired_ratios, time_together
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.rows import Rows
+from eventful_det.gating.whole_windows import Windows
+from eventful_det.models.detector import Detector
+from eventful_det.outputs import write_json, write_text
+
+NOTE = (
+    "Time of the whole detector on one frame, in ms. against: the median of the ratios, frame by frame, to the fastest "
+    "dense network of the same precision, with their 5th and 95th percentiles; above 1 = faster. MACs: share of those "
+    "of the dense network. p95/p50: how even frames are. state: remembered between frames."
+)
+Step = Callable[[Tensor], tuple[float, int]]  # a frame to 1e9 multiply-adds and bytes of state
+
+
+def detector_step(detector: VideoDetector[Any], rule: AnyRule, k: int) -> Step:
+    """A stream of a detector."""
+    state = detector.init_state()
+
+    def run(frame: Tensor) -> tuple[float, int]:
+        (step,) = detector.step([frame], state, rule=rule, selector=selector_of(k))
+        return step.cost.total / 1e9, state.nbytes
+
+    return run
+
+
+@contextmanager
+def engines(
+    detector: Detector, case: Case, config: Options, folder: Path
+) -> Iterator[dict[tuple[EngineName, Precision], CompiledDetector]]:
+    """The detector in every engine and precision that was asked for and exists."""
+    made: dict[tuple[EngineName, Precision], CompiledDetector] = {}
+    rule = Windows(case.buckets)
+    for engine in config.engine or ():
+        for precision in config.precision:
+            if engine == "onnxruntime" and precision != "float32":
+                continue
+            if engine in ("torch", "compile"):
+                backend: Any = Torch(graphs_of(detector, case.size), precision, compiled=engine == "compile")
+            else:
+                format, kind = ("openvino", OpenVINO) if engine == "openvino" else ("onnx", ONNXRuntime)
+                path = folder / format
+                if not path.exists():
+                    export_detector(detector, path, format=format, size=case.size, buckets=case.buckets)  # type: ignore[arg-type]
+                backend = kind(path, precision, torch.get_num_threads())
+            made[engine, precision] = CompiledDetector(detector.config, case.size, rule, backend)
+            made[engine, precision].warm_up()
+    yield made
+
+
+def cnn_steps(path: Path, config: Options) -> dict[str, Step]:
+    """A network of the user's in ONNX, on inputs of its own size, without what follows it."""
+    steps: dict[str, Step] = {}
+    ort = import_package("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    (entry,) = session.get_inputs()
+    if not all(isinstance(side, int) for side in entry.shape):
+        raise UserError(f"onnx={path} has an input of shape {entry.shape}; give a network of a fixed size")
+    image = torch.rand(*entry.shape, generator=torch.Generator().manual_seed(config.seed)).numpy()
+
+    def by_onnxruntime(_: Tensor) -> tuple[float, int]:
+        session.run(None, {entry.name: image})
+        return 0.0, 0
+
+    if "onnxruntime" in (config.engine or ()) and "float32" in config.precision:
+        steps[f"{path.stem} onnxruntime float32"] = by_onnxruntime
+    for precision in config.precision if "openvino" in (config.engine or ()) else ():
+        hints = {
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        request = import_package("openvino").Core().compile_model(str(path), "CPU", hints).create_infer_request()
+        steps[f"{path.stem} openvino {precision}"] = partial(_infer, request, image)
+    return steps
+
+
+def _infer(request: Any, image: Any, _: Tensor) -> tuple[float, int]:
+    request.infer([image], share_inputs=True, share_outputs=True)
+    return 0.0, 0
+
+
+def run_case(case: Case, config: Options, folder: Path) -> dict[str, Any]:
+    """A case's entry in `results.json`."""
+    detector = build_detector(case, config.classes, config.seed)
+    detector.requires_grad_(False)
+    tokens = case.size[0] * case.size[1] // detector.config.patch**2
+    k = case.budget(tokens)
+    count = config.warm_up + config.repetitions
+    frames = make_frames(case, detector.config.patch, k, count, config.clip, config.seed)
+    with engines(detector, case, config, folder) as made:
+        steps: dict[str, Step] = {}
+        for (engine, precision), compiled in made.items():
+            steps[f"{engine} dense {precision}"] = detector_step(compiled, Dense(), k)
+            steps[f"{engine} gated {precision}"] = detector_step(compiled, compiled.rule, k)
+        if ("torch", "float32") in made:
+            steps["torch rows float32"] = detector_step(detector, Rows(), k)
+        if config.onnx is not None:
+            steps |= cnn_steps(Path(config.onnx), config)
+        for step in steps.values():  # whatever is not compiled yet, is compiled now
+            step(frames[0])
+            step(frames[1])
+        timed = time_together(
+            {name: partial(_step, step, frames) for name, step in steps.items()},
+            config.repetitions,
+            config.warm_up,
+            seed=config.seed,
+        )
+    rows = [row for precision in config.precision for row in compare(timed, precision)]
+    return {"name": case.name, "model": case.model, "size": case.size, "k": k, "tokens": tokens, "rows": rows}
+
+
+def _step(step: Step, frames: Sequence[Tensor], i: int) -> tuple[float, int]:
+    return step(frames[i])
+
+
+def compare(timed: dict[str, Timed[tuple[float, int]]], precision: Precision) -> list[dict[str, Any]]:
+    """The methods of a precision against the fastest dense one of them."""
+    own = {name.removesuffix(f" {precision}"): calls for name, calls in timed.items() if name.endswith(precision)}
+    seconds = {name: [call.seconds for call in calls.calls] for name, calls in own.items()}
+    dense = {name: Spread.of(seconds[name]).median for name in own if name.endswith("dense")}
+    fastest = min(dense, key=lambda name: dense[name])
+    rows = []
+    for name, calls in own.items():
+        time, ratio = Spread.of(seconds[name]), paired_ratios(seconds[fastest], seconds[name])
+        gmacs = sum(call.result[0] for call in calls.calls) / len(calls.calls)
+        whole = sum(call.result[0] for call in own[fastest].calls) / len(own[fastest].calls)
+        rows.append(
+            {
+                "precision": precision,
+                "method": name,
+                "against": fastest,
+                "gmacs": gmacs or None,
+                "macs_share": gmacs / whole if gmacs else None,
+                "ms_p50": 1e3 * time.median,
+                "ms_p95": 1e3 * time.p95,
+                "p95_over_p50": time.p95 / time.median,
+                "faster": ratio.median,
+                "faster_p5": ratio.p5,
+                "faster_p95": ratio.p95,
+                "time_share": 1 / ratio.median,
+                "state_bytes": calls.calls[-1].result[1],
+            }
+        )
+    return rows
+
+
+def lines_of(case: dict[str, Any]) -> list[list[str]]:
+    """A case as text; the first line holds the titles."""
+    lines = [["precision", "method", "GMACs", "MACs %", "p50 ms", "p95/p50", "against (p5-p95)", "time %", "state MB"]]
+    for row in case["rows"]:
+        known = row["gmacs"] is not None
+        lines.append(
+            [
+                row["precision"],
+                f"{row['method']} *" if row["method"] == row["against"] else row["method"],
+                f"{row['gmacs']:.2f}" if known else "-",
+                f"{100 * row['macs_share']:.0f}" if known else "-",
+                f"{row['ms_p50']:.1f}",
+                f"{row['p95_over_p50']:.2f}",
+                f"{row['faster']:.2f} ({row['faster_p5']:.2f}-{row['faster_p95']:.2f})",
+                f"{100 * row['time_share']:.1f}",
+                f"{row['state_bytes'] / 1e6:.1f}",
+            ]
+        )
+    return lines
+
+
+def markdown(about: dict[str, Any], cases: Sequence[dict[str, Any]]) -> str:
+    """All cases as Markdown."""
+    text = (
+        f"`{about['command']}`\n\n{about['machine']}; {about['repetitions']} repetitions. {NOTE} * the fastest dense.\n"
+    )
+    for case in cases:
+        header, *lines = lines_of(case)
+        rule = ["---", "---", *["---:"] * (len(header) - 2)]
+        text += f"\n## {case['name']}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *lines))
+    return text
+
+
+def bench_engines(config: Options, about: dict[str, Any]) -> None:
+    """Run the cases of whole detectors, print a table of each and write the results."""
+    if config.device not in ("auto", "cpu"):
+        raise UserError(f"engine={list(config.engine or ())} runs on CPUs; leave device={config.device} out")
+    cases, skipped = cases_of(config)
+    cases = [case for case in cases if case.what == "detector"]
+    if not cases:
+        raise UserError(f"no case of a whole detector is left; see only={config.only}")
+    for name in skipped:
+        say(f"left out, because it needs clip=...: {name}")
+    about = about | {"machine": f"{_cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}"}
+    results: list[dict[str, Any]] = []
+    for case in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(run_case(case, config, Path(folder)))
+        whole = jsonable(about | {"note": NOTE, "left_out": skipped, "cases": results})
+        write_results(Path(config.output), whole)  # a run may be cut short
+        write_text(Path(config.output) / "benchmark.md", markdown(about, results))
+        if config.save is not None:
+            write_json(Path(config.save), whole)
+            write_text(Path(config.save).with_suffix(".md"), markdown(about, results))
+        show(results[-1])
+
+
+def show(case: dict[str, Any]) -> None:
+    """Print a case, as much of it as fits on a terminal."""
+    header, *lines = ([line[1], line[0], *line[3:8]] for line in lines_of(case))
+    printed = Table(title=case["name"], box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    for i, title in enumerate(header):
+        printed.add_column(title, justify="right" if i > 1 else "left", no_wrap=True)
+    for line in lines:
+        printed.add_row(*line)
+    console.print(printed)
+
+
+def _cpu() -> str:
+    """The name of the processor, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
