@@ -121,6 +121,8 @@ def _infer(request: Any, image: Any, _: Tensor) -> tuple[float, int]:
 def run_case(case: Case, config: Options, folder: Path) -> dict[str, Any]:
     """A case's entry in `results.json`."""
     detector = build_detector(case, config.classes, config.seed)
+    if not isinstance(detector, Detector):
+        raise UserError(f"engine: {case.name} has no engines yet; use a vitdet_*")
     detector.requires_grad_(False)
     tokens = case.size[0] * case.size[1] // detector.config.patch**2
     k = case.budget(tokens)
