@@ -52,7 +52,7 @@ def test_a_backbone_of_timm(tmp_path: Path) -> None:
 
     vit = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0).eval()
     save_file(vit.state_dict(), tmp_path / "vit.safetensors")
-    detector, image = tiny(("a",), side=64), torch.rand(1, 3, 64, 64)
+    detector, image = tiny(("a",), side=64, queries=5), torch.rand(1, 3, 64, 64)
     init_backbone(detector, tmp_path / "vit.safetensors")
     embeddings = detector.parts.backbone.get_submodule("embeddings")
     ours, theirs, tokens = detector.spec.blocks[3], vit.blocks[3], torch.rand(5, 192)
@@ -74,12 +74,16 @@ def test_a_backbone_of_timm(tmp_path: Path) -> None:
 def test_train_evaluate_load(tmp_path: Path) -> None:
     import train_net
 
+    with pytest.raises(UserError, match="queries .50. must be at most 16"):
+        tiny(("a",), side=64)
+
     sizes = ["--width", "96", "--height", "64", "--train-videos", "1", "--train-frames", "2"]
     tree = make_tree(tmp_path / "tree", *sizes, "--val-videos", "1", "--val-frames", "2")
     options = [
         "model=rf_detr_tiny",
         "model.init=null",
         "model.side=64",
+        "model.queries=9",
         f"data.root={tree}",
         f"output={tmp_path / 'run'}",
     ]
