@@ -46,7 +46,8 @@ def load_rf_detr(source: str | os.PathLike[str], *, min_score: float = 0.05) -> 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what does not fit is said below, in one line
     try:
-        model, keys = RfDetrForObjectDetection.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+        loaded: Any = RfDetrForObjectDetection.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+        model, keys = loaded
     except Exception as error:  # of the many layers between here and the files
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
