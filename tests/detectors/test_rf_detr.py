@@ -216,11 +216,47 @@ def test_user_errors(tmp_path: Path) -> None:
     detector = EventfulRFDETR(model)
     with pytest.raises(UserError, match="multiple of 16 pixels, got 70"):
         Stream(detector, images(), short_side=70)
-    with pytest.raises(UserError, match="no weights .*: fetch config.json and model.safetensors"):
+    with pytest.raises(UserError, match="no weights .*: fetch config.json, .* and model.safetensors"):
         load_detector(tmp_path)
     model.train()
     with pytest.raises(UserError, match=r"call .eval\(\)"):
         detector.step([detector.input_transform(images(1)[0])], detector.init_state())
+
+
+def test_without_network_one_line_says_what_to_fetch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hub = pytest.importorskip("transformers").utils.hub
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        UserError, match="^no weights rf-detr-large: fetch .* huggingface.co/Roboflow/rf-detr-large into"
+    ):
+        load_detector("rf-detr-large")
+
+
+def test_what_finds_no_boxes_is_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = small("transformers").config
+    segments = transformers.RfDetrForInstanceSegmentation(config)
+    with pytest.raises(UserError, match="segmentation is not supported"):
+        EventfulRFDETR(segments)
+    segments.save_pretrained(tmp_path / "segments")
+    with pytest.raises(UserError, match="is RF-DETR for segmentation"):
+        load_detector(tmp_path / "segments")
+    transformers.ViTModel(
+        transformers.ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(tmp_path / "vit")
+    with pytest.raises(UserError, match="is no RF-DETR|no weights"):
+        load_detector(tmp_path / "vit")
+
+
+def test_the_side_is_that_of_the_image_processor(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    narrow("rf-detr-nano", num_hidden_layers=4, patch_size=8, image_size=60, out_indices=[2, 4]).save_pretrained(
+        tmp_path
+    )
+    assert load_detector(tmp_path).input_transform.short_side == 64  # whole windows
+    transformers.RfDetrImageProcessor(size={"height": 96, "width": 96}).save_pretrained(tmp_path)
+    assert load_detector(tmp_path).input_transform.short_side == 96
 
 
 def test_a_folder_of_weights(tmp_path: Path) -> None:

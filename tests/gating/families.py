@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -248,6 +249,75 @@ FAMILIES = (
         _maps,
     ),
 )
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A kind of network that `eventify` refuses, and the part that it names."""
+
+    package: str
+    name: str
+    part: str
+    make: Callable[[], nn.Module]
+
+    def network(self) -> nn.Module:
+        """The small network; the test is skipped where its package is missing."""
+        pytest.importorskip(self.package)
+        return self.make()
+
+
+def _make_blocks(name: str) -> nn.Module:
+    from timm.models import vision_transformer
+
+    return _make_plain(block_fn=getattr(vision_transformer, name))
+
+
+def _make_hybrid() -> nn.Module:
+    from timm import create_model
+
+    return create_model("vit_tiny_r_s16_p8_224")
+
+
+REFUSED: tuple[Refused, ...] = (
+    Refused("timm", "VisionTransformer", "a patch embedding of type HybridEmbed", _make_hybrid),
+    *(
+        Refused("timm", "VisionTransformer", f"a block of type {block}", partial(_make_blocks, block))
+        for block in ("ResPostBlock", "ParallelScalingBlock", "ParallelThingsBlock")
+    ),
+    Refused("timm", "Eva", "rotary positions of type mixed", partial(_make_eva, rope_type="mixed")),
+    Refused(
+        "transformers",
+        "VitDetBackbone",
+        "a residual convolution block",
+        _hf("vitdet", "VitDetBackbone", "VitDetConfig", residual_block_indices=[1]),
+    ),
+    Refused(
+        "transformers",
+        "Dinov2Backbone",
+        "a feature map of the embedding",
+        _hf("dinov2", "Dinov2Backbone", "Dinov2Config", out_indices=[0, 2]),
+    ),
+    Refused(
+        "transformers",
+        "DINOv3ViTBackbone",
+        "feature maps of several blocks of which only the last is normed",
+        _hf(
+            "dinov3_vit",
+            "DINOv3ViTBackbone",
+            "DINOv3ViTConfig",
+            num_register_tokens=2,
+            apply_layernorm=False,
+            out_indices=[2, 4],
+            intermediate_size=48,
+        ),
+    ),
+)
+
+
+def refused_table() -> str:
+    """What is refused as a table of the documentation."""
+    rows = [f"| `{refused.package}` | `{refused.name}` | {refused.part} |" for refused in REFUSED]
+    return "\n".join(["| package | network | part that is not supported |", "|---|---|---|", *rows]) + "\n"
 
 
 def table() -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, Family, hugging_face, table
+from families import FAMILIES, REFUSED, Family, Refused, refused_table, table
 from networks import clip, error
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -150,7 +151,8 @@ def test_autocast_and_bfloat16(family: Family, network: nn.Module) -> None:
 
 
 def test_the_table_of_the_documentation() -> None:
-    assert table() in DOCS.read_text(encoding="utf-8")
+    text = DOCS.read_text(encoding="utf-8")
+    assert table() in text and refused_table() in text
 
 
 def test_frames_become_whole_regions() -> None:
@@ -164,17 +166,10 @@ def test_frames_become_whole_regions() -> None:
     assert error(eventful.step(frame, eventful.init_state())[0].tokens, expected) < 1e-5
 
 
-def test_refusals_name_the_part() -> None:
-    pytest.importorskip("transformers")
-    residual = hugging_face("vitdet", "VitDetBackbone", "VitDetConfig", residual_block_indices=[1])
-    with pytest.raises(UserError, match="a residual convolution block is not supported"):
-        eventify(residual)
-    stem = hugging_face("dinov2", "Dinov2Backbone", "Dinov2Config", out_indices=[0, 2])
-    with pytest.raises(UserError, match="a feature map of the embedding is not supported"):
-        eventify(stem)
-    config = {"num_register_tokens": 2, "apply_layernorm": False, "out_indices": [2, 4], "intermediate_size": 48}
-    with pytest.raises(UserError, match="of which only the last is normed"):
-        eventify(hugging_face("dinov3_vit", "DINOv3ViTBackbone", "DINOv3ViTConfig", **config))
+@pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.part)
+def test_refusals_name_the_part(refused: Refused) -> None:
+    with pytest.raises(UserError, match=re.escape(f"{refused.part} is not supported")):
+        eventify(refused.network())
 
 
 @every_family

@@ -39,18 +39,27 @@ def load_rf_detr(source: str | os.PathLike[str], *, min_score: float = 0.05) -> 
     if Path(source).suffix == ".pth":
         return EventfulRFDETR(_rfdetr_model(Path(source)), min_score=min_score)
     try:
-        from transformers import RfDetrForObjectDetection
+        from transformers import RfDetrForObjectDetection, logging
     except ImportError:
         raise UserError("RF-DETR needs the package transformers: pip install 'transformers>=5'") from None
     name = f"Roboflow/{source}" if source in NAMES else str(source)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what does not fit is said below, in one line
     try:
-        model = RfDetrForObjectDetection.from_pretrained(name, use_safetensors=True)
+        loaded: Any = RfDetrForObjectDetection.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+        model, keys = loaded
     except Exception as error:  # of the many layers between here and the files
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"no weights {source}: fetch config.json and model.safetensors of huggingface.co/{name} into a folder and "
-            f"give its path ({reason[:120]})"
+            f"no weights {source}: fetch config.json, preprocessor_config.json and model.safetensors of "
+            f"huggingface.co/{name} into a folder and give its path ({reason[:120]})"
         ) from None
+    finally:
+        logging.set_verbosity(verbosity)
+    if any("segmentation_head." in key for key in keys["unexpected_keys"]):
+        raise UserError(f"{source} is RF-DETR for segmentation, whose masks are not carried; take one that finds boxes")
+    if lacking := sorted(keys["missing_keys"]) + sorted(keys["mismatched_keys"]):
+        raise UserError(f"{source} is no RF-DETR: {len(lacking)} of its parameters are not there, first {lacking[0]}")
     return EventfulRFDETR(model, min_score=min_score, side=_processed_side(name))
 
 

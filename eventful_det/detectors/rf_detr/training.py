@@ -33,10 +33,12 @@ def tiny(
         groups: of queries, while it is trained (Group DETR, Chen et al. 2022).
 
     Raises:
-        UserError: the side is no multiple of 32, or `init` cannot be used.
+        UserError: the side is no multiple of 32, there are more queries than tokens, or `init` cannot be used.
     """
     if side % 32:
         raise UserError(f"model: side must be a multiple of 32 pixels, got {side}")
+    if queries > (side // 16) ** 2:
+        raise UserError(f"model: queries ({queries}) must be at most {(side // 16) ** 2}, the tokens of {side} pixels")
     model = random_model(
         "rf-detr-nano",
         id2label=dict(enumerate(classes)),
