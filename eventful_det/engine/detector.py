@@ -23,6 +23,7 @@ from eventful_det.errors import UserError
 from eventful_det.gating.convert import per_stream
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
+from eventful_det.gating.saliency import token_saliency
 from eventful_det.gating.selector import DEFAULT, Budget, RandomK, Select, Selector
 from eventful_det.gating.state import State, TensorTree
 from eventful_det.gating.whole_windows import (
@@ -40,7 +41,6 @@ from eventful_det.models.detector import Detector
 from eventful_det.models.incremental import HeadsState, refresh_regions
 from eventful_det.models.pooling import pool_regions
 from eventful_det.models.roi_heads import Reader, SingleHead
-from eventful_det.models.saliency import token_saliency
 
 if TYPE_CHECKING:
     from eventful_det.runtime.budget import BudgetOptions

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eventful_det.errors import UserError
+from eventful_det.gating.comparison import token_errors
 from eventful_det.gating.macs import Macs, ViTShape, attention_macs
 from eventful_det.gating.rows import compute_dtype
-from eventful_det.gating.selector import GateInput, Select, token_errors
+from eventful_det.gating.selector import GateInput, Select
 from eventful_det.gating.state import StreamState, TensorTree
 from eventful_det.gating.update import Update
 from eventful_det.gating.vit_spec import ViTSpec
