@@ -82,7 +82,7 @@ def start(tool: str, arguments: Sequence[str] | None = None) -> None:
     orderly way, with 128 + the signal's number.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
-    guard(lambda: _start(tool, given))
+    guard(lambda: _start(tool, given, as_command=arguments is not None))
 
 
 def guard(work: Callable[[], None]) -> None:
@@ -113,10 +113,13 @@ def _stop(number: int, _: object) -> None:
     raise KeyboardInterrupt(number)
 
 
-def _start(tool: str, arguments: list[str]) -> None:
+def _start(tool: str, arguments: list[str], as_command: bool) -> None:
     module = importlib.import_module(tool)
     if {"-h", "--help"} & set(arguments):
-        print(inspect.getdoc(module), CONFIGS.joinpath(f"{tool}.yaml").read_text(encoding="utf-8"), sep="\n\n")
+        text = f"{inspect.getdoc(module)}\n\n{CONFIGS.joinpath(f'{tool}.yaml').read_text(encoding='utf-8')}"
+        for name, script in COMMANDS.items() if as_command else ():
+            text = text.replace(f"python tools/{script}.py", f"eventful-det {name}")
+        print(text)
         return
     if _BARE & set(arguments) or {argument.partition("=")[0] for argument in arguments} & _WITH_VALUE:
         _run_hydra(tool, overrides(module, arguments, literal=False))

@@ -111,8 +111,12 @@ def pictures(config: Options, source: Any, folder: Path) -> Iterator[tuple[Path,
     paths = sorted(Path(path) for path in glob.glob(inside) if path.lower().endswith(IMAGE_SUFFIXES))
     if paths:
         for path in paths[:: config.every][: config.max_frames]:
-            height, width = read_image(str(path)).shape[:2]
-            yield path, height, width
+            try:
+                height, width = read_image(path).shape[:2]
+            except UnreadablePicture as error:
+                warn(f"{error}; left out")
+            else:
+                yield path, height, width
         return
     with open_source(source) as video:
         stop = None if config.max_frames is None else config.max_frames * config.every

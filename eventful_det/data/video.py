@@ -99,11 +99,28 @@ def _open_path(text: str) -> VideoSource:
     if path.is_file():
         return _Pictures(text, [path]) if path.suffix.lower() in IMAGE_SUFFIXES else VideoFile(Decoder(str(path)))
     if glob.has_magic(text) and "\0" not in text:
-        return _Pictures(text, map(Path, glob.iglob(str(path), recursive=True)))
+        return _Pictures(text, map(Path, _matching(str(path))))
     raise UserError(
         f"no such file or folder: '{text}'; "
         "a source is a video, a folder or glob of pictures, a webcam number, a URL, or synthetic"
     )
+
+
+def _matching(pattern: str) -> Iterator[str]:
+    """What fits a glob pattern. `**` enters each folder once, also where links lead in circles."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        yield from glob.iglob(pattern)
+        return
+    place = parts.index("**")
+    seen: set[str] = set()
+    for top in glob.iglob(os.path.join(*parts[:place])) if place else ["."]:
+        for folder, folders, _ in os.walk(top, followlinks=True):
+            real = os.path.realpath(folder)
+            folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+            if real not in seen:
+                seen.add(real)
+                yield from _matching(os.path.join(glob.escape(folder), *(parts[place + 1 :] or "*")))
 
 
 class _Webcam:

@@ -164,7 +164,7 @@ def _yolo_mark(name: str, values: list[float], last: str) -> Mark:
 
 def _read_voc(path: Path, classes: Path | None) -> VideoLabels:
     labels = VideoLabels(_class_names(classes) if classes else [], {}, empty=False)
-    for xml in sorted(path.glob("*.xml")):
+    for xml in filter(Path.is_file, sorted(path.glob("*.xml"))):  # a pipe would be waited for
         try:
             _, objects = parse_xml(xml)
         except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
@@ -274,6 +274,10 @@ def _with_pictures(labels: VideoLabels, folder: Path) -> list[Video]:
         prefix, number = (folder.name, int(name)) if labels.first is not None else _place(path)
         title = prefix.rstrip("_-. ") or folder.name
         video = videos.setdefault(prefix, Video(len(videos) + 1, title))
+        if video.frames and video.frames[-1].frame_id == number:
+            detail = f"the same frame as {video.frames[-1].file_name}"
+            labels.problems.append(Problem("duplicate_frame", path.name, detail))
+            continue
         video.frames.append(_frame(labels, image, path.name, size, number, name))
     if not videos:
         raise UserError(f"{folder} holds no picture that can be read; say where the frames are with --images")

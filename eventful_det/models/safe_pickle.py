@@ -240,7 +240,7 @@ class _Dtype:
 
     def __init__(self, code: Any, *_: object) -> None:
         if not isinstance(code, str) or code not in _NUMPY:
-            raise RefusedError(f"arrays of type {str(code)[:20]!r}")
+            raise RefusedError("arrays of a type that tensors do not have")
         self.dtype = _NUMPY[code]
 
     def build(self, state: Any) -> None:
@@ -270,7 +270,7 @@ def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
 def _latin1(text: Any, encoding: Any) -> Any:
     """Bytes as pickled by old protocols; they stay text until an array needs them."""
     if encoding != "latin1":
-        raise RefusedError(f"the encoding {str(encoding)[:20]!r}")
+        raise RefusedError("an encoding other than latin1")
     return text
 
 

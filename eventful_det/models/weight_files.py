@@ -127,6 +127,8 @@ def _read_legacy(path: Path, file: mmap.mmap) -> Contents:
     *_, content, keys = (read_pickle(file, storages) for _ in range(5))
     data = {}
     for key in keys:
+        if not isinstance(key, str):  # tuples of tuples could take for ever to hash
+            raise RefusedError(f"a {type(key).__name__} as a key")
         data[key] = file.read(int.from_bytes(file.read(8), "little") * storages[key].dtype.itemsize)
     return _named(path, content, data.__getitem__)
 

@@ -132,7 +132,7 @@ def read_folders(root: str | os.PathLike[str], classes: Sequence[str] | None = N
         )
         for folder in folders
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in VIDEO_SUFFIXES
+        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
     ]
     if not items:
         raise UserError(f"no videos in {root}/<class>/; expected files that end in {', '.join(VIDEO_SUFFIXES)}")
@@ -202,6 +202,6 @@ def _videos_below(folder: Path) -> dict[str, Path]:
         raise UserError(f"no folder {folder}; it should hold the videos")
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in VIDEO_SUFFIXES:
+        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
             found.setdefault(path.stem, path)
     return found

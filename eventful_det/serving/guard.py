@@ -51,6 +51,10 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
+        if scope["type"] == "http" and self.root_path and scope["path"] == self.root_path:
+            query = scope.get("query_string", b"").decode("latin-1")
+            await RedirectResponse(f"{self.root_path.rpartition('/')[2]}/?{query}", 307)(scope, receive, send)
+            return
         if scope["path"].startswith(f"{self.root_path}/"):
             scope = {**scope, "path": scope["path"].removeprefix(self.root_path)}
         answer = self._answer(HTTPConnection(scope))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 from running import run
 from videos import encode
@@ -149,6 +151,7 @@ def test_lines_and_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     voc = write_labels(tmp_path / "voc", "voc")
     (voc / "000002.xml").write_text("<annotation>")
     (voc / "000004.xml").unlink()
+    os.mkfifo(voc / "000099.xml")
     data, problems = import_annotations(voc, media=video)
     assert [p.kind for p in problems] == ["malformed_xml"]
     assert [frame.frame_id for frame in data.frames if not frame.labelled] == [2, 4]
@@ -159,6 +162,18 @@ def test_lines_and_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     assert [p.kind for p in problems] == ["malformed_line", "malformed_line", "box_clipped"]
     first, second = next(data.frames).annotations[0], list(data.frames)[1].annotations[0]
     assert first.iscrowd and first.track_id is None and second.track_id == 1 and second.box == (4, 4, 13, 13)
+
+
+def test_two_pictures_for_one_frame(tmp_path: Path) -> None:
+    for stem in ("1", "000001", "2"):
+        cv2.imwrite(str(tmp_path / f"{stem}.png"), np.zeros((HEIGHT, WIDTH, 3), np.uint8))
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "classes.txt").write_text("cat")
+    (tmp_path / "labels" / "1.txt").write_text("0 .5 .5 .5 .5")
+    data, problems = import_annotations(tmp_path / "labels", media=tmp_path)
+    assert [p.kind for p in problems] == ["duplicate_frame"]
+    data.save(tmp_path / "data.json")
+    assert [frame.frame_id for frame in load_coco_video(tmp_path / "data.json").frames] == [1, 2]
 
 
 def test_parts_of_a_video_in_cvat(tmp_path: Path) -> None:

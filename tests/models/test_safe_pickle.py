@@ -176,6 +176,9 @@ def nested(leaf: bytes, wide: bytes, levels: int) -> bytes:
     return code
 
 
+# A tuple of two tuples of two tuples ...: whoever prints, hashes or compares it never ends.
+LAUGHS = b")q\x00" + b"".join(b"0h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
+LEGACY = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {}, {}))
 BOMBS = {
     "lists": b"\x80\x04}\x8c\x05model" + nested(b"]", b"](@@@@@@@@@@e", 60) + b"s.",
     "tuples": b"\x80\x04}\x8c\x05model" + nested(b")", b"(@@@@@@@@@@t", 60) + b"s.",
@@ -188,6 +191,9 @@ BOMBS = {
     "steps": b"\x80\x04" + b"N0" * 510_000 + b"N.",
     "memo": b"\x80\x02}r\xff\xff\xff\x7f.",
     "bytes": b"\x80\x04}\x8c\x01aB\xff\xff\xff\x7fs.",
+    "a type": b"\x80\x02cnumpy\ndtype\n" + LAUGHS + b"\x85R.",
+    "an encoding": b"\x80\x02c_codecs\nencode\nX\x01\0\0\0a" + LAUGHS + b"\x86R.",
+    "keys": LEGACY + b"\x80\x02]" + LAUGHS + b"a.",
     "digits": b"I" + b"9" * 1_000_000 + b"\n.",
 }
 

@@ -70,6 +70,7 @@ def test_folders_are_classes(tmp_path: Path) -> None:
     for name in ("run/b.mp4", "run/a.mp4", "jump/c.mp4"):
         video(tmp_path / name, 2, 10)
     (tmp_path / "run" / "notes.txt").write_text("no video")
+    (tmp_path / "run" / "folder.mp4").mkdir()
     found = read_folders(tmp_path)
     assert found.classes == {"action": ("jump", "run")}
     assert [(s.name, s.labels["action"]) for s in found.items] == [

@@ -101,6 +101,8 @@ def test_the_page_under_a_path_of_its_own(tiny_detector: Detector) -> None:
     """Behind a proxy that passes the whole path on, and behind one that cuts its part off."""
     with serving(tiny_detector, token=TOKEN, root_path="cam/") as server:
         assert status(server, "/cam/") == 401
+        answer = server.client.get("/cam?token=a", follow_redirects=False)
+        assert (answer.status_code, answer.headers["location"]) == (307, "cam/?token=a")
         answer = server.client.get(f"/cam/?token={TOKEN}", follow_redirects=False)
         assert answer.headers["location"] == "./" and "path" not in answer.headers["set-cookie"].lower()
         bearer = f"Bearer {TOKEN}"

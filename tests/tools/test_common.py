@@ -167,6 +167,7 @@ def test_help_and_unknown_commands(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     command_line.console_command()
     printed = capsys.readouterr().out
     assert "max_frames: null" in printed and "Detect in videos" in printed
+    assert "eventful-det detect source=clip.mp4" in printed and "python tools/" not in printed
     monkeypatch.setattr("sys.argv", ["eventful-det", "detct"])
     with pytest.raises(SystemExit):
         command_line.console_command()

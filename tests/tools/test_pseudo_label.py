@@ -48,6 +48,7 @@ def labels(output: Path) -> dict[str, list[Annotation]]:
 
 
 def test_a_folder_is_labelled_and_the_run_goes_on(folder: Path, teacher: Path, tmp_path: Path) -> None:
+    (folder / "damaged.png").write_bytes((folder / "0.png").read_bytes()[:20])  # is left out
     output = tmp_path / "out"
     command = [*TOOL, f"source={folder}", f"teacher={teacher}", f"output={output}"]
     run(*command)
