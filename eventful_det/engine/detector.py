@@ -173,6 +173,16 @@ class CompiledDetector:
         """An empty state for `batch` streams."""
         return State([None] * batch)
 
+    def to(self, device: torch.device | str) -> CompiledDetector:
+        """This detector, if the device is the CPU.
+
+        Raises:
+            UserError: it is another.
+        """
+        if torch.device(device).type != "cpu":
+            raise UserError(f"a compiled engine runs on CPUs, not on {device}; give device=cpu")
+        return self
+
     def warm_up(self) -> None:
         """Compile what gated frames need, so that no frame has to wait for it."""
         state, frame = self.init_state(), torch.zeros(3, *self.size)

@@ -142,6 +142,7 @@ def test_state_is_the_callers() -> None:
         (lambda engine: engine.step([torch.zeros(3, 97, 160)], engine.init_state()), "does not fit an engine for 96"),
         (lambda engine: engine.step([torch.zeros(3, *SIZE)], engine.init_state(), rule=Paper()), "cannot follow Paper"),
         (lambda engine: engine.cost_model(Dense()), "windows rule only"),
+        (lambda engine: engine.to("cpu").to("cuda"), "runs on CPUs"),
         (lambda _: export_detector(make_detector(), Path("x"), size=(90, 160)), "multiples of 32"),
         (lambda _: list(graphs_of(make_detector(window=0, global_blocks=()), SIZE)), "even number of tokens"),
         (lambda _: list(graphs_of(make_detector(box_stages=3), SIZE)), "cascade"),

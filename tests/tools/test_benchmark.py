@@ -150,9 +150,9 @@ def test_the_cases_of_the_config() -> None:
     cases, left_out = cases_of(settings())
     sizes = {(case.model, case.what, case.size) for case in cases}
     assert ("vitdet_b_vid", "backbone", (672, 672)) in sizes and ("vitdet_tiny", "detector", (384, 640)) in sizes
-    assert len(left_out) == 2, "one needs a peer, one a clip"
+    assert len(left_out) == 4, "one needs a peer, three a clip"
     everything, left_out = cases_of(settings("peer=somewhere", "clip=a.mp4"))
-    assert left_out == [] and len(everything) == len(cases) + 2
+    assert left_out == [] and len(everything) == len(cases) + 4
     assert [case.size for case in cases_of(settings("only=672x672"))[0]] == [(672, 672)]
     assert {case.changes for case in everything if case.model != "shipped"} == {"synthetic", "still"}
     assert {case.changes for case in cases_of(settings("changes=clip", "clip=a.mp4"))[0]} == {"clip", "still"}
