@@ -45,7 +45,7 @@ class Decoder:
         max_pixels: of a frame; larger ones are not decoded, so that they take no memory.
 
     Attributes:
-        pixels: of a frame, as the header says; 0 if it does not.
+        pixels: of a frame as it is shown, as the header says; 0 if it does not.
         fps: frames per second, or None if unknown.
         frames: estimate of their number, or None if unknown.
         remote: it is behind an address.
@@ -74,7 +74,7 @@ class Decoder:
         weakref.finalize(self, self._container.close)
         self._stream = best_video(self._container, self.name)
         self._stream.codec_context.options = limit
-        self.pixels = self._stream.width * self._stream.height
+        self.pixels = round(self._stream.width * self._stream.height * self._painter().stretch)
         self._clock = float(self._stream.time_base or 0)
         seconds = None if self._container.duration is None else self._container.duration / av.time_base
         rate = self._stream.average_rate or self._stream.guessed_rate
@@ -185,6 +185,7 @@ class _Painter:
     def __init__(self, aspect: float) -> None:
         self._reformatter = VideoReformatter()
         self._aspect = aspect if _ASPECTS[0] <= aspect <= _ASPECTS[1] and abs(aspect - 1) > 0.01 else 1.0
+        self.stretch = max(self._aspect, 1 / self._aspect)
 
     def __call__(self, frame: Any) -> NDArray[np.uint8]:
         """`(h, w, 3)` uint8 RGB."""

@@ -173,10 +173,10 @@ class _Pictures(VideoSource):
 class _Arrays(VideoSource):
     def __init__(self, arrays: Iterable[Any]) -> None:
         super().__init__("arrays", None, len(arrays) if isinstance(arrays, Sized) else None)
-        self._arrays = arrays
+        self.arrays = arrays
 
     def _read(self) -> Iterator[VideoFrame]:
-        for i, image in enumerate(self._arrays):
+        for i, image in enumerate(self.arrays):
             if not isinstance(image, np.ndarray):
                 raise UserError(f"frame {i} is a {type(image).__name__}; expected (h, w, 3) uint8 RGB arrays")
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:

@@ -114,7 +114,8 @@ def files_hash(data: CocoVideo, video_id: int) -> str:
     for name in names:
         path = root / name
         about = path.stat() if path.exists() else None
-        digest.update(repr((str(path), about and (about.st_size, about.st_mtime_ns))).encode(errors="surrogateescape"))
+        identity = about and (about.st_ino, about.st_size, about.st_mtime_ns)  # a link may lead elsewhere now
+        digest.update(repr((str(path), identity)).encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

@@ -27,8 +27,8 @@ class Feed:
     """
 
     def __init__(self, given: Any, live: bool | None, arrived: Callable[[], None]) -> None:
-        self.given = given
         self._source = source = open_source(given)
+        self.drawn = getattr(source, "arrays", source)  # of an iterator there is only one reader
         live = source.live if live is None else live
         frames = map(_captured, source) if live else iter(source)
         self._reader = BackgroundReader(frames, newest=live, finish=source.close, arrived=arrived)

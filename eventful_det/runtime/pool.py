@@ -133,7 +133,8 @@ class StreamPool(Iterator[list[StreamResult]]):
             UserError: the source cannot be opened, or is a stream already.
         """
         with self._lock:  # an iterator that two streams share would give each half of its frames
-            if isinstance(source, Iterator) and any(one.feed.given is source for one in self._members.values()):
+            shared = getattr(source, "arrays", source)
+            if isinstance(shared, Iterator) and any(one.feed.drawn is shared for one in self._members.values()):
                 raise UserError("this iterator is a stream of the pool already; give each stream one of its own")
         feed, title = open_feed(source, live, self._arrived.set)
         with self._lock:

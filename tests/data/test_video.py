@@ -22,6 +22,7 @@ import pytest
 from av.stream import Disposition
 from videos import Image, damage, display, encode, encode_change, encode_side_by_side, rotate, truncate
 
+from eventful_det.data.decoder import Decoder
 from eventful_det.data.pictures import UnreadablePicture, read_image
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoSource, open_source
@@ -106,6 +107,7 @@ def test_pixels_are_square(tmp_path: Path, images: list[Image], aspect: str, sha
     path = encode(tmp_path / "a.mkv", images[:2], aspect=Fraction(aspect))
     image = next(iter(open_source(path))).image
     assert image.shape[:2] == shape
+    assert Decoder(str(path)).pixels == pytest.approx(shape[0] * shape[1], rel=0.01), "which uploads are judged by"
     assert difference(image, cv2.resize(images[0], shape[::-1], interpolation=cv2.INTER_CUBIC)) < 10
 
 

@@ -207,7 +207,15 @@ def test_what_was_kept_is_not_used_for_anything_else(detector: Detector, data: C
     elsewhere = Path(shutil.copytree(data.image_root, tmp_path / "moved"))
     moved = CocoVideo(data.categories, data.videos, elsewhere)
     assert ResultStore(tmp_path, {"weights": "abc"}, moved).load(method, video) is None
-    os.utime(data.image_path(video.frames[1]), (1, 1))
+    picture = data.image_path(video.frames[1])
+    shutil.copy2(picture, tmp_path / "other")
+    picture.rename(tmp_path / "kept")
+    (tmp_path / "other").rename(picture)  # of the same name, size and time, as where a link leads elsewhere
+    assert ResultStore(tmp_path, {"weights": "abc"}, data).load(method, video) is None
+    picture.unlink()
+    (tmp_path / "kept").rename(picture)
+    assert ResultStore(tmp_path, {"weights": "abc"}, data).load(method, video) is not None
+    os.utime(picture, (1, 1))
     assert ResultStore(tmp_path, {"weights": "abc"}, data).load(method, video) is None, "a picture has changed"
     for path in tmp_path.rglob("*.json"):
         path.write_text(path.read_text()[:-20])

@@ -302,6 +302,8 @@ def test_a_source_is_one_stream(tiny_detector: Detector) -> None:
             pool.add(source, name="first")
             with pytest.raises(UserError, match="already"):
                 pool.add(source, name="second")
+        with pytest.raises(UserError, match="already"):
+            pool.add(open_source(source), name="second")
         pool.add(clip(1, 1))
         assert [len(list(frames)) for frames in by_stream(pool).values()] == [3, 3, 1]
 
