@@ -36,7 +36,6 @@ from eventful_det.data.coco_video import CocoVideo, load_coco_video
 from eventful_det.data.mixed import MixedSet
 from eventful_det.data.training_set import Samples, TrainingSet
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
-from eventful_det.detectors.rf_detr.training import TINY, tiny
 from eventful_det.errors import UserError
 from eventful_det.evaluation.summary import evaluate_detector, jsonable
 from eventful_det.gating.dense import Dense
@@ -51,6 +50,7 @@ from eventful_det.recognition.checkpoints import load_recogniser
 from eventful_det.training.objective import EventfulObjective, EventfulOptions
 from eventful_det.training.options import TrainOptions
 from eventful_det.training.probe import probe
+from eventful_det.training.rf_detr import TINY, RFDETRObjective, tiny
 from eventful_det.training.trainer import Trainer
 
 SAME = ("model", "start", "data", "mix", "augment", "clips", "eventful")  # of the config: what a run is made of
@@ -131,7 +131,8 @@ def build_task(
     ratio = [1.0, *(entry.ratio for entry in config.mix)]
     if config.eventful is None:
         stills = [TrainingSet(part, augmentation, *order) for part in data]
-        return MixedSet(stills, ratio, config.train.seed), None
+        samples = MixedSet(stills, ratio, config.train.seed)
+        return samples, None if isinstance(detector, Detector) else RFDETRObjective(detector)
     if not isinstance(detector, Detector):
         raise UserError("eventful: training with gates on is for ViTDet; leave start out, or name one")
     clips = [ClipSet(part, augmentation, config.clips or ClipOptions(), *order) for part in data]

@@ -147,18 +147,8 @@ class EventfulRFDETR(nn.Module):
         parts, step = self.parts, self.spec.patch * self.spec.regions
         return Stretch(parts.side, parts.side, self.spec.patch, parts.mean, step=step, reciprocal=parts.reciprocal)
 
-    def forward(
-        self, images: Tensor, targets: Sequence[dict[str, Tensor]] | None = None
-    ) -> dict[str, Tensor] | list[Detections]:
-        """The dense detector on images `(B, 3, h, w)`, RGB in [0, 1].
-
-        Returns:
-            The detections of each image; in training mode with targets the losses, see `training.losses`.
-        """
-        if self.training and targets is not None:
-            from eventful_det.detectors.rf_detr.training import losses
-
-            return losses(self, images, targets)
+    def forward(self, images: Tensor) -> list[Detections]:
+        """The dense detector on images `(B, 3, h, w)`, RGB in [0, 1]."""
         results = self.step(list(images), self.init_state(len(images)), rule=Dense())
         return [result.detections for result in results]
 

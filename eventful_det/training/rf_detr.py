@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.rf_detr.sizes import random_model
@@ -99,6 +99,18 @@ def init_backbone(detector: EventfulRFDETR, source: str | os.PathLike[str]) -> N
                     f"{source} does not fit the backbone: {tuple(value.shape)}, not {tuple(parameter.shape)}"
                 )
             parameter.copy_(value)
+
+
+class RFDETRObjective(nn.Module):
+    """What the trainer minimises: `losses` of a detector."""
+
+    def __init__(self, detector: EventfulRFDETR) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor, targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """See `losses`."""
+        return losses(self.detector, images, targets)
 
 
 def losses(detector: EventfulRFDETR, images: Tensor, targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
