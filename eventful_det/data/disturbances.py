@@ -144,7 +144,7 @@ def _low_bit_rate(frames: Frames, _: np.random.Generator) -> Frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.image[:height, :width], format="rgb24")))
         container.mux(stream.encode(None))
     film.seek(0)
-    with av.open(film) as decoder:
+    with av.open(film, "r") as decoder:
         for frame, decoded in zip(kept, decoder.decode(video=0), strict=True):
             image = frame.image.copy()
             image[:height, :width] = decoded.to_ndarray(format="rgb24")
