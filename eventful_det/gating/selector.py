@@ -54,7 +54,7 @@ class Ranking(NamedTuple):
 
 _NOISE = 1.25  # a change of fewer times the noise is none
 _OBJECT = 0.5  # saliency from which on a token is taken for one of an object
-_MOVES = 0.2  # objects move where more than this share of their tokens changed; else something passes before them
+_MOVES = 0.2  # objects move where this share of their tokens changed; else something passes before them
 
 Policy = Callable[[GateInput], Ranking]
 """Ranks the tokens of one stream."""
@@ -109,8 +109,9 @@ class Focus:
             return Ranking(torch.empty(0, dtype=torch.int64, device=changed.device), 0)
         order = _by_block(_salient(gate.age.float(), gate, self.saliency), gate.grid, self.block)
         objects = torch.ones_like(changed) if gate.saliency is None else gate.saliency >= _OBJECT
+        objects = objects if objects.any() else ~objects  # where none is known, the frame is one
         moving = int((changed & objects).sum())
-        floor = self.floor if gate.saliency is None or moving > _MOVES * int(objects.sum()) else 0.0
+        floor = self.floor if moving >= _MOVES * int(objects.sum()) else 0.0
         changed = changed[order]
         first = order[changed]
         wanted = max(int(floor * len(order)), len(first) + int(self.renew * moving))

@@ -15,7 +15,7 @@ from eventful_det.gating.rows import Rows, RowsState
 from eventful_det.gating.selector import Focus, GateInput, Selector
 from eventful_det.gating.state import State
 
-SELECTOR = Selector(Focus(0.5, floor=0.25, block=1))
+SELECTOR = Selector(Focus(0.5, floor=0.25, block=1, renew=0))
 PATCH, SIDE = 8, 96  # of patches and frames in pixels
 TOKENS = (SIDE // PATCH) ** 2
 

@@ -79,7 +79,7 @@ def test_memory_is_constant(tiny_detector: Detector) -> None:
 
 
 def test_result_describes_the_frame(tiny_detector: Detector, frames: list[Image]) -> None:
-    result, again = itertools.islice(tiny_detector.stream(frames, budget=0.25, timing=True), 2)
+    result, again = itertools.islice(tiny_detector.stream(frames, budget=TopK(TOKENS // 4), timing=True), 2)
     assert result.names == ("circle", "square", "star") and result.timestamp is None
     assert result.image is frames[0] and result.token_size == (16, 16)
     assert result.cost.flush and result.cost.recomputed == result.cost.tokens == TOKENS
