@@ -20,7 +20,7 @@ from pathlib import Path
 from reporting import NATURAL, Parser, exit_status, plain_console, save_report, show, summary
 from rich.console import Console
 
-from eventful_det.data.video_labels import LAYOUTS, import_annotations
+from eventful_det.data.layouts.video_labels import LAYOUTS, import_annotations
 from eventful_det.errors import printable
 
 

@@ -17,10 +17,10 @@ from reporting import NATURAL, SEED, Parser, exit_status, number, plain_console
 from rich.console import Console
 from rich.progress import track
 
-from eventful_det.data.video_writer import Rate, VideoWriter
+from eventful_det.data.video.writer import Rate, VideoWriter
 from eventful_det.files import written_whole
 from eventful_det.options import Range
-from eventful_det.recognition.synthetic_actions import ACTIONS, ActionOptions, action_of, render_action
+from eventful_det.recognition.data.synthetic_actions import ACTIONS, ActionOptions, action_of, render_action
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

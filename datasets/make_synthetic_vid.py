@@ -19,9 +19,9 @@ from reporting import WORKERS, Parser, exit_status, plain_console
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from eventful_det.data.disturbances import DISTURBANCES
 from eventful_det.data.synthetic import SceneOptions
-from eventful_det.data.synthetic_tree import TreeOptions, is_complete, make_tree
+from eventful_det.data.synthetic.disturbances import DISTURBANCES
+from eventful_det.data.synthetic.tree import TreeOptions, is_complete, make_tree
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

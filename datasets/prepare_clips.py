@@ -31,8 +31,8 @@ from rich.progress import track
 from eventful_det.data.classes import IMAGENET_VID
 from eventful_det.data.coco_video import CocoVideo, Frame, Video, load_coco_video
 from eventful_det.data.frame_reader import FrameReader
-from eventful_det.data.transforms import Image
 from eventful_det.data.video import open_source
+from eventful_det.data.video.transforms import Image
 from eventful_det.errors import UserError, printable
 
 QUALITY = 95  # of the JPEG frames

@@ -21,8 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from eventful_det.data.classes import IMAGENET_VID, Category, load_classes
 from eventful_det.data.coco_video import CocoVideo, Problem
-from eventful_det.data.imagenet_vid import Source, convert, find_tree, list_folders
-from eventful_det.data.sampling import at_most_per_class, what_is_missing
+from eventful_det.data.layouts.imagenet_vid import Source, convert, find_tree, list_folders
+from eventful_det.data.layouts.sampling import at_most_per_class, what_is_missing
 from eventful_det.errors import UserError, printable
 from eventful_det.outputs import print_error
 

@@ -31,8 +31,8 @@ from rich.progress import track
 from rich.table import Table
 
 from eventful_det.data.coco_video import CocoVideo, Frame, json_rows, load_coco_video, read_json_object
-from eventful_det.data.near_duplicates import Hashes, connected, dhash, distances, near_pairs
-from eventful_det.data.pictures import read_grey
+from eventful_det.data.labelling.near_duplicates import Hashes, connected, dhash, distances, near_pairs
+from eventful_det.data.video.pictures import read_grey
 from eventful_det.errors import UserError
 from eventful_det.outputs import write_json
 

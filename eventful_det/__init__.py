@@ -14,8 +14,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from eventful_det.detectors.checkpoints.files import load_detector as load_detector
     from eventful_det.detectors.protocol import VideoDetector as VideoDetector
     from eventful_det.detectors.results import Detections as Detections
+    from eventful_det.detectors.vitdet.detector import Detector as Detector
     from eventful_det.errors import UserError as UserError
     from eventful_det.gating.convert import EventfulViT as EventfulViT
     from eventful_det.gating.convert import eventify as eventify
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
     from eventful_det.gating.selector import TopFraction as TopFraction
     from eventful_det.gating.selector import TopK as TopK
     from eventful_det.gating.whole_windows import Windows as Windows
-    from eventful_det.models.checkpoints import load_detector as load_detector
-    from eventful_det.models.detector import Detector as Detector
     from eventful_det.recognition.checkpoints import load_recogniser as load_recogniser
     from eventful_det.recognition.recogniser import Recogniser as Recogniser
     from eventful_det.runtime.budget import BudgetOptions as BudgetOptions
@@ -67,8 +67,8 @@ _PUBLIC = {
     "TopFraction": "eventful_det.gating.selector",
     "TopK": "eventful_det.gating.selector",
     "Windows": "eventful_det.gating.whole_windows",
-    "load_detector": "eventful_det.models.checkpoints",
-    "Detector": "eventful_det.models.detector",
+    "load_detector": "eventful_det.detectors.checkpoints.files",
+    "Detector": "eventful_det.detectors.vitdet.detector",
     "load_recogniser": "eventful_det.recognition.checkpoints",
     "Recogniser": "eventful_det.recognition.recogniser",
     "BudgetOptions": "eventful_det.runtime.budget",

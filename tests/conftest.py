@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eventful_det.models.config import vitdet_tiny
-from eventful_det.models.detector import Detector
+from eventful_det.detectors.vitdet.config import vitdet_tiny
+from eventful_det.detectors.vitdet.detector import Detector
 
 # A shell that starts a job in the background has it ignore Ctrl-C, and its children inherit that: tests that send one
 # would wait for ever.

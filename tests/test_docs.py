@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from eventful_det.models import checkpoints
-from eventful_det.models.detector import Detector
+from eventful_det.detectors.checkpoints import files as checkpoints
+from eventful_det.detectors.vitdet.detector import Detector
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a reader has and a test has not: videos, cameras, patience.

@@ -15,11 +15,11 @@ import eventful_det
 from eventful_det import load_detector
 from eventful_det.data.classes import SYNTHETIC_SHAPES
 from eventful_det.data.coco_video import load_coco_video
-from eventful_det.data.pictures import read_image
 from eventful_det.data.synthetic import SceneOptions, render_video
+from eventful_det.data.video.pictures import read_image
+from eventful_det.detectors.checkpoints.files import SYNTHETIC
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.models.checkpoints import SYNTHETIC
-from eventful_det.models.detector import Detector
 
 DAVIS = Path(__file__).parents[2] / "shared" / "data" / "davis" / "annotations.json"
 

@@ -17,8 +17,8 @@ from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from eventful_det.benchmark.timing import paired_ratios, time_together
 from eventful_det.errors import UserError
-from eventful_det.evaluation.timing import paired_ratios, time_together
 from eventful_det.files import written_whole
 from eventful_det.gating.convert import Rule
 from eventful_det.gating.dense import Dense
@@ -39,13 +39,13 @@ from eventful_det.recognition.checkpoints import (
     save_tadaconv,
     start_from_image,
 )
-from eventful_det.recognition.clip_reader import read_clips
 from eventful_det.recognition.config import RecogniserConfig, vivit_b_epic, vivit_b_k400, vivit_tiny
+from eventful_det.recognition.data.clip_reader import read_clips
+from eventful_det.recognition.data.segments import Segments, read_epic, read_folders
+from eventful_det.recognition.data.synthetic_actions import ACTIONS, ActionOptions
 from eventful_det.recognition.evaluation import Evaluation, Way, evaluate_clips, sweep_ways
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.results import StepCost
-from eventful_det.recognition.segments import Segments, read_epic, read_folders
-from eventful_det.recognition.synthetic_actions import ACTIONS, ActionOptions
 from eventful_det.recognition.training import (
     FeatureClips,
     RecogniserTrainer,

@@ -39,10 +39,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from eventful_det.evaluation.efficiency import Spread
-from eventful_det.evaluation.official_code import OfficialCode
-from eventful_det.evaluation.summary import jsonable
-from eventful_det.evaluation.timing import (
+from eventful_det.benchmark.official_code import OfficialCode
+from eventful_det.benchmark.timing import (
     Operation,
     Timed,
     attention_kernels,
@@ -51,6 +49,8 @@ from eventful_det.evaluation.timing import (
     profile_operations,
     time_together,
 )
+from eventful_det.evaluation.efficiency import Spread
+from eventful_det.evaluation.summary import jsonable
 from eventful_det.outputs import owned, write_text
 
 NOTE = (

@@ -26,7 +26,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
+from eventful_det.benchmark.timing import Timed, paired_ratios, time_together
 from eventful_det.detectors.protocol import AnyRule, VideoDetector
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.engine.backends import ONNXRuntime, OpenVINO, Precision, Torch, import_package
 from eventful_det.engine.detector import CompiledDetector
 from eventful_det.engine.export import export_detector
@@ -34,11 +36,9 @@ from eventful_det.engine.graphs import graphs_of
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import Spread
 from eventful_det.evaluation.summary import jsonable
-from eventful_det.evaluation.timing import Timed, paired_ratios, time_together
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.whole_windows import Windows
-from eventful_det.models.detector import Detector
 from eventful_det.outputs import write_json, write_text
 
 NOTE = (

@@ -14,13 +14,16 @@ from benchmark_cases import DENSE, GATED, PEERS, TIMM, USUAL, Case, Options
 from common import AnyDetector
 from torch import Tensor, nn
 
-from eventful_det.data.transforms import resize, to_tensor
+from eventful_det.benchmark.changes import BLOBS, blob_frames
+from eventful_det.benchmark.official_code import OfficialBackbone, OfficialCode, dense_difference
 from eventful_det.data.video import open_source
+from eventful_det.data.video.transforms import resize, to_tensor
+from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.rf_detr.sizes import SIZES, random_model
+from eventful_det.detectors.vitdet.config import MODELS, ModelConfig
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.evaluation.changes import BLOBS, blob_frames
-from eventful_det.evaluation.official_code import OfficialBackbone, OfficialCode, dense_difference
 from eventful_det.gating.convert import Rule, eventify
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
@@ -28,9 +31,6 @@ from eventful_det.gating.selector import DEFAULT, Selector, TopK
 from eventful_det.gating.state import StreamState
 from eventful_det.gating.vit_spec import spec_of
 from eventful_det.gating.windows import Grid
-from eventful_det.models.checkpoints import load_detector
-from eventful_det.models.config import MODELS, ModelConfig
-from eventful_det.models.detector import Detector
 
 PEER_TOLERANCE = 1e-4  # largest accepted difference of the dense token maps, relative to the largest value
 

@@ -22,16 +22,16 @@ from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from eventful_det.data.transforms import Image
+from eventful_det.benchmark.timing import Timed, paired_ratios, time_together
 from eventful_det.data.video import open_source
+from eventful_det.data.video.transforms import Image
+from eventful_det.detectors.checkpoints.files import SYNTHETIC, load_detector
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import Spread
 from eventful_det.evaluation.summary import jsonable
-from eventful_det.evaluation.timing import Timed, paired_ratios, time_together
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Budget
-from eventful_det.models.checkpoints import SYNTHETIC, load_detector
 from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.pool import StreamPool
 from eventful_det.runtime.session import StreamResult

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from eventful_det.detectors.checkpoints.files import SYNTHETIC, load_detector
 from eventful_det.detectors.protocol import AnyRule, VideoDetector
 from eventful_det.errors import UserError, printable
 from eventful_det.gating.dense import Dense
@@ -21,7 +22,6 @@ from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT, Focus, LargestError, RandomOrder, Selector
 from eventful_det.gating.whole_windows import Windows
-from eventful_det.models.checkpoints import SYNTHETIC, load_detector
 from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Share, from_values, nearest
 from eventful_det.outputs import Stdout, write_json
 

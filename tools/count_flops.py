@@ -27,10 +27,12 @@ from common import command, console, say, write_results
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from eventful_det.data.transforms import fit_size
+from eventful_det.data.video.transforms import fit_size
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.rf_detr.projector import everywhere, projector_macs
 from eventful_det.detectors.rf_detr.sizes import SIZES, random_model
+from eventful_det.detectors.vitdet.config import MODELS, ModelConfig
+from eventful_det.detectors.vitdet.detector import DIVISOR, Detector
 from eventful_det.errors import UserError
 from eventful_det.gating.macs import (
     Ablation,
@@ -45,8 +47,6 @@ from eventful_det.gating.macs import (
     rows_sizes,
 )
 from eventful_det.gating.windows import Grid
-from eventful_det.models.config import MODELS, ModelConfig
-from eventful_det.models.detector import DIVISOR, Detector
 from eventful_det.options import Count, Range, Share, from_values, nearest
 from eventful_det.outputs import owned, write_text
 from eventful_det.testing.official import official_counts

@@ -45,12 +45,12 @@ from demo_files import ActionOutputs, Outputs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, home_path, open_source
+from eventful_det.detectors.labels import relabel
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError, printable
 from eventful_det.evaluation.efficiency import peak_memory
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import Budget
-from eventful_det.models.detector import Detector
-from eventful_det.models.labels import relabel
 from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Share
 from eventful_det.outputs import file_names, owned
 from eventful_det.recognition.checkpoints import load_recogniser

@@ -17,7 +17,7 @@ from common import say
 from numpy.typing import NDArray
 
 from eventful_det.adapters import action_record, to_record
-from eventful_det.data.video_writer import VideoWriter
+from eventful_det.data.video.writer import VideoWriter
 from eventful_det.detectors.results import FrameCost
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole

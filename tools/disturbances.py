@@ -16,10 +16,10 @@ from typing import Any
 
 from common import build_gate, choose_device, command, say, write_results
 
-from eventful_det.data.disturbances import DISTURBANCES
+from eventful_det.data.synthetic.disturbances import DISTURBANCES
+from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.errors import UserError
 from eventful_det.evaluation.disturbances import UNDISTURBED, markdown, measure
-from eventful_det.models.checkpoints import load_detector
 from eventful_det.options import Count, Natural, nearest
 from eventful_det.outputs import owned, write_text
 

@@ -50,9 +50,10 @@ from rich.progress import (
 from rich.table import Table
 
 from eventful_det.data.coco_video import CocoVideo, load_coco_video
-from eventful_det.data.remap import for_classes
+from eventful_det.data.labelling.remap import for_classes
+from eventful_det.data.labelling.teacher import Teacher
 from eventful_det.data.streams import share_out
-from eventful_det.data.teacher import Teacher
+from eventful_det.detectors.checkpoints.files import DEFAULT, find_weights, load_detector
 from eventful_det.detectors.rf_detr.loading import is_rf_detr
 from eventful_det.errors import UserError
 from eventful_det.evaluation import report
@@ -64,7 +65,6 @@ from eventful_det.evaluation.store import ResultStore, file_hash
 from eventful_det.evaluation.summary import Row, jsonable, row_of
 from eventful_det.evaluation.sweep import collect, complete, first
 from eventful_det.files import written_whole
-from eventful_det.models.checkpoints import DEFAULT, find_weights, load_detector
 from eventful_det.options import Count, Natural
 from eventful_det.outputs import owned, write_json, write_text
 from eventful_det.recognition.checkpoints import load_recogniser

@@ -16,11 +16,11 @@ from typing import ClassVar, Literal
 
 from common import say
 
+from eventful_det.detectors.checkpoints.files import load_detector
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.engine.detector import MANIFEST
 from eventful_det.engine.export import export_detector
 from eventful_det.errors import UserError
-from eventful_det.models.checkpoints import load_detector
-from eventful_det.models.detector import Detector
 from eventful_det.options import Count
 
 

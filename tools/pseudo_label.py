@@ -34,12 +34,12 @@ from rich.table import Table
 
 from eventful_det.data.classes import COCO_NAMES, COCO_TO_VID
 from eventful_det.data.coco_video import CocoVideo, Frame, Video, load_coco_video
-from eventful_det.data.pictures import UnreadablePicture, read_image
-from eventful_det.data.teacher import Answers, Teacher, TeacherInput, Views, annotate, look
-from eventful_det.data.transforms import Image
+from eventful_det.data.labelling.teacher import Answers, Teacher, TeacherInput, Views, annotate, look
 from eventful_det.data.video import IMAGE_SUFFIXES, open_source
+from eventful_det.data.video.pictures import UnreadablePicture, read_image
+from eventful_det.data.video.transforms import Image
+from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.errors import UserError
-from eventful_det.models.checkpoints import load_detector
 from eventful_det.options import Count
 from eventful_det.outputs import owned
 

@@ -29,21 +29,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from yaml import YAMLError
 
-from eventful_det.data.absent import assume_absent
 from eventful_det.data.augmentation import Augmentation
 from eventful_det.data.clips import ClipOptions, ClipSet
 from eventful_det.data.coco_video import CocoVideo, load_coco_video
+from eventful_det.data.labelling.absent import assume_absent
 from eventful_det.data.mixed import MixedSet
 from eventful_det.data.training_set import Samples, TrainingSet
+from eventful_det.detectors.checkpoints.files import load_detector
+from eventful_det.detectors.checkpoints.pretrained import init_backbone
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
+from eventful_det.detectors.vitdet.config import MODELS, ModelConfig
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 from eventful_det.evaluation.summary import evaluate_detector, jsonable
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import DEFAULT as GATE
-from eventful_det.models.checkpoints import load_detector
-from eventful_det.models.config import MODELS, ModelConfig
-from eventful_det.models.detector import Detector
-from eventful_det.models.pretrained import init_backbone
 from eventful_det.options import Count, Positive, from_values, nearest
 from eventful_det.outputs import owned, write_text
 from eventful_det.recognition.checkpoints import load_recogniser

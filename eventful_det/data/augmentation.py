@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from eventful_det.data.transforms import Image, resize
+from eventful_det.data.video.transforms import Image, resize
 from eventful_det.errors import UserError
 from eventful_det.options import NonNegative, Range, Share, convert_fields
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from eventful_det.data.coco_video import CocoVideo, Frame, Video
-from eventful_det.data.pictures import UnreadablePicture, read_image
-from eventful_det.data.transforms import Image
 from eventful_det.data.video import VideoFrame, VideoSource, open_source
+from eventful_det.data.video.pictures import UnreadablePicture, read_image
+from eventful_det.data.video.transforms import Image
 from eventful_det.errors import UserError
 
 _LOG = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eventful_det.data.augmentation import Boxes
-from eventful_det.data.transforms import Image
+from eventful_det.data.video.transforms import Image
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from functools import partial
 
 from eventful_det.data.coco_video import CocoVideo, Frame, Video
 from eventful_det.data.frame_reader import FrameReader
-from eventful_det.data.transforms import Image, fit
+from eventful_det.data.video.transforms import Image, fit
 from eventful_det.errors import UserError
 
 

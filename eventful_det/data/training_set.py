@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from eventful_det.data.augmentation import Augmentation
 from eventful_det.data.coco_video import CocoVideo, Frame
 from eventful_det.data.frame_reader import first_readable, read_labelled
-from eventful_det.data.transforms import Image
+from eventful_det.data.video.transforms import Image
 from eventful_det.errors import UserError
 
 Target = dict[str, Tensor]

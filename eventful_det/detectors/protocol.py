@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from eventful_det.data.transforms import Image, fit_size, resize, to_tensor
+from eventful_det.data.video.transforms import Image, fit_size, resize, to_tensor
 from eventful_det.detectors.results import Detections, StepResult
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper

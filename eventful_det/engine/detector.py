@@ -17,6 +17,11 @@ from torch import Tensor
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.detectors.stopwatch import Stopwatch
+from eventful_det.detectors.vitdet.config import ModelConfig
+from eventful_det.detectors.vitdet.detector import Detector
+from eventful_det.detectors.vitdet.incremental import HeadsState, refresh_regions
+from eventful_det.detectors.vitdet.pooling import pool_regions
+from eventful_det.detectors.vitdet.roi_heads import Reader, SingleHead
 from eventful_det.engine.backends import Backend, ONNXRuntime, OpenVINO, Precision, quickest_precision
 from eventful_det.engine.graphs import Geometry, check_exportable
 from eventful_det.errors import UserError
@@ -36,11 +41,6 @@ from eventful_det.gating.whole_windows import (
     windows_macs,
 )
 from eventful_det.gating.windows import Grid, windows_of
-from eventful_det.models.config import ModelConfig
-from eventful_det.models.detector import Detector
-from eventful_det.models.incremental import HeadsState, refresh_regions
-from eventful_det.models.pooling import pool_regions
-from eventful_det.models.roi_heads import Reader, SingleHead
 
 if TYPE_CHECKING:
     from eventful_det.runtime.budget import BudgetOptions

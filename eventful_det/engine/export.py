@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from eventful_det.detectors.vitdet.detector import DIVISOR, Detector
 from eventful_det.engine.backends import SUFFIX, Format, import_package
 from eventful_det.engine.detector import FORMAT, MANIFEST
 from eventful_det.engine.graphs import Graph, graphs_of
 from eventful_det.errors import UserError
 from eventful_det.gating.whole_windows import SHARES, Windows
-from eventful_det.models.detector import DIVISOR, Detector
 from eventful_det.outputs import write_json
 
 _OPSET = 18

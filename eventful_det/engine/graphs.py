@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eventful_det.detectors.vitdet.cells import Layout, layout_of
+from eventful_det.detectors.vitdet.detector import Detector
+from eventful_det.detectors.vitdet.macs import HeadSizes, level_sizes
+from eventful_det.detectors.vitdet.roi_heads import POOL, SingleHead
+from eventful_det.detectors.vitdet.rpn import ProposalHead
+from eventful_det.detectors.vitdet.vitdet import ConvNorm, ViTDetBackbone
 from eventful_det.errors import UserError
 from eventful_det.gating.macs import ViTShape
 from eventful_det.gating.whole_windows import cache_shape, global_blocks, run_windows, tables_of
 from eventful_det.gating.windows import Grid, windows_of
-from eventful_det.models.cells import Layout, layout_of
-from eventful_det.models.detector import Detector
-from eventful_det.models.macs import HeadSizes, level_sizes
-from eventful_det.models.roi_heads import POOL, SingleHead
-from eventful_det.models.rpn import ProposalHead
-from eventful_det.models.vitdet import ConvNorm, ViTDetBackbone
 
 _CPU = torch.device("cpu")
 _STAGES = 4  # levels p2 to p5 are made from tokens; p6 is every other cell of p5

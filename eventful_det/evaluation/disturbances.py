@@ -1,6 +1,6 @@
 """What noise, light and weather cost: tokens selected where nothing but they happens, and average precision under them.
 
-Scenes are synthetic, with fixed cameras; what befalls them is in `eventful_det.data.disturbances`.
+Scenes are synthetic, with fixed cameras; what befalls them is in `eventful_det.data.synthetic.disturbances`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 
 from eventful_det.data.classes import SYNTHETIC_SHAPES
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
-from eventful_det.data.disturbances import disturb
 from eventful_det.data.synthetic import SceneOptions, SyntheticFrame, render_video
+from eventful_det.data.synthetic.disturbances import disturb
 from eventful_det.detectors.protocol import AnyRule, VideoDetector
 from eventful_det.detectors.results import FrameCost
 from eventful_det.evaluation.detection import Entry, category_ids, coco_results, evaluate

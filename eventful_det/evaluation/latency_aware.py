@@ -21,9 +21,9 @@ from torchvision.ops import batched_nms
 from eventful_det.data.classes import COCO_NAMES, COCO_TO_VID
 from eventful_det.data.coco_video import CocoVideo
 from eventful_det.data.frame_reader import FrameReader
+from eventful_det.data.labelling.teacher import Teacher
 from eventful_det.data.source import VideoFrame
-from eventful_det.data.teacher import Teacher
-from eventful_det.data.transforms import Image
+from eventful_det.data.video.transforms import Image
 from eventful_det.detectors.protocol import S, VideoDetector
 from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError

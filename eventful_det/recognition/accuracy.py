@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
-from eventful_det.recognition.segments import Segment
+from eventful_det.recognition.data.segments import Segment
 
 ACTION = "action"  # verb and noun together
 _PAIRS = 100  # actions of a submission

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from eventful_det.detectors.checkpoints.weight_files import compare, load_exactly, read_tensors, save_tensors
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
 from eventful_det.gating.vit_spec import resize_positions
-from eventful_det.models.weight_files import compare, load_exactly, read_tensors, save_tensors
 from eventful_det.recognition.config import RecogniserConfig, numbered, vivit_b_epic, vivit_b_k400
 from eventful_det.recognition.key_maps import (
     from_scenic,

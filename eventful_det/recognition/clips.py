@@ -16,10 +16,10 @@ from eventful_det.gating.selector import DEFAULT, Select
 from eventful_det.gating.state import State
 from eventful_det.gating.update import Update
 from eventful_det.recognition.config import RecogniserConfig
+from eventful_det.recognition.data.views import average, crop_views, frame_indices, normalise, shared_tubelets
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.results import StepCost
 from eventful_det.recognition.stream import DEFAULT_RULE
-from eventful_det.recognition.views import average, crop_views, frame_indices, normalise, shared_tubelets
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.selector import DEFAULT, LargestError, RandomOrder, Select, Selector
 from eventful_det.recognition.accuracy import Accuracy, Scored, accuracy
-from eventful_det.recognition.clip_reader import read_clips
 from eventful_det.recognition.clips import Clip, recognise
+from eventful_det.recognition.data.clip_reader import read_clips
+from eventful_det.recognition.data.segments import Segment, Segments
+from eventful_det.recognition.data.views import frame_indices
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.results import StepCost
-from eventful_det.recognition.segments import Segment, Segments
 from eventful_det.recognition.stream import DEFAULT_RULE
-from eventful_det.recognition.views import frame_indices
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT, Budget, Gmacs, Latency, Select, Selector
 from eventful_det.gating.state import State
 from eventful_det.recognition.config import RecogniserConfig
+from eventful_det.recognition.data.views import cover, crop_corners
 from eventful_det.recognition.results import RecogniserStream, RecognitionStep, StepCost
-from eventful_det.recognition.views import cover, crop_corners
 from eventful_det.runtime.budget import selector_for
 from eventful_det.runtime.control import Clock, Load
 from eventful_det.runtime.scene_cuts import SceneCuts

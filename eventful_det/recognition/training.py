@@ -27,13 +27,13 @@ from torch.utils.data import DataLoader, Dataset
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
 from eventful_det.recognition.checkpoints import save_recogniser
-from eventful_det.recognition.clip_reader import read_clips
 from eventful_det.recognition.clips import recognise
+from eventful_det.recognition.data.clip_reader import read_clips
+from eventful_det.recognition.data.segments import Segments
+from eventful_det.recognition.data.synthetic_actions import ActionClip, ActionOptions, mirrored, render_action
+from eventful_det.recognition.data.views import frame_indices, normalise
 from eventful_det.recognition.evaluation import Way
 from eventful_det.recognition.recogniser import Recogniser
-from eventful_det.recognition.segments import Segments
-from eventful_det.recognition.synthetic_actions import ActionClip, ActionOptions, mirrored, render_action
-from eventful_det.recognition.views import frame_indices, normalise
 from eventful_det.training.log import Log
 from eventful_det.training.optim import learning_rate, set_learning_rate
 from eventful_det.training.precision import autocast_dtype, make_scaler

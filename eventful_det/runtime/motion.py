@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eventful_det.data.transforms import fit_size
+from eventful_det.data.video.transforms import fit_size
 from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
 

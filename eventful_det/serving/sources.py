@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eventful_det.data.decoder import MAX_PIXELS, Decoder, VideoFile
 from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, open_source
+from eventful_det.data.video.decoder import MAX_PIXELS, Decoder, VideoFile
 from eventful_det.errors import UserError
 from eventful_det.secrets import mask_secrets
 from eventful_det.serving.playback import Playback

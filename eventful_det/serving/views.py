@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from eventful_det.data.transforms import resize
+from eventful_det.data.video.transforms import resize
 from eventful_det.detectors.results import FrameCost
 from eventful_det.runtime.session import StreamResult
 

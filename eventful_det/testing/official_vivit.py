@@ -11,7 +11,7 @@ from dataclasses import astuple
 from eventful_det.gating.macs import Ablation, ViTShape, paper_sizes
 from eventful_det.gating.windows import Grid
 from eventful_det.recognition.config import RecogniserConfig
-from eventful_det.recognition.views import shared_tubelets
+from eventful_det.recognition.data.views import shared_tubelets
 from eventful_det.testing.official import OfficialCounts, official_counts, official_dense
 
 

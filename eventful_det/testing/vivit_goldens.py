@@ -17,9 +17,9 @@ from eventful_det.gating.paper import Paper
 from eventful_det.gating.selector import Select
 from eventful_det.gating.windows import Grid
 from eventful_det.recognition.config import RecogniserConfig, numbered
+from eventful_det.recognition.data.views import average, cut_views
 from eventful_det.recognition.layers import SubModel
 from eventful_det.recognition.recogniser import Recogniser
-from eventful_det.recognition.views import average, cut_views
 from eventful_det.testing.goldens import Recorded
 from eventful_det.testing.official import OfficialCounts, official_counts, official_dense
 from eventful_det.testing.replay import (

@@ -12,8 +12,8 @@ from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
 
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.models.detector import Detector
 
 _BLOCK = re.compile(r"\blayer\.(\d+)\.")
 

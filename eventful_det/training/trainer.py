@@ -19,11 +19,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map
 
 from eventful_det.data.training_set import Samples, Target, training_loader
+from eventful_det.detectors.checkpoints.files import save_detector
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
-from eventful_det.models.checkpoints import save_detector
-from eventful_det.models.detector import Detector
 from eventful_det.training.log import Log
 from eventful_det.training.optim import learning_rate, make_optimizer, set_learning_rate
 from eventful_det.training.options import FREE, TrainOptions

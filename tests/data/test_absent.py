@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from eventful_det.data.absent import assume_absent
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
+from eventful_det.data.labelling.absent import assume_absent
 from eventful_det.errors import UserError
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from running import script_main
 
-from eventful_det.data.disturbances import DISTURBANCES, disturb
 from eventful_det.data.synthetic import SceneOptions, SyntheticFrame, render_video
+from eventful_det.data.synthetic.disturbances import DISTURBANCES, disturb
 from eventful_det.errors import UserError
 
 STILL = next(render_video(SceneOptions(width=192, height=128, frames=1, noise=0), seed=3))

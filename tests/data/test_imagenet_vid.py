@@ -17,9 +17,9 @@ from running import script_main
 
 from eventful_det.data.classes import IMAGENET_VID, SYNTHETIC_SHAPES, classes_json, load_classes
 from eventful_det.data.coco_video import Problem, load_coco_video
-from eventful_det.data.imagenet_vid import Entry, Folder, Source, convert, find_tree, list_folders
+from eventful_det.data.layouts.imagenet_vid import Entry, Folder, Source, convert, find_tree, list_folders
 from eventful_det.data.synthetic import SceneOptions, render_video
-from eventful_det.data.synthetic_tree import TreeOptions, make_tree
+from eventful_det.data.synthetic.tree import TreeOptions, make_tree
 from eventful_det.errors import UserError
 
 SCENE = SceneOptions(width=128, height=96)

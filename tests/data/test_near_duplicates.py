@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from eventful_det.data import near_duplicates
-from eventful_det.data.near_duplicates import connected, dhash, distances, group, near_pairs
+from eventful_det.data.labelling import near_duplicates
+from eventful_det.data.labelling.near_duplicates import connected, dhash, distances, group, near_pairs
 
 
 def picture(seed: int, height: int = 120, width: int = 160) -> NDArray[np.uint8]:

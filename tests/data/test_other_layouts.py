@@ -11,7 +11,7 @@ from running import run
 
 from eventful_det.data.classes import IMAGENET_VID
 from eventful_det.data.coco_video import CocoVideo, load_coco_video
-from eventful_det.data.other_layouts import import_coco as import_annotations
+from eventful_det.data.layouts.other_layouts import import_coco as import_annotations
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import evaluate
 from eventful_det.evaluation.motion import motion_iou

@@ -11,7 +11,7 @@ from running import script_main
 
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video, load_coco_video
 from eventful_det.data.streams import VideoStreams
-from eventful_det.data.video_writer import VideoWriter
+from eventful_det.data.video.writer import VideoWriter
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
-from eventful_det.data.remap import for_classes
+from eventful_det.data.labelling.remap import for_classes
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import category_ids, evaluate
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
-from eventful_det.data.sampling import COMPLETE, at_most_per_class, evenly, what_is_missing
+from eventful_det.data.layouts.sampling import COMPLETE, at_most_per_class, evenly, what_is_missing
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "vid" / "VID_val_videos.txt"
 

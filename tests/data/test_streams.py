@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video, load_coco_video
 from eventful_det.data.frame_reader import FrameReader
 from eventful_det.data.streams import StreamFrame, VideoStreams, plan, share_out
-from eventful_det.data.video_writer import VideoWriter
+from eventful_det.data.video.writer import VideoWriter
 from eventful_det.errors import UserError
 
 LENGTHS = [3, 1, 7, 2, 4]

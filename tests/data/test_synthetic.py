@@ -22,7 +22,7 @@ from running import script_main
 
 from eventful_det.data.classes import SYNTHETIC_SHAPES, load_classes
 from eventful_det.data.synthetic import SceneOptions, render_video, video_facts
-from eventful_det.data.synthetic_shapes import OUTLINES, shape_mask
+from eventful_det.data.synthetic.shapes import OUTLINES, shape_mask
 from eventful_det.errors import UserError
 
 SMALL = SceneOptions(width=192, height=128, frames=12)

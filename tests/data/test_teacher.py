@@ -13,8 +13,8 @@ pytest.importorskip("onnx")
 from teachers import generic_teacher, yolox_teacher
 
 from eventful_det.data.coco_video import Annotation
-from eventful_det.data.teacher import Answers, Teacher, TeacherInput, Views, annotate, look
-from eventful_det.data.transforms import Image
+from eventful_det.data.labelling.teacher import Answers, Teacher, TeacherInput, Views, annotate, look
+from eventful_det.data.video.transforms import Image
 from eventful_det.errors import UserError
 
 WHOLE = Views(tiles=1, flip=False)

@@ -22,11 +22,11 @@ import pytest
 from av.stream import Disposition
 from videos import Image, damage, display, encode, encode_change, encode_side_by_side, rotate, truncate
 
-from eventful_det.data.decoder import Decoder
-from eventful_det.data.pictures import UnreadablePicture, read_image
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoSource, open_source
-from eventful_det.data.video_writer import VideoWriter
+from eventful_det.data.video.decoder import Decoder
+from eventful_det.data.video.pictures import UnreadablePicture, read_image
+from eventful_det.data.video.writer import VideoWriter
 from eventful_det.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -361,7 +361,7 @@ def test_file_of_a_killed_writer_plays(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     code = (
         "import os, sys, signal, numpy as np\n"
-        "from eventful_det.data.video_writer import VideoWriter\n"
+        "from eventful_det.data.video.writer import VideoWriter\n"
         "writer = VideoWriter(sys.argv[1], 10)\n"
         "for i in range(60): writer.write(np.full((64, 64, 3), i, np.uint8))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -13,8 +13,8 @@ from running import run
 from videos import encode
 
 from eventful_det.data.coco_video import CocoVideo, load_coco_video
+from eventful_det.data.layouts.video_labels import import_annotations
 from eventful_det.data.synthetic import SceneOptions, render_video
-from eventful_det.data.video_labels import import_annotations
 from eventful_det.errors import UserError
 
 WIDTH, HEIGHT, FRAMES = 160, 96, 12

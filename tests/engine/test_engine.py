@@ -12,7 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.protocol import AnyRule, VideoDetector
+from eventful_det.detectors.vitdet.config import ModelConfig
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.engine.backends import Torch, quickest_precision
 from eventful_det.engine.detector import MANIFEST, CompiledDetector, CompiledStream, load_engine
 from eventful_det.engine.export import default_size, export_detector
@@ -22,9 +25,6 @@ from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.selector import EVERYTHING, Gmacs, RandomK, Selector, Threshold, TopFraction, TopK
 from eventful_det.gating.whole_windows import Windows
-from eventful_det.models.checkpoints import load_detector
-from eventful_det.models.config import ModelConfig
-from eventful_det.models.detector import Detector
 from eventful_det.runtime.pool import StreamPool
 
 SIZE = (96, 160)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from eventful_det.benchmark.changes import blob_frames, blob_masks
 from eventful_det.errors import UserError
-from eventful_det.evaluation.changes import blob_frames, blob_masks
 from eventful_det.gating.selector import GateInput, TopK
 
 grids = st.tuples(st.integers(1, 24), st.integers(1, 24))

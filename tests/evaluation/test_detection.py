@@ -15,9 +15,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from eventful_det.data.coco_video import Annotation, Box, CocoVideo, Frame, Video
+from eventful_det.detectors.vitdet.roi_heads import Detections
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import Entry, agreement, category_ids, coco_results, evaluate
-from eventful_det.models.roi_heads import Detections
 
 BOX: Box = (100.0, 100.0, 200.0, 200.0)
 

@@ -13,8 +13,9 @@ import pytest
 
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video, load_coco_video
 from eventful_det.data.synthetic import SceneOptions, render_video
-from eventful_det.data.video_writer import VideoWriter
+from eventful_det.data.video.writer import VideoWriter
 from eventful_det.detectors.results import StepResult
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import coco_results
 from eventful_det.evaluation.runs import Method, VideoRun
@@ -24,7 +25,6 @@ from eventful_det.evaluation.sweep import run_methods, run_videos
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Gmacs, LargestError, RandomOrder, Selector, TopFraction
-from eventful_det.models.detector import Detector
 from eventful_det.runtime.rescoring import Rescorer
 
 SIZES = [(128, 96, 5), (96, 128, 2), (160, 96, 7), (128, 96, 3)]  # width, height, frames

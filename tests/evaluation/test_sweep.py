@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 from eventful_det.evaluation import report
 from eventful_det.evaluation.runs import Method, MethodRun
@@ -25,7 +26,6 @@ from eventful_det.evaluation.sweep import first, run_methods
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import RandomOrder, Selector, TopFraction
-from eventful_det.models.detector import Detector
 
 
 def run_method(detector: Detector, data: CocoVideo, method: Method, store: ResultStore | None = None) -> MethodRun:

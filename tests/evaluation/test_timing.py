@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventful_det.evaluation.efficiency import Spread
-from eventful_det.evaluation.timing import (
+from eventful_det.benchmark.timing import (
     attention_kernels,
     paired_ratios,
     peak_of,
     profile_operations,
     time_together,
 )
+from eventful_det.evaluation.efficiency import Spread
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.gating.saliency import REACH, token_saliency
 from eventful_det.gating.selector import EVERYTHING, GateInput
-from eventful_det.models.detector import Detector
 
 PATCH = 16
 sides = st.integers(1, 8)

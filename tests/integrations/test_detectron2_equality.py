@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from zoo_files import Zoo, official_tensors
 
 from eventful_det.data.synthetic import SceneOptions, render_video
-from eventful_det.data.transforms import fit_size, resize, to_tensor
 from eventful_det.data.video import open_source
+from eventful_det.data.video.transforms import fit_size, resize, to_tensor
+from eventful_det.detectors.checkpoints.files import load_detector, read_weights, save_detectron2
+from eventful_det.detectors.checkpoints.infer_config import infer_config
+from eventful_det.detectors.checkpoints.key_maps import NOT_BOXES, from_detectron2
+from eventful_det.detectors.checkpoints.weight_files import load_exactly, matching
 from eventful_det.detectors.protocol import AnyRule
 from eventful_det.detectors.results import Detections
+from eventful_det.detectors.vitdet.config import ModelConfig, vitdet_b_vid, vitdet_tiny
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT, LargestError, Selector, Threshold, TopFraction
-from eventful_det.models.checkpoints import load_detector, read_weights, save_detectron2
-from eventful_det.models.config import ModelConfig, vitdet_b_vid, vitdet_tiny
-from eventful_det.models.detector import Detector
-from eventful_det.models.infer_config import infer_config
-from eventful_det.models.key_maps import NOT_BOXES, from_detectron2
-from eventful_det.models.weight_files import load_exactly, matching
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 pytest.importorskip("detectron2.modeling", reason="needs detectron2, which is not installed", exc_type=ImportError)
@@ -168,7 +168,7 @@ def test_training_losses(config: ModelConfig, box_loss: str, monkeypatch: pytest
     """Every anchor and all of detectron2's proposals are sampled, so that no random choice differs."""
     fewer = {"region_samples": 10**5, "proposals_train": 60, "nms_candidates_train": 60, "drop_path": 0.0}
     ours, theirs = make_pair(dataclasses.replace(config, box_loss=box_loss, **fewer))
-    monkeypatch.setattr("eventful_det.models.rpn._SAMPLES", 10**5)
+    monkeypatch.setattr("eventful_det.detectors.vitdet.rpn._SAMPLES", 10**5)
     theirs.proposal_generator.batch_size_per_image = 10**5
     boxes, labels = torch.tensor([[10.0, 12.0, 60.0, 50.0], [20.0, 20.0, 63.0, 85.0]]), torch.tensor([0, 2])
     targets = [{"boxes": boxes, "labels": labels}]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from eventful_det.detectors.vitdet.config import vitdet_tiny
 from eventful_det.errors import UserError
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
@@ -25,7 +26,6 @@ from eventful_det.gating.selector import (
     Threshold,
     TopFraction,
 )
-from eventful_det.models.config import vitdet_tiny
 from eventful_det.runtime.stream import Stream
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

@@ -25,10 +25,10 @@ from running import make_tree, run  # noqa: E402
 from vid_tree import make_set  # noqa: E402
 from zoo_models import randomise  # noqa: E402
 
+from eventful_det.detectors.checkpoints.files import load_detector, save_detectron2  # noqa: E402
 from eventful_det.gating.rows import Rows  # noqa: E402
 from eventful_det.gating.selector import Latency  # noqa: E402
 from eventful_det.integrations.detectron2 import EventfulRCNN, VIDMapper, add_eventful_config  # noqa: E402
-from eventful_det.models.checkpoints import load_detector, save_detectron2  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "detectron2"
@@ -136,7 +136,7 @@ from detectron2.config import LazyCall as L
 from eventful_det.integrations.detectron2 import (
     EventfulRCNN, VIDEvaluator, VIDMapper, build_vid_test_loader, register_imagenet_vid
 )
-from eventful_det.models.checkpoints import load_detector
+from eventful_det.detectors.checkpoints.files import load_detector
 from zoo_models import zoo_config
 
 sizes = load_detector("vitdet_tiny_synthetic").config

@@ -16,7 +16,7 @@ import torch
 from vid_tree import make_set
 
 from eventful_det.data.coco_video import load_coco_video
-from eventful_det.data.video_writer import VideoWriter
+from eventful_det.data.video.writer import VideoWriter
 from eventful_det.detectors.results import FrameCost
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import evaluate
@@ -208,8 +208,8 @@ def test_batches_hold_the_next_frame_of_each_video(tree: Path) -> None:
 
 
 def test_frames_are_resized_as_by_our_tools(tree: Path) -> None:
-    from eventful_det.data.pictures import read_image
-    from eventful_det.data.transforms import resize
+    from eventful_det.data.video.pictures import read_image
+    from eventful_det.data.video.transforms import resize
 
     register_imagenet_vid(tree)
     entry = DatasetCatalog.get("imagenet_vid_val")[5]
@@ -339,7 +339,7 @@ import torch, torch.distributed as dist
 from detectron2.evaluation import inference_on_dataset
 from eventful_det.integrations.detectron2 import EventfulRCNN, VIDEvaluator, VIDMapper
 from eventful_det.integrations.detectron2 import build_vid_test_loader, register_imagenet_vid
-from eventful_det.models.config import vitdet_tiny
+from eventful_det.detectors.vitdet.config import vitdet_tiny
 from zoo_models import zoo_model
 
 if "WORLD_SIZE" in os.environ:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from eventful_det.data.video_writer import VideoWriter
+from eventful_det.data.video.writer import VideoWriter
+from eventful_det.detectors.vitdet.config import vitdet_tiny
 from eventful_det.errors import UserError
 from eventful_det.gating.selector import Gmacs
-from eventful_det.models.config import vitdet_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 pytest.importorskip("detectron2.modeling", reason="needs detectron2, which is not installed", exc_type=ImportError)

@@ -14,7 +14,7 @@ from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNConvFCHead, FastRCNNOutputLayers
 from torch import Tensor, nn
 
-from eventful_det.models.config import ModelConfig
+from eventful_det.detectors.vitdet.config import ModelConfig
 
 _GAINS = {"cls_score": 3.0, "anchor_deltas": 0.15}  # scores that differ, boxes that stay near their anchors
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventful_det.models.boxes import cell_anchors, decode, encode, grid_anchors, match, sample
+from eventful_det.detectors.vitdet.boxes import cell_anchors, decode, encode, grid_anchors, match, sample
 
 coordinate = st.floats(0, 500, allow_nan=False)
 side = st.floats(1, 300, allow_nan=False)

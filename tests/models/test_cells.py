@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from eventful_det.models import cells as sparse
-from eventful_det.models.cells import Layout, convolve, layout_of
+from eventful_det.detectors.vitdet import cells as sparse
+from eventful_det.detectors.vitdet.cells import Layout, convolve, layout_of
 
 CPU = torch.device("cpu")
 SIZES = ((4, 6), (3, 2), (1, 1))

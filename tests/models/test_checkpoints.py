@@ -26,14 +26,14 @@ from zoo_files import (
 )
 
 from eventful_det.data.classes import COCO_NAMES, IMAGENET_VID
+from eventful_det.detectors.checkpoints.files import FORMAT, load_detector, read_weights, save_detector, save_detectron2
+from eventful_det.detectors.checkpoints.infer_config import infer_config
+from eventful_det.detectors.checkpoints.key_maps import POSITIONS, from_detectron2, from_official
+from eventful_det.detectors.checkpoints.weight_files import load_exactly, read_tensors
+from eventful_det.detectors.vitdet.cascade import CascadeHeads
+from eventful_det.detectors.vitdet.config import ModelConfig, vitdet_b_vid
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.models.cascade import CascadeHeads
-from eventful_det.models.checkpoints import FORMAT, load_detector, read_weights, save_detector, save_detectron2
-from eventful_det.models.config import ModelConfig, vitdet_b_vid
-from eventful_det.models.detector import Detector
-from eventful_det.models.infer_config import infer_config
-from eventful_det.models.key_maps import POSITIONS, from_detectron2, from_official
-from eventful_det.models.weight_files import load_exactly, read_tensors
 
 PEER = os.environ.get("EVENTFUL_PEER")  # a checkout of WISION-Lab/eventful-transformer
 

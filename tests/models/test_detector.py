@@ -13,14 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from eventful_det.detectors.results import Detections, StepResult
+from eventful_det.detectors.vitdet.config import MODELS, ModelConfig
+from eventful_det.detectors.vitdet.detector import Detector
+from eventful_det.detectors.vitdet.macs import level_sizes
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import EVERYTHING, LargestError, Selector, Threshold, TopFraction
 from eventful_det.gating.state import State
-from eventful_det.models.config import MODELS, ModelConfig
-from eventful_det.models.detector import Detector
-from eventful_det.models.macs import level_sizes
 
 AGED = Selector(LargestError(age_power=0.5), 0.3)
 

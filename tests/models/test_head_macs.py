@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import GateInput
-from eventful_det.models.detector import Detector
 
 GRID = (6, 10)
 

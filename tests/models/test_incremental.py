@@ -11,17 +11,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eventful_det.gating.selector import TopFraction
-from eventful_det.models.config import ModelConfig
-from eventful_det.models.detector import Detector
-from eventful_det.models.incremental import (
+from eventful_det.detectors.vitdet.config import ModelConfig
+from eventful_det.detectors.vitdet.detector import Detector
+from eventful_det.detectors.vitdet.incremental import (
     HeadsState,
     init_heads,
     refresh_proposals,
     refresh_pyramid,
     refresh_regions,
 )
-from eventful_det.models.macs import HeadSizes
+from eventful_det.detectors.vitdet.macs import HeadSizes
+from eventful_det.gating.selector import TopFraction
 
 shared = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

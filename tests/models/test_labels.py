@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from eventful_det.detectors.checkpoints.files import load_detector, save_detector
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.models.checkpoints import load_detector, save_detector
-from eventful_det.models.detector import Detector
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from eventful_det.models.boxes import area_of, set_aside
-from eventful_det.models.detector import Detector
-from eventful_det.models.roi_heads import _merge_possible
+from eventful_det.detectors.vitdet.boxes import area_of, set_aside
+from eventful_det.detectors.vitdet.detector import Detector
+from eventful_det.detectors.vitdet.roi_heads import _merge_possible
 
 SIZE = 64
 

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eventful_det.models.cells import layout_of
-from eventful_det.models.config import ModelConfig
-from eventful_det.models.macs import level_sizes
-from eventful_det.models.pooling import pool_regions
-from eventful_det.models.roi_heads import SingleHead
+from eventful_det.detectors.vitdet.cells import layout_of
+from eventful_det.detectors.vitdet.config import ModelConfig
+from eventful_det.detectors.vitdet.macs import level_sizes
+from eventful_det.detectors.vitdet.pooling import pool_regions
+from eventful_det.detectors.vitdet.roi_heads import SingleHead
 
 
 @settings(deadline=None, max_examples=40)

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from zoo_files import SMALL, Zoo, random_tensors, write_training_checkpoint, write_zoo_pickle
 
+from eventful_det.detectors.checkpoints.files import SYNTHETIC, load_detector
+from eventful_det.detectors.checkpoints.pretrained import init_backbone
+from eventful_det.detectors.vitdet.config import vitdet_tiny
+from eventful_det.detectors.vitdet.vitdet import WindowedViT
 from eventful_det.errors import UserError
-from eventful_det.models.checkpoints import SYNTHETIC, load_detector
-from eventful_det.models.config import vitdet_tiny
-from eventful_det.models.pretrained import init_backbone
-from eventful_det.models.vitdet import WindowedViT
 
 CONFIG = vitdet_tiny(
     ("a",), dim=48, depth=4, heads=3, window=4, global_blocks=(1, 3), relative_size=8, position_grid=14

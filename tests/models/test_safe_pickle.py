@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 
+from eventful_det.detectors.checkpoints.safe_pickle import read_pickle, stored
+from eventful_det.detectors.checkpoints.weight_files import read_tensors
 from eventful_det.errors import UserError
-from eventful_det.models.safe_pickle import read_pickle, stored
-from eventful_det.models.weight_files import read_tensors
 
 CONTENT = {
     "model": OrderedDict(

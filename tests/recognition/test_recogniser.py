@@ -18,8 +18,8 @@ from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import EVERYTHING, RandomK, TopK
 from eventful_det.gating.state import State
 from eventful_det.recognition.clips import recognise
+from eventful_det.recognition.data.views import normalise
 from eventful_det.recognition.recogniser import Recogniser
-from eventful_det.recognition.views import normalise
 
 
 def tubelets(count: int, seed: int = 0) -> list[Tensor]:

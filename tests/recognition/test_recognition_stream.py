@@ -17,11 +17,11 @@ from eventful_det.gating.paper import Paper
 from eventful_det.gating.selector import Gmacs, LargestError, Latency, Selector, TopK
 from eventful_det.recognition.checkpoints import load_recogniser
 from eventful_det.recognition.config import vivit_tiny
+from eventful_det.recognition.data.segments import Segments, read_folders
+from eventful_det.recognition.data.synthetic_actions import ACTIONS, ActionOptions, mirrored, render_action
 from eventful_det.recognition.evaluation import Way
 from eventful_det.recognition.recogniser import Recogniser
-from eventful_det.recognition.segments import Segments, read_folders
 from eventful_det.recognition.stream import FrameClock
-from eventful_det.recognition.synthetic_actions import ACTIONS, ActionOptions, mirrored, render_action
 from eventful_det.recognition.training import (
     FeatureClips,
     RecogniserTrainer,
@@ -202,7 +202,7 @@ def test_training_learns_a_few_clips_by_heart(tmp_path: Path) -> None:
 
 
 def test_second_stage_trains_on_cached_outputs_alone(tmp_path: Path) -> None:
-    from eventful_det.data.video_writer import VideoWriter
+    from eventful_det.data.video.writer import VideoWriter
 
     for i in range(4):
         clip = render_action(SMALL, index=i)

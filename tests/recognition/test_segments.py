@@ -10,12 +10,12 @@ import pytest
 import torch
 from small import small_config, small_recogniser
 
-from eventful_det.data.video_writer import VideoWriter
+from eventful_det.data.video.writer import VideoWriter
 from eventful_det.errors import UserError
 from eventful_det.recognition.accuracy import Scored, accuracy, best_actions, per_class, tail, unseen, write_submission
-from eventful_det.recognition.clip_reader import read_clip, wanted_frames
+from eventful_det.recognition.data.clip_reader import read_clip, wanted_frames
+from eventful_det.recognition.data.segments import Segment, read_class_names, read_column, read_epic, read_folders
 from eventful_det.recognition.evaluation import Way, evaluate
-from eventful_det.recognition.segments import Segment, read_class_names, read_column, read_epic, read_folders
 
 EPIC = Path(__file__).parents[2] / ".." / "shared" / "data" / "epic"
 HEADER = "noun_class,narration_id,video_id,start_timestamp,stop_timestamp,start_frame,verb_class,participant_id\n"

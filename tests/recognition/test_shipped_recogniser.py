@@ -10,9 +10,9 @@ import torch
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import DEFAULT
 from eventful_det.recognition.checkpoints import load_recogniser
+from eventful_det.recognition.data.segments import Segment
+from eventful_det.recognition.data.synthetic_actions import ACTIONS, ActionOptions, render_action
 from eventful_det.recognition.evaluation import Way, evaluate_clips
-from eventful_det.recognition.segments import Segment
-from eventful_det.recognition.synthetic_actions import ACTIONS, ActionOptions, render_action
 
 
 @pytest.mark.slow

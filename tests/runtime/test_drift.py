@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.detectors.results import Detections
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 from eventful_det.gating.selector import EVERYTHING
-from eventful_det.models.detector import Detector
 from eventful_det.runtime.drift import Drift, compare
 from eventful_det.runtime.stream import Stream
 

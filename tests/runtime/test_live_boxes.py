@@ -14,8 +14,8 @@ from test_box_motion import scene
 from eventful_det.data.source import VideoFrame
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.detectors.results import Detections, FrameCost
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.models.detector import Detector
 from eventful_det.runtime.live import LiveBoxes
 from eventful_det.runtime.session import StreamResult
 

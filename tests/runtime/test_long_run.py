@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 
 from eventful_det.data.synthetic import SceneOptions, render_video
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.gating.selector import Budget, Gmacs, Latency, Selector, Threshold
-from eventful_det.models.detector import Detector
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.pool import StreamPool
 

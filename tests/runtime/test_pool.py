@@ -17,10 +17,10 @@ from videos import encode
 
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoFrame, VideoSource, open_source
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Gmacs, Latency, TopK
-from eventful_det.models.detector import Detector
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.feed import Feed, open_feed
 from eventful_det.runtime.metrics import StreamMetrics

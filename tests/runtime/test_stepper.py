@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.detectors.results import FrameCost, StepResult
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.selector import EVERYTHING, Budget, Focus, Gmacs, Latency, Selector, Threshold
-from eventful_det.models.detector import Detector
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.session import StreamResult
 

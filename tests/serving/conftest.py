@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from eventful_det.data.synthetic import SceneOptions, render_video
-from eventful_det.data.video_writer import VideoWriter
-from eventful_det.models.detector import Detector
+from eventful_det.data.video.writer import VideoWriter
+from eventful_det.detectors.vitdet.detector import Detector
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule
-from eventful_det.models.detector import Detector
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.runtime.pool import StreamPool
 
 pytest.importorskip("fastapi", reason="fastapi is not installed (pip install 'eventful_det[serve]')")

@@ -19,10 +19,10 @@ from served import Server, serving
 from servers import jpeg_camera
 
 from eventful_det.data.video import VideoFrame, VideoSource
+from eventful_det.detectors.checkpoints.files import load_detector
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
-from eventful_det.models.checkpoints import load_detector
-from eventful_det.models.detector import Detector
 from eventful_det.serving.sources import OpenedSource
 from eventful_det.serving.views import HISTORY
 

@@ -11,7 +11,7 @@ import pytest
 from served import Server, serving
 from starlette.websockets import WebSocketDisconnect
 
-from eventful_det.models.detector import Detector
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.serving.guard import COOKIE, content_policy
 
 TOKEN = "correct-horse-battery"

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from served import PoolRunner, Server, SourceOpener, StreamPool, listening
 
-from eventful_det.data.decoder import MAX_PIXELS
-from eventful_det.models.detector import Detector
+from eventful_det.data.video.decoder import MAX_PIXELS
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.serving import limits, sources
 
 HOST = b"Host: localhost\r\n"

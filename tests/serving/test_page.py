@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pytest
 import served  # skips where the server's libraries are missing
 
-from eventful_det.models.detector import Detector
+from eventful_det.detectors.vitdet.detector import Detector
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 exceptions = pytest.importorskip("selenium.common.exceptions")

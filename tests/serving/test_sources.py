@@ -10,8 +10,8 @@ import av
 import pytest
 from served import Server, serving
 
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.models.detector import Detector
 from eventful_det.serving.sources import OpenedSource, SourceOpener
 
 SECRET = "the server's own business"

@@ -17,9 +17,9 @@ from benchmark_cases import Options, cases_of
 from benchmark_methods import Step, prepare
 from running import options_of, run
 
+from eventful_det.benchmark.timing import Call, Timed
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.evaluation.timing import Call, Timed
-from eventful_det.models.detector import Detector
 
 PEER = os.environ.get("EVENTFUL_PEER")  # a checkout of WISION-Lab/eventful-transformer
 SMALL = "{dim: 48, depth: 4, heads: 3, global_blocks: [1,3], channels: 16, box_fc: [64], proposals: 20}"

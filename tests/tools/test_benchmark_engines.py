@@ -11,8 +11,8 @@ import torch
 from benchmark_engines import compare, markdown
 from running import options_of
 
+from eventful_det.benchmark.timing import Call, Timed
 from eventful_det.errors import UserError
-from eventful_det.evaluation.timing import Call, Timed
 
 SMALL = "{dim: 48, depth: 4, heads: 3, global_blocks: [1,3], channels: 16, box_fc: [64], proposals: 20}"
 CASE = f"{{model: vitdet_tiny, size: [64,96], fraction: 0.25, buckets: [0.25], config: {SMALL}}}"

@@ -11,9 +11,9 @@ import torch
 from running import options_of, run
 from safetensors.torch import load_file
 
+from eventful_det.detectors.checkpoints.files import load_detector, read_weights, save_detector
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.models.checkpoints import load_detector, read_weights, save_detector
-from eventful_det.models.detector import Detector
 
 
 def convert(tmp_path: Path, *options: str) -> dict[str, object]:

@@ -31,13 +31,13 @@ from videos import Image, damage, encode, encode_change, encode_sound, rotate, t
 
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoFrame, VideoSource, open_source
+from eventful_det.detectors.checkpoints.files import save_detector
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT, Focus, LargestError, RandomOrder, Selector
-from eventful_det.models.checkpoints import save_detector
-from eventful_det.models.detector import Detector
 
 FILES = {"annotated.mp4", "detections.jsonl", "cost.csv", "cost.png", "results.json"}
 

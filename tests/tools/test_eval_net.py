@@ -16,11 +16,11 @@ from omegaconf import OmegaConf
 from running import ROOT, make_tree, options_of, run
 
 from eventful_det.data.coco_video import load_coco_video
-from eventful_det.data.video_writer import VideoWriter
+from eventful_det.data.video.writer import VideoWriter
+from eventful_det.detectors.checkpoints.files import save_detector
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import evaluate
-from eventful_det.models.checkpoints import save_detector
-from eventful_det.models.detector import Detector
 
 OTHERS = set(OmegaConf.load(ROOT / "configs/eval/sweep.yaml").curves) - {"dense", "moved_boxes"}
 CURVES = [

@@ -10,10 +10,10 @@ import pytest
 import torch
 from running import options_of
 
+from eventful_det.detectors.checkpoints.files import load_detector, save_detector
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.engine.detector import CompiledDetector
 from eventful_det.errors import UserError
-from eventful_det.models.checkpoints import load_detector, save_detector
-from eventful_det.models.detector import Detector
 
 
 def test_export(tiny_detector: Detector, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

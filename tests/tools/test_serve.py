@@ -16,9 +16,9 @@ import pytest
 import torch
 from running import ENVIRONMENT, ROOT, options_of
 
+from eventful_det.detectors.checkpoints.files import save_detector
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.models.checkpoints import save_detector
-from eventful_det.models.detector import Detector
 
 pytest.importorskip("fastapi", reason="fastapi is not installed (python -m pip install fastapi uvicorn websockets)")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")

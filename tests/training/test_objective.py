@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.models.detector import Detector
 from eventful_det.training.objective import EventfulObjective, EventfulOptions
 
 Clips = tuple[Tensor, list[list[dict[str, Tensor]]]]

@@ -13,8 +13,8 @@ from torch import Tensor
 from eventful_det.data.augmentation import Augmentation
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
 from eventful_det.data.training_set import TrainingSet
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.models.detector import Detector
 from eventful_det.training.options import TrainOptions
 from eventful_det.training.precision import autocast_dtype
 from eventful_det.training.trainer import Trainer

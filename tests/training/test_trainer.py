@@ -14,9 +14,9 @@ import torch
 from eventful_det.data.augmentation import Augmentation
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
 from eventful_det.data.training_set import TrainingSet, training_loader
+from eventful_det.detectors.checkpoints.files import load_detector
+from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.models.checkpoints import load_detector
-from eventful_det.models.detector import Detector
 from eventful_det.training.log import Log
 from eventful_det.training.optim import learning_rate, make_optimizer
 from eventful_det.training.options import TrainOptions

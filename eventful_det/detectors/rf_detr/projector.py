@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from eventful_det.detectors.rf_detr.parts import ConvNorm, DecoderShape, Projector
+from eventful_det.detectors.vitdet.cells import cells_run, convolve, layout_of
+from eventful_det.detectors.vitdet.macs import around, convolved, reached
 from eventful_det.gating.macs import RowsCosts, ViTShape
 from eventful_det.gating.state import TensorTree
 from eventful_det.gating.windows import Grid
-from eventful_det.models.cells import cells_run, convolve, layout_of
-from eventful_det.models.macs import around, convolved, reached
 
 
 @dataclass

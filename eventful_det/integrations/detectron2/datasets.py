@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from eventful_det.data.coco_video import CocoVideo, Frame, Video, load_coco_video
-from eventful_det.data.imagenet_vid import find_tree
+from eventful_det.data.layouts.imagenet_vid import find_tree
 from eventful_det.errors import UserError
 
 IMAGENET_VID_SETS = ("imagenet_vid_train", "imagenet_vid_val", "imagenet_det_train")

@@ -14,12 +14,12 @@ from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
+from eventful_det.detectors.vitdet.incremental import HeadsState, init_heads, refresh_proposals, refresh_pyramid
+from eventful_det.detectors.vitdet.macs import HeadSizes, HeadWeights, stage_macs
+from eventful_det.detectors.vitdet.rpn import ProposalHead
 from eventful_det.errors import UserError
 from eventful_det.gating.update import Update
 from eventful_det.gating.windows import Grid
-from eventful_det.models.incremental import HeadsState, init_heads, refresh_proposals, refresh_pyramid
-from eventful_det.models.macs import HeadSizes, HeadWeights, stage_macs
-from eventful_det.models.rpn import ProposalHead
 
 Features = dict[str, Tensor]
 
@@ -76,8 +76,8 @@ class Heads:
         rpn: the proposal generator.
         roi_heads: the region heads.
         incremental: recompute pyramid and proposals where changed tokens reach, with equal results, by
-            `eventful_det.models.incremental`. It takes a pyramid of four stages with layer norm, and an `RPN` with a
-            `StandardRPNHead` on all of its levels.
+            `eventful_det.detectors.vitdet.incremental`. It takes a pyramid of four stages with layer norm, and an `RPN`
+            with a `StandardRPNHead` on all of its levels.
 
     Attributes:
         regions: costs of the region heads.

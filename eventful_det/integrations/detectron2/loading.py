@@ -20,10 +20,10 @@ from detectron2.data import transforms as T
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Sampler
 
-from eventful_det.data.pictures import UnreadablePicture, read_image
 from eventful_det.data.streams import share_out
-from eventful_det.data.transforms import Image, fit_size, resize
 from eventful_det.data.video import open_source
+from eventful_det.data.video.pictures import UnreadablePicture, read_image
+from eventful_det.data.video.transforms import Image, fit_size, resize
 from eventful_det.errors import UserError
 
 Dicts = Sequence[dict[str, Any]]

@@ -22,6 +22,8 @@ from eventful_det.data.source import VideoFrame
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.detectors.stopwatch import Stopwatch
+from eventful_det.detectors.vitdet.incremental import HeadsState
+from eventful_det.detectors.vitdet.macs import DetectorCosts
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import Rule, per_stream, step_streams
 from eventful_det.gating.dense import Dense
@@ -36,8 +38,6 @@ from eventful_det.gating.vit_spec import spec_of
 from eventful_det.integrations.detectron2.config import eventful_options
 from eventful_det.integrations.detectron2.heads import Heads
 from eventful_det.integrations.video_states import VideoStates
-from eventful_det.models.incremental import HeadsState
-from eventful_det.models.macs import DetectorCosts
 from eventful_det.runtime.budget import parse_budget, selector_for
 from eventful_det.runtime.control import Stepper
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession

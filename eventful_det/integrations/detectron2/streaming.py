@@ -14,10 +14,10 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from eventful_det.data.video import open_source
+from eventful_det.detectors.checkpoints.weight_files import load_exactly, read_tensors
 from eventful_det.gating.selector import Budget, Selector
 from eventful_det.integrations.detectron2.loading import Mapper, VIDMapper
 from eventful_det.integrations.detectron2.rcnn import EventfulRCNN
-from eventful_det.models.weight_files import load_exactly, read_tensors
 from eventful_det.runtime.stream import Source
 
 _video_ids = (f"source {n}" for n in count())

@@ -1,0 +1,1 @@
+"""Timing beside peers: things that take turns in one process."""

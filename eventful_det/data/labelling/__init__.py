@@ -1,0 +1,1 @@
+"""What pictures are labelled with, and by whom."""

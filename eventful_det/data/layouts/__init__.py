@@ -1,0 +1,1 @@
+"""Annotations of other programs, to COCO-video."""

@@ -1,0 +1,255 @@
+"""Detectors in and out of files: ours, safetensors that carry their config, and those of detectron2 and its like."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from eventful_det.detectors.checkpoints.infer_config import infer_config
+from eventful_det.detectors.checkpoints.key_maps import (
+    NOT_BOXES,
+    from_detectron2,
+    from_official,
+    is_official,
+    to_detectron2,
+)
+from eventful_det.detectors.checkpoints.weight_files import (
+    compare,
+    load_exactly,
+    matching,
+    read_tensors,
+    save_tensors,
+    without,
+)
+from eventful_det.detectors.labels import LabelMap, read_labels, relabel
+from eventful_det.detectors.rf_detr.loading import is_rf_detr, load_rf_detr
+from eventful_det.detectors.rf_detr.model import EventfulRFDETR
+from eventful_det.detectors.rf_detr.sizes import Name
+from eventful_det.detectors.vitdet.config import ModelConfig
+from eventful_det.detectors.vitdet.detector import Detector
+from eventful_det.engine.backends import Precision, quickest_precision
+from eventful_det.engine.detector import CompiledDetector, is_engine, load_engine
+from eventful_det.errors import UserError
+from eventful_det.files import written_whole
+
+FORMAT = "eventful-det/1"
+DEFAULT = "vitdet_tiny_vid"
+SYNTHETIC = "vitdet_tiny_synthetic"
+LAST_LAYER = "roi_heads.box_predictor.*"  # the only one that knows the classes
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a weights file holds.
+
+    Attributes:
+        format: whose names it uses.
+        config: of the detector; where the file does not tell, inferred from the weights.
+        tensors: under our names.
+        notes: metadata.
+        left_out: keys of the file that a detector of boxes has no use for.
+    """
+
+    format: Literal["eventful_det", "detectron2", "official"]
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    notes: dict[str, str]
+    left_out: tuple[str, ...] = ()
+
+
+def save_detector(
+    detector: Detector,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float16,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write weights, config and notes to one safetensors file, atomically.
+
+    Args:
+        detector: what to write.
+        path: of the file.
+        dtype: the weights are rounded to this type.
+        notes: more metadata, for example the command that made the weights.
+    """
+    metadata = {**(notes or {}), "format": FORMAT, "config": detector.config.to_json()}
+    save_tensors(path, _tensors(detector, dtype), metadata)
+
+
+def save_detectron2(
+    detector: Detector,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write weights as detectron2's checkpointer reads them, atomically; it ignores the config and notes beside them.
+
+    Args:
+        detector: what to write.
+        path: of the file; `.pkl` as in detectron2's model zoo, or `.pth`.
+        dtype: the weights are rounded to this type.
+        notes: more metadata.
+
+    Raises:
+        UserError: another suffix, or a type that NumPy does not have in a `.pkl`.
+    """
+    path = Path(path)
+    if path.suffix not in (".pkl", ".pth"):
+        raise UserError(f"{path}: detectron2 reads .pth and .pkl files; give one of these names")
+    if path.suffix == ".pkl" and dtype == torch.bfloat16:
+        raise UserError(f"{path}: a .pkl holds NumPy arrays, which cannot be bfloat16; use float32 or float16, or .pth")
+    tensors = to_detectron2(_tensors(detector, dtype))
+    about = {"config": detector.config.to_json(), **(notes or {})}
+    with written_whole(path) as part:
+        if path.suffix == ".pth":
+            torch.save({"model": tensors, "eventful_det": about}, part)
+        else:
+            arrays = {key: value.numpy() for key, value in tensors.items()}
+            part.write_bytes(pickle.dumps({"model": arrays, "__author__": "eventful_det", "eventful_det": about}))
+
+
+@overload
+def load_detector(source: Name) -> EventfulRFDETR: ...  # type: ignore[overload-overlap]
+
+
+@overload
+def load_detector(
+    source: str | os.PathLike[str] | None = None,
+    labels: LabelMap | str | os.PathLike[str] | None = None,
+    allow: Sequence[str] = (),
+    classes: Sequence[str] | None = None,
+    *,
+    precision: Precision | Literal["auto"] = "float32",
+    **changes: object,
+) -> Detector: ...
+
+
+def load_detector(
+    source: str | os.PathLike[str] | None = None,
+    labels: LabelMap | str | os.PathLike[str] | None = None,
+    allow: Sequence[str] = (),
+    classes: Sequence[str] | None = None,
+    *,
+    precision: Precision | Literal["auto"] = "float32",
+    **changes: object,
+) -> Detector | EventfulRFDETR | CompiledDetector:
+    """A detector ready for inference, on the CPU.
+
+    Args:
+        source: the name of shipped weights (the default ones if None), or a file: written by `save_detector`; a
+            ViTDet of detectron2 (`.pkl` of its model zoo, `.pth`); or the official eventful code's conversion of one.
+            The format is detected by content. Or the folder of a compiled engine, see `load_engine`, of which of the
+            options below `precision` alone holds; or an RF-DETR, see `load_rf_detr`, which has none of them.
+        labels: names of classes to change, or None as a name to drop the class; a mapping, or a JSON file of one.
+        allow: patterns such as "backbone.simfp_2.*" of keys that may be missing, unexpected or of another shape; what
+            is not in the file keeps its initial values. All other keys have to fit.
+        classes: to start training with. Where they are others than the file's, its last layer starts anew, which the
+            log says; where the file has no names but as many classes, they are called so.
+        precision: in which it computes; "auto" = bfloat16 where this CPU is quicker in it.
+        changes: values of `ModelConfig` to change that do not affect the weights, for example `proposals=50`; other
+            values too if `allow` says so.
+
+    Raises:
+        UserError: no such file or name; the file is of no known format, damaged, or asks for more than data; keys do
+            not fit; or a value is none that the option can have.
+    """
+    if source is not None and (is_engine(Path(source)) or is_rf_detr(source)):
+        if labels is not None or allow or classes is not None or changes:
+            raise UserError(f"{source}: labels, allow, classes and changes are for ViTDet in PyTorch alone")
+        return load_engine(Path(source), precision=precision) if is_engine(Path(source)) else load_rf_detr(source)
+    path = find_weights(source)
+    weights = read_weights(path)
+    known, tensors = weights.config.classes, weights.tensors
+    if classes is not None and tuple(classes) != known:
+        changes |= {"classes": tuple(classes), "dropped": ()}
+        if "config" in weights.notes or len(classes) != len(known):
+            tensors, allow = without(tensors, [LAST_LAYER]), [*allow, LAST_LAYER]
+            _LOG.warning(
+                "%s: the last layer starts anew, for %s in place of %s", path.name, _some(classes), _some(known)
+            )
+    config = ModelConfig.from_dict({**asdict(weights.config), **changes})
+    if labels is not None:
+        config = relabel(config, labels if isinstance(labels, Mapping) else read_labels(labels))
+    with torch.device("meta"):  # takes no memory, however large a damaged config says that the detector is
+        compare(Detector(config).state_dict(), tensors, str(path), allow)
+    detector = Detector(config)
+    load_exactly(detector, tensors, str(path), allow)
+    if precision == "auto":
+        precision = quickest_precision()
+    return detector.to(getattr(torch, precision)).eval()
+
+
+def read_weights(path: str | os.PathLike[str]) -> Weights:
+    """Read a weights file of any known format.
+
+    Raises:
+        UserError: the file is missing, damaged, of no known format, or asks for more than data.
+    """
+    contents = read_tensors(path)
+    tensors, notes = contents.tensors, contents.notes or _notes(contents.others.get("eventful_det"))
+    try:
+        if notes.get("format") == FORMAT:
+            return Weights("eventful_det", _config(notes), tensors, notes)
+        official = is_official(tensors)
+        tensors = from_official(tensors) if official else tensors
+        if not any(key.startswith("backbone.net.") for key in tensors):
+            raise UserError(f"no ViTDet of a known format, but {', '.join(list(tensors)[:3])}, ...")
+        left_out = matching(tensors, NOT_BOXES)
+        tensors = from_detectron2(without(tensors, NOT_BOXES))
+        config = _config(notes) if "config" in notes else infer_config(tensors)
+        return Weights("official" if official else "detectron2", config, tensors, notes, tuple(left_out))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (LookupError, ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{path} is no whole detector: {error!r}") from None
+
+
+def _notes(about: object) -> dict[str, str]:
+    """What a file of another format says of a detector of ours."""
+    return {str(key): text for key, text in about.items() if isinstance(text, str)} if isinstance(about, dict) else {}
+
+
+def _config(notes: Mapping[str, str]) -> ModelConfig:
+    try:
+        values = json.loads(notes["config"])
+    except (KeyError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError("its metadata holds no config of a detector; the file is damaged, get it again")
+    return ModelConfig.from_dict(values)
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} classes ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+
+
+def find_weights(source: str | os.PathLike[str] | None = None) -> Path:
+    """The file of a path, of the name of shipped weights, or of the shipped default.
+
+    Raises:
+        UserError: there is none.
+    """
+    source = str(DEFAULT if source is None else source)
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = Path(str(resources.files("eventful_det"))) / "weights"
+    named = shipped / f"{source}.safetensors"
+    if named.is_file():
+        return named
+    names = ", ".join(sorted(p.stem for p in shipped.glob("*.safetensors"))) or "none"
+    raise UserError(f"no weights {source!r}: neither a file nor one of the shipped names ({names})")
+
+
+def _tensors(detector: Detector, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().to(dtype).contiguous() for key, value in detector.state_dict().items()}

@@ -1,0 +1,326 @@
+"""The detector: dense training and inference, and `step` for video streams."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
+from eventful_det.detectors.results import Detections, FrameCost, StepResult
+from eventful_det.detectors.stopwatch import Stopwatch
+from eventful_det.detectors.vitdet.cascade import roi_heads
+from eventful_det.detectors.vitdet.config import ModelConfig
+from eventful_det.detectors.vitdet.incremental import (
+    HeadsState,
+    init_heads,
+    refresh_proposals,
+    refresh_pyramid,
+    refresh_regions,
+)
+from eventful_det.detectors.vitdet.macs import DetectorCosts, HeadSizes, HeadWeights
+from eventful_det.detectors.vitdet.rpn import ProposalGenerator
+from eventful_det.detectors.vitdet.vitdet import ViTDetBackbone
+from eventful_det.errors import UserError
+from eventful_det.gating.convert import Rule, per_stream, step_streams
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.macs import dense_macs
+from eventful_det.gating.rows import Rows
+from eventful_det.gating.saliency import token_saliency
+from eventful_det.gating.selector import DEFAULT, Budget, Select, Selector
+from eventful_det.gating.state import State, StreamState, TensorTree
+from eventful_det.gating.update import Update
+from eventful_det.gating.vit_spec import spec_of
+
+if TYPE_CHECKING:
+    from eventful_det.runtime.budget import BudgetOptions
+    from eventful_det.runtime.motion import Hold
+    from eventful_det.runtime.stream import Source, Stream
+
+DIVISOR = 32  # sides of the network's input are multiples of the stride of p5
+
+
+@dataclass
+class DetectorStream(TensorTree):
+    """What a detector remembers of one stream.
+
+    Attributes:
+        backbone: state of the update rule.
+        size: (height, width) of the last frame in pixels.
+        heads: maps of the pyramid and the heads, and the last proposals.
+        detections: of the last frame; they stand while nothing changes.
+    """
+
+    backbone: State[StreamState]
+    size: tuple[int, int]
+    heads: HeadsState | None = None
+    detections: Detections | None = None
+
+
+class Detector(nn.Module):
+    """ViTDet: a windowed ViT, a simple feature pyramid, region proposals and region heads; a `VideoDetector`.
+
+    Parameters carry detectron2's names. Dense in `forward`; eventful in `step` and `stream`.
+
+    Args:
+        config: sizes and class names.
+
+    Attributes:
+        spec: the ViT as the update rules see it.
+        head_weights: MACs of the heads at one place.
+        rule: how tokens are recomputed in `stream` unless it is told.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if not config.classes:
+            raise UserError("model: classes is empty; a detector needs at least one class name")
+        self.config = config
+        self.rule: AnyRule = DEFAULT_RULE
+        self.backbone = ViTDetBackbone(config)
+        self.proposal_generator = ProposalGenerator(config)
+        self.roi_heads = roi_heads(config)
+        std = sum(config.pixel_std) / len(config.pixel_std)
+        self.spec = dataclasses.replace(spec_of(self.backbone.net), pixel_std=std)
+        self.head_weights = HeadWeights.of(self.backbone, self.proposal_generator.rpn_head, self.roi_heads)
+        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names; a label is an index into them."""
+        return self.config.classes
+
+    @property
+    def input_transform(self) -> InputTransform:
+        """How a frame becomes an input, in the model's own size."""
+        config = self.config
+        return InputTransform(config.short_side, config.long_side, config.patch, config.pixel_mean)
+
+    def forward(
+        self, images: Tensor | Sequence[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[Detections]:
+        """The dense detector.
+
+        Args:
+            images: `(B, 3, h, w)` or B tensors `(3, h, w)`, RGB in [0, 1].
+            targets: per image "boxes" `(n, 4)` xyxy in pixels and "labels" `(n,)` from 0; needed for training.
+
+        Returns:
+            Losses in training mode, otherwise the detections of each image.
+        """
+        batch, sizes = self._batch(images)
+        levels = self.backbone(batch)
+        if not self.training:
+            proposals, _ = self.proposal_generator(levels, sizes)
+            return self.roi_heads.detect(levels, proposals, sizes)
+        if targets is None:
+            raise UserError("Detector: training needs targets; give them or call .eval() first")
+        proposals, losses = self.proposal_generator(levels, sizes, targets)
+        return {**losses, **self.roi_heads.losses(levels, proposals, targets)}
+
+    def init_state(self, batch: int = 1) -> State[DetectorStream]:
+        """An empty state for `batch` streams."""
+        return State([None] * batch)
+
+    @torch.inference_mode(False)  # so that the state can go on in and outside of inference mode
+    @torch.no_grad()
+    def step(
+        self,
+        frames: Tensor | Sequence[Tensor],
+        state: State[DetectorStream],
+        *,
+        rule: AnyRule = DEFAULT_RULE,
+        selector: Select = DEFAULT,
+        flush: Sequence[bool] | bool = False,
+        timing: bool = False,
+    ) -> list[StepResult]:
+        """Detect in the next frame of every stream.
+
+        Args:
+            frames: `(B, 3, h, w)` or B tensors `(3, h, w)`, RGB in [0, 1]; sizes may differ.
+            state: of the B streams, updated in place. A frame of a new size flushes its stream alone.
+            rule: how tokens are recomputed.
+            selector: which tokens are recomputed.
+            flush: streams to recompute in full.
+            timing: measure the seconds of each part, for which a GPU is waited for once.
+
+        Raises:
+            UserError: the numbers of frames and streams differ, or a module is in training mode.
+        """
+        if any(module.training for module in self.modules()):
+            raise UserError("Detector.step is for inference, and the detector or a part of it trains; call .eval()")
+        flushes = [flush] * len(state) if isinstance(flush, bool) else list(flush)
+        stopwatch = Stopwatch(self.device, timing)
+        images, streams = [], []
+        for i, frame in enumerate(per_stream("frames", list(frames), state)):
+            size = (frame.shape[-2], frame.shape[-1])
+            stream = state.streams[i]
+            if stream is None or stream.size != size:
+                state.streams[i] = stream = DetectorStream(State([None]), size)
+            images.append(self._prepare(frame, *size))
+            streams.append(stream)
+        stopwatch.lap("other")
+        backbones = State([stream.backbone.streams[0] for stream in streams])
+        saliency = [self._saliency(*pair) for pair in zip(images, streams, strict=True)]
+        updates = step_streams(
+            self.spec,
+            images,
+            backbones,
+            rule=cast(Rule[StreamState], rule),
+            selector=selector,
+            flush=flushes,
+            saliency=saliency,
+        )
+        for stream, backbone in zip(streams, backbones.streams, strict=True):
+            stream.backbone.streams[0] = backbone
+        stopwatch.lap("backbone")
+        heads = [Stopwatch(self.device, timing) for _ in streams]
+        results = []
+        with torch.autocast(self.device.type, enabled=False):  # the heads compute in the type of their parameters
+            for update, stream, watch in zip(updates, streams, heads, strict=True):
+                update = dataclasses.replace(update, tokens=update.tokens.to(self.spec.dtype))
+                results.append(self._step_heads(update, stream, isinstance(rule, Dense), watch))
+        shared = {part: seconds / len(streams) for part, seconds in stopwatch.seconds().items()}
+        for result, watch in zip(results, heads, strict=True):
+            result.cost.seconds.update(shared | watch.seconds())
+        return results
+
+    def cost_model(self, rule: AnyRule) -> DetectorCosts:
+        """What frames will cost under a rule.
+
+        Raises:
+            UserError: it is not the rows rule with the patch gate.
+        """
+        if not isinstance(rule, Rows) or rule.gate != "patches":
+            raise UserError("costs are known in advance under the rows rule with the patch gate only")
+        static = self.device.type != "cpu" if rule.static is None else rule.static
+        return DetectorCosts(self.spec.shape, self.head_weights, self.config.proposals, static)
+
+    def with_rule(self, rule: AnyRule | None) -> Detector:
+        """The same weights, shared, streaming by another rule; None = dense."""
+        other = copy.copy(self)
+        other.rule = Dense() if rule is None else rule
+        return other
+
+    def stream(
+        self,
+        source: Source,
+        *,
+        budget: Budget | Selector = None,
+        options: BudgetOptions | None = None,
+        rule: AnyRule | None = None,
+        max_frames: int | None = None,
+        short_side: int | None = None,
+        long_side: int | None = None,
+        scene_cuts: bool = True,
+        hold: Hold = None,
+        shadow_every: int = 0,
+        shadow_score: float = 0.5,
+        timing: bool = False,
+        live: bool = False,
+    ) -> Stream:
+        """Detect in a video, lazily and in constant memory; see `eventful_det.runtime.stream.Stream`."""
+        from eventful_det.runtime.stream import Stream
+
+        return Stream(
+            self,
+            source,
+            budget=budget,
+            options=options,
+            rule=self.rule if rule is None else rule,
+            max_frames=max_frames,
+            short_side=short_side,
+            long_side=long_side,
+            scene_cuts=scene_cuts,
+            hold=hold,
+            shadow_every=shadow_every,
+            shadow_score=shadow_score,
+            timing=timing,
+            live=live,
+        )
+
+    def _batch(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Normalise and pad all images to the size of the largest."""
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        height, width = (max(side) for side in zip(*sizes, strict=True))
+        return torch.stack([self._prepare(image, height, width) for image in images]), sizes
+
+    def _prepare(self, image: Tensor, height: int, width: int) -> Tensor:
+        """Normalise an image `(3, h, w)`, and pad it at the bottom and right to at least `height` and `width`.
+
+        Sides become multiples of `DIVISOR`, so that the pyramid can halve them.
+        """
+        image = (image - self.pixel_mean).div_(self.pixel_std)
+        least, (_, h, w) = self.config.square_pad, image.shape
+        height, width = (-(-max(side, least) // DIVISOR) * DIVISOR for side in (height, width))
+        return image if (h, w) == (height, width) else F.pad(image, (0, width - w, 0, height - h))
+
+    def _saliency(self, image: Tensor, stream: DetectorStream) -> Tensor | None:
+        """How much each token of a prepared frame matters, `(N,)`: by what was detected on the frame before."""
+        found = stream.detections
+        if found is None:
+            return None
+        return token_saliency(found.boxes, found.scores, self.spec.grid(*image.shape[-2:]), self.config.patch)
+
+    def _step_heads(self, update: Update, stream: DetectorStream, dense: bool, watch: Stopwatch) -> StepResult:
+        """Detections from the token map of one stream."""
+        grid = (update.tokens.shape[0], update.tokens.shape[1])
+        weights = self.head_weights
+        everything = {
+            "backbone": dense_macs(self.spec.shape, grid).total,
+            **weights.dense(grid, self.config.proposals),
+        }
+        macs = {**dict.fromkeys(everything, 0), "backbone": update.macs.total}
+        if dense:
+            stream.detections, proposals = self._run_heads(update.tokens, stream.size, watch)
+            macs |= weights.dense(grid, proposals)
+        elif update.changed.numel() or stream.detections is None:
+            stream.detections, sizes = self._refresh_heads(update, stream, watch)
+            macs |= weights.macs(sizes)
+        cost = FrameCost(macs, everything, round(float(update.work.sum())), len(update.work), update.flush)
+        assert stream.detections is not None
+        return StepResult(stream.detections.clone(), cost, update.work.view(grid))
+
+    def _run_heads(self, tokens: Tensor, size: tuple[int, int], watch: Stopwatch) -> tuple[Detections, int]:
+        """All heads in full, from the token map `(H, W, D)`; also the number of proposals."""
+        levels = self.backbone.pyramid(tokens.permute(2, 0, 1)[None])  # (1, C, h, w) each
+        watch.lap("pyramid")
+        proposals, _ = self.proposal_generator(levels, [size])
+        watch.lap("rpn")
+        (detections,) = self.roi_heads.detect(levels, proposals, [size])
+        watch.lap("roi")
+        return detections, len(proposals[0])
+
+    def _refresh_heads(
+        self, update: Update, stream: DetectorStream, watch: Stopwatch
+    ) -> tuple[Detections, HeadSizes[int]]:
+        """The heads where changed tokens reach; also at how many places they ran."""
+        tokens, changed, generator = update.tokens, update.changed, self.proposal_generator
+        if stream.heads is None:
+            stream.heads = init_heads(self.backbone, generator, tokens)
+            changed = torch.arange(len(update.work), device=tokens.device)
+        heads = stream.heads
+        pyramid = refresh_pyramid(self.backbone, tokens, changed, heads)
+        watch.lap("pyramid")
+        rpn = refresh_proposals(generator, heads, pyramid.cells)
+        proposals = generator.select(heads.layout.sizes, heads.logits, heads.deltas, stream.size)
+        watch.lap("rpn")
+        regions, computed = refresh_regions(self.roi_heads, proposals, changed, heads, stream.size)
+        detections = self.roi_heads.select(regions, stream.size)
+        watch.lap("roi")
+        return detections, HeadSizes(pyramid.sources, pyramid.convolved, rpn.convolved, rpn.predicted, computed)

@@ -1,0 +1,1 @@
+"""Labelled clips, and where their frames come from."""
