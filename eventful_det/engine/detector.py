@@ -321,7 +321,8 @@ class CompiledDetector:
             saliency.append(
                 None if found is None else token_saliency(found.boxes, found.scores, self.grid, self.config.patch)
             )
-        return self.rule.choose(patches, gates, selector, saliency, self._side)
+        unit = float(self._std.mean()) / 0.5
+        return self.rule.choose(patches, gates, selector, saliency, self._side, 3, unit)
 
     def _patches(self, image: Tensor) -> Tensor:
         """An image `(3, h, w)` as patches `(N, 3 * patch^2)`."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.comparison import token_errors
+from eventful_det.gating.comparison import compare
 from eventful_det.gating.macs import Macs, ViTShape, attention_macs
 from eventful_det.gating.rows import compute_dtype
 from eventful_det.gating.selector import GateInput, Select
@@ -126,7 +126,8 @@ class Windows:
         """Process the next frame of every stream; see `Rows.step`."""
         flushes = [state.frame == 0 for state in states]
         compared = [vit.patches(frame) for frame in frames]
-        choices = self.choose(compared, states, select, saliency, vit.shape.window)
+        unit = vit.pixel_std / 0.5  # as in `Rows`
+        choices = self.choose(compared, states, select, saliency, vit.shape.window, vit.shape.channels, unit)
         updates = []
         for now, chosen, state, flush in zip(compared, choices, states, flushes, strict=True):
             if flush or state.tables is None:
@@ -147,6 +148,8 @@ class Windows:
         select: Select,
         saliency: Sequence[Tensor | None],
         side: Side,
+        channels: int,
+        unit: float,
     ) -> list[Chosen]:
         """The only decision of the frame: the windows of each stream, whose tokens then count as renewed.
 
@@ -155,12 +158,13 @@ class Windows:
             states: of the streams; reference, age and frame are updated.
             select, saliency: as for `step`.
             side: of a window.
+            channels, unit: as for `compare`.
         """
-        gates = [
-            GateInput(token_errors(now, state.reference), state.age, state.frame, state.grid, weight, stream)
-            for stream, (now, state, weight) in enumerate(zip(compared, states, saliency, strict=True))
-            if state.frame
-        ]
+        gates = []
+        for stream, (now, state, weight) in enumerate(zip(compared, states, saliency, strict=True)):
+            if state.frame:
+                error, noise = compare(now, state.reference, channels, unit, now.device.type != "cpu")
+                gates.append(GateInput(error, state.age, state.frame, state.grid, weight, stream, noise))
         asked = [gate.stream for gate in gates]
         indices = dict(zip(asked, select(gates) if gates else (), strict=True))
         choices = []

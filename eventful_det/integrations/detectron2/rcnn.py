@@ -132,7 +132,8 @@ class EventfulRCNN(GeneralizedRCNN):
         self.rule = _RULES.get(rule, rule) if isinstance(rule, str) else rule
         if isinstance(self.rule, str):
             raise UserError(f"unknown rule {rule!r}; expected rows, paper or dense, or a Rows or Paper")
-        self.spec = spec_of(backbone.net)
+        std = sum(pixel_std) / len(pixel_std) / 255  # detectron2's pixels go to 255
+        self.spec = dataclasses.replace(spec_of(backbone.net), pixel_std=std)
         self.names = tuple(names) or tuple(map(str, range(roi_heads.num_classes)))
         self.input_transform = InputTransform(short_side, long_side, self.spec.patch)
         self.heads = Heads(self.backbone, self.proposal_generator, self.roi_heads, incremental_heads)
