@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from eventful_det.data.video.background import BackgroundReader
+from eventful_det.data.background import BackgroundReader
 from eventful_det.errors import UserError, printable
 from eventful_det.secrets import mask_secrets
 

@@ -23,9 +23,9 @@ import numpy as np
 import pytest
 from servers import FPS, HEIGHT, WIDTH, Server, age_of, jpeg_camera, take_picture, why_not
 
+from eventful_det.data.background import BackgroundReader
 from eventful_det.data.source import public_name
 from eventful_det.data.video import VideoFrame, open_source
-from eventful_det.data.video.background import BackgroundReader
 from eventful_det.data.video.decoder import Decoder
 from eventful_det.data.video.live import CapturedFrame, LiveClock, LiveSource
 from eventful_det.errors import UserError

@@ -113,7 +113,7 @@ def test_streams_pools_and_budgets() -> None:
     budget = Gmacs(float(prices[13]) / 1e9)
     for result in list(engine.stream(film, budget=budget, scene_cuts=False))[1:]:
         assert result.cost.total <= prices[13] and result.cost.recomputed == 12
-    pool = StreamPool(detector, budget=0.2, scene_cuts=False)
+    pool = StreamPool(detector, budget=0.2, scene_cuts=False, hold=1)
     pool.add(film, name="one")
     pool.add(film[:4], name="two")
     rounds = list(pool)

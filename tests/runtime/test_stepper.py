@@ -205,7 +205,7 @@ def test_a_small_budget_has_frames_held_and_is_kept_on_average(
     assert (len(keys) < len(results)) == (share < 0.7)
     shared = list(tiny_detector.stream(images, budget=0.05, scene_cuts=False))[1:]
     assert sum(result.cost.recomputed for result in shared) <= 1.1 * 0.05 * 60 * len(shared)
-    assert all(result.held or result.cost.recomputed in (0, 15) for result in shared)
+    assert all(result.held or result.cost.recomputed <= 15 for result in shared)
     assert 0 < sum(not result.held for result in shared) < len(shared) / 3
     assert not any(result.held for result in tiny_detector.stream(images[:9], budget=0.25, scene_cuts=False))
 

@@ -99,7 +99,7 @@ def test_detections_are_in_pixels_of_the_source(tiny_detector: Detector, frames:
 
 
 def test_budget_between_frames(tiny_detector: Detector, frames: list[Image]) -> None:
-    stream = tiny_detector.stream(frames, budget=7)
+    stream = tiny_detector.stream(frames, budget=7, hold=1)
     recomputed = [next(stream).cost.recomputed, next(stream).cost.recomputed]
     budgets: list[Budget | Selector] = [0.2, TopK(3), 0, EVERYTHING]
     for budget in budgets:
