@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from eventful_det.data.video import VideoFrame, open_source
 from eventful_det.data.background import BackgroundReader
+from eventful_det.data.video import VideoFrame, open_source
 
 _PATIENCE = 0.5  # seconds; a local source that takes longer for a frame is not waited for until it has one
 
