@@ -9,6 +9,7 @@ from torch import Tensor
 
 _FITS = 6  # rounds of the robust fit of light
 _BETTER = 0.5  # light has changed if it leaves less than this of the change of the median token
+_MOST = 32 / 255  # standard deviation of pixels beyond which a camera's noise is none
 _STILL = 4  # one token in so many is held to be still
 _APART = 2  # pixels between those whose changes are compared: of resized frames, neighbours share noise
 _FINE = 0.9  # what noise has of its change from pixel to pixel, and what moves seldom has
@@ -44,7 +45,9 @@ def compare(
     if not channels:
         return Comparison(token_errors(tokens, reference) * unit)
     adopt_light(tokens, reference, channels, static)
-    return Comparison(token_errors(tokens, reference) * unit, noise_levels(tokens, reference, channels) * unit)
+    most = _MOST / 0.5 * (2 * tokens.shape[1]) ** 0.5  # of the difference of two frames
+    noise = (noise_levels(tokens, reference, channels) * unit).clamp(max=most)
+    return Comparison(token_errors(tokens, reference) * unit, noise)
 
 
 def token_errors(tokens: Tensor, reference: Tensor) -> Tensor:
