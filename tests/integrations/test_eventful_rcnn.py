@@ -388,7 +388,8 @@ def test_a_yacs_config_builds_the_model() -> None:
     cfg = yacs("MODEL.EVENTFUL.BUDGET", 0.25, "MODEL.EVENTFUL.INCREMENTAL_HEADS", True)
     model = randomise(build_model(cfg)).eval()
     outputs = run(model, video(3))
-    assert [x["cost"].recomputed for x in outputs] == [60, 15, 15]
+    first, *others = [x["cost"].recomputed for x in outputs]
+    assert first == 60 and all(0 < some <= 15 for some in others)
     assert yacs("MODEL.EVENTFUL.BUDGET", 40).MODEL.EVENTFUL.BUDGET == 40
     model = build_model(yacs("MODEL.EVENTFUL.THRESHOLD", 1.5, "MODEL.EVENTFUL.RENEW_EVERY", 9))
     assert model.rule == Rows(renew_every=9) and model.budget == Selector(LargestError(1.5, age_power=0.5), 1.0)
