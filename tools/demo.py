@@ -72,6 +72,7 @@ class Options:
     """What may be asked of the demo; configs/demo.yaml explains it."""
 
     positional: ClassVar = ("source",)
+    aliases: ClassVar = {"model": "weights"}  # as other detectors call it
 
     task: actions.Task | None
     gate: dict[str, Any]

@@ -40,6 +40,7 @@ class Options:
     """What may be asked of the page; configs/serve.yaml explains it."""
 
     positional: ClassVar = ("source",)
+    aliases: ClassVar = {"model": "weights"}  # as other detectors call it
 
     gate: dict[str, Any]
     source: Texts | None
