@@ -150,8 +150,9 @@ class Rows:
             for index, state, flush, size in zip(indices, states, flushes, sizes, strict=True)
         ]
 
-    def _is_static(self, vit: ViTSpec) -> bool:
-        return vit.device.type != "cpu" if self.static is None else self.static
+    def is_static(self, device: torch.device) -> bool:
+        """Whether shapes on a device depend on the number of selected tokens alone."""
+        return device.type != "cpu" if self.static is None else self.static
 
     def _renews(self, state: RowsState) -> bool:
         return self.renew_every > 0 and state.frame % self.renew_every == 0
@@ -159,7 +160,7 @@ class Rows:
     def compare(self, vit: ViTSpec, compared: Tensor, reference: Tensor) -> Comparison:
         """Compare patches or embeddings with their reference, which takes on the light of the frame."""
         channels = vit.shape.channels if self.gate == "patches" else 0
-        return compare(compared, reference, channels, vit.pixel_std / 0.5, self._is_static(vit))
+        return compare(compared, reference, channels, vit.pixel_std / 0.5, self.is_static(vit.device))
 
     def _choose(
         self,
@@ -193,7 +194,7 @@ class Rows:
         full: Sequence[bool],
     ) -> list[RowsSizes]:
         """Recompute the tokens `(r,)` of each stream, updating its state."""
-        static = self._is_static(vit)
+        static = self.is_static(vit.device)
         selections = []
         for now, index, state in zip(compared, indices, states, strict=True):
             rows = now.index_select(0, index)  # (r, P or D)

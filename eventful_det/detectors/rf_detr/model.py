@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from eventful_det.data.video.transforms import Image
-from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
+from eventful_det.detectors.gated import GatedDetector, GatedStream, priced_statically
+from eventful_det.detectors.protocol import AnyRule, InputTransform
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.detectors.rf_detr.parts import Parts, parts_of
 from eventful_det.detectors.rf_detr.projector import (
@@ -25,32 +25,22 @@ from eventful_det.detectors.rf_detr.projector import (
 )
 from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import Rule, per_stream, step_streams
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
-from eventful_det.gating.rows import Rows
-from eventful_det.gating.saliency import token_saliency
-from eventful_det.gating.selector import DEFAULT, Select
-from eventful_det.gating.state import State, StreamState, TensorTree
+from eventful_det.gating.state import State
 from eventful_det.gating.update import Update
 from eventful_det.gating.vit_spec import spec_of
 
 
 @dataclass
-class RFDETRStream(TensorTree):
+class RFDETRStream(GatedStream):
     """What the detector remembers of one stream.
 
     Attributes:
-        backbone: state of the update rule.
-        size: (height, width) of the last frame in pixels.
         projector: None before the first frame, and under the dense rule.
-        detections: of the last frame; they stand while nothing changes.
     """
 
-    backbone: State[StreamState]
-    size: tuple[int, int]
     projector: ProjectorState | None = None
-    detections: Detections | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +81,7 @@ class Stretch(InputTransform):
         return self.short_side, self.short_side
 
 
-class EventfulRFDETR(nn.Module):
+class EventfulRFDETR(GatedDetector[RFDETRStream]):
     """RF-DETR for video: a `VideoDetector`.
 
     Modifications against the network that it is made from:
@@ -132,11 +122,6 @@ class EventfulRFDETR(nn.Module):
         self.eval()
 
     @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.spec.device
-
-    @property
     def names(self) -> tuple[str, ...]:
         """Class names; a label is an index into them."""
         return self.parts.names
@@ -152,82 +137,20 @@ class EventfulRFDETR(nn.Module):
         results = self.step(list(images), self.init_state(len(images)), rule=Dense())
         return [result.detections for result in results]
 
-    def init_state(self, batch: int = 1) -> State[RFDETRStream]:
-        """An empty state for `batch` streams."""
-        return State([None] * batch)
-
-    @torch.inference_mode(False)  # so that the state can go on in and outside of inference mode
-    @torch.no_grad()
-    def step(
-        self,
-        frames: Sequence[Tensor],
-        state: State[RFDETRStream],
-        *,
-        rule: AnyRule = DEFAULT_RULE,
-        selector: Select = DEFAULT,
-        flush: Sequence[bool] | bool = False,
-        timing: bool = False,
-    ) -> list[StepResult]:
-        """Detect in the next frame of every stream; see `VideoDetector.step`.
-
-        Raises:
-            UserError: the numbers of frames and streams differ, a module is in training mode, or the rule is the
-                paper's.
-        """
-        if any(module.training for module in self.modules()):
-            raise UserError("EventfulRFDETR.step is for inference, and a part of it trains; call .eval()")
-        flushes = [flush] * len(state) if isinstance(flush, bool) else list(flush)
-        watch = Stopwatch(self.device, timing)
-        images, streams, saliency = [], [], []
-        for i, frame in enumerate(per_stream("frames", list(frames), state)):
-            size, stream = (frame.shape[-2], frame.shape[-1]), state.streams[i]
-            if stream is None or stream.size != size:
-                state.streams[i] = stream = RFDETRStream(State([None]), size)
-            images.append((frame - self.pixel_mean) / self.pixel_std)
-            streams.append(stream)
-            saliency.append(self._saliency(stream))
-        watch.lap("other")
-        backbones = State([stream.backbone.streams[0] for stream in streams])
-        updates = step_streams(
-            self.spec,
-            images,
-            backbones,
-            rule=cast(Rule[StreamState], rule),
-            selector=selector,
-            flush=flushes,
-            saliency=saliency,
-        )
-        for stream, backbone in zip(streams, backbones.streams, strict=True):
-            stream.backbone.streams[0] = backbone
-        watch.lap("backbone")
-        heads = [Stopwatch(self.device, timing) for _ in streams]
-        results = []
-        with torch.autocast(self.device.type, enabled=False):  # the heads compute in the type of their parameters
-            for update, stream, own in zip(updates, streams, heads, strict=True):
-                update = dataclasses.replace(update, tokens=update.tokens.to(self.spec.dtype))
-                results.append(self._step_heads(update, stream, isinstance(rule, Dense), own))
-        shared = {part: seconds / len(streams) for part, seconds in watch.seconds().items()}
-        for result, own in zip(results, heads, strict=True):
-            result.cost.seconds.update(shared | own.seconds())
-        return results
-
     def cost_model(self, rule: AnyRule) -> RFDETRCosts:
         """What frames will cost under a rule.
 
         Raises:
             UserError: it is not the rows rule with the patch gate.
         """
-        if not isinstance(rule, Rows) or rule.gate != "patches":
-            raise UserError("costs are known in advance under the rows rule with the patch gate only")
-        static = self.device.type != "cpu" if rule.static is None else rule.static
+        static = priced_statically(rule, self.device)
         return RFDETRCosts(self.spec.shape, static, self.parts.projector, self.parts.decoder)
 
-    def _saliency(self, stream: RFDETRStream) -> Tensor | None:
-        """How much each token matters, `(N,)`: by what was detected on the frame before."""
-        found = stream.detections
-        if found is None:
-            return None
-        return token_saliency(found.boxes, found.scores, self.spec.grid(*stream.size), self.spec.patch)
+    def _new_stream(self, size: tuple[int, int]) -> RFDETRStream:
+        return RFDETRStream(State([None]), size)
+
+    def _normalised(self, frame: Tensor) -> Tensor:
+        return (frame - self.pixel_mean) / self.pixel_std
 
     def _step_heads(self, update: Update, stream: RFDETRStream, dense: bool, watch: Stopwatch) -> StepResult:
         """Detections from the feature maps of one stream."""

@@ -6,12 +6,13 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from eventful_det.detectors.gated import GatedDetector, GatedStream, priced_statically
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.detectors.stopwatch import Stopwatch
@@ -28,13 +29,10 @@ from eventful_det.detectors.vitdet.macs import DetectorCosts, HeadSizes, HeadWei
 from eventful_det.detectors.vitdet.rpn import ProposalGenerator
 from eventful_det.detectors.vitdet.vitdet import ViTDetBackbone
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import Rule, per_stream, step_streams
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
-from eventful_det.gating.rows import Rows
-from eventful_det.gating.saliency import token_saliency
-from eventful_det.gating.selector import DEFAULT, Budget, Select, Selector
-from eventful_det.gating.state import State, StreamState, TensorTree
+from eventful_det.gating.selector import Budget, Selector
+from eventful_det.gating.state import State
 from eventful_det.gating.update import Update
 from eventful_det.gating.vit_spec import spec_of
 
@@ -47,23 +45,17 @@ DIVISOR = 32  # sides of the network's input are multiples of the stride of p5
 
 
 @dataclass
-class DetectorStream(TensorTree):
+class DetectorStream(GatedStream):
     """What a detector remembers of one stream.
 
     Attributes:
-        backbone: state of the update rule.
-        size: (height, width) of the last frame in pixels.
         heads: maps of the pyramid and the heads, and the last proposals.
-        detections: of the last frame; they stand while nothing changes.
     """
 
-    backbone: State[StreamState]
-    size: tuple[int, int]
     heads: HeadsState | None = None
-    detections: Detections | None = None
 
 
-class Detector(nn.Module):
+class Detector(GatedDetector[DetectorStream]):
     """ViTDet: a windowed ViT, a simple feature pyramid, region proposals and region heads; a `VideoDetector`.
 
     Parameters carry detectron2's names. Dense in `forward`; eventful in `step` and `stream`.
@@ -94,11 +86,6 @@ class Detector(nn.Module):
         self.head_weights = HeadWeights.of(self.backbone, self.proposal_generator.rpn_head, self.roi_heads)
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -133,82 +120,13 @@ class Detector(nn.Module):
         proposals, losses = self.proposal_generator(levels, sizes, targets)
         return {**losses, **self.roi_heads.losses(levels, proposals, targets)}
 
-    def init_state(self, batch: int = 1) -> State[DetectorStream]:
-        """An empty state for `batch` streams."""
-        return State([None] * batch)
-
-    @torch.inference_mode(False)  # so that the state can go on in and outside of inference mode
-    @torch.no_grad()
-    def step(
-        self,
-        frames: Tensor | Sequence[Tensor],
-        state: State[DetectorStream],
-        *,
-        rule: AnyRule = DEFAULT_RULE,
-        selector: Select = DEFAULT,
-        flush: Sequence[bool] | bool = False,
-        timing: bool = False,
-    ) -> list[StepResult]:
-        """Detect in the next frame of every stream.
-
-        Args:
-            frames: `(B, 3, h, w)` or B tensors `(3, h, w)`, RGB in [0, 1]; sizes may differ.
-            state: of the B streams, updated in place. A frame of a new size flushes its stream alone.
-            rule: how tokens are recomputed.
-            selector: which tokens are recomputed.
-            flush: streams to recompute in full.
-            timing: measure the seconds of each part, for which a GPU is waited for once.
-
-        Raises:
-            UserError: the numbers of frames and streams differ, or a module is in training mode.
-        """
-        if any(module.training for module in self.modules()):
-            raise UserError("Detector.step is for inference, and the detector or a part of it trains; call .eval()")
-        flushes = [flush] * len(state) if isinstance(flush, bool) else list(flush)
-        stopwatch = Stopwatch(self.device, timing)
-        images, streams = [], []
-        for i, frame in enumerate(per_stream("frames", list(frames), state)):
-            size = (frame.shape[-2], frame.shape[-1])
-            stream = state.streams[i]
-            if stream is None or stream.size != size:
-                state.streams[i] = stream = DetectorStream(State([None]), size)
-            images.append(self._prepare(frame, *size))
-            streams.append(stream)
-        stopwatch.lap("other")
-        backbones = State([stream.backbone.streams[0] for stream in streams])
-        saliency = [self._saliency(*pair) for pair in zip(images, streams, strict=True)]
-        updates = step_streams(
-            self.spec,
-            images,
-            backbones,
-            rule=cast(Rule[StreamState], rule),
-            selector=selector,
-            flush=flushes,
-            saliency=saliency,
-        )
-        for stream, backbone in zip(streams, backbones.streams, strict=True):
-            stream.backbone.streams[0] = backbone
-        stopwatch.lap("backbone")
-        heads = [Stopwatch(self.device, timing) for _ in streams]
-        results = []
-        with torch.autocast(self.device.type, enabled=False):  # the heads compute in the type of their parameters
-            for update, stream, watch in zip(updates, streams, heads, strict=True):
-                update = dataclasses.replace(update, tokens=update.tokens.to(self.spec.dtype))
-                results.append(self._step_heads(update, stream, isinstance(rule, Dense), watch))
-        shared = {part: seconds / len(streams) for part, seconds in stopwatch.seconds().items()}
-        for result, watch in zip(results, heads, strict=True):
-            result.cost.seconds.update(shared | watch.seconds())
-        return results
-
     def cost_model(self, rule: AnyRule) -> DetectorCosts:
         """What frames will cost under a rule.
 
         Raises:
             UserError: it is not the rows rule with the patch gate.
         """
-        if not isinstance(rule, Rows) or rule.gate != "patches":
-            raise UserError("costs are known in advance under the rows rule with the patch gate only")
-        static = self.device.type != "cpu" if rule.static is None else rule.static
+        static = priced_statically(rule, self.device)
         return DetectorCosts(self.spec.shape, self.head_weights, self.config.proposals, static)
 
     def with_rule(self, rule: AnyRule | None) -> Detector:
@@ -270,12 +188,11 @@ class Detector(nn.Module):
         height, width = (-(-max(side, least) // DIVISOR) * DIVISOR for side in (height, width))
         return image if (h, w) == (height, width) else F.pad(image, (0, width - w, 0, height - h))
 
-    def _saliency(self, image: Tensor, stream: DetectorStream) -> Tensor | None:
-        """How much each token of a prepared frame matters, `(N,)`: by what was detected on the frame before."""
-        found = stream.detections
-        if found is None:
-            return None
-        return token_saliency(found.boxes, found.scores, self.spec.grid(*image.shape[-2:]), self.config.patch)
+    def _new_stream(self, size: tuple[int, int]) -> DetectorStream:
+        return DetectorStream(State([None]), size)
+
+    def _normalised(self, frame: Tensor) -> Tensor:
+        return self._prepare(frame, frame.shape[-2], frame.shape[-1])
 
     def _step_heads(self, update: Update, stream: DetectorStream, dense: bool, watch: Stopwatch) -> StepResult:
         """Detections from the token map of one stream."""

@@ -261,8 +261,7 @@ class EventfulRCNN(GeneralizedRCNN):
         weights = self.heads.weights if self.heads.incremental else None
         if weights is None or not isinstance(rule, Rows) or rule.gate != "patches":
             raise UserError("costs are known in advance under the rows rule with incremental_heads only")
-        static = self.device.type != "cpu" if rule.static is None else rule.static
-        return DetectorCosts(self.spec.shape, weights, self.heads.regions.most, static)
+        return DetectorCosts(self.spec.shape, weights, self.heads.regions.most, rule.is_static(self.device))
 
     def _advance(self, inputs: Sequence[Input]) -> list[tuple[Instances, StreamResult]]:
         """Process frames of different videos."""
