@@ -27,7 +27,7 @@ from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT as SELECTOR
 from eventful_det.gating.selector import Selector, TopK
 from eventful_det.options import Natural, NonNegative, Share, from_values, nearest
-from eventful_det.outputs import write_text
+from eventful_det.outputs import markdown_table, write_text
 from eventful_det.recognition.accuracy import accuracy, unseen, write_submission
 from eventful_det.recognition.checkpoints import (
     find_recogniser,
@@ -180,8 +180,7 @@ def row_of(evaluation: Evaluation, dense: Evaluation) -> dict[str, Any]:
 def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a Markdown table."""
     header = list(rows[0])
-    lines = [header, ["---"] * len(header), *([_text(row[name]) for name in header] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(header, [[_text(row[name]) for name in header] for row in rows], left=len(header))
 
 
 def _text(value: object) -> str:

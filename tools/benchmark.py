@@ -51,7 +51,7 @@ from eventful_det.benchmark.timing import (
 )
 from eventful_det.evaluation.efficiency import Spread
 from eventful_det.evaluation.summary import jsonable
-from eventful_det.outputs import owned, write_text
+from eventful_det.outputs import markdown_table, owned, write_text
 
 NOTE = (
     "GMACs are 1e9 multiply-adds as counted while running; timm's dense blocks spend some on the padded tokens of "
@@ -211,9 +211,8 @@ def markdown(about: dict[str, Any], cases: Sequence[dict[str, Any]]) -> str:
     text = f"`{about['command']}`\n\n{about['machine']}; {about['repetitions']} repetitions. {NOTE}\n"
     for case in cases:
         header, *lines = table(case["rows"])
-        rule = ["---", "---", *["---:"] * (len(header) - 2)]
         text += f"\n## {case['name']}\n\n{' '.join(case['notes'])}\n\n"
-        text += "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *lines))
+        text += markdown_table(header, lines, left=2)
     return text
 
 

@@ -39,7 +39,7 @@ from eventful_det.evaluation.summary import jsonable
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.whole_windows import Windows
-from eventful_det.outputs import write_json, write_text
+from eventful_det.outputs import markdown_table, write_json, write_text
 
 NOTE = (
     "Time of the whole detector on one frame, in ms. against: the median of the ratios, frame by frame, to the fastest "
@@ -213,8 +213,7 @@ def markdown(about: dict[str, Any], cases: Sequence[dict[str, Any]]) -> str:
     )
     for case in cases:
         header, *lines = lines_of(case)
-        rule = ["---", "---", *["---:"] * (len(header) - 2)]
-        text += f"\n## {case['name']}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *lines))
+        text += f"\n## {case['name']}\n\n" + markdown_table(header, lines, left=2)
     return text
 
 

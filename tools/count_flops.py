@@ -48,7 +48,7 @@ from eventful_det.gating.macs import (
 )
 from eventful_det.gating.windows import Grid
 from eventful_det.options import Count, Range, Share, from_values, nearest
-from eventful_det.outputs import owned, write_text
+from eventful_det.outputs import markdown_table, owned, write_text
 from eventful_det.testing.official import official_counts
 
 RuleName = Literal["dense", "paper", "rows"]
@@ -313,8 +313,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     text = f"`{command()}`\n\n{' '.join(notes(rows))}\n"
     for title, (header, *lines) in tables(rows):
         text += f"\n## {title}\n\n"
-        rule = ["---", *["---:"] * (len(header) - 1)]
-        text += "".join(f"| {' | '.join(cell.strip() for cell in cells)} |\n" for cells in (header, rule, *lines))
+        text += markdown_table(header, [[cell.strip() for cell in line] for line in lines])
     return text
 
 

@@ -22,6 +22,7 @@ from eventful_det.detectors.results import FrameCost
 from eventful_det.evaluation.detection import Entry, category_ids, coco_results, evaluate
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import Selector
+from eventful_det.outputs import markdown_table
 from eventful_det.runtime.stream import Stream
 
 UNDISTURBED = "none"
@@ -103,12 +104,12 @@ def measure(
 
 def markdown(rows: Sequence[Row]) -> str:
     """The rows as a table; shares and precisions in percent."""
-    lines = [_HEADER, ("---", *["---:"] * (len(_HEADER) - 1))]
+    lines = []
     for row in rows:
         shares = (f"{100 * value:.1f}" for value in (row.selected, row.most))
         scores = (f"{100 * value:.1f}" for value in (row.ap50_dense, row.ap50))
         lines.append((row.name.replace("_", " "), *shares, str(row.flushes), *scores, f"{100 * row.macs:.0f}"))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(_HEADER, lines)
 
 
 def _befall(frames: Iterable[SyntheticFrame], name: str, seed: int) -> list[SyntheticFrame]:

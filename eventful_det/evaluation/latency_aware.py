@@ -29,6 +29,7 @@ from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import Entry, category_ids, coco_results, evaluate
 from eventful_det.evaluation.runs import Method
+from eventful_det.outputs import markdown_table
 from eventful_det.runtime.control import Stepper
 from eventful_det.runtime.motion import BoxMover
 from eventful_det.runtime.session import KeyFrame, StreamSession
@@ -173,9 +174,9 @@ def latency_aware(
 
 def markdown(rows: Sequence[LatencyRow]) -> str:
     """The rows as a Markdown table; precisions in percent."""
-    lines = ["| method | frames/s | sAP50 | sAP | ms | answered % |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    lines = []
     for row in rows:
         name = f"{row.method}, moved" if row.moved else row.method
-        numbers = f"{row.fps:g} | {100 * row.sap50:.1f} | {100 * row.sap:.1f} | {row.ms:.1f} | {100 * row.answered:.0f}"
-        lines.append(f"| {name} | {numbers} |")
-    return "\n".join(lines) + "\n"
+        precisions = (f"{100 * value:.1f}" for value in (row.sap50, row.sap))
+        lines.append([name, f"{row.fps:g}", *precisions, f"{row.ms:.1f}", f"{100 * row.answered:.0f}"])
+    return markdown_table(("method", "frames/s", "sAP50", "sAP", "ms", "answered %"), lines)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from eventful_det.evaluation.runs import DENSE
 from eventful_det.evaluation.summary import Row, jsonable
+from eventful_det.outputs import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,8 +70,7 @@ def _cells(row: Row) -> dict[str, str]:
 def markdown(rows: Sequence[Row]) -> str:
     """The main columns as a Markdown table; below it, how many frames are in no number."""
     header, *lines = table(rows)
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    text = "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *lines))
+    text = markdown_table(header, lines)
     skipped = max(row.skipped for row in rows)
     return f"{text}\n{skipped} frames could not be read and are in no number.\n" if skipped else text
 
