@@ -60,6 +60,7 @@ class Sink(ABC):
 
     def configure(self, cameras: Mapping[str, Camera]) -> None:
         """Take note of which cameras there are."""
+        return
 
     @abstractmethod
     def _deliver(self, line: bytes) -> None:
@@ -151,7 +152,8 @@ class MqttSink(Sink):
 
     def __init__(self, journal: Journal, options: Mqtt) -> None:
         try:
-            from paho.mqtt.client import CallbackAPIVersion, Client
+            from paho.mqtt.client import Client
+            from paho.mqtt.enums import CallbackAPIVersion
         except ImportError as error:
             raise UserError(f"mqtt needs paho-mqtt ({error}); pip install 'eventful_det[cameras]'") from error
         super().__init__(journal)
@@ -160,6 +162,7 @@ class MqttSink(Sink):
         self._standing: dict[str, str] = {}  # what is retained: newest payload by topic
         self._client = Client(CallbackAPIVersion.VERSION2)
         self._client.max_inflight_messages_set(1)  # in order
+        self._client.max_queued_messages_set(10_000)  # a broker that takes none must not fill the memory
         if options.user is not None:
             self._client.username_pw_set(options.user, options.password)
         if options.tls:
@@ -188,14 +191,14 @@ class MqttSink(Sink):
         with self._lock:
             old = {topic for topic in self._standing if topic.endswith("/config")}
             gone = dict.fromkeys(old - set(told), "")
-            self._standing = {**self._standing, **told, **gone}
+            self._standing = {t: payload for t, payload in self._standing.items() if payload} | told | gone
         if self._client.is_connected():
             self._publish({**told, **gone})
 
     def _deliver(self, line: bytes) -> None:
         event = json.loads(line)
         camera = event["camera"]
-        topics = {self._topic(camera, "event"): (line, False)}
+        topics = {self._topic(camera, "event"): (line.decode(), False)}
         if event["kind"] in ("online", "offline"):
             topics[self._topic(camera, "status")] = event["kind"], True
         if event["kind"] == "count":
@@ -205,10 +208,10 @@ class MqttSink(Sink):
         for topic, (payload, retain) in topics.items():
             if retain:
                 with self._lock:
-                    self._standing[topic] = str(payload)
+                    self._standing[topic] = payload
             self._publish_surely(topic, payload, retain)
 
-    def _publish_surely(self, topic: str, payload: str | bytes, retain: bool) -> None:
+    def _publish_surely(self, topic: str, payload: str, retain: bool) -> None:
         """Publish and wait until the broker has it. Where the connection breaks, paho sends it again on the next."""
         if not self._client.is_connected():
             raise OSError(f"there is no connection to {self._options.host}:{self._options.port}")
