@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from eventful_det.cameras.clips import Library, Recorder
-from eventful_det.cameras.config import Camera, Faults, Site, read_site
+from eventful_det.cameras.config import Faults, Site, read_site
 from eventful_det.cameras.events import KINDS, Event, Kind, Watcher
 from eventful_det.cameras.journal import Journal
 from eventful_det.cameras.sinks import MqttSink, Sink, WebhookSink
