@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule
 from eventful_det.detectors.results import Detections, StepResult
 from eventful_det.detectors.stopwatch import Stopwatch
+from eventful_det.detectors.streaming import StreamingDetector
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import Rule, per_stream, step_streams
 from eventful_det.gating.dense import Dense
@@ -42,14 +43,16 @@ class GatedStream(TensorTree):
 S = TypeVar("S", bound=GatedStream)
 
 
-class GatedDetector(nn.Module, Generic[S]):
+class GatedDetector(StreamingDetector, nn.Module, Generic[S]):
     """A `VideoDetector` whose heads follow a gated backbone.
 
     Attributes:
         spec: the backbone as the update rules see it.
+        rule: how tokens are recomputed in `stream` unless it is told.
     """
 
     spec: ViTSpec
+    rule: AnyRule = DEFAULT_RULE
 
     @property
     def device(self) -> torch.device:

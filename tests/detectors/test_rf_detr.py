@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from eventful_det import Stream, StreamPool, load_detector
+from eventful_det import StreamPool, load_detector
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR, RFDETRStream
 from eventful_det.detectors.rf_detr.sizes import NAMES, SIZES, Name, random_model, random_rfdetr
 from eventful_det.errors import UserError
@@ -191,11 +191,11 @@ def test_a_still_frame_and_a_saved_state(tmp_path: Path) -> None:
 
 def test_streams_pools_and_budgets() -> None:
     detector = EventfulRFDETR(small("transformers"))
-    results = list(Stream(detector, images(), budget=0.25))
+    results = list(detector.stream(images(), budget=0.25))
     assert [result.frame_index for result in results] == [0, 1, 2, 3]
     assert all(0 < result.cost.recomputed <= 16 for result in results[1:])
     dense = results[0].cost.dense_total
-    limited = list(Stream(detector, images(), budget=Gmacs(0.6 * dense / 1e9)))
+    limited = list(detector.stream(images(), budget=Gmacs(0.6 * dense / 1e9)))
     assert all(result.cost.total < dense for result in limited[1:])
     with StreamPool(detector, budget=0.25) as pool:
         for name in ("a", "b"):
@@ -215,7 +215,7 @@ def test_user_errors(tmp_path: Path) -> None:
     model = small("transformers")
     detector = EventfulRFDETR(model)
     with pytest.raises(UserError, match="multiple of 16 pixels, got 70"):
-        Stream(detector, images(), short_side=70)
+        detector.stream(images(), short_side=70)
     with pytest.raises(UserError, match="no weights .*: fetch config.json, .* and model.safetensors"):
         load_detector(tmp_path)
     model.train()

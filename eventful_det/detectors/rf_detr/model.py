@@ -88,7 +88,7 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
       - none of its modules or parameters: it is `model` here, left intact;
       - `step` replaces `forward` for video: it takes and updates an explicit `State`.
 
-    `Stream(detector, source)` runs it over a video. The decoder runs in full whenever a token changed; on a still frame
+    The decoder runs in full whenever a token changed; on a still frame
     nothing runs.
 
     Args:

@@ -22,6 +22,7 @@ from eventful_det.data.source import VideoFrame
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.detectors.stopwatch import Stopwatch
+from eventful_det.detectors.streaming import StreamingDetector
 from eventful_det.detectors.vitdet.incremental import HeadsState
 from eventful_det.detectors.vitdet.macs import DetectorCosts
 from eventful_det.errors import UserError
@@ -64,7 +65,7 @@ class RCNNStream(TensorTree):
 
 
 @META_ARCH_REGISTRY.register()
-class EventfulRCNN(GeneralizedRCNN):
+class EventfulRCNN(StreamingDetector, GeneralizedRCNN):
     """A `GeneralizedRCNN` for video, and a `VideoDetector`.
 
     Modifications against `GeneralizedRCNN`, with the same modules and parameters under the same names:
