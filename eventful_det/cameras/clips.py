@@ -250,21 +250,18 @@ class Recorder:
         now, options = time.monotonic(), self._library.options
         with self._lock:
             if self._wanted is None:
-                stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S-%f")[:-3]
-                path = self._library.folder / self._name / f"{stamp}.mp4"
-                self._wanted = path, now, now
+                self._wanted = self._path("mp4"), now, now
             path, began, _ = self._wanted
             self._wanted = path, began, min(now + options.after, began + options.longest)
             return str(path.relative_to(self._library.folder))
 
-    def snapshot(self, jpeg: bytes, event: str) -> str:
+    def snapshot(self, jpeg: bytes) -> str:
         """Keep a picture.
 
         Returns:
             Its file, relative to the library's folder.
         """
-        stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S-%f")[:-3]
-        path = self._library.folder / self._name / f"{stamp}_{event[:8]}.jpg"
+        path = self._path("jpg")
         with self._library.open(path) as file:
             file.write(jpeg)
         return str(path.relative_to(self._library.folder))
@@ -278,6 +275,10 @@ class Recorder:
         """End the clip."""
         with self._lock:
             self._finish()
+
+    def _path(self, kind: str) -> Path:
+        stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S-%f")[:-3]
+        return self._library.folder / self._name / f"{stamp}.{kind}"
 
     def _forget(self, now: float) -> None:
         """Drop packets that no clip needs: from the first key frame on that is late enough, clips can begin there."""

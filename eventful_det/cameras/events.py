@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 import uuid
 from collections import Counter
@@ -76,6 +77,7 @@ class _Presence:
     first: float
     last: float
     seen: int = 0  # key frames
+    missed: int = 0  # frames since it was seen
     entered: bool = False
     stayed: bool = False
 
@@ -150,8 +152,8 @@ class Watcher:
         return dataclasses.replace(result, detections=detections, zones=tuple(zones)), events + self._counted()
 
     def close(self) -> list[Event]:
-        """The camera is watched no longer: all objects leave."""
-        return self._left(float("inf")) + self._counted()
+        """The camera is watched no longer, or shows nothing: all objects leave."""
+        return self._left(math.inf) + self._counted()
 
     def _see(self, track: int, place: str | None, label: str, now: float, sure: bool, key: bool) -> None:
         """An object is somewhere; where it has not entered it has to be sure."""
@@ -160,7 +162,7 @@ class Watcher:
             if not sure:
                 return
             here = self._present[track, place] = _Presence(label, now, now)
-        here.last = now
+        here.last, here.missed = now, 0
         here.seen += sure and key
 
     def _entered(self, track: int, now: float) -> list[Event]:
@@ -179,29 +181,25 @@ class Watcher:
         return events
 
     def _left(self, now: float) -> list[Event]:
-        """Those that were not seen for long."""
+        """Those that were not seen for long; an object that is not in the frame is in no zone."""
         events, camera = [], self.camera
+        for here in self._present.values():
+            here.missed += here.last < now
+
+        def is_gone(here: _Presence) -> bool:  # by time, but a slow machine has to have looked
+            return now - here.last > camera.gone and (here.missed >= _CONFIRM or now == math.inf)
+
+        gone = {track for (track, place), here in self._present.items() if place is None and is_gone(here)}
         for (track, place), here in list(self._present.items()):
             known = place is None or place in camera.zones
-            if now - here.last <= camera.gone and known:
+            if known and track not in gone and not is_gone(here):
                 continue
             del self._present[track, place]
             if here.entered:
                 events.append(self._event("leave", track, here, place, seconds=round(here.last - here.first, 1)))
-            if place is None:
-                events += self._left_zones(track)
-                self._paths.pop(track, None)
+        for track in gone:
+            del self._paths[track]
         return events
-
-    def _left_zones(self, track: int) -> list[Event]:
-        """An object that is not in the frame is in no zone."""
-        places = [place for one, place in self._present if one == track]
-        there = [(place, self._present.pop((track, place))) for place in places]
-        return [
-            self._event("leave", track, here, place, seconds=round(here.last - here.first, 1))
-            for place, here in there
-            if here.entered
-        ]
 
     def _crossed(self, track: int, label: str, foot: Place) -> list[Event]:
         """Lines that an object crossed since it was last on one side of them for sure."""

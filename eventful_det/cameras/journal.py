@@ -45,6 +45,7 @@ class Journal:
         self._size = max(1, most // _FILES)
         self._lock, self._appended = threading.Lock(), threading.Condition()
         self._waiting: deque[bytes] = deque()
+        self._full = False
         self.lost = 0
         folder.mkdir(parents=True, exist_ok=True)
         starts = self._starts()
@@ -111,9 +112,12 @@ class Journal:
                 self._discard_file()
                 if self._make_room():
                     continue
-                _LOG.warning("an event cannot be written: %s", error.strerror or error)
+                if not self._full:
+                    _LOG.warning("events cannot be written: %s", error.strerror or error)
+                self._full = True
                 return
             self._waiting.popleft()
+            self._full = False
 
     def _write(self, line: bytes) -> None:
         if self._file is None or self.end - self._start >= self._size:
@@ -159,6 +163,7 @@ class Bookmark:
             self._offset = min(int(self._path.read_text()), journal.end)
         except (OSError, ValueError):
             self._offset = journal.end  # who is new is told of what happens from now on
+            self._save()
 
     @property
     def behind(self) -> int:
@@ -179,6 +184,9 @@ class Bookmark:
     def advance(self, entry: Entry) -> None:
         """An event was delivered."""
         self._offset = entry.following
+        self._save()
+
+    def _save(self) -> None:
         with contextlib.suppress(ValueError), written_whole(self._path) as part:  # of a full disk: told twice at worst
             part.write_text(str(self._offset))
 

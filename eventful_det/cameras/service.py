@@ -283,6 +283,9 @@ class CameraService:
                 self._join(watched)
             if online != bool(watched.online) or watched.online is None:
                 watched.online = online
+                if not online:
+                    with self._runner.lock:
+                        self._tell(watched, watched.watcher.close(), None)
                 self._append(Event(kind="online" if online else "offline", camera=name))
             watched.recorder.finish()
 
@@ -295,13 +298,13 @@ class CameraService:
 
     def _tell(self, watched: _Watched, events: Sequence[Event], result: StreamResult | None) -> None:
         """Write events down, with snapshot and clip."""
-        picture = None
+        snapshot = None
         for event in events:
             if watched.recorder.on and event.kind in _RECORDED and result is not None:
                 event = dataclasses.replace(event, clip=watched.recorder.trigger())
                 if event.kind in _PICTURED:
-                    picture = picture or _picture(result)
-                    event = dataclasses.replace(event, snapshot=watched.recorder.snapshot(picture, event.id))
+                    snapshot = snapshot or watched.recorder.snapshot(_picture(result))  # one for all of the frame
+                    event = dataclasses.replace(event, snapshot=snapshot)
             self._append(event)
 
     def _append(self, event: Event) -> None:
