@@ -172,7 +172,7 @@ class Torch(Backend):
             with torch.no_grad(), low:
                 results = self._modules[name](*tensors)
             results = results if isinstance(results, tuple) else (results,)
-            return [result.float() for result in results]
+            return [result.float() if result.is_floating_point() else result for result in results]
 
         return run
 

@@ -10,7 +10,6 @@ from typing import Generic, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from typing_extensions import Self
 
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
@@ -132,7 +131,7 @@ class CompiledDetector(StreamingDetector, ABC, Generic[S, C]):
         """An empty state for `batch` streams."""
         return State([None] * batch)
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> CompiledDetector[S, C]:
         """This detector, if the device is the CPU.
 
         Raises:

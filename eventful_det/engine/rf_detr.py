@@ -105,9 +105,7 @@ class CompiledRFDETR(CompiledDetector[RFDETREngineStream, ChosenTokens]):
 
     rule: Rows
 
-    def __init__(
-        self, config: RFDETRConfig, side: int, buckets: tuple[float | int, ...], backend: Backend
-    ) -> None:
+    def __init__(self, config: RFDETRConfig, side: int, buckets: tuple[float | int, ...], backend: Backend) -> None:
         super().__init__((side, side), config.vit["patch"], (config.mean, config.std), Rows(), backend)
         self.config, self.shape = config, config.shape
         self.sizes = bucket_sizes(buckets, self.grid[0] * self.grid[1])

@@ -112,8 +112,7 @@ def noise_levels(patches: Tensor, change: Tensor, channels: int) -> Tensor:
         for axis in (3, 2)
     )  # (N,) each
     level = torch.minimum(along_x, along_y) * (side / (2 * (side - _APART))) ** 0.5
-    least, most = patches.aminmax(dim=1)
-    flat = least == most
+    flat = patches.amax(1) == patches.amin(1)  # `aminmax` takes 20 times as long
     still = (len(level) - flat.sum()) // _STILL
     common = level.masked_fill(flat, torch.inf).sort().values.index_select(0, still.clamp(max=len(level) - 1).view(1))
     return torch.maximum(torch.where(common.isinf(), 0.0, common), _FINE * level)

@@ -38,7 +38,8 @@ from eventful_det.detectors.rf_detr.sizes import NAMES, Name
 from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.engine.backends import Precision, quickest_precision
-from eventful_det.engine.detector import CompiledDetector, is_engine, load_engine
+from eventful_det.engine.detector import CompiledDetector
+from eventful_det.engine.folder import is_engine, load_engine
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
 

@@ -180,29 +180,32 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
             features = state.feature.T.unflatten(1, grid)[None]  # (1, C, H, W)
             with Float32Sampling() if features.dtype.itemsize < 4 else contextlib.nullcontext():
                 logits, boxes = self.parts.decode(features)
-            stream.detections = self._detections(logits[0], boxes[0], stream.size)
+            stream.detections = best_pairs(logits[0], boxes[0], stream.size, self.min_score, self.parts.clamped)
             watch.lap("decoder")
             macs |= {"projector": projector_macs(projector, sizes), "decoder": everything["decoder"]}
         cost = FrameCost(macs, everything, round(float(update.work.sum())), len(update.work), update.flush)
         assert stream.detections is not None
         return StepResult(stream.detections.clone(), cost, update.work.view(grid))
 
-    def _detections(self, logits: Tensor, boxes: Tensor, size: tuple[int, int]) -> Detections:
-        """The best pairs of a query and a class, as many as there are queries.
 
-        Args:
-            logits: `(Q, K)`.
-            boxes: `(Q, 4)` centre and size, 0 to 1.
-            size: (height, width) in pixels.
-        """
-        scores, best = logits.float().sigmoid().flatten().sort(descending=True, stable=True)
-        scores, best = scores[: len(logits)], best[: len(logits)]
-        keep = scores >= self.min_score
-        scores, best = scores[keep], best[keep]
-        centre, extent = boxes.float()[best // logits.shape[1]].split(2, 1)
-        corners = torch.cat([centre - 0.5 * extent, centre + 0.5 * extent], 1)  # (n, 4)
-        scale = corners.new_tensor([size[1], size[0], size[1], size[0]])
-        corners = corners * scale
-        if self.parts.clamped:
-            corners = torch.minimum(corners.clamp(min=0), scale)
-        return Detections(corners, scores, best % logits.shape[1])
+def best_pairs(logits: Tensor, boxes: Tensor, size: tuple[int, int], min_score: float, clamped: bool) -> Detections:
+    """The best pairs of a query and a class, as many as there are queries.
+
+    Args:
+        logits: `(Q, K)`.
+        boxes: `(Q, 4)` centre and size, 0 to 1.
+        size: (height, width) in pixels.
+        min_score: pairs below it are dropped.
+        clamped: whether boxes end at the borders of the frame.
+    """
+    scores, best = logits.float().sigmoid().flatten().sort(descending=True, stable=True)
+    scores, best = scores[: len(logits)], best[: len(logits)]
+    keep = scores >= min_score
+    scores, best = scores[keep], best[keep]
+    centre, extent = boxes.float()[best // logits.shape[1]].split(2, 1)
+    corners = torch.cat([centre - 0.5 * extent, centre + 0.5 * extent], 1)  # (n, 4)
+    scale = corners.new_tensor([size[1], size[0], size[1], size[0]])
+    corners = corners * scale
+    if clamped:
+        corners = torch.minimum(corners.clamp(min=0), scale)
+    return Detections(corners, scores, best % logits.shape[1])
