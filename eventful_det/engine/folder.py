@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.engine.backends import ONNXRuntime, OpenVINO, Precision, quickest_precision
-from eventful_det.engine.detector import CompiledDetector
 from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig
 from eventful_det.engine.vitdet import CompiledViTDet
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 from eventful_det.gating.whole_windows import Windows
 from eventful_det.options import from_values
 
@@ -25,7 +25,7 @@ def load_engine(
     precision: Precision | Literal["auto"] = "float32",
     threads: int | None = None,
     warm_up: bool = True,
-) -> CompiledDetector[Any, Any]:
+) -> CompiledViTDet | CompiledRFDETR:
     """A detector from a folder that `export_detector` wrote.
 
     Args:
@@ -42,7 +42,7 @@ def load_engine(
     if precision == "auto":
         precision = quickest_precision() if kind is OpenVINO else "float32"
     (height, width), buckets, backend = about["size"], tuple(about["buckets"]), kind(folder, precision, threads)
-    detector: CompiledDetector[Any, Any]
+    detector: CompiledViTDet | CompiledRFDETR
     if about["model"] == "vitdet":
         config = ModelConfig.from_dict(about["config"])
         detector = CompiledViTDet(config, (height, width), Windows(buckets), backend)
@@ -58,7 +58,7 @@ def is_engine(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> JsonObject:
     """What is in an engine's folder.
 
     Raises:

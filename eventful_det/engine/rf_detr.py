@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.engine.backends import Backend
 from eventful_det.engine.costs import BucketCosts
 from eventful_det.engine.detector import CompiledDetector, CompiledStream
+from eventful_det.files import JsonObject
 from eventful_det.gating.comparison import compare
 from eventful_det.gating.macs import Macs, ViTShape, attention_macs, dense_macs
 from eventful_det.gating.rows import Rows, RowsState
@@ -48,7 +48,7 @@ class RFDETRConfig:
     reciprocal: bool
     clamped: bool
     min_score: float
-    vit: dict[str, Any]
+    vit: JsonObject
     regions: int
     width: int
     projector: int

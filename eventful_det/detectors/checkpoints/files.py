@@ -38,8 +38,9 @@ from eventful_det.detectors.rf_detr.sizes import NAMES, Name
 from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.engine.backends import Precision, quickest_precision
-from eventful_det.engine.detector import CompiledDetector
 from eventful_det.engine.folder import is_engine, load_engine
+from eventful_det.engine.rf_detr import CompiledRFDETR
+from eventful_det.engine.vitdet import CompiledViTDet
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
 
@@ -143,7 +144,7 @@ def load_detector(
     *,
     precision: Precision | Literal["auto"] = "float32",
     **changes: object,
-) -> Detector | EventfulRFDETR | CompiledDetector:
+) -> Detector | EventfulRFDETR | CompiledViTDet | CompiledRFDETR:
     """A detector ready for inference, on the CPU.
 
     Args:
