@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -93,6 +94,11 @@ def test_the_public_surface_is_there_and_loaded_when_asked_for() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     with pytest.raises(AttributeError, match="nothing"):
         eventful_det.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_room_holds_at_most_a_dozen_files() -> None:
+    rooms = Counter(path.parent.relative_to(ROOT).as_posix() for path in MODULES.values())
+    assert not {room: files for room, files in rooms.items() if files > 12}
 
 
 def test_no_public_signature_has_an_any() -> None:

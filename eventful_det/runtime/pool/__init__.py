@@ -28,9 +28,9 @@ from eventful_det.errors import UserError
 from eventful_det.gating.selector import Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.control import Stepper
-from eventful_det.runtime.feed import Feed, open_feed
-from eventful_det.runtime.metrics import PoolMetrics, Tally
 from eventful_det.runtime.motion import Hold
+from eventful_det.runtime.pool.feed import Feed, open_feed
+from eventful_det.runtime.pool.metrics import PoolMetrics, Tally
 from eventful_det.runtime.session import KeyFrame, StreamOptions, StreamResult, StreamSession
 
 _DEPARTED = 64  # streams that left, of which the metrics are kept
