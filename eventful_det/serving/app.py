@@ -216,7 +216,7 @@ def _add_reports(app: FastAPI, runner: PoolRunner, cameras: CameraService | None
         """No names, as nobody has to say who they are."""
         about = {} if cameras is None else cameras.health()
         online = sum(one == "online" for one in about.get("cameras", {}).values())
-        answer: dict[str, Any] = {"status": "stuck" if runner.stuck else "ok"}
+        answer: dict[str, object] = {"status": "stuck" if runner.stuck else "ok"}
         if cameras is not None:
             answer |= {"cameras": len(about["cameras"]), "online": online}
             answer |= {"sinks": {name: one["error"] is None for name, one in about["sinks"].items()}}
