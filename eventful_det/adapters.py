@@ -70,7 +70,8 @@ def to_coco(
 def to_record(result: StreamResult) -> JsonObject:
     """A frame as one JSON object: what was found, and what it cost. Boxes are xyxy in pixels of the source."""
     found = result.detections
-    objects = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), _tracks(found), strict=True)
+    zones = [{}] * len(found) if result.zones is None else [{"zones": list(names)} for names in result.zones]
+    lists = (found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), _tracks(found), zones)
     return {
         "frame_index": result.frame_index,
         "timestamp": result.timestamp,
@@ -82,8 +83,9 @@ def to_record(result: StreamResult) -> JsonObject:
                 "label": label,
                 "name": result.names[label],
                 **track,
+                **places,
             }
-            for box, score, label, track in objects
+            for box, score, label, track, places in zip(*lists, strict=True)
         ],
         "cost": cost_record(result.cost),
         "held": result.held,
