@@ -22,6 +22,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from eventful_det.data.source import Source
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, S, VideoDetector
 from eventful_det.errors import UserError
 from eventful_det.gating.selector import Budget, Selector
@@ -31,7 +32,6 @@ from eventful_det.runtime.feed import Feed, open_feed
 from eventful_det.runtime.metrics import PoolMetrics, Tally
 from eventful_det.runtime.motion import Hold
 from eventful_det.runtime.session import KeyFrame, StreamOptions, StreamResult, StreamSession
-from eventful_det.runtime.stream import Source
 
 _DEPARTED = 64  # streams that left, of which the metrics are kept
 _PATIENCE = 0.5  # seconds to wait for a frame before looking again whether a stream is left

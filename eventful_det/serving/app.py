@@ -24,7 +24,7 @@ import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import FastAPI, Query, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
@@ -36,6 +36,7 @@ from starlette.requests import ClientDisconnect
 from eventful_det.adapters import to_record
 from eventful_det.cameras.service import CameraService
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 from eventful_det.secrets import mask_secrets
 from eventful_det.serving.guard import HEALTH, Guard, content_policy
 from eventful_det.serving.limits import UPLOADS, BodyLimits
@@ -159,7 +160,7 @@ def _add_streams(app: FastAPI, runner: PoolRunner, opener: SourceOpener) -> None
             raise
 
     @app.get("/api/sources")
-    def sources() -> dict[str, Any]:
+    def sources() -> JsonObject:
         return opener.offers()
 
     @app.post("/api/streams", status_code=201)
@@ -179,7 +180,7 @@ def _add_streams(app: FastAPI, runner: PoolRunner, opener: SourceOpener) -> None
             raise HTTPException(404, f"no stream {name!r}")
 
     @app.put("/api/budget")
-    def set_budget(request: BudgetRequest) -> dict[str, Any]:
+    def set_budget(request: BudgetRequest) -> JsonObject:
         runner.set_budget(request.budget)
         return state(runner)
 
@@ -192,11 +193,11 @@ def _add_reports(app: FastAPI, runner: PoolRunner, cameras: CameraService | None
         return found[0]
 
     @app.get("/api/state")
-    def report() -> dict[str, Any]:
+    def report() -> JsonObject:
         return state(runner)
 
     @app.get("/api/streams/{name}/detections")
-    def detections(name: str) -> dict[str, Any]:
+    def detections(name: str) -> JsonObject:
         return to_record(newest(name).result)
 
     @app.get("/api/streams/{name}/frame.jpg")
@@ -215,7 +216,7 @@ def _add_reports(app: FastAPI, runner: PoolRunner, cameras: CameraService | None
         """No names, as nobody has to say who they are."""
         about = {} if cameras is None else cameras.health()
         online = sum(one == "online" for one in about.get("cameras", {}).values())
-        answer: dict[str, Any] = {"status": "stuck" if runner.stuck else "ok"}
+        answer: dict[str, object] = {"status": "stuck" if runner.stuck else "ok"}
         if cameras is not None:
             answer |= {"cameras": len(about["cameras"]), "online": online}
             answer |= {"sinks": {name: one["error"] is None for name, one in about["sinks"].items()}}
