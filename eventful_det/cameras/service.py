@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from eventful_det.cameras.clips import Library, Recorder
 from eventful_det.cameras.config import Faults, Site, read_site
@@ -25,6 +24,7 @@ from eventful_det.cameras.journal import Journal
 from eventful_det.cameras.sinks import MqttSink, Sink, WebhookSink
 from eventful_det.cameras.source import open_camera
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 from eventful_det.runtime.metrics import StreamMetrics
 from eventful_det.runtime.motion import parse_hold
 from eventful_det.runtime.session import StreamResult
@@ -134,7 +134,7 @@ class CameraService:
             self._apply(site)
         _LOG.info("%s: read again", self.path.name)
 
-    def health(self) -> dict[str, Any]:
+    def health(self) -> JsonObject:
         """How cameras and sinks do, as JSON values."""
         with self._lock:
             cameras = {name: "online" if one.online else "offline" for name, one in self._cameras.items()}
