@@ -18,9 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from eventful_det.benchmark.timing import paired_ratios, time_together
+from eventful_det.detectors.protocol import AnyRule
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
-from eventful_det.gating.convert import Rule
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
@@ -46,6 +46,7 @@ from eventful_det.recognition.data.synthetic_actions import ACTIONS, ActionOptio
 from eventful_det.recognition.evaluation import Evaluation, Way, evaluate_clips, sweep_ways
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.results import StepCost
+from eventful_det.recognition.session import DEFAULT as RECOGNITION
 from eventful_det.recognition.training import (
     FeatureClips,
     RecogniserTrainer,
@@ -85,6 +86,11 @@ def recognises(task: Task | None, weights: str | None) -> bool:
     except UserError:
         return False  # detection says what is wrong
     return is_recogniser(path)
+
+
+def own_gate(gate: Gate) -> Gate:
+    """A gate for recognisers: where that of detection is left as it is, the default of recognition stands for it."""
+    return gate._replace(selector=RECOGNITION) if gate.selector == SELECTOR else gate
 
 
 def read_segments(path: str, data: Data, classes: Mapping[str, Sequence[str]] | None) -> Segments:
@@ -342,7 +348,7 @@ def time_steps(model: str, k: int | None, repetitions: int, warm_up: int, seed: 
     chosen, paper = TopK(count - 1), TopK(count)  # Rows always recomputes the class token besides
     still = torch.rand(config.tubelet[0], config.channels, *config.size)
     tubelets = [torch.where(torch.rand(config.size) < 0.5, still, torch.rand_like(still)) for _ in range(8)]
-    rules: dict[str, tuple[Rule[Any], Selector]]
+    rules: dict[str, tuple[AnyRule, Selector]]
     rules = {"dense": (Dense(), SELECTOR), "rows": (Rows(), chosen), "paper": (Paper(), paper)}
     ways = {f"{name}, {dtype}": (*rule, dtype) for name, rule in rules.items() for dtype in ("float32", "bfloat16")}
     states = {name: recogniser.init_state() for name in ways}

@@ -10,16 +10,17 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from eventful_det.detectors.protocol import DEFAULT_RULE
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import Rule
-from eventful_det.gating.selector import DEFAULT, Select
+from eventful_det.gating.selector import Select
 from eventful_det.gating.state import State
 from eventful_det.gating.update import Update
 from eventful_det.recognition.config import RecogniserConfig
 from eventful_det.recognition.data.views import average, crop_views, frame_indices, normalise, shared_tubelets
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.results import StepCost
-from eventful_det.recognition.stream import DEFAULT_RULE
+from eventful_det.recognition.session import DEFAULT
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
@@ -17,7 +18,7 @@ from eventful_det.runtime.rescoring import Rescorer
 from eventful_det.runtime.session import StreamResult
 from eventful_det.runtime.tracking import Tracker
 from eventful_det.serving.sources import OpenedSource
-from eventful_det.serving.views import CostSample, LatestFrame, StreamView
+from eventful_det.serving.views import AnyResult, CostSample, LatestFrame, StreamView
 
 AUTO = "auto"  # the budget with which the selector that the pool had at first decides
 _LOG = logging.getLogger(__name__)
@@ -40,7 +41,9 @@ class PoolRunner:
         on_round: called in the runner's thread after every round.
     """
 
-    def __init__(self, pool: StreamPool, *, max_streams: int = 16, track: bool = False, rescore: bool = False) -> None:
+    def __init__(
+        self, pool: StreamPool[Any], *, max_streams: int = 16, track: bool = False, rescore: bool = False
+    ) -> None:
         self.pool, self.max_streams, self.track, self.rescore = pool, max_streams, track, rescore
         if track:
             Tracker()  # tells now what is missing
@@ -138,7 +141,7 @@ class PoolRunner:
                 self._show(results)
             self.on_round()
 
-    def _show(self, results: list[StreamResult]) -> None:
+    def _show(self, results: list[AnyResult]) -> None:
         with self.lock:
             for result in results:
                 view = self.views.get(result.stream)

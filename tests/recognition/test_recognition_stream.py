@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import tracemalloc
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from small import moving_clip, small_recogniser
 from eventful_det.data.source import VideoFrame
 from eventful_det.errors import UserError
 from eventful_det.gating.paper import Paper
+from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Gmacs, LargestError, Latency, Selector, TopK
 from eventful_det.recognition.checkpoints import load_recogniser
 from eventful_det.recognition.config import vivit_tiny
@@ -21,7 +23,7 @@ from eventful_det.recognition.data.segments import Segments, read_folders
 from eventful_det.recognition.data.synthetic_actions import ACTIONS, ActionOptions, mirrored, render_action
 from eventful_det.recognition.evaluation import Way
 from eventful_det.recognition.recogniser import Recogniser
-from eventful_det.recognition.stream import FrameClock
+from eventful_det.recognition.session import FrameClock
 from eventful_det.recognition.training import (
     FeatureClips,
     RecogniserTrainer,
@@ -60,18 +62,19 @@ def test_the_budget_can_be_turned_and_the_state_stays_in_size() -> None:
 
 
 def test_a_budget_that_cannot_be_held_is_refused_at_once() -> None:
-    with pytest.raises(UserError, match="give tokens or a share"):
+    with pytest.raises(UserError, match="rows rule"):
         small_recogniser().stream(arrays(4), budget=Gmacs(1), rule=Paper())
 
 
 def test_a_budget_in_macs_is_used_to_the_last_token() -> None:
     recogniser = small_recogniser()
-    budget = recogniser.step_macs(3)
-    for macs, tokens in ((budget, 3), (budget - 1, 2), (1, 0), (10 * budget, 6)):
+    macs_of = recogniser.cost_model(Rows()).macs((2, 3), torch.arange(6)).tolist()
+    budget = macs_of[3]
+    for macs, tokens in ((budget, 3), (budget - 1, 2), (macs_of[0], 0), (10 * budget, 6)):
         selector = Selector(LargestError(), Gmacs(macs / 1e9))
         _, *results = recogniser.stream(arrays(24), budget=selector, scene_cuts=False)
         assert {result.cost.recomputed for result in results} == {tokens}
-    assert results[-1].cost.total == recogniser.step_macs(6)
+    assert results[-1].cost.total == macs_of[6]
 
 
 def test_a_budget_in_seconds_is_met_by_fewer_tokens() -> None:
@@ -80,10 +83,10 @@ def test_a_budget_in_seconds_is_met_by_fewer_tokens() -> None:
         [r.cost.recomputed for r in recogniser.stream(arrays(60), budget=Latency(seconds), scene_cuts=False)]
         for seconds in (10.0, 1e-6)
     )
-    assert sum(much[1:]) > 0 and sum(none[1:]) == 0
+    assert min(much[2:]) > 1 and set(none[1:]) <= {0, 1}
 
 
-def test_memory_does_not_grow(steps: int = 500) -> None:
+def test_memory_does_not_grow(steps: int = 100) -> None:
     """Of a source that makes its frames as they are asked for; 5,000 steps were tried once."""
     frames = (frame for _ in range(steps // 10) for frame in arrays(20))
     stream = small_recogniser(stride=1).stream(frames, budget=1, scene_cuts=False)
@@ -92,9 +95,10 @@ def test_memory_does_not_grow(steps: int = 500) -> None:
     for i, _ in enumerate(stream):
         if i % (steps // 5) == steps // 5 - 1:
             sizes.add(stream.state_bytes)
+            gc.collect()
             used.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
-    assert len(sizes) == 1 and len(used) == 5 and used[-1] < used[0] + 50_000
+    assert len(sizes) == 1 and len(used) == 5 and used[-1] < used[0] + 10_000
 
 
 def test_another_scene_begins_anew() -> None:
@@ -106,7 +110,7 @@ def test_another_scene_begins_anew() -> None:
 @pytest.mark.parametrize("fps", [60.0, 20.0, 7.0, 3.0])
 def test_frames_are_taken_at_the_recognisers_rate(fps: float) -> None:
     """Every second frame at 8 frames/s is one in 0.25 s: of 20 frames/s every fifth; of slow sources all."""
-    clock, image = FrameClock(2, 8.0, fps), np.zeros((2, 2, 3), np.uint8)
+    clock, image = FrameClock(2, 8.0), np.zeros((2, 2, 3), np.uint8)
     times = [i / fps for i in range(200) if clock.takes(VideoFrame(image, i / fps))]
     assert np.mean(np.diff(times)) == pytest.approx(max(0.25, 1 / fps), rel=0.05)
 
