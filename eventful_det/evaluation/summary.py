@@ -13,7 +13,7 @@ import numpy as np
 
 from eventful_det.data.coco_video import CocoVideo
 from eventful_det.detectors.protocol import S, VideoDetector
-from eventful_det.evaluation.consistency import flicker, found_share, likeness
+from eventful_det.evaluation.consistency import false_alarms, flicker, found_share, likeness
 from eventful_det.evaluation.detection import DetectionScores, agreement, labelled_frames
 from eventful_det.evaluation.efficiency import TOTAL, Spread
 from eventful_det.evaluation.ilsvrc import VidScores
@@ -35,6 +35,7 @@ class Row(DetectionScores, VidScores):
         agreement50: AP50 against the dense detections.
         likeness: share of sure detections with their like in the dense run or in this one, `consistency.likeness`.
         found: share of the labelled objects that a sure detection covers.
+        false_alarms: sure detections per 100 empty frames, `consistency.false_alarms`.
         flicker: blinks per sure detection, see `consistency.flicker`.
         gmacs_*: 1e9 multiply-adds per frame, mean over all frames; "steady" leaves flushes out.
         ms_mean, ms_median, ms_p95: latency in milliseconds, until the detections of a frame are there; when several
@@ -56,6 +57,7 @@ class Row(DetectionScores, VidScores):
     agreement50: float
     likeness: float
     found: float
+    false_alarms: float
     flicker: float
     gmacs_backbone: float
     gmacs_heads: float
@@ -144,6 +146,7 @@ def row_of(run: MethodRun, dense: MethodRun | None = None) -> Row:
         agreement50=math.nan if dense is None else agreement(dense.results, run.results),
         likeness=math.nan if dense is None else likeness(dense.results, run.results),
         found=found_share(run.data, run.results),
+        false_alarms=false_alarms(run.data, run.results),
         flicker=flicker(run.data, run.results),
         gmacs_backbone=cost.gmacs["backbone"],
         gmacs_heads=cost.gmacs[TOTAL] - cost.gmacs["backbone"],
