@@ -22,7 +22,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast, overload
 
-from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform, VideoDetector
+from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform, S, VideoDetector
 from eventful_det.errors import UserError
 from eventful_det.gating.selector import DEFAULT, Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
@@ -89,7 +89,7 @@ class StreamPool(Iterator[list[R]], Generic[R]):
     @overload
     def __init__(
         self: StreamPool[StreamResult],
-        detector: VideoDetector[Any],
+        detector: VideoDetector[S],
         *,
         budget: Budget | Selector = None,
         options: BudgetOptions | None = None,

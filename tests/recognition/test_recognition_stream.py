@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -86,19 +85,16 @@ def test_a_budget_in_seconds_is_met_by_fewer_tokens() -> None:
     assert min(much[2:]) > 1 and set(none[1:]) <= {0, 1}
 
 
-def test_memory_does_not_grow(steps: int = 100) -> None:
+def test_memory_does_not_grow(steps: int = 40) -> None:
     """Of a source that makes its frames as they are asked for; 5,000 steps were tried once."""
     frames = (frame for _ in range(steps // 10) for frame in arrays(20))
     stream = small_recogniser(stride=1).stream(frames, budget=1, scene_cuts=False)
-    sizes, used = set(), []
-    tracemalloc.start()
+    kept = set()
     for i, _ in enumerate(stream):
-        if i % (steps // 5) == steps // 5 - 1:
-            sizes.add(stream.state_bytes)
+        if i in (10, 20, steps - 1):
             gc.collect()
-            used.append(tracemalloc.get_traced_memory()[0])
-    tracemalloc.stop()
-    assert len(sizes) == 1 and len(used) == 5 and used[-1] < used[0] + 10_000
+            kept.add((stream.state_bytes, sum(type(thing) is torch.Tensor for thing in gc.get_objects())))
+    assert len(kept) == 1
 
 
 def test_another_scene_begins_anew() -> None:
