@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from eventful_det.detectors.results import Detections, FrameCost
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import coco_results
+from eventful_det.files import JsonObject
 from eventful_det.recognition.session import RecognitionResult
 from eventful_det.runtime.session import StreamResult
 
@@ -45,7 +46,9 @@ def to_supervision(detections: Detections, names: Sequence[str]) -> supervision.
     )
 
 
-def to_coco(result: StreamResult, image_id: int | None = None, categories: Sequence[int] | None = None) -> list[Any]:
+def to_coco(
+    result: StreamResult, image_id: int | None = None, categories: Sequence[int] | None = None
+) -> list[JsonObject]:
     """A frame as entries of a COCO results list, ready for JSON and `pycocotools`.
 
     Args:
@@ -58,13 +61,13 @@ def to_coco(result: StreamResult, image_id: int | None = None, categories: Seque
     """
     image = result.frame_index + 1 if image_id is None else image_id
     ids = range(1, len(result.names) + 1) if categories is None else categories
-    entries: list[Any] = coco_results({image: result.detections}, ids)
+    entries = coco_results({image: result.detections}, ids)
     for entry, track in zip(entries, _tracks(result.detections), strict=True):
         entry.update(track)
     return entries
 
 
-def to_record(result: StreamResult | RecognitionResult) -> dict[str, Any]:
+def to_record(result: StreamResult | RecognitionResult) -> JsonObject:
     """A frame as one JSON object: what was found, and what it cost.
 
     Boxes are xyxy in pixels of the source; of recognisers, the likeliest classes of each head come in their place.
@@ -81,7 +84,7 @@ def to_record(result: StreamResult | RecognitionResult) -> dict[str, Any]:
     }
 
 
-def _boxes(result: StreamResult) -> dict[str, Any]:
+def _boxes(result: StreamResult) -> JsonObject:
     found = result.detections
     objects = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), _tracks(found), strict=True)
     return {
@@ -98,7 +101,7 @@ def _boxes(result: StreamResult) -> dict[str, Any]:
     }
 
 
-def _classes(result: RecognitionResult) -> dict[str, Any]:
+def _classes(result: RecognitionResult) -> JsonObject:
     return {
         "classes": {
             head: [
@@ -110,7 +113,7 @@ def _classes(result: RecognitionResult) -> dict[str, Any]:
     }
 
 
-def cost_record(cost: FrameCost) -> dict[str, Any]:
+def cost_record(cost: FrameCost) -> JsonObject:
     """What a frame cost, as one JSON object."""
     return {
         "macs": {**cost.macs, "total": cost.total},

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from eventful_det.detectors.vitdet.roi_heads import Reader, SingleHead
 from eventful_det.engine.backends import Backend, ONNXRuntime, OpenVINO, Precision, quickest_precision
 from eventful_det.engine.graphs import Geometry, check_exportable
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 from eventful_det.gating.convert import per_stream
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
@@ -470,7 +471,7 @@ def is_engine(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> JsonObject:
     """What is in an engine's folder.
 
     Raises:

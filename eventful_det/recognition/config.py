@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 from eventful_det.gating.windows import Grid
 
 
@@ -102,7 +103,7 @@ class RecogniserConfig:
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> RecogniserConfig:
+    def from_dict(values: JsonObject) -> RecogniserConfig:
         """The inverse of `dataclasses.asdict`, also after JSON made lists of tuples.
 
         Raises:
@@ -126,20 +127,32 @@ def numbered(count: int) -> tuple[str, ...]:
     return tuple(f"class_{i}" for i in range(count))
 
 
-def vivit_b_epic(classes: Mapping[str, tuple[str, ...]] | None = None, **changes: Any) -> RecogniserConfig:
+def vivit_b_epic(classes: Mapping[str, tuple[str, ...]] | None = None) -> RecogniserConfig:
     """The paper's model for EPIC-Kitchens 100; by default with its 97 verbs, by number."""
-    values = {"size": (320, 320), "position_grid": (20, 20), "stride": 1, "fps": 30.0, **changes}
-    return RecogniserConfig({"verb": numbered(97)} if classes is None else classes, **values)
+    classes = {"verb": numbered(97)} if classes is None else classes
+    return RecogniserConfig(classes, size=(320, 320), position_grid=(20, 20), stride=1, fps=30.0)
 
 
-def vivit_b_k400(classes: Mapping[str, tuple[str, ...]] | None = None, **changes: Any) -> RecogniserConfig:
+def vivit_b_k400(classes: Mapping[str, tuple[str, ...]] | None = None) -> RecogniserConfig:
     """The paper's model for Kinetics-400; by default with its 400 classes, by number."""
-    return RecogniserConfig({"action": numbered(400)} if classes is None else classes, **changes)
+    return RecogniserConfig({"action": numbered(400)} if classes is None else classes)
 
 
-def vivit_tiny(classes: Mapping[str, tuple[str, ...]], **changes: Any) -> RecogniserConfig:
+def vivit_tiny(classes: Mapping[str, tuple[str, ...]]) -> RecogniserConfig:
     """A small model with the widths of ViT-Ti, for 16 frames of 112 x 112 pixels."""
-    sizes: dict[str, Any] = {"dim": 192, "heads": 3, "mlp": 768}
-    sizes |= {"temporal_depth": 2, "temporal_heads": 3, "temporal_mlp": 768, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    sizes |= {"frames": 16, "size": (112, 112), "position_grid": (7, 7), "temporal_views": 1, "spatial_views": 1}
-    return RecogniserConfig(classes, **{**sizes, **changes})
+    return RecogniserConfig(
+        classes,
+        dim=192,
+        heads=3,
+        mlp=768,
+        temporal_depth=2,
+        temporal_heads=3,
+        temporal_mlp=768,
+        frames=16,
+        size=(112, 112),
+        position_grid=(7, 7),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        temporal_views=1,
+        spatial_views=1,
+    )

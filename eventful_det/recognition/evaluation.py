@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from eventful_det.detectors.protocol import DEFAULT_RULE
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import Rule
+from eventful_det.gating.convert import DEFAULT_RULE, AnyRule
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.selector import LargestError, RandomOrder, Select, Selector
@@ -37,7 +36,7 @@ class Way:
     """
 
     name: str
-    rule: Rule[Any] = DEFAULT_RULE
+    rule: AnyRule = DEFAULT_RULE
     selector: Select = DEFAULT
     shared: bool = True
     hold: int = 1

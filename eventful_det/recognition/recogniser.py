@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from eventful_det.data.source import Source
 from eventful_det.detectors.gated import priced_statically
-from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule
 from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import Rule, step_streams
+from eventful_det.gating.convert import DEFAULT_RULE, AnyRule, step_streams
 from eventful_det.gating.macs import RowsCosts
 from eventful_det.gating.selector import Budget, Select, Selector
-from eventful_det.gating.state import State
+from eventful_det.gating.state import State, StreamState
 from eventful_det.gating.update import Update
 from eventful_det.gating.vit_spec import ViTSpec
 from eventful_det.gating.windows import Grid
@@ -27,7 +27,6 @@ from eventful_det.recognition.session import DEFAULT, RecognitionSession
 from eventful_det.recognition.stream import RecognitionStream
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.session import StreamOptions
-from eventful_det.runtime.stream import Source
 
 
 class Recogniser(nn.Module):
@@ -160,7 +159,7 @@ class Recogniser(nn.Module):
         """
         stopwatch = Stopwatch(self.device, timing)
         tubelets = [self.normalise(tubelet) for tubelet in frames]
-        spatial: State[Any] = State([None if stream is None else stream.spatial for stream in state.streams])
+        spatial: State[StreamState] = State([None if stream is None else stream.spatial for stream in state.streams])
         stopwatch.lap("other")
         updates = self.spatial_step(tubelets, spatial, rule=rule, selector=selector, flush=flush)
         stopwatch.lap("backbone")
@@ -223,9 +222,9 @@ class Recogniser(nn.Module):
     def spatial_step(
         self,
         frames: Sequence[Tensor],
-        state: State[Any],
+        state: State[StreamState],
         *,
-        rule: Rule[Any] = DEFAULT_RULE,
+        rule: AnyRule = DEFAULT_RULE,
         selector: Select = DEFAULT,
         flush: Sequence[bool] | bool = False,
     ) -> list[Update]:

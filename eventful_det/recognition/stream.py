@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from eventful_det.data.video import open_source
-from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, Network
+from eventful_det.data.video import Source, open_source
+from eventful_det.detectors.protocol import Network
+from eventful_det.gating.convert import DEFAULT_RULE, AnyRule
 from eventful_det.gating.selector import Budget, Selector
 from eventful_det.recognition.results import RecogniserStream, RecognitionStep
 from eventful_det.recognition.session import RecognitionResult, RecognitionSession
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.control import NetworkStepper
 from eventful_det.runtime.session import StreamOptions
-from eventful_det.runtime.stream import Source
 
 
 class StreamingRecogniser(Network[RecogniserStream, RecognitionStep], Protocol):

@@ -23,7 +23,7 @@ import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import FastAPI, Query, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
@@ -34,6 +34,7 @@ from starlette.requests import ClientDisconnect
 
 from eventful_det.adapters import to_record
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 from eventful_det.runtime.session import StreamResult
 from eventful_det.secrets import mask_secrets
 from eventful_det.serving.guard import Guard, content_policy
@@ -153,7 +154,7 @@ def _add_streams(app: FastAPI, runner: PoolRunner, opener: SourceOpener) -> None
             raise
 
     @app.get("/api/sources")
-    def sources() -> dict[str, Any]:
+    def sources() -> JsonObject:
         return opener.offers()
 
     @app.post("/api/streams", status_code=201)
@@ -173,7 +174,7 @@ def _add_streams(app: FastAPI, runner: PoolRunner, opener: SourceOpener) -> None
             raise HTTPException(404, f"no stream {name!r}")
 
     @app.put("/api/budget")
-    def set_budget(request: BudgetRequest) -> dict[str, Any]:
+    def set_budget(request: BudgetRequest) -> JsonObject:
         runner.set_budget(request.budget)
         return state(runner)
 
@@ -186,11 +187,11 @@ def _add_reports(app: FastAPI, runner: PoolRunner) -> None:
         return found[0]
 
     @app.get("/api/state")
-    def report() -> dict[str, Any]:
+    def report() -> JsonObject:
         return state(runner)
 
     @app.get("/api/streams/{name}/detections")
-    def detections(name: str) -> dict[str, Any]:
+    def detections(name: str) -> JsonObject:
         return to_record(newest(name).result)
 
     @app.get("/api/streams/{name}/frame.jpg")

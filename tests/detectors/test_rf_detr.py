@@ -38,12 +38,14 @@ def narrow(name: Name, **backbone: Any) -> Any:
     """A network of a size of `transformers`, but for its widths, and for what is given."""
     return random_model(
         name,
-        backbone_config={"hidden_size": 24, "num_attention_heads": 2, **backbone},
-        d_model=32,
-        decoder_ffn_dim=48,
-        decoder_self_attention_heads=2,
-        decoder_cross_attention_heads=4,
-        num_queries=20,
+        backbone={"hidden_size": 24, "num_attention_heads": 2, **backbone},
+        config={
+            "d_model": 32,
+            "decoder_ffn_dim": 48,
+            "decoder_self_attention_heads": 2,
+            "decoder_cross_attention_heads": 4,
+            "num_queries": 20,
+        },
     )
 
 
@@ -108,7 +110,7 @@ def test_every_size_of_the_package_rfdetr(name: Name) -> None:
     """On fewer pixels than its own, for time's sake, but "base", whose position encodings are resized."""
     pytest.importorskip("rfdetr")
     size = SIZES[name]
-    model = random_rfdetr(name, **({} if size.positions else {"resolution": 4 * size.patch * size.regions}))
+    model = random_rfdetr(name, {} if size.positions else {"resolution": 4 * size.patch * size.regions})
     same_predictions(judging(model), 1)
 
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.error import ExitError, FFmpegError
 from av.stream import Disposition
+from av.video import VideoStream
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
@@ -207,7 +209,7 @@ def _displayed(image: NDArray[np.uint8], matrix: NDArray[np.int32]) -> NDArray[n
     return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-def open_container(url: str, options: dict[str, str] | None = None, timeout: float | None = None) -> Any:
+def open_container(url: str, options: dict[str, str] | None = None, timeout: float | None = None) -> InputContainer:
     """FFmpeg's view of a file or address; titles in whatever encoding are no reason to refuse it.
 
     Raises:
@@ -219,7 +221,7 @@ def open_container(url: str, options: dict[str, str] | None = None, timeout: flo
         return av.open(url, timeout=timeout, options=options or {})
 
 
-def best_video(container: Any, name: str) -> Any:
+def best_video(container: InputContainer, name: str) -> VideoStream:
     """The video stream that players show: no cover picture, the default one, the largest.
 
     Args:
@@ -236,7 +238,7 @@ def best_video(container: Any, name: str) -> Any:
     if not decodable:
         raise UserError(f"{name}: there is no decoder for its video")
 
-    def rank(video: Any) -> tuple[bool, int]:
+    def rank(video: VideoStream) -> tuple[bool, int]:
         return bool(Disposition(video.disposition) & Disposition.default), video.width * video.height
 
     return max(decodable, key=rank)

@@ -94,7 +94,7 @@ def _rfdetr_model(path: Path) -> Any:
     name = _NAMES.get((patch, layers, int(positions**0.5)))
     if name is None or any(key.startswith("segmentation_head.") for key in tensors):
         raise UserError(f"{path} is not one of RF-DETR nano, small, medium, base or large for boxes")
-    model = random_rfdetr(name, num_classes=len(tensors["class_embed.bias"]) - 1)
+    model = random_rfdetr(name, {"num_classes": len(tensors["class_embed.bias"]) - 1})
     try:
         model.model.model.load_state_dict(tensors)
     except RuntimeError:

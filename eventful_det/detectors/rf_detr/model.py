@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +107,7 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, model: Any, *, min_score: float = 0.05, side: int | None = None) -> None:
+    def __init__(self, model: object, *, min_score: float = 0.05, side: int | None = None) -> None:
         super().__init__()
         self.model, parts = parts_of(model)
         parts = dataclasses.replace(parts, side=side or parts.side)

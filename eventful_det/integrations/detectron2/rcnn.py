@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, ROIHeads, SimpleFeaturePyramid
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import ImageList, Instances
@@ -26,7 +26,8 @@ from eventful_det.detectors.streaming import StreamingDetector
 from eventful_det.detectors.vitdet.incremental import HeadsState
 from eventful_det.detectors.vitdet.macs import DetectorCosts
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import Rule, per_stream, step_streams
+from eventful_det.files import JsonObject
+from eventful_det.gating.convert import per_stream, step_streams
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
 from eventful_det.gating.paper import Paper
@@ -43,7 +44,6 @@ from eventful_det.runtime.budget import parse_budget, selector_for
 from eventful_det.runtime.control import Stepper
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
-Input = dict[str, Any]
 _RULES: dict[object, AnyRule] = {"rows": Rows(), "paper": Paper(), "dense": Dense()}
 
 
@@ -146,7 +146,7 @@ class EventfulRCNN(StreamingDetector, GeneralizedRCNN):
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
 
     @classmethod
-    def from_config(cls, cfg: Any) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode) -> JsonObject:
         """Arguments from a yacs config with the nodes of `add_eventful_config`."""
         return {**super().from_config(cfg), **eventful_options(cfg)}
 
@@ -174,10 +174,10 @@ class EventfulRCNN(StreamingDetector, GeneralizedRCNN):
 
     def inference(
         self,
-        batched_inputs: list[Input],
+        batched_inputs: list[JsonObject],
         detected_instances: list[Instances] | None = None,
         do_postprocess: bool = True,
-    ) -> list[Any]:
+    ) -> list[Instances] | list[JsonObject]:
         """As `GeneralizedRCNN.inference`; frames of videos go on from the frame before.
 
         Frames of one video may follow each other in a batch, and frames of several may alternate. While PyTorch traces,
@@ -236,7 +236,7 @@ class EventfulRCNN(StreamingDetector, GeneralizedRCNN):
             self.spec,
             [image.tensor[0] for image in images],
             backbones,
-            rule=cast(Rule[StreamState], rule),
+            rule=rule,
             selector=selector,
             flush=flush,
             saliency=saliency,
@@ -264,7 +264,7 @@ class EventfulRCNN(StreamingDetector, GeneralizedRCNN):
             raise UserError("costs are known in advance under the rows rule with incremental_heads only")
         return DetectorCosts(self.spec.shape, weights, self.heads.regions.most, rule.is_static(self.device))
 
-    def _advance(self, inputs: Sequence[Input]) -> list[tuple[Instances, StreamResult]]:
+    def _advance(self, inputs: Sequence[JsonObject]) -> list[tuple[Instances, StreamResult]]:
         """Process frames of different videos."""
         due = [self._begin(x) for x in inputs]
         results = self._stepper.step(due)
@@ -272,7 +272,7 @@ class EventfulRCNN(StreamingDetector, GeneralizedRCNN):
         # Postprocessing scales instances in place.
         return [(copy.deepcopy(s.instances), result) for s, result in zip(streams, results, strict=True)]
 
-    def _begin(self, frame: Input) -> tuple[StreamSession[RCNNStream], KeyFrame]:
+    def _begin(self, frame: JsonObject) -> tuple[StreamSession[RCNNStream], KeyFrame]:
         """The session of the video of a frame, and the frame."""
         pixels = frame["image"].permute(1, 2, 0).cpu().numpy()  # (h, w, 3), 0 to 255
         pixels = pixels[..., ::-1] if self.input_format == "BGR" else pixels
@@ -281,7 +281,7 @@ class EventfulRCNN(StreamingDetector, GeneralizedRCNN):
         key = session.begin(VideoFrame(image, resumed=bool(frame.get("flush"))), resized=pixels)
         return session, cast(KeyFrame, key)  # nothing is held
 
-    def _session_of(self, frame: Input, size: tuple[int, int]) -> StreamSession[RCNNStream]:
+    def _session_of(self, frame: JsonObject, size: tuple[int, int]) -> StreamSession[RCNNStream]:
         if "video_id" not in frame:
             return self._session(False, size)
         if "frame_id" not in frame:

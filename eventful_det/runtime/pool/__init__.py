@@ -22,14 +22,15 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast, overload
 
+from eventful_det.data.source import Source
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform, S, VideoDetector
 from eventful_det.errors import UserError
 from eventful_det.gating.selector import DEFAULT, Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.control import NetworkStepper
-from eventful_det.runtime.feed import Feed, open_feed
-from eventful_det.runtime.metrics import PoolMetrics, Tally
 from eventful_det.runtime.motion import Hold
+from eventful_det.runtime.pool.feed import Feed, open_feed
+from eventful_det.runtime.pool.metrics import PoolMetrics, Tally
 from eventful_det.runtime.session import (
     KeyFrame,
     OpensSessions,
@@ -39,7 +40,6 @@ from eventful_det.runtime.session import (
     StreamResult,
     StreamSession,
 )
-from eventful_det.runtime.stream import Source
 
 R = TypeVar("R", bound=Result)  # of a frame
 _DEPARTED = 64  # streams that left, of which the metrics are kept
