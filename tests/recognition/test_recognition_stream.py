@@ -23,14 +23,9 @@ from eventful_det.recognition.data.synthetic_actions import ACTIONS, ActionOptio
 from eventful_det.recognition.evaluation import Way
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.session import FrameClock
-from eventful_det.recognition.training import (
-    FeatureClips,
-    RecogniserTrainer,
-    RecogniserTraining,
-    SyntheticClips,
-    VideoClips,
-    cache_features,
-)
+from eventful_det.recognition.training.features import FeatureClips, cache_features, cache_views, gated_ways
+from eventful_det.recognition.training.samples import SyntheticClips, VideoClips
+from eventful_det.recognition.training.trainer import RecogniserOptions, RecogniserTrainer
 
 SMALL = ActionOptions(width=32, height=32, frames=12, noise=0)
 
@@ -158,7 +153,7 @@ def tiny(seed: int = 0) -> Recogniser:
     return Recogniser(dataclasses.replace(vivit_tiny({"action": ACTIONS}), **sizes, **clips))
 
 
-OPTIONS = RecogniserTraining(steps=6, batch=2, warmup=1, lr=3e-3, ema=0.5, amp="float32", checkpoint_every=3)
+OPTIONS = RecogniserOptions(steps=6, batch=2, warmup=1, lr=3e-3, ema=0.5, amp="float32", checkpoint_every=3)
 
 
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
@@ -181,7 +176,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
         assert torch.equal(value, resumed.state_dict()[name]), name
     saved = load_recogniser(tmp_path / "whole" / "model.safetensors")
     assert saved.config == result.config
-    with pytest.raises(UserError, match="another lr"):
+    with pytest.raises(UserError, match="other values of train.lr"):
         other = dataclasses.replace(OPTIONS, lr=1.0)
         RecogniserTrainer(tiny(), SyntheticClips(tiny(), SMALL), other, tmp_path / "whole")
 
@@ -213,10 +208,10 @@ def test_second_stage_trains_on_cached_outputs_alone(tmp_path: Path) -> None:
                 writer.write(frame)
     segments: Segments = read_folders(tmp_path / "videos", ACTIONS)
     recogniser = tiny().eval()
-    assert not cache_features(recogniser, segments, tmp_path / "features", Way("k", selector=TopK(2)))
+    assert not cache_features(recogniser, segments, tmp_path / "features", [Way("k", selector=TopK(2))])
     files = sorted((tmp_path / "features").iterdir())
     times = [path.stat().st_mtime_ns for path in files]
-    cache_features(recogniser, segments, tmp_path / "features", Way("k", selector=TopK(2)))
+    cache_features(recogniser, segments, tmp_path / "features", [Way("k", selector=TopK(2))])
     assert len(files) == 4 and [path.stat().st_mtime_ns for path in files] == times  # kept
 
     before = {name: value.clone() for name, value in recogniser.state_dict().items()}
@@ -230,3 +225,30 @@ def test_second_stage_trains_on_cached_outputs_alone(tmp_path: Path) -> None:
     assert view.shape == (6, 3, 32, 32) and set(labels) == {"action"}
     with pytest.raises(UserError, match="no cached features"):
         FeatureClips(tmp_path / "nothing")
+
+
+def test_gated_outputs_of_rendered_clips_are_cached(tmp_path: Path) -> None:
+    """Budgets are drawn for groups of clips; what is there already is kept, and what is missing is the same."""
+    recogniser = tiny().eval()
+    samples = SyntheticClips(recogniser, SMALL, count=20, keep=False)
+    folder, ways = tmp_path / "features", gated_ways([1.0, 0.25])
+    done: list[int] = []
+    cache_views(recogniser, samples, 20, folder, ways, on_clip=done.append)
+    assert done == [16, 20] and not samples.rendered
+    clips = FeatureClips(folder)
+    features, labels, _ = clips.sample(0)
+    assert len(clips.files) == 20 and features.shape == (1, 3, 24) and set(labels) == {"action"}
+    before = clips.files[17].read_bytes()
+    clips.files[17].unlink()
+    cache_views(recogniser, samples, 20, folder, gated_ways([1.0]))
+    assert clips.files[17].is_file() and len(before) == clips.files[17].stat().st_size
+    view, label, _ = samples.sample(17)
+    again, own = FeatureClips(folder).sample(clips_place(clips, 17))[:2]
+    assert own == label and torch.allclose(again[0], recogniser.spatial(view[None])[0], atol=0.05)
+    assert not torch.equal(FeatureClips(folder, noise=0.1).sample(0)[0], features)
+
+
+def clips_place(clips: FeatureClips, index: int) -> int:
+    """When a file has its turn in the first round."""
+    order = np.random.default_rng([clips.seed, 0]).permutation(len(clips.files))
+    return int(np.flatnonzero(order == index)[0])
