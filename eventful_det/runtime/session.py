@@ -12,7 +12,7 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -181,6 +181,9 @@ class Session(Protocol[S, T_contra, R_co]):
         """The result of an input."""
 
 
+AnySession: TypeAlias = Session[Any, Any, R_co]
+
+
 @runtime_checkable
 class OpensSessions(Network[Any, Any], Protocol[R_co]):
     """A network that has sessions of its own kind."""
@@ -189,7 +192,7 @@ class OpensSessions(Network[Any, Any], Protocol[R_co]):
     def selector(self) -> Selector:
         """What is selected unless it is told."""
 
-    def session(self, *, name: str, scene_cuts: bool, options: StreamOptions | None) -> Session[Any, Any, R_co]:
+    def session(self, *, name: str, scene_cuts: bool, options: StreamOptions | None) -> AnySession[R_co]:
         """One for a stream; see `StreamSession`."""
 
 
