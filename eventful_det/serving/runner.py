@@ -15,6 +15,7 @@ from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import Selector
 from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.motion import Hold
+from eventful_det.runtime.pool import StreamPool
 from eventful_det.runtime.rescoring import Rescorer
 from eventful_det.runtime.session import StreamOptions
 from eventful_det.runtime.tracking import Tracker
