@@ -18,8 +18,8 @@ from torch import Tensor
 from eventful_det.data.source import VideoFrame
 from eventful_det.data.video import Source, open_source
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import DEFAULT_RULE, AnyRule
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.rules import DEFAULT_RULE, AnyRule
 from eventful_det.gating.selector import DEFAULT, Budget, Gmacs, Latency, Select, Selector
 from eventful_det.gating.state import State
 from eventful_det.recognition.config import RecogniserConfig

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eventful_det.detectors.protocol import AnyRule, CostModel, S, VideoDetector
 from eventful_det.detectors.results import StepResult
-from eventful_det.gating.saliency import token_saliency
+from eventful_det.detectors.saliency import token_saliency
 from eventful_det.gating.selector import (
     Budget,
     GateInput,
