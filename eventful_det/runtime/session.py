@@ -22,8 +22,8 @@ from torch import Tensor
 from eventful_det.data.source import VideoFrame
 from eventful_det.detectors.protocol import Costed, InputTransform, Network, S, VideoDetector
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
+from eventful_det.detectors.saliency import token_saliency
 from eventful_det.errors import UserError
-from eventful_det.gating.saliency import token_saliency
 from eventful_det.gating.selector import GateInput, Policy, Selector
 from eventful_det.gating.state import State
 from eventful_det.runtime.drift import Drift
