@@ -20,7 +20,7 @@ from rich.table import Table
 from eventful_det.benchmark.timing import paired_ratios, time_together
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
-from eventful_det.gating.convert import Rule
+from eventful_det.gating.convert import AnyRule
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
@@ -342,7 +342,7 @@ def time_steps(model: str, k: int | None, repetitions: int, warm_up: int, seed: 
     chosen, paper = TopK(count - 1), TopK(count)  # Rows always recomputes the class token besides
     still = torch.rand(config.tubelet[0], config.channels, *config.size)
     tubelets = [torch.where(torch.rand(config.size) < 0.5, still, torch.rand_like(still)) for _ in range(8)]
-    rules: dict[str, tuple[Rule[Any], Selector]]
+    rules: dict[str, tuple[AnyRule, Selector]]
     rules = {"dense": (Dense(), SELECTOR), "rows": (Rows(), chosen), "paper": (Paper(), paper)}
     ways = {f"{name}, {dtype}": (*rule, dtype) for name, rule in rules.items() for dtype in ("float32", "bfloat16")}
     states = {name: recogniser.init_state() for name in ways}

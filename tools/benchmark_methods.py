@@ -132,7 +132,7 @@ def build_backbone(name: str, size: tuple[int, int], seed: int) -> nn.Module:
 def build_detector(case: Case, classes: int, seed: int) -> Detector | EventfulRFDETR:
     """The case's model, with random weights unless they are named."""
     if case.model in SIZES:
-        return EventfulRFDETR(random_model(case.model, seed, **case.config))
+        return EventfulRFDETR(random_model(case.model, seed, config=case.config))
     if case.model not in MODELS:
         return load_detector(None if case.model == "shipped" else case.model, **case.config)
     standard = MODELS[case.model](tuple(f"class{i}" for i in range(classes)))

@@ -28,7 +28,7 @@ from eventful_det.data.video.transforms import Image
 from eventful_det.detectors.checkpoints.files import SYNTHETIC, load_detector
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import Spread
-from eventful_det.evaluation.summary import jsonable
+from eventful_det.evaluation.sweep.summary import jsonable
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Budget

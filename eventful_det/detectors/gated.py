@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar, cast
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule
 from eventful_det.detectors.results import Detections, StepResult
 from eventful_det.detectors.stopwatch import Stopwatch
+from eventful_det.detectors.streaming import StreamingDetector
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import Rule, per_stream, step_streams
+from eventful_det.gating.convert import per_stream, step_streams
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.saliency import token_saliency
@@ -42,14 +43,16 @@ class GatedStream(TensorTree):
 S = TypeVar("S", bound=GatedStream)
 
 
-class GatedDetector(nn.Module, Generic[S]):
+class GatedDetector(StreamingDetector, nn.Module, Generic[S]):
     """A `VideoDetector` whose heads follow a gated backbone.
 
     Attributes:
         spec: the backbone as the update rules see it.
+        rule: how tokens are recomputed in `stream` unless it is told.
     """
 
     spec: ViTSpec
+    rule: AnyRule = DEFAULT_RULE
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +95,9 @@ class GatedDetector(nn.Module, Generic[S]):
         stopwatch = Stopwatch(self.device, timing)
         images, streams = [], []
         for i, frame in enumerate(per_stream("frames", list(frames), state)):
-            size = (frame.shape[-2], frame.shape[-1])
+            if frame.dim() != 3 or len(frame) != 3:
+                raise UserError(f"got a frame of shape {tuple(frame.shape)}; frames are (3, height, width)")
+            size = (frame.shape[1], frame.shape[2])
             stream = state.streams[i]
             if stream is None or stream.size != size:
                 state.streams[i] = stream = self._new_stream(size)
@@ -104,7 +109,7 @@ class GatedDetector(nn.Module, Generic[S]):
             self.spec,
             images,
             backbones,
-            rule=cast(Rule[StreamState], rule),
+            rule=rule,
             selector=selector,
             flush=flush,
             saliency=[self._saliency(*pair) for pair in zip(images, streams, strict=True)],

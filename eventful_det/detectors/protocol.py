@@ -15,20 +15,14 @@ from torch import Tensor
 
 from eventful_det.data.video.transforms import Image, fit_size, resize, to_tensor
 from eventful_det.detectors.results import Detections, StepResult
-from eventful_det.gating.dense import Dense
-from eventful_det.gating.paper import Paper
+from eventful_det.gating.convert import DEFAULT_RULE as DEFAULT_RULE
+from eventful_det.gating.convert import AnyRule as AnyRule
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT, Select
 from eventful_det.gating.state import State, TensorTree
-from eventful_det.gating.whole_windows import Windows
 from eventful_det.gating.windows import Grid
 
 S = TypeVar("S", bound=TensorTree)
-
-AnyRule = Rows | Windows | Paper | Dense
-"""How the tokens of a frame are recomputed."""
-
-DEFAULT_RULE: AnyRule = Rows()
 
 
 def exactly(rule: AnyRule) -> AnyRule:

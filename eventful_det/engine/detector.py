@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.detectors.stopwatch import Stopwatch
+from eventful_det.detectors.streaming import StreamingDetector
 from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.detectors.vitdet.incremental import HeadsState, refresh_regions
@@ -25,11 +26,12 @@ from eventful_det.detectors.vitdet.roi_heads import Reader, SingleHead
 from eventful_det.engine.backends import Backend, ONNXRuntime, OpenVINO, Precision, quickest_precision
 from eventful_det.engine.graphs import Geometry, check_exportable
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 from eventful_det.gating.convert import per_stream
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
 from eventful_det.gating.saliency import token_saliency
-from eventful_det.gating.selector import DEFAULT, Budget, RandomK, Select, Selector
+from eventful_det.gating.selector import DEFAULT, RandomK, Select
 from eventful_det.gating.state import State, TensorTree
 from eventful_det.gating.whole_windows import (
     Chosen,
@@ -41,11 +43,6 @@ from eventful_det.gating.whole_windows import (
     windows_macs,
 )
 from eventful_det.gating.windows import Grid, windows_of
-
-if TYPE_CHECKING:
-    from eventful_det.runtime.budget import BudgetOptions
-    from eventful_det.runtime.motion import KeyFrames
-    from eventful_det.runtime.stream import Source, Stream
 
 MANIFEST, FORMAT = "engine.json", "eventful-det-engine/1"
 _REGION_STEPS = 4  # the region head is compiled for quarters of the proposals
@@ -126,7 +123,7 @@ class _RegionHead(SingleHead):
         return logits[:count].clone(), deltas[:count].clone()
 
 
-class CompiledDetector:
+class CompiledDetector(StreamingDetector):
     """A detector for video in a compiled engine, for frames of one size: a `VideoDetector`.
 
     Whole windows are recomputed, see `Windows`; heads run on tiles of them. Gate, boxes, non-maximum suppression and
@@ -262,37 +259,6 @@ class CompiledDetector:
         numbers = (0, *self.rule.sizes(self._windows))
         totals = tuple((count, sum(self._macs(count, 0, False).values())) for count in numbers)
         return WindowsCosts(self.rule, totals, self.head_weights.regions * self.config.proposals, self._windows)
-
-    def stream(
-        self,
-        source: Source,
-        *,
-        budget: Budget | Selector = None,
-        options: BudgetOptions | None = None,
-        rule: AnyRule | None = None,
-        max_frames: int | None = None,
-        scene_cuts: bool = True,
-        hold: int | KeyFrames = 1,
-        shadow_every: int = 0,
-        shadow_score: float = 0.5,
-        timing: bool = False,
-    ) -> Stream:
-        """Detect in a video, lazily and in constant memory; see `eventful_det.runtime.stream.Stream`."""
-        from eventful_det.runtime.stream import Stream
-
-        return Stream(
-            self,
-            source,
-            budget=budget,
-            options=options,
-            rule=self.rule if rule is None else rule,
-            max_frames=max_frames,
-            scene_cuts=scene_cuts,
-            hold=hold,
-            shadow_every=shadow_every,
-            shadow_score=shadow_score,
-            timing=timing,
-        )
 
     def _prepare(self, frame: Tensor) -> Tensor:
         """Normalise a frame and pad it to the engine's size."""
@@ -505,7 +471,7 @@ def is_engine(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> JsonObject:
     """What is in an engine's folder.
 
     Raises:

@@ -36,6 +36,18 @@ def found_share(data: CocoVideo, results: Iterable[Entry]) -> float:
     return sum(found) / len(found) if found else math.nan
 
 
+def false_alarms(data: CocoVideo, results: Iterable[Entry]) -> float:
+    """Sure detections per 100 labelled frames on which nothing is: no object, and no region to ignore.
+
+    Returns:
+        `nan` where no labelled frame is empty.
+    """
+    sure = _sure_boxes(results)
+    empty = [frame.image_id for frame in data.frames if frame.labelled and not frame.annotations]
+    boxes = sum(len(of_class) for image in empty for of_class in sure[image].values())
+    return 100 * boxes / len(empty) if empty else math.nan
+
+
 def flicker(data: CocoVideo, results: Iterable[Entry]) -> float:
     """How often sure boxes come and go without reason: blinks per sure detection.
 

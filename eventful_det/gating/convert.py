@@ -10,14 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows, RowsState
 from eventful_det.gating.selector import DEFAULT, Select
 from eventful_det.gating.state import State, StreamState
 from eventful_det.gating.update import Update
 from eventful_det.gating.vit_spec import ViTSpec, spec_of
+from eventful_det.gating.whole_windows import Windows
 from eventful_det.gating.windows import Grid
 
 S = TypeVar("S", bound=StreamState)
+
+AnyRule = Rows | Windows | Paper | Dense
+"""How the tokens of a frame are recomputed."""
+
+DEFAULT_RULE: AnyRule = Rows()
 
 
 class Rule(Protocol[S]):
@@ -124,7 +132,7 @@ def step_streams(
     frames: Tensor | Sequence[Tensor],
     state: State[S],
     *,
-    rule: Rule[S],
+    rule: Rule[S] | AnyRule,
     selector: Select = DEFAULT,
     flush: Sequence[bool] | bool = False,
     saliency: Sequence[Tensor | None] | None = None,
@@ -133,6 +141,7 @@ def step_streams(
 
     A new size, a rule of another layout or its flag in `flush` recompute all tokens of a stream.
     """
+    rule = cast(Rule[S], rule)  # no type says which of the rules a stream's state is of
     flushes = per_stream("flush flags", [flush] * len(state) if isinstance(flush, bool) else flush, state)
     weights = per_stream("saliency maps", [None] * len(state) if saliency is None else saliency, state)
     frames, streams = per_stream("frames", list(frames), state), []

@@ -29,6 +29,7 @@ class GateInput(NamedTuple):
         saliency: `(N,)` how much each token matters, 0 to 1; None = nobody said.
         stream: place of the stream among those of the step.
         noise: `(N,)` how much of each error may be noise; None = not known.
+        ignored: `(N,)` tokens that are not eligible, see `ignoring`; None = all are.
     """
 
     error: Tensor
@@ -38,6 +39,21 @@ class GateInput(NamedTuple):
     saliency: Tensor | None = None
     stream: int = 0
     noise: Tensor | None = None
+    ignored: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are eligible."""
+        return self.error.numel() - (0 if self.ignored is None else int(self.ignored.sum()))
+
+    def ignoring(self, ignored: Tensor) -> GateInput:
+        """The same without some tokens `(N,)`: none of them is taken, and to policies they are as if just renewed."""
+        return self._replace(
+            error=self.error.masked_fill(ignored, 0),
+            age=self.age.masked_fill(ignored, 1),
+            saliency=None if self.saliency is None else self.saliency.masked_fill(ignored, 0),
+            ignored=ignored,
+        )
 
 
 class Ranking(NamedTuple):
@@ -114,7 +130,7 @@ class Focus:
         floor = self.floor if moving >= _MOVES * int(objects.sum()) else 0.0
         changed = changed[order]
         first = order[changed]
-        wanted = max(int(floor * len(order)), len(first) + int(self.renew * moving))
+        wanted = max(int(floor * gate.tokens), len(first) + int(self.renew * moving))
         return Ranking(torch.cat([first, order[~changed]]), wanted)
 
 
@@ -206,6 +222,15 @@ allow, or None for as many as the policy wants."""
 BUDGET_FORMS = "a share of the tokens (0.25 or 25%), tokens (96), GMACs (40GMACs) or a time (50ms, 0.05s)"
 
 
+def ranked(policy: Policy, gate: GateInput) -> Ranking:
+    """The eligible tokens of a stream as a policy ranks them."""
+    ranking = policy(gate)
+    if gate.ignored is None:
+        return ranking
+    order = ranking.order[~gate.ignored[ranking.order]]
+    return Ranking(order, min(ranking.wanted, len(order)))
+
+
 def check_budget(budget: Budget) -> Budget:
     """The budget itself.
 
@@ -263,8 +288,8 @@ class Selector:
         """For each gate the flat indices `(r,)` of the selected tokens, most important first."""
         if isinstance(self.budget, (Gmacs, Latency)):
             raise UserError(f"a budget of {self.budget} is held by streams and pools; here give tokens or a share")
-        rankings = [self.policy(gate) for gate in gates]
-        sizes = [gate.error.numel() for gate in gates]
+        rankings = [ranked(self.policy, gate) for gate in gates]
+        sizes = [gate.tokens for gate in gates]
         if self.assured is None:
             limits = [tokens_allowed(self.budget, size) for size in sizes]
             return [rank.order[: min(rank.wanted, limit)] for rank, limit in zip(rankings, limits, strict=True)]
@@ -292,7 +317,9 @@ class Merged:
         return [index[stream == i] for i in range(self.streams)]
 
 
-def merge(rankings: Sequence[Ranking], sizes: Sequence[int], assured: float) -> Merged:
+def merge(
+    rankings: Sequence[Ranking], sizes: Sequence[int], assured: float, priorities: Sequence[float] | None = None
+) -> Merged:
     """How streams share a budget: their wanted tokens in one order, of which a step takes as long a beginning as fits.
 
     Each stream's tokens come in its own order, at its own rate: a part `assured` of the rates is in proportion to the
@@ -307,11 +334,15 @@ def merge(rankings: Sequence[Ranking], sizes: Sequence[int], assured: float) -> 
         rankings: of the streams.
         sizes: tokens of their frames.
         assured: in [0, 1].
+        priorities: of the streams, above 0: a stream of priority 2 counts as two of its kind; None = all are 1.
     """
     wanted = [min(ranking.wanted, len(ranking.order)) for ranking in rankings]
-    tokens, total = max(1, sum(sizes)), max(1, sum(wanted))
+    weights = [1.0] * len(rankings) if priorities is None else priorities
+    tokens = max(1, sum(p * n for p, n in zip(weights, sizes, strict=True)))
+    total = max(1, sum(p * w for p, w in zip(weights, wanted, strict=True)))
     device = rankings[0].order.device if rankings else None
-    rates = [assured * n / tokens + (1 - assured) * w / total for n, w in zip(sizes, wanted, strict=True)]
+    triples = zip(weights, sizes, wanted, strict=True)
+    rates = [p * (assured * n / tokens + (1 - assured) * w / total) for p, n, w in triples]
     turns = [torch.arange(1, w + 1, device=device).double() / rate for w, rate in zip(wanted, rates, strict=True)]
     stream = [torch.full((w,), i, device=device) for i, w in enumerate(wanted)]
     index = [ranking.order[:w] for ranking, w in zip(rankings, wanted, strict=True)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class TensorTree:
 
     _kinds: ClassVar[dict[str, type[TensorTree]]] = {}
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         TensorTree._kinds[cls.__name__] = cls
 
@@ -55,14 +55,14 @@ class TensorTree:
         """An independent copy."""
         return self.map(Tensor.clone)
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, object]:
         """The tree as dictionaries, lists and tensors only, as `torch.load(weights_only=True)` accepts."""
         return _plain(self)
 
     @staticmethod
-    def from_plain(data: dict[str, Any]) -> Any:
+    def from_plain(data: dict[str, object]) -> TensorTree:
         """The inverse of `plain`."""
-        return _from_plain(data)
+        return cast(TensorTree, _from_plain(data))
 
 
 @dataclasses.dataclass
@@ -103,7 +103,7 @@ class State(TensorTree, Generic[S]):
         torch.save({"format": "eventful-state/1", "state": self.plain()}, path)
 
     @staticmethod
-    def load(path: str | Path) -> State[Any]:
+    def load(path: str | Path) -> State[T]:
         """Read a file written by `save`.
 
         Raises:
@@ -113,7 +113,7 @@ class State(TensorTree, Generic[S]):
             data = torch.load(path, weights_only=True)
             if data["format"] != "eventful-state/1":
                 raise KeyError(data["format"])
-            return State.from_plain(data["state"])
+            return cast(State[T], State.from_plain(data["state"]))
         except UserError:
             raise
         except Exception as error:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import Rule
+from eventful_det.gating.convert import DEFAULT_RULE, AnyRule
 from eventful_det.gating.selector import DEFAULT, Select
 from eventful_det.gating.state import State
 from eventful_det.gating.update import Update
@@ -19,7 +19,6 @@ from eventful_det.recognition.config import RecogniserConfig
 from eventful_det.recognition.data.views import average, crop_views, frame_indices, normalise, shared_tubelets
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.results import StepCost
-from eventful_det.recognition.stream import DEFAULT_RULE
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Clip(Protocol):
     def __len__(self) -> int:
         """Number of frames T."""
 
-    def __getitem__(self, indices: Any, /) -> Tensor:
+    def __getitem__(self, indices: list[int], /) -> Tensor:
         """Frames by a list of their numbers, `(n, c, H, W)`."""
 
 
@@ -58,7 +57,7 @@ def recognise(
     recogniser: Recogniser,
     clip: Clip,
     *,
-    rule: Rule[Any] = DEFAULT_RULE,
+    rule: AnyRule = DEFAULT_RULE,
     selector: Select = DEFAULT,
     shared: bool = True,
     hold: int = 1,
@@ -89,7 +88,7 @@ def recognise(
 
 
 def _view_by_view(
-    recogniser: Recogniser, clip: Clip, rule: Rule[Any], selector: Select, hold: int
+    recogniser: Recogniser, clip: Clip, rule: AnyRule, selector: Select, hold: int
 ) -> tuple[Tensor, list[StepCost], int]:
     """Each view is a stream: features `(V, T', D)`, the cost of each step, and the number of tubelets."""
     config = recogniser.config
@@ -111,7 +110,7 @@ def _view_by_view(
 
 
 def _shared(
-    recogniser: Recogniser, clip: Clip, rule: Rule[Any], selector: Select, hold: int
+    recogniser: Recogniser, clip: Clip, rule: AnyRule, selector: Select, hold: int
 ) -> tuple[Tensor, list[StepCost], int]:
     """Each crop is a stream over the distinct tubelets, which begins anew where some are left out."""
     config = recogniser.config

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from eventful_det.data.source import Source
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import Rule, step_streams
+from eventful_det.gating.convert import DEFAULT_RULE, AnyRule, step_streams
 from eventful_det.gating.macs import rows_macs, rows_sizes
 from eventful_det.gating.selector import DEFAULT, Budget, Select, Selector
-from eventful_det.gating.state import State
+from eventful_det.gating.state import State, StreamState
 from eventful_det.gating.update import Update
 from eventful_det.gating.vit_spec import ViTSpec
 from eventful_det.recognition.config import RecogniserConfig
 from eventful_det.recognition.layers import SubModel, TubeletEmbedding
 from eventful_det.recognition.results import RecogniserStream, RecognitionStep, StepCost
-from eventful_det.recognition.stream import DEFAULT_RULE, RecognitionStream, Source
+from eventful_det.recognition.stream import RecognitionStream
 
 
 class Recogniser(nn.Module):
@@ -127,7 +128,7 @@ class Recogniser(nn.Module):
         tubelets: Tensor | Sequence[Tensor],
         state: State[RecogniserStream],
         *,
-        rule: Rule[Any] = DEFAULT_RULE,
+        rule: AnyRule = DEFAULT_RULE,
         selector: Select = DEFAULT,
         flush: Sequence[bool] | bool = False,
     ) -> list[RecognitionStep]:
@@ -148,7 +149,7 @@ class Recogniser(nn.Module):
             UserError: the numbers of tubelets and streams differ, or a tubelet has another shape or type.
         """
         frames = [self.normalise(tubelet) for tubelet in tubelets]
-        spatial: State[Any] = State([None if stream is None else stream.spatial for stream in state.streams])
+        spatial: State[StreamState] = State([None if stream is None else stream.spatial for stream in state.streams])
         updates = self.spatial_step(frames, spatial, rule=rule, selector=selector, flush=flush)
         features = [cast(Tensor, update.prefix)[0].clone() for update in updates]  # (D,) each
         windows = []
@@ -176,7 +177,7 @@ class Recogniser(nn.Module):
         source: Source,
         *,
         budget: Budget | Selector = None,
-        rule: Rule[Any] = DEFAULT_RULE,
+        rule: AnyRule = DEFAULT_RULE,
         max_steps: int | None = None,
         scene_cuts: bool = True,
     ) -> RecognitionStream:
@@ -186,9 +187,9 @@ class Recogniser(nn.Module):
     def spatial_step(
         self,
         frames: Sequence[Tensor],
-        state: State[Any],
+        state: State[StreamState],
         *,
-        rule: Rule[Any] = DEFAULT_RULE,
+        rule: AnyRule = DEFAULT_RULE,
         selector: Select = DEFAULT,
         flush: Sequence[bool] | bool = False,
     ) -> list[Update]:

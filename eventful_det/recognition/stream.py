@@ -5,21 +5,20 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eventful_det.data.source import VideoFrame, VideoSource
-from eventful_det.data.video import open_source
+from eventful_det.data.source import VideoFrame
+from eventful_det.data.video import Source, open_source
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import Rule
+from eventful_det.gating.convert import DEFAULT_RULE, AnyRule
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT, Budget, Gmacs, Latency, Select, Selector
 from eventful_det.gating.state import State
@@ -29,9 +28,6 @@ from eventful_det.recognition.results import RecogniserStream, RecognitionStep, 
 from eventful_det.runtime.budget import selector_for
 from eventful_det.runtime.control import Clock, Load
 from eventful_det.runtime.scene_cuts import SceneCuts
-
-DEFAULT_RULE: Rule[Any] = Rows()
-Source = int | str | os.PathLike[str] | Iterable[NDArray[np.uint8]] | VideoSource
 
 
 class StreamingRecogniser(Protocol):
@@ -54,7 +50,7 @@ class StreamingRecogniser(Protocol):
         tubelets: Sequence[Tensor],
         state: State[RecogniserStream],
         *,
-        rule: Rule[Any] = DEFAULT_RULE,
+        rule: AnyRule = DEFAULT_RULE,
         selector: Select = DEFAULT,
         flush: Sequence[bool] | bool = False,
     ) -> list[RecognitionStep]:
@@ -155,7 +151,7 @@ class RecognitionStream(Iterator[RecognitionResult]):
         source: Source,
         *,
         budget: Budget | Selector = None,
-        rule: Rule[Any] = DEFAULT_RULE,
+        rule: AnyRule = DEFAULT_RULE,
         max_steps: int | None = None,
         scene_cuts: bool = True,
     ) -> None:

@@ -7,6 +7,7 @@ integrates an error, so nothing winds up while a budget is out of reach or not n
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,15 +26,18 @@ from eventful_det.gating.selector import (
     Gmacs,
     Latency,
     Merged,
+    Policy,
     Ranking,
     Selector,
     merge,
+    ranked,
     tokens_allowed,
 )
 from eventful_det.gating.state import State
 from eventful_det.gating.windows import Grid
 from eventful_det.runtime.budget import BudgetOptions, TokenBucket, due_tokens, selector_for
-from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
+from eventful_det.runtime.regions import ignored_tokens
+from eventful_det.runtime.session import KeyFrame, StreamOptions, StreamResult, StreamSession
 
 _SPIKE = 2.0  # a step is taken to have lasted at most so many times longer than expected
 _FIRST = 0.1  # of the first step that is measured, taken to be spent whatever is recomputed
@@ -186,12 +190,12 @@ class Stepper(Generic[S]):
             self.detector.cost_model(self.rule)  # raises where there is none
         self._setting = _Setting(budget, selector, TokenBucket(self.options.bucket))  # at once: threads may set it
 
-    def step(self, due: Sequence[Due[S]], streams: int = 1) -> list[StreamResult]:
+    def step(self, due: Sequence[Due[S]], streams: float = 1.0) -> list[StreamResult]:
         """Run the detector on the next key frame of each of some streams.
 
         Args:
             due: streams and their frames.
-            streams: among how many the budget is shared, those that wait for their turn included.
+            streams: among how many of priority 1 the budget is shared, those that wait for their turn included.
         """
         setting = self._setting
         plan = _Plan(self, due, setting)
@@ -217,12 +221,13 @@ class Stepper(Generic[S]):
         if isinstance(plan.selector.budget, Latency):
             plan.remember(results)
         prices = [
-            self._price(setting.budget, key, result, streams) for (_, key), result in zip(due, results, strict=True)
+            self._price(setting.budget, key, result, streams / session.options.priority)
+            for (session, key), result in zip(due, results, strict=True)
         ]
         pairs = zip(due, results, prices, strict=True)
         return [session.finish(key, result, price) for (session, key), result, price in pairs]
 
-    def _price(self, budget: Budget | Selector, key: KeyFrame, result: StepResult, streams: int) -> float | None:
+    def _price(self, budget: Budget | Selector, key: KeyFrame, result: StepResult, streams: float) -> float | None:
         """What a frame cost in what it might, at least 1; None where frames are not held for the budget's sake."""
         if isinstance(budget, Selector) and isinstance(budget.budget, (Gmacs, Latency)):
             budget = budget.budget
@@ -257,12 +262,14 @@ class _Plan(Generic[S]):
         _, selector, bucket = setting
         self.selector, self.bucket = selector, bucket
         self.sessions = [session for session, _ in due]
-        self.expected = [key.expected for _, key in due]
+        self.keys = [key for _, key in due]
         self.priced = isinstance(selector.budget, (Gmacs, Latency))
         self.shared = self.priced or selector.assured is not None
         remembers = self.options.max_age > 0 or (self.shared and self.options.bucket > 0)
         small = stepper.hold and self.shared and isinstance(selector.budget, float) and selector.budget < _WORTH
-        self.needed = self.priced or remembers or small or any(one is not None for one in self.expected)
+        known = any(key.expected is not None for key in self.keys)
+        own = any(session.options != StreamOptions() for session in self.sessions)
+        self.needed = self.priced or remembers or small or known or own
         self.asked: list[int] = []  # places of the streams that the budget is for: all but those that are flushed
         self.allowance = 0.0  # in tokens or MACs
 
@@ -270,17 +277,35 @@ class _Plan(Generic[S]):
         """For each gate the flat indices of its tokens."""
         gates = [self._aimed(gate) for gate in gates]
         if not self.shared:
-            return [self._choose([gate])[0] for gate in gates] if self.options.max_age else self.selector(gates)
+            alone = self._choose if self.options.max_age else self._select
+            return [alone([gate])[0] for gate in gates]
         self.asked = [gate.stream for gate in gates]
         return self._choose(gates) if gates else []
 
     def _aimed(self, gate: GateInput) -> GateInput:
-        """The gate with the saliency of where objects are now, not of where they were on the last key frame."""
-        expected = self.expected[gate.stream]
-        if expected is None or gate.grid is None:
+        """The gate with the saliency of where objects are now, not of where they were on the last key frame.
+
+        Tokens that the stream ignores are not eligible.
+        """
+        if gate.grid is None:
             return gate
-        patch = self.stepper.detector.input_transform.token
-        return gate._replace(saliency=token_saliency(expected.boxes, expected.scores, gate.grid, patch))
+        session, key = self.sessions[gate.stream], self.keys[gate.stream]
+        expected, polygons = key.expected, session.options.ignore
+        if expected is not None:
+            patch = self.stepper.detector.input_transform.token
+            gate = gate._replace(saliency=token_saliency(expected.boxes, expected.scores, gate.grid, patch))
+        if not polygons:
+            return gate
+        height, width = key.frame.image.shape[:2]
+        y, x = session.transform.token_size(key.frame.image)
+        return gate.ignoring(ignored_tokens(polygons, gate.grid, (y / height, x / width)).to(gate.error.device))
+
+    def _policy(self, gate: GateInput) -> Policy:
+        return self.sessions[gate.stream].options.policy or self.selector.policy
+
+    def _select(self, gates: Sequence[GateInput]) -> Sequence[Tensor]:
+        """The tokens of a stream that has the budget for itself."""
+        return dataclasses.replace(self.selector, policy=self._policy(gates[0]))(gates)
 
     def settle(self, results: Sequence[StepResult]) -> TokenBucket:
         """The bucket after the step."""
@@ -306,7 +331,7 @@ class _Plan(Generic[S]):
     def _choose(self, gates: Sequence[GateInput]) -> Sequence[Tensor]:
         """The tokens of streams that share the budget."""
         order, due = self._order(gates)
-        tokens = sum(gate.age.numel() for gate in gates)
+        tokens = sum(gate.tokens for gate in gates)
         budget = self.selector.budget
         if isinstance(budget, Latency):
             return self._choose_in_time(gates, order, due, budget.seconds)
@@ -329,10 +354,11 @@ class _Plan(Generic[S]):
         due = [due_tokens(gate.age, self.options.max_age) for gate in gates]
         rankings = []
         for gate, old in zip(gates, due, strict=True):
-            order, wanted = self.selector.policy(gate)
+            order, wanted = ranked(self._policy(gate), gate)
             rest = order[:wanted][~old[order[:wanted]]]
             rankings.append(Ranking(rest, len(rest)))
-        merged = merge(rankings, [gate.age.numel() for gate in gates], self.selector.assured or 0.0)
+        priorities = [self.sessions[gate.stream].options.priority for gate in gates]
+        merged = merge(rankings, [gate.tokens for gate in gates], self.selector.assured or 0.0, priorities)
         first = [old.nonzero().squeeze(1) for old in due]
         stream = [torch.full_like(index, i) for i, index in enumerate(first)]
         both = Merged(torch.cat([*stream, merged.stream]), torch.cat([*first, merged.index]), len(gates))
@@ -341,13 +367,14 @@ class _Plan(Generic[S]):
     def _choose_in_time(self, gates: Sequence[GateInput], order: Merged, due: int, seconds: float) -> Sequence[Tensor]:
         """As many tokens as the machine can do in so many seconds; all of them where that is quicker than some."""
         totals, clock = self._totals(gates, order, expected=True), self.stepper.clock
-        tokens = sum(gate.age.numel() for gate in gates)
+        tokens = sum(gate.tokens for gate in gates)
         least = max(self._least(tokens), math.ceil(_FLOOR * tokens))
         floor = float(totals[min(len(order.index), least)])
         affordable = max(floor, 1e9 * clock.gmacs(len(gates), seconds))
         count = max(due, int((totals <= affordable).sum()) - 1)
         dense = sum(self._costs.everything(_grid(gate)) for gate in gates) / 1e9
-        if count and clock.prefers_dense(Load(len(gates), float(totals[count]) / 1e9), dense, seconds):
+        whole = all(gate.ignored is None for gate in gates)
+        if whole and count and clock.prefers_dense(Load(len(gates), float(totals[count]) / 1e9), dense, seconds):
             return [torch.arange(gate.age.numel(), device=gate.age.device) for gate in gates]
         return order.take(count)
 

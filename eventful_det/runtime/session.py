@@ -22,8 +22,11 @@ from torch import Tensor
 from eventful_det.data.source import VideoFrame
 from eventful_det.detectors.protocol import InputTransform, S, VideoDetector
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
+from eventful_det.errors import UserError
+from eventful_det.gating.selector import Policy
 from eventful_det.runtime.drift import Drift
 from eventful_det.runtime.motion import BoxMover, Hold, KeyFrames
+from eventful_det.runtime.regions import Polygon
 from eventful_det.runtime.scene_cuts import SceneCuts
 
 
@@ -45,6 +48,7 @@ class StreamResult:
         frame_age: seconds from the capture of the frame to its detections; None unless the source is live.
         dropped: frames of a live source that were overtaken by newer ones so far.
         drift: how the detections compare with dense ones, on frames on which these were made as well.
+        zones: names of those that each detection is in, where there are zones.
     """
 
     detections: Detections
@@ -60,6 +64,7 @@ class StreamResult:
     frame_age: float | None = None
     dropped: int = 0
     drift: Drift | None = None
+    zones: tuple[tuple[str, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,26 @@ class KeyFrame:
     expected: Detections | None = None
 
 
+@dataclass(frozen=True)
+class StreamOptions:
+    """What a stream has for itself, whatever the others of its pool have; may be exchanged between any two frames.
+
+    Attributes:
+        policy: ranks its tokens; None = that of the budget.
+        priority: a stream of priority 2 gets as much of a shared budget as two others; above 0.
+        ignore: polygons in which nothing is looked for, of points (x, y) relative to width and height. Tokens that lie
+            in them whole are recomputed on flushes only; what is detected there is left to the user.
+    """
+
+    policy: Policy | None = None
+    priority: float = 1.0
+    ignore: tuple[Polygon, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.priority < math.inf:
+            raise UserError(f"priority must be above 0, got {self.priority}")
+
+
 class StreamSession(Generic[S]):
     """The frames of one stream, in their order.
 
@@ -97,6 +122,8 @@ class StreamSession(Generic[S]):
             cut, a new size and a camera that came back make a key frame at once. None = every frame, unless `finish`
             is told that frames cost more than their budget.
         move: False = boxes stand still between key frames (a baseline).
+        track: give objects ids, also where the network runs on every frame.
+        options: see `StreamOptions`.
 
     Attributes:
         state: what the detector remembers of the stream.
@@ -116,14 +143,17 @@ class StreamSession(Generic[S]):
         scene_cuts: bool = True,
         hold: Hold = 1,
         move: bool = True,
+        track: bool = False,
+        options: StreamOptions | None = None,
     ) -> None:
         self.detector, self.transform, self.name, self._move = detector, transform, name, move
-        self.key_frames = KeyFrames.of(hold)
+        self.key_frames, self.options = KeyFrames.of(hold), options or StreamOptions()
         self.state = detector.init_state()
         self.variable_macs: float | None = None
         self._cuts = SceneCuts() if scene_cuts else None
         self._last: StreamResult | None = None
-        self._mover = BoxMover() if move and (self.key_frames.every > 1 or isinstance(hold, KeyFrames)) else None
+        follow = track or self.key_frames.every > 1 or isinstance(hold, KeyFrames)
+        self._mover = BoxMover() if move and follow else None
         self.left = 0.0
         self._earliest = math.inf  # the network may run before its time when so many are left
         self._frames = 0

@@ -17,6 +17,7 @@ from eventful_det.data.video.transforms import resize
 from eventful_det.detectors.results import FrameCost
 from eventful_det.runtime.session import StreamResult
 
+Follower = Callable[[StreamResult], StreamResult]
 HISTORY = 160  # frames in a strip chart
 _LONGEST = 960  # side of the pictures that are sent, in pixels
 _QUALITY = 82  # of their JPEG
@@ -63,7 +64,7 @@ class StreamView:
 
     title: str
     release: Callable[[], None]
-    followers: Sequence[Callable[[StreamResult], StreamResult]] = ()
+    followers: Sequence[Follower] = ()
     error: str | None = None
     newest: LatestFrame | None = None
     history: deque[CostSample] = field(default_factory=lambda: deque(maxlen=HISTORY))

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map
 
-from eventful_det.data.training_set import Samples, Target, training_loader
+from eventful_det.data.training_set import Labels, Samples, training_loader
 from eventful_det.detectors.checkpoints.files import save_detector
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.detector import Detector
@@ -29,7 +29,7 @@ from eventful_det.training.optim import learning_rate, make_optimizer, set_learn
 from eventful_det.training.options import FREE, TrainOptions
 from eventful_det.training.precision import autocast_dtype, make_scaler
 
-Batch = tuple[Tensor, list[Target]]
+Batch = tuple[Tensor, list[Labels]]
 SCORE = "ap50"  # the entry of an evaluation by which the best weights are kept
 
 
@@ -112,7 +112,7 @@ class Trainer:
             self._save_weights("model")
         return self.result.eval()
 
-    def losses(self, images: Tensor, targets: list[Target]) -> dict[str, Tensor]:
+    def losses(self, images: Tensor, targets: list[Labels]) -> dict[str, Tensor]:
         """Losses of some images `(b, 3, h, w)` uint8 (or clips of them), in the precision of the training."""
         images = images.to(self.device, non_blocking=True).float().div_(255)
         targets = tree_map(lambda tensor: tensor.to(self.device, non_blocking=True), targets)
@@ -120,7 +120,7 @@ class Trainer:
             losses: dict[str, Tensor] = self.model(images, targets)
         return losses
 
-    def add_gradients(self, images: Tensor, targets: list[Target]) -> dict[str, float]:
+    def add_gradients(self, images: Tensor, targets: list[Labels]) -> dict[str, float]:
         """Forward and backward pass of a batch, piece by piece; returns its mean losses."""
         totals: dict[str, float] = {}
         pieces = self.share // self.at_once
@@ -133,7 +133,7 @@ class Trainer:
                 totals[name] = totals.get(name, 0.0) + loss.item() / pieces
         return totals
 
-    def _train_step(self, images: Tensor, targets: list[Target]) -> dict[str, float]:
+    def _train_step(self, images: Tensor, targets: list[Labels]) -> dict[str, float]:
         options = self.options
         # All randomness of a step follows from its number: a resumed run repeats what the killed one would have done.
         torch.manual_seed((options.seed * 1_000_003 + self.step) * self.ranks + self.rank)

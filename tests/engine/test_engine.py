@@ -104,14 +104,14 @@ def test_streams_pools_and_budgets() -> None:
     engine: CompiledDetector = in_torch(make_detector())
     detector: VideoDetector[CompiledStream] = engine
     film = [(255 * frame.permute(1, 2, 0)).byte().numpy() for frame in clip(6)]
-    results = list(engine.stream(film, budget=0.2, scene_cuts=False, timing=True))
+    results = list(engine.stream(film, budget=0.2, scene_cuts=False, timing=True, hold=1))
     assert [r.cost.recomputed for r in results] == [60] + [12] * 5, "a fifth of 15 windows of four tokens"
     assert all(r.cost.latency > 0 for r in results)
     costs = engine.cost_model(RULE)
     prices = costs.macs(engine.grid, torch.arange(60))
     assert prices[0] < prices[1] == prices[5] < prices[6] == prices[13] < prices[14] == prices[21] < prices[22]
     budget = Gmacs(float(prices[13]) / 1e9)
-    for result in list(engine.stream(film, budget=budget, scene_cuts=False))[1:]:
+    for result in list(engine.stream(film, budget=budget, scene_cuts=False, hold=1))[1:]:
         assert result.cost.total <= prices[13] and result.cost.recomputed == 12
     pool = StreamPool(detector, budget=0.2, scene_cuts=False, hold=1)
     pool.add(film, name="one")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
-from eventful_det.evaluation.consistency import flicker, found_share, likeness
+from eventful_det.evaluation.consistency import false_alarms, flicker, found_share, likeness
 
 BOX = [10.0, 10.0, 20.0, 20.0]
 FAR = [70.0, 70.0, 20.0, 20.0]
@@ -53,6 +53,15 @@ def test_found_needs_class_place_and_score() -> None:
     assert found_share(video(4), results(*[[BOX]] * 4, category=2)) == 0
     assert found_share(video(4), results(*[[BOX]] * 4, score=0.4)) == 0
     assert math.isnan(found_share(CocoVideo([(1, "cat")], [], Path()), []))
+
+
+def test_false_alarms_are_counted_on_empty_frames_alone() -> None:
+    data = video(4)
+    for frame in data.videos[0].frames[2:]:
+        frame.annotations.clear()
+    assert false_alarms(data, results([FAR], [], [BOX, FAR], [BOX])) == 150
+    assert false_alarms(data, results([], [], [BOX], [BOX], score=0.4)) == 0
+    assert math.isnan(false_alarms(video(4), results([FAR])))
 
 
 def test_likeness_counts_boxes_of_both_runs() -> None:

@@ -155,7 +155,7 @@ def tiny(seed: int = 0) -> Recogniser:
     torch.manual_seed(seed)
     sizes = {"dim": 24, "heads": 2, "mlp": 32, "temporal_heads": 2, "temporal_mlp": 32, "temporal_depth": 1}
     clips = {"depth": 1, "size": (32, 32), "position_grid": (2, 2), "frames": 6, "stride": 2, "dropout": 0.0}
-    return Recogniser(vivit_tiny({"action": ACTIONS}, **sizes, **clips))
+    return Recogniser(dataclasses.replace(vivit_tiny({"action": ACTIONS}), **sizes, **clips))
 
 
 OPTIONS = RecogniserTraining(steps=6, batch=2, warmup=1, lr=3e-3, ema=0.5, amp="float32", checkpoint_every=3)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,7 +45,7 @@ class Contents:
 
     tensors: dict[str, Tensor]
     notes: dict[str, str] = field(default_factory=dict)
-    others: dict[str | int, Any] = field(default_factory=dict)
+    others: dict[str | int, object] = field(default_factory=dict)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> Contents:
@@ -126,7 +126,7 @@ def _read_legacy(path: Path, file: mmap.mmap) -> Contents:
     storages: dict[str, Storage] = {}
     *_, content, keys = (read_pickle(file, storages) for _ in range(5))
     data = {}
-    for key in keys:
+    for key in cast(list[object], keys):
         if not isinstance(key, str):  # tuples of tuples could take for ever to hash
             raise RefusedError(f"a {type(key).__name__} as a key")
         data[key] = file.read(int.from_bytes(file.read(8), "little") * storages[key].dtype.itemsize)

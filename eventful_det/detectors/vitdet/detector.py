@@ -6,14 +6,13 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from eventful_det.detectors.gated import GatedDetector, GatedStream, priced_statically
-from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
+from eventful_det.detectors.protocol import AnyRule, InputTransform
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.detectors.vitdet.cascade import roi_heads
@@ -31,15 +30,9 @@ from eventful_det.detectors.vitdet.vitdet import ViTDetBackbone
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
-from eventful_det.gating.selector import Budget, Selector
 from eventful_det.gating.state import State
 from eventful_det.gating.update import Update
 from eventful_det.gating.vit_spec import spec_of
-
-if TYPE_CHECKING:
-    from eventful_det.runtime.budget import BudgetOptions
-    from eventful_det.runtime.motion import Hold
-    from eventful_det.runtime.stream import Source, Stream
 
 DIVISOR = 32  # sides of the network's input are multiples of the stride of p5
 
@@ -66,7 +59,6 @@ class Detector(GatedDetector[DetectorStream]):
     Attributes:
         spec: the ViT as the update rules see it.
         head_weights: MACs of the heads at one place.
-        rule: how tokens are recomputed in `stream` unless it is told.
     """
 
     pixel_mean: Tensor
@@ -77,7 +69,6 @@ class Detector(GatedDetector[DetectorStream]):
         if not config.classes:
             raise UserError("model: classes is empty; a detector needs at least one class name")
         self.config = config
-        self.rule: AnyRule = DEFAULT_RULE
         self.backbone = ViTDetBackbone(config)
         self.proposal_generator = ProposalGenerator(config)
         self.roi_heads = roi_heads(config)
@@ -134,43 +125,6 @@ class Detector(GatedDetector[DetectorStream]):
         other = copy.copy(self)
         other.rule = Dense() if rule is None else rule
         return other
-
-    def stream(
-        self,
-        source: Source,
-        *,
-        budget: Budget | Selector = None,
-        options: BudgetOptions | None = None,
-        rule: AnyRule | None = None,
-        max_frames: int | None = None,
-        short_side: int | None = None,
-        long_side: int | None = None,
-        scene_cuts: bool = True,
-        hold: Hold = None,
-        shadow_every: int = 0,
-        shadow_score: float = 0.5,
-        timing: bool = False,
-        live: bool = False,
-    ) -> Stream:
-        """Detect in a video, lazily and in constant memory; see `eventful_det.runtime.stream.Stream`."""
-        from eventful_det.runtime.stream import Stream
-
-        return Stream(
-            self,
-            source,
-            budget=budget,
-            options=options,
-            rule=self.rule if rule is None else rule,
-            max_frames=max_frames,
-            short_side=short_side,
-            long_side=long_side,
-            scene_cuts=scene_cuts,
-            hold=hold,
-            shadow_every=shadow_every,
-            shadow_score=shadow_score,
-            timing=timing,
-            live=live,
-        )
 
     def _batch(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Normalise and pad all images to the size of the largest."""

@@ -22,8 +22,8 @@ from eventful_det.detectors.results import FrameCost
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import Entry, category_ids, coco_results
 from eventful_det.evaluation.efficiency import peak_memory, reset_peak_memory
-from eventful_det.evaluation.runs import Method, MethodRun, VideoRun
-from eventful_det.evaluation.store import MemoryStore, Store
+from eventful_det.evaluation.sweep.runs import Method, MethodRun, VideoRun
+from eventful_det.evaluation.sweep.store import MemoryStore, Store
 from eventful_det.gating.selector import Gmacs, Latency
 from eventful_det.runtime.budget import selector_for
 from eventful_det.runtime.control import Stepper

@@ -22,16 +22,16 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from eventful_det.data.source import Source
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, S, VideoDetector
 from eventful_det.errors import UserError
 from eventful_det.gating.selector import Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.control import Stepper
-from eventful_det.runtime.feed import Feed, open_feed
-from eventful_det.runtime.metrics import PoolMetrics, Tally
 from eventful_det.runtime.motion import Hold
-from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
-from eventful_det.runtime.stream import Source
+from eventful_det.runtime.pool.feed import Feed, open_feed
+from eventful_det.runtime.pool.metrics import PoolMetrics, Tally
+from eventful_det.runtime.session import KeyFrame, StreamOptions, StreamResult, StreamSession
 
 _DEPARTED = 64  # streams that left, of which the metrics are kept
 _PATIENCE = 0.5  # seconds to wait for a frame before looking again whether a stream is left
@@ -118,13 +118,26 @@ class StreamPool(Iterator[list[StreamResult]]):
         with self._lock:
             return tuple(self._members)
 
-    def add(self, source: Source, *, name: str | None = None, live: bool | None = None) -> str:
+    def add(
+        self,
+        source: Source,
+        *,
+        name: str | None = None,
+        live: bool | None = None,
+        short_side: int | None = None,
+        hold: Hold = None,
+        track: bool = False,
+        options: StreamOptions | None = None,
+    ) -> str:
         """Let a stream join; its first frame is recomputed in full.
 
         Args:
             source: see `eventful_det.data.video.open_source`.
             name: by default that of the source; "-2" and so on is appended to one that is taken.
             live: whether only its newest frame counts, or all do; None = guess from the source.
+            short_side, hold: as those of the pool, for this stream; None = those of the pool.
+            track: give its objects ids, also where the network runs on every frame.
+            options: see `StreamOptions`.
 
         Returns:
             The stream's name.
@@ -136,13 +149,27 @@ class StreamPool(Iterator[list[StreamResult]]):
             shared = getattr(source, "arrays", source)
             if isinstance(shared, Iterator) and any(one.feed.drawn is shared for one in self._members.values()):
                 raise UserError("this iterator is a stream of the pool already; give each stream one of its own")
+        session = self._session("", short_side, hold, track, options)
         feed, title = open_feed(source, live, self._arrived.set)
         with self._lock:
             unique = _unique(name or title, self._members)
             self._departed.pop(unique, None)
-            self._members[unique] = _Member(self._session(unique), feed, Tally())
+            session.name = unique
+            self._members[unique] = _Member(session, feed, Tally())
         self._arrived.set()
         return unique
+
+    def configure(self, name: str, options: StreamOptions) -> None:
+        """Give a stream other options from its next frame on; what it remembers stays.
+
+        Raises:
+            UserError: there is none of this name.
+        """
+        with self._lock:
+            member = self._members.get(name)
+        if member is None:
+            raise UserError(self._missing(name))
+        member.session.options = options
 
     def remove(self, name: str) -> None:
         """Let a stream leave.
@@ -151,7 +178,7 @@ class StreamPool(Iterator[list[StreamResult]]):
             UserError: there is none of this name.
         """
         if not self._leave(name):
-            raise UserError(f"no stream {name!r} in the pool; there are: {', '.join(self.names) or 'none'}")
+            raise UserError(self._missing(name))
 
     def step(self) -> list[StreamResult]:
         """One round: the next frame of every stream that has one, in one step of the detector.
@@ -165,7 +192,8 @@ class StreamPool(Iterator[list[StreamResult]]):
             members = list(self._members.values())
         begun = [(member, one) for member in members if (one := self._begin(member)) is not None]
         due = [(member, one) for member, one in begun if isinstance(one, KeyFrame)]
-        finished = iter(self._stepper.step([(m.session, key) for m, key in due], len(members)) if due else ())
+        sharing = sum(member.session.options.priority for member in members)
+        finished = iter(self._stepper.step([(m.session, key) for m, key in due], sharing) if due else ())
         self._rounds += bool(begun)
         results = []
         for member, one in begun:
@@ -204,8 +232,23 @@ class StreamPool(Iterator[list[StreamResult]]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _session(self, name: str) -> StreamSession[Any]:
-        return StreamSession(self._detector, self._transform, name=name, scene_cuts=self._scene_cuts, hold=self._hold)
+    def _missing(self, name: str) -> str:
+        return f"no stream {name!r} in the pool; there are: {', '.join(self.names) or 'none'}"
+
+    def _session(
+        self,
+        name: str,
+        short_side: int | None = None,
+        hold: Hold = None,
+        track: bool = False,
+        options: StreamOptions | None = None,
+    ) -> StreamSession[Any]:
+        transform = self._transform.with_sides(short_side, None)
+        hold = self._hold if hold is None else hold
+        cuts = self._scene_cuts
+        return StreamSession(
+            self._detector, transform, name=name, scene_cuts=cuts, hold=hold, track=track, options=options
+        )
 
     def _schedule(self, member: _Member, regular: bool, members: Sequence[_Member]) -> None:
         """Plan the next key frame of a stream; behind one out of turn it comes when the fewest others have theirs."""

@@ -7,18 +7,19 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import numpy as np
 
 from eventful_det.data.coco_video import CocoVideo
 from eventful_det.detectors.protocol import S, VideoDetector
-from eventful_det.evaluation.consistency import flicker, found_share, likeness
+from eventful_det.evaluation.consistency import false_alarms, flicker, found_share, likeness
 from eventful_det.evaluation.detection import DetectionScores, agreement, labelled_frames
 from eventful_det.evaluation.efficiency import TOTAL, Spread
 from eventful_det.evaluation.ilsvrc import VidScores
-from eventful_det.evaluation.runs import DENSE, Method, MethodRun
 from eventful_det.evaluation.sweep import run_methods
+from eventful_det.evaluation.sweep.runs import DENSE, Method, MethodRun
+from eventful_det.files import JsonObject
 
 _NO_TIME = Spread(math.nan, math.nan, math.nan, math.nan)
 
@@ -35,6 +36,7 @@ class Row(DetectionScores, VidScores):
         agreement50: AP50 against the dense detections.
         likeness: share of sure detections with their like in the dense run or in this one, `consistency.likeness`.
         found: share of the labelled objects that a sure detection covers.
+        false_alarms: sure detections per 100 empty frames, `consistency.false_alarms`.
         flicker: blinks per sure detection, see `consistency.flicker`.
         gmacs_*: 1e9 multiply-adds per frame, mean over all frames; "steady" leaves flushes out.
         ms_mean, ms_median, ms_p95: latency in milliseconds, until the detections of a frame are there; when several
@@ -56,6 +58,7 @@ class Row(DetectionScores, VidScores):
     agreement50: float
     likeness: float
     found: float
+    false_alarms: float
     flicker: float
     gmacs_backbone: float
     gmacs_heads: float
@@ -90,7 +93,7 @@ def evaluate_detector(
     workers: int = 0,
     scene_cuts: bool = True,
     on_frame: Callable[[Method], None] | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Run and score a detector in one way.
 
     Args:
@@ -144,6 +147,7 @@ def row_of(run: MethodRun, dense: MethodRun | None = None) -> Row:
         agreement50=math.nan if dense is None else agreement(dense.results, run.results),
         likeness=math.nan if dense is None else likeness(dense.results, run.results),
         found=found_share(run.data, run.results),
+        false_alarms=false_alarms(run.data, run.results),
         flicker=flicker(run.data, run.results),
         gmacs_backbone=cost.gmacs["backbone"],
         gmacs_heads=cost.gmacs[TOTAL] - cost.gmacs["backbone"],
@@ -170,14 +174,18 @@ def row_of(run: MethodRun, dense: MethodRun | None = None) -> Row:
     )
 
 
-def jsonable(value: Any) -> Any:
-    """Dataclasses as dictionaries, `nan` as None, paths as text."""
+def jsonable(record: object) -> JsonObject:
+    """A dataclass or dictionary as a dictionary: nested ones too, `nan` as None, paths as text."""
+    return cast(JsonObject, _plain(record))
+
+
+def _plain(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, os.PathLike) else value
