@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eventful_det.data.source import VideoFrame
 from eventful_det.detectors.protocol import AnyRule, CostModel, S, VideoDetector
-from eventful_det.detectors.results import StepResult
+from eventful_det.detectors.results import Detections, StepResult
 from eventful_det.gating.saliency import token_saliency
 from eventful_det.gating.selector import (
     Budget,
@@ -226,6 +227,18 @@ class Stepper(Generic[S]):
         ]
         pairs = zip(due, results, prices, strict=True)
         return [session.finish(key, result, price) for (session, key), result, price in pairs]
+
+    def detect(self, session: StreamSession[S], frame: VideoFrame, expected: Detections | None) -> StreamResult:
+        """Run the detector on a frame of a stream, on which objects are expected in these boxes (pixels of the frame).
+
+        The session holds no frames, nor moves boxes by itself.
+        """
+        key = session.begin(frame)
+        assert isinstance(key, KeyFrame)
+        if expected is not None:
+            key = dataclasses.replace(key, expected=session.as_input(expected, frame.image))
+        (result,) = self.step([(session, key)])
+        return result
 
     def _price(self, budget: Budget | Selector, key: KeyFrame, result: StepResult, streams: float) -> float | None:
         """What a frame cost in what it might, at least 1; None where frames are not held for the budget's sake."""

@@ -102,6 +102,18 @@ class Flow(NamedTuple):
     sure: NDArray[np.bool_]
 
 
+class View(NamedTuple):
+    """A frame as movers see it.
+
+    Attributes:
+        size: height and width of the frame.
+        grey: the small picture.
+    """
+
+    size: tuple[int, int]
+    grey: Picture
+
+
 class _Objects(NamedTuple):
     """What is followed, best first.
 
@@ -157,12 +169,19 @@ class BoxMover:
 
     def move(self, image: Picture) -> None:
         """Go on to the next frame `(h, w, 3)`; boxes move with their objects, and those that leave it are gone."""
-        self._size = image.shape[0], image.shape[1]
-        grey = grey_picture(image, self.options.short_side)
+        self.follow(self.view(image))
+
+    def view(self, image: Picture) -> View:
+        """All that movers look at of a frame `(h, w, 3)`."""
+        return View((image.shape[0], image.shape[1]), grey_picture(image, self.options.short_side))
+
+    def follow(self, view: View) -> None:
+        """As `move`, by what `view` made of the frame."""
+        self._size, grey = view
         self._flow.look(grey)
         if self._objects is None:
             return  # nothing to move yet
-        before, scale = self._objects, image.shape[0] / grey.shape[0]
+        before, scale = self._objects, self._size[0] / grey.shape[0]
         boxes = before.boxes / np.float32(scale)
         moved = move_boxes(self._flow, boxes, before.scores, self.options)
         weight = before.scores / max(float(before.scores.sum()), 1e-6)

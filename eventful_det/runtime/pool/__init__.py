@@ -20,6 +20,7 @@ import threading
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from eventful_det.data.source import Source
@@ -28,6 +29,7 @@ from eventful_det.errors import UserError
 from eventful_det.gating.selector import Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.control import Stepper
+from eventful_det.runtime.live import DetectorThread, LiveBoxes
 from eventful_det.runtime.motion import Hold
 from eventful_det.runtime.pool.feed import Feed, open_feed
 from eventful_det.runtime.pool.metrics import PoolMetrics, Tally
@@ -42,6 +44,7 @@ class _Member:
     """A stream of the pool.
 
     Attributes:
+        boxes: of a live stream.
         next_key: the round in which its next key frame is due, if it has a frame in every round.
         settled: it takes turns with the others.
     """
@@ -49,6 +52,7 @@ class _Member:
     session: StreamSession[Any]
     feed: Feed
     tally: Tally
+    boxes: LiveBoxes | None = None
     next_key: int = 0
     settled: bool = False
 
@@ -71,9 +75,11 @@ class StreamPool(Iterator[list[StreamResult]]):
             cut ends that at once. The streams take turns, so that rounds cost alike, and the budget is for those whose
             turn it is. None = on every frame, unless the budget is smaller than what makes key frames worth their cost.
         timing: measure the seconds of each part, for which a GPU is waited for once per round.
+        live: every frame gets moved boxes at once, while the detector works in a thread, on one stream after the other,
+            at its own pace; see `eventful_det.runtime.live`. The budget is that of one frame.
 
     Raises:
-        UserError: `hold` is below 1.
+        UserError: `hold` is below 1, or given for live streams.
     """
 
     def __init__(
@@ -88,14 +94,16 @@ class StreamPool(Iterator[list[StreamResult]]):
         scene_cuts: bool = True,
         hold: Hold = None,
         timing: bool = False,
+        live: bool = False,
     ) -> None:
         self._detector: VideoDetector[Any] = detector
         self.rule = rule
+        self._thread = DetectorThread() if live else None
         self._transform = detector.input_transform.with_sides(short_side, long_side)
         self._scene_cuts, self._hold = scene_cuts, hold
         self._session("")  # raises where an option is out of its range
         self._stepper: Stepper[Any] = Stepper(
-            detector, rule=rule, budget=budget, options=options, timing=timing, hold=hold is None
+            detector, rule=rule, budget=budget, options=options, timing=timing, hold=hold is None and not live
         )
         self._rounds = 0
         self._members: dict[str, _Member] = {}
@@ -155,7 +163,10 @@ class StreamPool(Iterator[list[StreamResult]]):
             unique = _unique(name or title, self._members)
             self._departed.pop(unique, None)
             session.name = unique
-            self._members[unique] = _Member(session, feed, Tally())
+            boxes = None
+            if self._thread is not None:
+                boxes = LiveBoxes(partial(self._stepper.detect, session), self._thread, self._scene_cuts)
+            self._members[unique] = _Member(session, feed, Tally(), boxes)
         self._arrived.set()
         return unique
 
@@ -200,7 +211,7 @@ class StreamPool(Iterator[list[StreamResult]]):
             result = next(finished) if isinstance(one, KeyFrame) else one
             if isinstance(one, KeyFrame):
                 self._schedule(member, one.regular, members)
-            member.tally.count(result.cost, result.dropped, member.session.state.nbytes)
+            member.tally.count(result, member.session.state.nbytes)
             results.append(result)
         return results
 
@@ -246,6 +257,10 @@ class StreamPool(Iterator[list[StreamResult]]):
         transform = self._transform.with_sides(short_side, None)
         hold = self._hold if hold is None else hold
         cuts = self._scene_cuts
+        if self._thread is not None:
+            if hold is not None:
+                raise UserError("live streams run the detector whenever it is idle; leave hold out")
+            hold, cuts, track = 1, False, False  # `LiveBoxes` looks for cuts, and gives ids
         return StreamSession(
             self._detector, transform, name=name, scene_cuts=cuts, hold=hold, track=track, options=options
         )
@@ -267,6 +282,8 @@ class StreamPool(Iterator[list[StreamResult]]):
             frame = member.feed.poll()
             if frame is None:
                 return None
+            if member.boxes is not None:
+                return member.boxes.show(frame, member.feed.dropped, wait=False)
             return member.session.begin(frame, dropped=member.feed.dropped)
         except StopIteration:
             self._leave(member.session.name)
