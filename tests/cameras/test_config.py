@@ -147,8 +147,8 @@ def test_what_makes_a_stream_begin_anew_and_what_does_not() -> None:
         "cameras: {gate: {source: 0, fps: 3}, yard: {source: 1}}  # end\n",
         "cameras:\n  gate:\n    masks:\n      - - [0, 0]\n        - [1, 0]\n        - [1, 1]  # a comment\n"
         "    # another\n    fps: 3\n    source: 0\n  yard: {source: 1}  # end\n",
-        "cameras:\n  gate:\n    source: 0\n    fps: 3\n    masks: []\n    zones: {old: {polygon: [[0, 0], [1, 0], [1, 1]]}}\n"
-        "  # end\n  yard: {source: 1}\n",
+        "cameras:\n  gate:\n    source: 0\n    fps: 3\n    masks: []\n"
+        "    zones: {old: {polygon: [[0, 0], [1, 0], [1, 1]]}}\n  # end\n  yard: {source: 1}\n",
     ],
 )
 def test_masks_and_zones_are_exchanged_and_all_else_stays(tmp_path: Path, text: str) -> None:
