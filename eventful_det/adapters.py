@@ -86,7 +86,8 @@ def to_record(result: StreamResult | RecognitionResult) -> JsonObject:
 
 def _boxes(result: StreamResult) -> JsonObject:
     found = result.detections
-    objects = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), _tracks(found), strict=True)
+    zones = [{}] * len(found) if result.zones is None else [{"zones": list(names)} for names in result.zones]
+    lists = (found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), _tracks(found), zones)
     return {
         "detections": [
             {
@@ -95,8 +96,9 @@ def _boxes(result: StreamResult) -> JsonObject:
                 "label": label,
                 "name": result.names[label],
                 **track,
+                **places,
             }
-            for box, score, label, track in objects
+            for box, score, label, track, places in zip(*lists, strict=True)
         ]
     }
 

@@ -5,16 +5,21 @@
     python tools/serve.py source='[0,rtsp://gate/stream]' media=videos/
     python tools/serve.py weights=vivit_tiny_synthetic     # recognise actions
     python tools/serve.py host=0.0.0.0 expose=true token=auto
+    python tools/serve.py cameras.yaml log=json            # masks, zones, events, clips: docs/cameras.md
 
-Ctrl-C ends it and removes all uploads.
+Ctrl-C ends it and removes all uploads. SIGHUP has cameras.yaml read again.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import secrets
+import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -22,8 +27,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import actions
 from common import AnyDetector, Side, Texts, as_list, build_gate, choose_device, console, open_detector
 
+from eventful_det.cameras.config import read_site
+from eventful_det.cameras.service import CameraService
 from eventful_det.data.classes import SYNTHETIC_SHAPES
-from eventful_det.errors import UserError
+from eventful_det.errors import UserError, printable
 from eventful_det.gating.dense import Dense
 from eventful_det.options import Count, Positive, Range
 from eventful_det.recognition.checkpoints import load_recogniser
@@ -69,6 +76,26 @@ class Options:
     upload_mb: Positive
     root_path: str
     max_streams: Count
+    log: Literal["text", "json"]
+
+
+class JsonLines(logging.Formatter):
+    """A JSON object for each line of the log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        text = record.getMessage() + (f": {record.exc_info[1]!r}" if record.exc_info else "")
+        line = {"time": at, "level": record.levelname.lower(), "logger": record.name, "message": printable(text)}
+        return json.dumps(line)
+
+
+def set_up_log(kind: Literal["text", "json"]) -> None:
+    """Log to standard error, from information on for our own modules."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if kind == "json" else logging.Formatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("eventful_det").setLevel(logging.INFO)
 
 
 def token_of(options: Options) -> str | None:
@@ -141,12 +168,23 @@ def build_runner(options: Options, network: AnyDetector | Recogniser, sources: S
             hold=hold,
             timing=True,
         )
-    runner = PoolRunner(pool, max_streams=options.max_streams, track=options.track, rescore=options.rescore)
+    most = max(options.max_streams, len(sources))
+    runner = PoolRunner(pool, max_streams=most, track=options.track, rescore=options.rescore)
     if gate.rule != Dense():
         runner.set_budget(str(options.budget))
-    for opened in [play(source, public_name(source)) for source in sources]:
-        runner.add(opened)
     return runner
+
+
+def site_of(sources: Sequence[str]) -> Path | None:
+    """The `cameras.yaml` among the sources, which then is the only one.
+
+    Raises:
+        UserError: it is not.
+    """
+    files = [source for source in sources if Path(source).suffix in (".yaml", ".yml")]
+    if files and len(sources) > 1:
+        raise UserError(f"{files[0]} names all cameras; give no other source beside it")
+    return Path(files[0]) if files else None
 
 
 def run(options: Options) -> None:
@@ -154,6 +192,8 @@ def run(options: Options) -> None:
     token, sources = token_of(options), as_list(options.source)
     if options.budget != "auto":
         parse_budget(options.budget)
+    if (site := site_of(sources)) is not None:
+        sources = [str(camera.source) for camera in read_site(site).cameras.values()]
     network: AnyDetector | Recogniser
     if actions.recognises(options.task, options.weights):
         network = load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))
@@ -161,8 +201,19 @@ def run(options: Options) -> None:
         network = open_detector(options.weights, options.labels, options.device, sources)
     opener = build_opener(options, network)
     port = listen(options.host, options.port)
-    runner = build_runner(options, network, sources)
-    app = create_app(runner, opener, token=token, hosts=as_list(options.hosts), root_path=options.root_path)
+    runner, cameras = build_runner(options, network, sources), None
+    set_up_log(options.log)
+    if site is not None:
+        if isinstance(network, Recogniser):
+            raise UserError(f"{site}: zones and events need a detector, and {options.weights} recognises actions")
+        cameras = CameraService(site, runner, network.names)
+        for number in (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ():
+            signal.signal(number, lambda *_: cameras.ask_to_reload())
+    else:
+        for opened in [play(source, public_name(source)) for source in sources]:
+            runner.add(opened)
+    names = as_list(options.hosts)
+    app = create_app(runner, opener, token=token, hosts=names, root_path=options.root_path, cameras=cameras)
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"http://{host}:{port.getsockname()[1]}/" + (f"?token={token}" if token else "")
     console.print(f"watch at {address} (Ctrl-C ends)", soft_wrap=True)

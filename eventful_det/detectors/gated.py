@@ -95,7 +95,9 @@ class GatedDetector(StreamingDetector, nn.Module, Generic[S]):
         stopwatch = Stopwatch(self.device, timing)
         images, streams = [], []
         for i, frame in enumerate(per_stream("frames", list(frames), state)):
-            size = (frame.shape[-2], frame.shape[-1])
+            if frame.dim() != 3 or len(frame) != 3:
+                raise UserError(f"got a frame of shape {tuple(frame.shape)}; frames are (3, height, width)")
+            size = (frame.shape[1], frame.shape[2])
             stream = state.streams[i]
             if stream is None or stream.size != size:
                 state.streams[i] = stream = self._new_stream(size)

@@ -50,6 +50,7 @@ class StreamResult:
         frame_age: seconds from the capture of the frame to its detections; None unless the source is live.
         dropped: frames of a live source that were overtaken by newer ones so far.
         drift: how the detections compare with dense ones, on frames on which these were made as well.
+        zones: names of those that each detection is in, where there are zones.
     """
 
     detections: Detections
@@ -65,6 +66,7 @@ class StreamResult:
     frame_age: float | None = None
     dropped: int = 0
     drift: Drift | None = None
+    zones: tuple[tuple[str, ...], ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ GET    /api/streams/NAME/frame.jpg      the newest frame with its boxes
 DELETE /api/streams/NAME                leaves; an upload is removed
 WS     /api/live                        newest frames of all streams, see `live`
 GET    /metrics                         for Prometheus
+GET    /health                          200 while the detector works, else 503; needs no token
 ======================================  ==========================================================
 
 Errors are JSON: {"error": "what was wrong"}.
@@ -33,11 +34,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from eventful_det.adapters import to_record
+from eventful_det.cameras.service import CameraService
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
 from eventful_det.runtime.session import StreamResult
 from eventful_det.secrets import mask_secrets
-from eventful_det.serving.guard import Guard, content_policy
+from eventful_det.serving.guard import HEALTH, Guard, content_policy
 from eventful_det.serving.limits import UPLOADS, BodyLimits
 from eventful_det.serving.live import Notifier, show
 from eventful_det.serving.reports import prometheus, state
@@ -67,6 +69,7 @@ def create_app(
     token: str | None = None,
     hosts: Collection[str] = (),
     root_path: str = "",
+    cameras: CameraService | None = None,
 ) -> FastAPI:
     """The application. It starts the runner when it starts, and closes runner and opener when it ends.
 
@@ -76,6 +79,7 @@ def create_app(
         token: that everybody needs; None = none.
         hosts: names, besides localhost and bare addresses, under which the server may be reached.
         root_path: under which a proxy that passes the whole path on has the page, such as "/cameras".
+        cameras: of a `cameras.yaml` on the same runner; not started yet.
     """
     notifier = Notifier()
 
@@ -88,7 +92,11 @@ def create_app(
 
         runner.on_round = on_round
         runner.start()
+        if cameras is not None:
+            await asyncio.to_thread(cameras.start)
         yield
+        if cameras is not None:
+            await asyncio.to_thread(cameras.close)
         await asyncio.to_thread(runner.close)
         opener.close()
 
@@ -98,7 +106,7 @@ def create_app(
     _answer_errors(app)
     _add_page(app)
     _add_streams(app, runner, opener)
-    _add_reports(app, runner)
+    _add_reports(app, runner, cameras)
 
     @app.websocket("/api/live")
     async def live(socket: WebSocket) -> None:
@@ -179,7 +187,7 @@ def _add_streams(app: FastAPI, runner: PoolRunner, opener: SourceOpener) -> None
         return state(runner)
 
 
-def _add_reports(app: FastAPI, runner: PoolRunner) -> None:
+def _add_reports(app: FastAPI, runner: PoolRunner, cameras: CameraService | None) -> None:
     def newest(name: str) -> LatestFrame:
         found = runner.newest(name)
         if found is None:
@@ -205,4 +213,16 @@ def _add_reports(app: FastAPI, runner: PoolRunner) -> None:
 
     @app.get("/metrics")
     def metrics() -> PlainTextResponse:
-        return PlainTextResponse(prometheus(runner), media_type="text/plain; version=0.0.4")
+        text = prometheus(runner) + ("" if cameras is None else cameras.prometheus())
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    @app.get(HEALTH)
+    def health() -> JSONResponse:
+        """No names, as nobody has to say who they are."""
+        about = {} if cameras is None else cameras.health()
+        online = sum(one == "online" for one in about.get("cameras", {}).values())
+        answer: dict[str, object] = {"status": "stuck" if runner.stuck else "ok"}
+        if cameras is not None:
+            answer |= {"cameras": len(about["cameras"]), "online": online}
+            answer |= {"sinks": {name: one["error"] is None for name, one in about["sinks"].items()}}
+        return JSONResponse(answer, 503 if runner.stuck else 200)

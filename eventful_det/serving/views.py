@@ -19,6 +19,7 @@ from eventful_det.recognition.session import RecognitionResult
 from eventful_det.runtime.session import StreamResult
 
 AnyResult = StreamResult | RecognitionResult
+Follower = Callable[[StreamResult], StreamResult]
 HISTORY = 160  # frames in a strip chart
 _LONGEST = 960  # side of the pictures that are sent, in pixels
 _QUALITY = 82  # of their JPEG
@@ -65,7 +66,7 @@ class StreamView:
 
     title: str
     release: Callable[[], None]
-    followers: Sequence[Callable[[StreamResult], StreamResult]] = ()
+    followers: Sequence[Follower] = ()
     error: str | None = None
     newest: LatestFrame | None = None
     history: deque[CostSample] = field(default_factory=lambda: deque(maxlen=HISTORY))

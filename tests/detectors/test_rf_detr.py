@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,14 @@ def same_predictions(model: Any, frames: int, side: int = 64) -> EventfulRFDETR:
     return detector
 
 
+def test_fewer_tokens_than_queries(model: Any) -> None:
+    detector, frame = EventfulRFDETR(model, min_score=0), torch.rand(3, 32, 32)
+    (dense,) = detector(frame[None])
+    (result,) = detector.step([frame], detector.init_state())
+    assert len(dense.boxes) == detector.parts.decoder.queries
+    torch.testing.assert_close(result.detections.scores, dense.scores)
+
+
 def test_input_to_the_bit() -> None:
     detector = EventfulRFDETR(small("transformers"))
     from transformers import RfDetrImageProcessor
@@ -218,21 +228,113 @@ def test_user_errors(tmp_path: Path) -> None:
     detector = EventfulRFDETR(model)
     with pytest.raises(UserError, match="multiple of 16 pixels, got 70"):
         detector.stream(images(), short_side=70)
-    with pytest.raises(UserError, match="no weights .*: fetch config.json, .* and model.safetensors"):
-        load_detector(tmp_path)
+    with pytest.raises(UserError, match=r"got a frame of shape \(64, 64\); frames are \(3, height, width\)"):
+        detector(torch.rand(3, 64, 64))
+    with pytest.raises(UserError, match="no weights 'rf-detr-tiny': .* nor of rf-detr-nano, rf-detr-small"):
+        load_detector("rf-detr-tiny")
     model.train()
     with pytest.raises(UserError, match=r"call .eval\(\)"):
         detector.step([detector.input_transform(images(1)[0])], detector.init_state())
 
 
-def test_without_network_one_line_says_what_to_fetch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    hub = pytest.importorskip("transformers").utils.hub
-    monkeypatch.setattr(hub, "is_offline_mode", lambda: True)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+def test_without_network_one_line_says_what_to_fetch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         UserError, match="^no weights rf-detr-large: fetch .* huggingface.co/Roboflow/rf-detr-large into"
     ):
         load_detector("rf-detr-large")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_cache_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    folder = tmp_path / "models--Roboflow--rf-detr-nano" / "snapshots" / ("0" * 40)
+    small("transformers").save_pretrained(folder)
+    (folder.parent.parent / "refs").mkdir()
+    (folder.parent.parent / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    assert load_detector("rf-detr-nano").input_transform.short_side == 64
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a small model."""
+    folder = tmp_path_factory.mktemp("saved")
+    small("transformers").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("config.json", None, "has no config.json; a folder of RF-DETR has config.json, preprocessor_config.json and"),
+        ("model.safetensors", None, "has no model.safetensors; a folder of RF-DETR has"),
+        ("config.json", "{", r"config.json cannot be read \(Expecting .*\); get it again"),
+        ("config.json", "[]", "config.json holds a list, no settings"),
+        ("config.json", '{"model_type": "detr"}', "is no RF-DETR: its config.json is of the model type detr"),
+        ("config.json", {"id2label": {"0": "cat"}}, r"class_embed.bias is of shape \(91,\), but \(1,\) by config.json"),
+        ("config.json", {"id2label": None}, r"class_embed.bias is of shape \(91,\), but \(2,\) by config.json"),
+        (
+            "config.json",
+            {"decoder_layers": 9},
+            "is no RF-DETR: .* of its parameters are not there, first model.decoder",
+        ),
+        ("model.safetensors", 4000, r"is no whole RF-DETR \(.*\); get its files again"),
+        ("model.safetensors", "garbage", r"is no whole RF-DETR \(.*\); get its files again"),
+        ("preprocessor_config.json", "{", "preprocessor_config.json cannot be read"),
+        ("preprocessor_config.json", '{"size": {"shortest_edge": 8}}', "expected size with height and width"),
+        ("preprocessor_config.json", '{"size": {"height": 64, "width": 80}}', "takes squares of RGB, but this has"),
+        ("preprocessor_config.json", '{"image_mean": [0.5]}', "takes squares of RGB"),
+    ],
+)
+def test_damaged_folders_say_in_one_line_what_is_wrong(
+    saved: Path,
+    tmp_path: Path,
+    file: str,
+    content: str | int | dict[str, Any] | None,
+    expected: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / file
+    if content is None:
+        path.unlink()
+    elif isinstance(content, int):
+        path.write_bytes(path.read_bytes()[:content])
+    elif isinstance(content, str):
+        path.write_text(content)
+    else:
+        settings = {**json.loads(path.read_text()), **content, "label2id": None}
+        path.write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
+    with pytest.raises(UserError, match=expected) as error:
+        load_detector(tmp_path)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
+    model = small("transformers")
+    model.class_embed.bias.data[3] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="holds NaN or infinite numbers, first in class_embed.bias"):
+        load_detector(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+def test_low_precision(model: Any, dtype: torch.dtype) -> None:
+    """PyTorch's own sampling gives NaN there, on CPUs, and so do both packages."""
+    detector = EventfulRFDETR(model, min_score=0)
+    frame = detector.input_transform(images(1)[0])
+    (exact,) = detector(frame[None])
+    (rounded,) = detector.to(dtype)(frame[None].to(dtype))
+    assert len(rounded.scores) == len(exact.scores)
+    torch.testing.assert_close(rounded.scores, exact.scores, atol=0.05, rtol=0)
 
 
 def test_what_finds_no_boxes_is_refused(tmp_path: Path) -> None:
@@ -247,7 +349,7 @@ def test_what_finds_no_boxes_is_refused(tmp_path: Path) -> None:
     transformers.ViTModel(
         transformers.ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
     ).save_pretrained(tmp_path / "vit")
-    with pytest.raises(UserError, match="is no RF-DETR|no weights"):
+    with pytest.raises(UserError, match="is no RF-DETR: its config.json is of the model type vit"):
         load_detector(tmp_path / "vit")
 
 
@@ -257,15 +359,22 @@ def test_the_side_is_that_of_the_image_processor(tmp_path: Path) -> None:
         tmp_path
     )
     assert load_detector(tmp_path).input_transform.short_side == 64  # whole windows
-    transformers.RfDetrImageProcessor(size={"height": 96, "width": 96}).save_pretrained(tmp_path)
-    assert load_detector(tmp_path).input_transform.short_side == 96
+    processor = transformers.RfDetrImageProcessor(size={"height": 96, "width": 96}, image_mean=(0.5, 0.4, 0.3))
+    processor.save_pretrained(tmp_path)
+    loaded, (image,) = load_detector(tmp_path), images(1)
+    assert loaded.input_transform.short_side == 96
+    ours = (loaded.input_transform(image) - loaded.pixel_mean) / loaded.pixel_std
+    assert torch.equal(ours, processor(images=image, return_tensors="pt")["pixel_values"][0])
 
 
 def test_a_folder_of_weights(tmp_path: Path) -> None:
     model = small("transformers")
     model.save_pretrained(tmp_path)
     loaded, (image,) = load_detector(tmp_path), images(1)
-    assert isinstance(loaded, EventfulRFDETR)
+    assert isinstance(loaded, EventfulRFDETR) and isinstance(
+        load_detector(tmp_path / "model.safetensors"), EventfulRFDETR
+    )
+    assert load_detector(tmp_path, precision="bfloat16").spec.dtype == torch.bfloat16
     frame = loaded.input_transform(image)
     (ours,), (theirs,) = loaded(frame[None]), EventfulRFDETR(model)(frame[None])
     assert torch.equal(ours.boxes, theirs.boxes)
@@ -284,3 +393,26 @@ def test_a_file_of_the_package_rfdetr(name: Name, tmp_path: Path) -> None:
     path.write_bytes(b"no weights")
     with pytest.raises(UserError, match="is no weights file of RF-DETR"):
         load_detector(path)
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("harm"),)
+
+
+def test_a_file_that_rfdetr_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its name is, with its resolution and classes; what asks for more than data is refused."""
+    pytest.importorskip("rfdetr")
+    monkeypatch.chdir(tmp_path)
+    network = random_rfdetr("rf-detr-nano", {"num_classes": 2, "resolution": 320}).model.model
+    path = tmp_path / "checkpoint_best_total.pth"
+    options: list[Any] = [argparse.Namespace(class_names=["cat", "dog"]), {"class_names": ["cat", "dog"]}]
+    for args in options:
+        torch.save({"model": network.state_dict(), "args": args}, path)
+        loaded = load_detector(path)
+        assert loaded.names == ("cat", "dog", "unused 2") and loaded.input_transform.short_side == 320
+    torch.save({"model": network.state_dict(), "args": Harmful()}, path)
+    with pytest.raises(UserError, match="asks for more than tensors"):
+        load_detector(path)
+    assert not Path("harm").exists()
+    assert EventfulRFDETR(network).names == ("class 0", "class 1", "class 2")  # alone it does not know them

@@ -225,7 +225,7 @@ def test_budgets_in_gmacs_and_seconds() -> None:
     assert model.budget.budget == Latency(1e-6) and all(cost.latency > 0 for cost in costs)
     assert all(cost.recomputed <= 2 for cost in costs[1:]), "as few as may be: the budget is out of reach"
     for options in ({"incremental_heads": False}, {"rule": "paper"}):
-        with pytest.raises(UserError, match="under the rows rule with incremental_heads only"):
+        with pytest.raises(UserError, match="known in advance"):
             eventful(budget=Gmacs(1), **options)
 
 

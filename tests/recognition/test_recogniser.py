@@ -173,8 +173,8 @@ def test_training_reaches_every_parameter() -> None:
         ({"frames": 5}, "no whole number of tubelets"),
         ({"size": (16, 20)}, "do not divide into tubelets"),
         ({"heads": 3}, "attention heads"),
-        ({"std": (0.0, 1.0, 1.0)}, "std above 0"),
-        ({"temporal_views": 0}, "1 or more"),
+        ({"std": (0.0, 1.0, 1.0)}, "above 0"),
+        ({"temporal_views": 0}, "of at least 1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -52,6 +52,7 @@ class Decoder:
         frames: estimate of their number, or None if unknown.
         remote: it is behind an address.
         live: it has no end that is known.
+        tap: called with each packet before it is decoded, in the thread that reads.
 
     Raises:
         UserError: it cannot be opened, or holds no video.
@@ -77,6 +78,7 @@ class Decoder:
         self._stream = best_video(self._container, self.name)
         self._stream.codec_context.options = limit
         self.pixels = round(self._stream.width * self._stream.height * self._painter().stretch)
+        self.tap: Callable[[Any], None] | None = None
         self._clock = float(self._stream.time_base or 0)
         seconds = None if self._container.duration is None else self._container.duration / av.time_base
         rate = self._stream.average_rate or self._stream.guessed_rate
@@ -150,7 +152,11 @@ class Decoder:
         while True:
             try:
                 # An empty packet would put the decoder into its final state; some AVI files hold them midway.
-                yield from (packet for packet in self._container.demux(self._stream) if packet.size)
+                for packet in self._container.demux(self._stream):
+                    if packet.size:
+                        if self.tap is not None:
+                            self.tap(packet)
+                        yield packet
                 break
             except IndexError:  # PyAV stumbles over packets of streams that turn up midway; it can go on behind them
                 continue
@@ -168,13 +174,13 @@ class VideoFile(VideoSource):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder.name, decoder.fps, decoder.frames)
         self.remote, self.pixels = decoder.remote, decoder.pixels
-        self._decoder = decoder
+        self.decoder = decoder
 
     def _read(self) -> Iterator[VideoFrame]:
-        return self._decoder.read(self._skip)
+        return self.decoder.read(self._skip)
 
     def _release(self) -> None:
-        self._decoder.close()
+        self.decoder.close()
 
 
 class _Painter:

@@ -34,7 +34,7 @@ from eventful_det.detectors.checkpoints.weight_files import (
 from eventful_det.detectors.labels import LabelMap, read_labels, relabel
 from eventful_det.detectors.rf_detr.loading import is_rf_detr, load_rf_detr
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
-from eventful_det.detectors.rf_detr.sizes import Name
+from eventful_det.detectors.rf_detr.sizes import NAMES, Name
 from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.engine.backends import Precision, quickest_precision
@@ -166,7 +166,9 @@ def load_detector(
     if source is not None and (is_engine(Path(source)) or is_rf_detr(source)):
         if labels is not None or allow or classes is not None or changes:
             raise UserError(f"{source}: labels, allow, classes and changes are for ViTDet in PyTorch alone")
-        return load_engine(Path(source), precision=precision) if is_engine(Path(source)) else load_rf_detr(source)
+        if is_engine(Path(source)):
+            return load_engine(Path(source), precision=precision)
+        return load_rf_detr(source).to(_dtype(precision))
     path = find_weights(source)
     weights = read_weights(path)
     known, tensors = weights.config.classes, weights.tensors
@@ -184,9 +186,12 @@ def load_detector(
         compare(Detector(config).state_dict(), tensors, str(path), allow)
     detector = Detector(config)
     load_exactly(detector, tensors, str(path), allow)
-    if precision == "auto":
-        precision = quickest_precision()
-    return detector.to(getattr(torch, precision)).eval()
+    return detector.to(_dtype(precision)).eval()
+
+
+def _dtype(precision: Precision | Literal["auto"]) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, quickest_precision() if precision == "auto" else precision)
+    return dtype
 
 
 def read_weights(path: str | os.PathLike[str]) -> Weights:
@@ -248,7 +253,9 @@ def find_weights(source: str | os.PathLike[str] | None = None) -> Path:
     if named.is_file():
         return named
     names = ", ".join(sorted(p.stem for p in shipped.glob("*.safetensors"))) or "none"
-    raise UserError(f"no weights {source!r}: neither a file nor one of the shipped names ({names})")
+    raise UserError(
+        f"no weights {source!r}: neither a file nor one of the shipped names ({names}) nor of {', '.join(NAMES)}"
+    )
 
 
 def _tensors(detector: Detector, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from eventful_det.data.video.transforms import Image
 from eventful_det.detectors.gated import GatedDetector, GatedStream, priced_statically
 from eventful_det.detectors.protocol import AnyRule, InputTransform
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
-from eventful_det.detectors.rf_detr.parts import Parts, parts_of
+from eventful_det.detectors.rf_detr.parts import Float32Sampling, Parts, parts_of
 from eventful_det.detectors.rf_detr.projector import (
     ProjectorState,
     RFDETRCosts,
@@ -94,6 +95,7 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
         model: `transformers.RfDetrForObjectDetection`, a model of the package `rfdetr` (`RFDETRNano()`) or its network.
         min_score: detections below this score are dropped; 0 keeps all, as both packages do before their threshold.
         side: of the square input in pixels; None = the model's own.
+        mean, std: of RGB in [0, 1], where they are not the ones of both packages.
 
     Attributes:
         model: the network.
@@ -107,13 +109,20 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, model: object, *, min_score: float = 0.05, side: int | None = None) -> None:
+    def __init__(
+        self,
+        model: object,
+        *,
+        min_score: float = 0.05,
+        side: int | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
         super().__init__()
         self.model, parts = parts_of(model)
-        parts = dataclasses.replace(parts, side=side or parts.side)
+        parts = dataclasses.replace(parts, side=side or parts.side, mean=mean or parts.mean, std=std or parts.std)
         self.parts: Parts = parts
-        std = sum(parts.std) / len(parts.std)
-        self.spec = dataclasses.replace(spec_of(self.parts.backbone), pixel_std=std)
+        self.spec = dataclasses.replace(spec_of(parts.backbone), pixel_std=sum(parts.std) / len(parts.std))
         self.min_score = min_score
         self.register_buffer("pixel_mean", torch.tensor(parts.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(parts.std).view(3, 1, 1), persistent=False)
@@ -169,7 +178,8 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
             stream.projector = None if dense else state
             watch.lap("projector")
             features = state.feature.T.unflatten(1, grid)[None]  # (1, C, H, W)
-            logits, boxes = self.parts.decode(features)
+            with Float32Sampling() if features.dtype.itemsize < 4 else contextlib.nullcontext():
+                logits, boxes = self.parts.decode(features)
             stream.detections = self._detections(logits[0], boxes[0], stream.size)
             watch.lap("decoder")
             macs |= {"projector": projector_macs(projector, sizes), "decoder": everything["decoder"]}

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from eventful_det.data.classes import COCO_NAMES
 from eventful_det.errors import UserError
@@ -131,7 +132,9 @@ def parts_of(model: object) -> tuple[nn.Module, Parts]:
 
 
 def coco_names(count: int) -> tuple[str, ...]:
-    """Names of classes that are COCO's ids, 0 to 90, gaps included."""
+    """Names of classes that are COCO's ids, 0 to 90, gaps included; fewer classes are others, and have no names."""
+    if count < 90:
+        return tuple(f"class {i}" for i in range(count))
     names = iter(COCO_NAMES)
     return tuple(f"unused {i}" if i in _COCO_GAPS or i > 90 else next(names) for i in range(count))
 
@@ -209,7 +212,7 @@ def _rfdetr(model: Any, names: tuple[str, ...] | None, side: int | None) -> Part
 def _rfdetr_names(model: Any) -> tuple[str, ...]:
     """Names by class index: COCO's ids for the published weights, else in the order of the training data."""
     count, given = model.model.model.class_embed.out_features, list(model.class_names)
-    if given == list(COCO_NAMES) and count > len(given) + 1:
+    if given == list(COCO_NAMES) and count not in (len(given), len(given) + 1):
         return coco_names(count)
     return _unique([*given, *(f"unused {i}" for i in range(len(given), count))][:count])
 
@@ -239,6 +242,21 @@ def _norm_activation(norm: Any, activation: Any, x: Tensor) -> Tensor:
     return result
 
 
+class Float32Sampling(TorchFunctionMode):
+    """Maps are sampled in float32: in low precision PyTorch's CPU gives NaN, and places are blurred by half a cell."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: object,
+        args: tuple[Tensor, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> Tensor:
+        if func is F.grid_sample:
+            return func(args[0].float(), args[1].float(), *args[2:], **(kwargs or {})).to(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
 def _decode_hugging_face(model: Any, features: Tensor) -> tuple[Tensor, Tensor]:
     """`RfDetrModel.forward` after its backbone, for frames without padding."""
     net, config = model.model, model.config
@@ -246,8 +264,10 @@ def _decode_hugging_face(model: Any, features: Tensor) -> tuple[Tensor, Tensor]:
     seen = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
     sizes = [features.shape[2:]]
     queries, proposals, invalid = net.gen_encoder_output_proposals(source, ~seen, sizes)
-    _, boxes, _ = net.generate_topk_proposals(0, queries, proposals, invalid, config.num_queries)
-    reference = _refine(net.reference_point_embed.weight[None, : config.num_queries], boxes)
+    count = min(config.num_queries, source.shape[1])  # as the package rfdetr does on small frames
+    _, boxes, _ = net.generate_topk_proposals(0, queries, proposals, invalid, count)
+    points = net.reference_point_embed.weight[None, : config.num_queries]
+    reference = torch.cat([_refine(points[:, :count], boxes), points[:, count:]], 1)
     decoded = net.decoder(
         inputs_embeds=net.query_feat.weight[None, : config.num_queries],
         reference_points=reference,

@@ -103,16 +103,16 @@ class Heads:
             self.weights = dataclasses.replace(weights, regions=1)
 
     def __call__(
-        self, update: Update, state: HeadsState | None, image: ImageList
+        self, update: Update, state: HeadsState | None, size: tuple[int, int]
     ) -> tuple[Instances, HeadsState | None, dict[str, int]]:
         """The objects on a token map, what is to be remembered until the next one, and MACs by part.
 
         Args:
             update: of the token map.
             state: what was remembered, updated in place; None = everything is computed.
-            image: the frame, for its size.
+            size: (height, width) of the frame in pixels.
         """
-        sizes = None
+        sizes, image = None, ImageList(update.tokens.new_empty(0), [size])  # whose pixels no head reads
         if self.incremental:
             state, sizes = self._refresh(update, state)
             features, proposals = self._read(state, image)
