@@ -9,6 +9,7 @@ SERVE = [
     "uvicorn>=0.30",  # the HTTP server
     "websockets>=13",  # pictures to the browser, over one connection for all streams
 ]
+CAMERAS = ["paho-mqtt>=2"]  # events to MQTT brokers, and so to Home Assistant
 CONFIGS = [
     "eventful_det.configs",
     *(f"eventful_det.configs.{folder}" for folder in find_namespace_packages("configs", exclude=["detectron2*"])),
@@ -45,6 +46,7 @@ setup(
         "plots": PLOTS,
         "train": TRAIN,
         "serve": SERVE,
+        "cameras": [*SERVE, *CAMERAS],  # eventful-det serve cameras.yaml
         "openvino": ["openvino>=2025.0"],  # tools/export.py format=openvino, and its engine
         "onnx": ["onnxruntime>=1.18", "onnx>=1.16"],  # the same for format=onnx
         "hf": ["transformers>=5.3"],  # RF-DETR
@@ -56,6 +58,7 @@ setup(
             *PLOTS,
             *TRAIN,
             *SERVE,
+            *CAMERAS,
             "pytest>=8",  # tests
             "pytest-xdist>=3",  # tests on all cores
             "hypothesis>=6",  # property tests of index arithmetic

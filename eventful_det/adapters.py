@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from eventful_det.detectors.results import Detections, FrameCost
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import coco_results
-from eventful_det.recognition.stream import RecognitionResult
+from eventful_det.files import JsonObject
+from eventful_det.recognition.session import RecognitionResult
 from eventful_det.runtime.session import StreamResult
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ def to_supervision(detections: Detections, names: Sequence[str]) -> supervision.
     )
 
 
-def to_coco(result: StreamResult, image_id: int | None = None, categories: Sequence[int] | None = None) -> list[Any]:
+def to_coco(
+    result: StreamResult, image_id: int | None = None, categories: Sequence[int] | None = None
+) -> list[JsonObject]:
     """A frame as entries of a COCO results list, ready for JSON and `pycocotools`.
 
     Args:
@@ -58,30 +61,22 @@ def to_coco(result: StreamResult, image_id: int | None = None, categories: Seque
     """
     image = result.frame_index + 1 if image_id is None else image_id
     ids = range(1, len(result.names) + 1) if categories is None else categories
-    entries: list[Any] = coco_results({image: result.detections}, ids)
+    entries = coco_results({image: result.detections}, ids)
     for entry, track in zip(entries, _tracks(result.detections), strict=True):
         entry.update(track)
     return entries
 
 
-def to_record(result: StreamResult) -> dict[str, Any]:
-    """A frame as one JSON object: what was found, and what it cost. Boxes are xyxy in pixels of the source."""
-    found = result.detections
-    objects = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), _tracks(found), strict=True)
+def to_record(result: StreamResult | RecognitionResult) -> JsonObject:
+    """A frame as one JSON object: what was found, and what it cost.
+
+    Boxes are xyxy in pixels of the source; of recognisers, the likeliest classes of each head come in their place.
+    """
     return {
         "frame_index": result.frame_index,
         "timestamp": result.timestamp,
         "size": {"height": result.image.shape[0], "width": result.image.shape[1]},
-        "detections": [
-            {
-                "box": [round(v, 2) for v in box],
-                "score": round(score, 4),
-                "label": label,
-                "name": result.names[label],
-                **track,
-            }
-            for box, score, label, track in objects
-        ],
+        **(_boxes(result) if isinstance(result, StreamResult) else _classes(result)),
         "cost": cost_record(result.cost),
         "held": result.held,
         "frame_age": result.frame_age,
@@ -89,22 +84,38 @@ def to_record(result: StreamResult) -> dict[str, Any]:
     }
 
 
-def action_record(result: RecognitionResult) -> dict[str, Any]:
-    """A step of action recognition as one JSON object: the likeliest classes of each head, and what it cost."""
+def _boxes(result: StreamResult) -> JsonObject:
+    found = result.detections
+    zones = [{}] * len(found) if result.zones is None else [{"zones": list(names)} for names in result.zones]
+    lists = (found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), _tracks(found), zones)
     return {
-        "frame_index": result.frame_index,
-        "timestamp": result.timestamp,
-        "classes": {
-            head: [{"name": name, "probability": round(value, 4)} for name, value in result.top(head=head)]
-            for head in result.names
-        },
-        "cost": cost_record(result.cost),
-        "frame_age": result.frame_age,
-        "dropped": result.dropped,
+        "detections": [
+            {
+                "box": [round(v, 2) for v in box],
+                "score": round(score, 4),
+                "label": label,
+                "name": result.names[label],
+                **track,
+                **places,
+            }
+            for box, score, label, track, places in zip(*lists, strict=True)
+        ]
     }
 
 
-def cost_record(cost: FrameCost) -> dict[str, Any]:
+def _classes(result: RecognitionResult) -> JsonObject:
+    return {
+        "classes": {
+            head: [
+                {"label": result.names[head].index(name), "name": name, "probability": round(value, 4)}
+                for name, value in result.top(head=head)
+            ]
+            for head in result.names
+        }
+    }
+
+
+def cost_record(cost: FrameCost) -> JsonObject:
     """What a frame cost, as one JSON object."""
     return {
         "macs": {**cost.macs, "total": cost.total},

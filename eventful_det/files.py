@@ -7,8 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from eventful_det.errors import UserError
+
+JsonObject = dict[str, Any]
+"""An object of a JSON file, as it was read or is to be written."""
 
 
 @contextmanager

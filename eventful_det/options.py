@@ -19,10 +19,10 @@ import functools
 import math
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from eventful_det.errors import UserError
 
@@ -57,7 +57,7 @@ _ENTRIES = 100_000  # of a list
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
-def convert_fields(record: Any, name: str) -> None:
+def convert_fields(record: object, name: str) -> None:
     """Hold the fields of a frozen dataclass to their annotations; call it from `__post_init__`.
 
     Raises:
@@ -67,7 +67,7 @@ def convert_fields(record: Any, name: str) -> None:
         object.__setattr__(record, key, convert(getattr(record, key), hint, f"{name}.{key}" if name else key))
 
 
-def from_values(cls: type[T], values: Mapping[str, Any], name: str) -> T:
+def from_values(cls: type[T], values: Mapping[str, object], name: str) -> T:
     """A dataclass from plain values, as they stand in JSON and YAML.
 
     Raises:
@@ -83,7 +83,7 @@ def from_values(cls: type[T], values: Mapping[str, Any], name: str) -> T:
     return cls(**{key: convert(value, hints[key], f"{name}.{key}" if name else key) for key, value in values.items()})
 
 
-def refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any], name: str) -> None:
+def refuse_unknown(given: Iterable[str], known: Iterable[str], name: str) -> None:
     """Refuse a name that is not known, with the nearest one that is.
 
     Raises:
@@ -103,7 +103,7 @@ def nearest(name: object, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 
 
-def find_type(kind: Any, path: str) -> Any:
+def find_type(kind: object, path: str) -> object:
     """The type of an option by its dotted path in a dataclass; Any where nothing is known of it.
 
     Raises:
@@ -115,7 +115,7 @@ def find_type(kind: Any, path: str) -> Any:
         mappings = [option for option in alternatives(kind) if _is_mapping(get_origin(option))]
         if records:
             hints: dict[str, Any] = _hints(records[0])  # type: ignore[arg-type]
-            refuse_unknown({part: None}, hints, place)
+            refuse_unknown([part], hints, place)
             kind = hints[part]
         elif mappings:
             kind = get_args(mappings[0])[1]
@@ -125,14 +125,14 @@ def find_type(kind: Any, path: str) -> Any:
     return kind
 
 
-def alternatives(kind: Any) -> list[Any]:
+def alternatives(kind: object) -> list[object]:
     """The members of a union, without their ranges; of another type itself."""
     if get_origin(kind) in (Union, types.UnionType):
         return [one for option in get_args(kind) for one in alternatives(option)]
     return [get_args(kind)[0]] if get_origin(kind) is Annotated else [kind]
 
 
-def convert(value: Any, hint: Any, name: str) -> Any:
+def convert(value: object, hint: object, name: str) -> object:
     """A value as its type says: lists become tuples, whole numbers floats, words such as "no" truth values.
 
     Args:
@@ -169,10 +169,10 @@ def convert(value: Any, hint: Any, name: str) -> Any:
         converted = convert(value, arguments[0], name) if _fits(value, arguments[0]) else None
         if converted is not None and all(converted in limit for limit in arguments[1:]):
             return converted
-    elif _fits(value, hint):
+    elif _fits(value, cast(type, hint)):
         if isinstance(value, str) and hint is bool:
             return _WORDS[value.lower()]
-        return hint(value) if hint in (bool, int, float) else value
+        return cast(Callable[[object], object], hint)(value) if hint in (bool, int, float) else value
     raise UserError(f"{name} must be {_describe(hint)}, got {_short(value)}")
 
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from eventful_det.errors import UserError, printable
 from eventful_det.files import written_whole
@@ -105,7 +104,7 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, values: Any, indent: int | None = 1) -> None:
+def write_json(path: Path, values: object, indent: int | None = 1) -> None:
     """Write a JSON file, whole or not at all, without passwords.
 
     Raises:
@@ -114,7 +113,7 @@ def write_json(path: Path, values: Any, indent: int | None = 1) -> None:
     write_text(path, json.dumps(printable_values(values), indent=indent) + "\n")
 
 
-def printable_values(values: Any) -> Any:
+def printable_values(values: object) -> object:
     """The same values, nested ones too, with every text `printable`."""
     if isinstance(values, str):
         return printable(values)
@@ -154,7 +153,7 @@ class Stdout:
         with self._silenced():
             sys.stdout.flush()
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(sys.stdout, name)
 
     @contextmanager

@@ -91,8 +91,8 @@ def guard(work: Callable[[], None]) -> None:
     try:
         work()
     except UserError as error:
-        message = str(error).rpartition("UserError: ")[2]  # of a data loader's process: without its traceback
-        print_error(message)
+        for message in getattr(error, "faults", [str(error)]):  # of a file: a line for each
+            print_error(message.rpartition("UserError: ")[2])  # of a data loader's process: without its traceback
         sys.exit(2)
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from common import Gate, Texts, build_gate
 
 from eventful_det.errors import UserError
-from eventful_det.evaluation.runs import Method
+from eventful_det.evaluation.sweep.runs import Method
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import DEFAULT
 from eventful_det.options import Count, NonNegative, Positive, Range, Share, convert
@@ -70,7 +70,7 @@ def sweep_methods(curves: Mapping[str, Curve]) -> list[Method]:
                     rule = _gate_with(where, curve.gate or {"rule": "rows"}).rule
                     methods.append(Method(name, float(amount), rule, budget, **fixed))
                     continue
-                value = convert(value, own or float, f"{where}.vary.{option}")
+                value = cast(float, convert(value, own or float, f"{where}.vary.{option}"))
                 gate = _gate_with(where, curve.gate, **({} if own else {option: value}))
                 methods.append(Method(name, float(value), *gate, **(fixed | ({option: value} if own else {}))))
     return methods

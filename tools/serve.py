@@ -3,27 +3,38 @@
     python tools/serve.py                                  # http://127.0.0.1:8077, then choose what to watch
     python tools/serve.py source=clip.mp4 budget=40GMACs
     python tools/serve.py source='[0,rtsp://gate/stream]' media=videos/
+    python tools/serve.py weights=vivit_tiny_synthetic     # recognise actions
     python tools/serve.py host=0.0.0.0 expose=true token=auto
+    python tools/serve.py cameras.yaml log=json            # masks, zones, events, clips: docs/cameras.md
 
-Ctrl-C ends it and removes all uploads.
+Ctrl-C ends it and removes all uploads. SIGHUP has cameras.yaml read again.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import secrets
+import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from common import AnyDetector, Side, Texts, as_list, build_gate, console, open_detector
+import actions
+from common import AnyDetector, Side, Texts, as_list, build_gate, choose_device, console, open_detector
 
+from eventful_det.cameras.config import read_site
+from eventful_det.cameras.service import CameraService
 from eventful_det.data.classes import SYNTHETIC_SHAPES
-from eventful_det.errors import UserError
+from eventful_det.errors import UserError, printable
 from eventful_det.gating.dense import Dense
 from eventful_det.options import Count, Positive, Range
+from eventful_det.recognition.checkpoints import load_recogniser
+from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.motion import parse_hold
 from eventful_det.runtime.pool import StreamPool
@@ -42,6 +53,7 @@ class Options:
     positional: ClassVar = ("source",)
     aliases: ClassVar = {"model": "weights"}  # as other detectors call it
 
+    task: actions.Task | None
     gate: dict[str, Any]
     source: Texts | None
     weights: str | None
@@ -64,6 +76,26 @@ class Options:
     upload_mb: Positive
     root_path: str
     max_streams: Count
+    log: Literal["text", "json"]
+
+
+class JsonLines(logging.Formatter):
+    """A JSON object for each line of the log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        text = record.getMessage() + (f": {record.exc_info[1]!r}" if record.exc_info else "")
+        line = {"time": at, "level": record.levelname.lower(), "logger": record.name, "message": printable(text)}
+        return json.dumps(line)
+
+
+def set_up_log(kind: Literal["text", "json"]) -> None:
+    """Log to standard error, from information on for our own modules."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if kind == "json" else logging.Formatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("eventful_det").setLevel(logging.INFO)
 
 
 def token_of(options: Options) -> str | None:
@@ -103,9 +135,9 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host}:{port}: {error}; try another port, or port=0") from error
 
 
-def build_opener(options: Options, detector: AnyDetector) -> SourceOpener:
+def build_opener(options: Options, network: AnyDetector | Recogniser) -> SourceOpener:
     """What people may open."""
-    synthetic = {shape.name for shape in SYNTHETIC_SHAPES} <= set(detector.names)
+    synthetic = not isinstance(network, Recogniser) and {shape.name for shape in SYNTHETIC_SHAPES} <= set(network.names)
     local = not options.expose
     return SourceOpener(
         media=None if options.media is None else Path(options.media),
@@ -117,24 +149,42 @@ def build_opener(options: Options, detector: AnyDetector) -> SourceOpener:
     )
 
 
-def build_runner(options: Options, detector: AnyDetector, sources: Sequence[str]) -> PoolRunner:
+def build_runner(options: Options, network: AnyDetector | Recogniser, sources: Sequence[str]) -> PoolRunner:
     """A pool of the sources to watch from the start, and what drives it."""
-    gate = build_gate(options.gate)
-    pool = StreamPool(
-        detector,
-        budget=gate.selector,
-        rule=gate.rule,
-        short_side=options.short_side,
-        long_side=options.long_side,
-        hold=parse_hold(options.hold),
-        timing=True,
-    )
-    runner = PoolRunner(pool, max_streams=options.max_streams, track=options.track, rescore=options.rescore)
+    gate, hold = build_gate(options.gate), parse_hold(options.hold)
+    pool: StreamPool[Any]
+    if isinstance(network, Recogniser):
+        if options.track or hold is not None or options.short_side or options.long_side:
+            raise UserError("track, hold, short_side and long_side are for detectors; a recogniser takes none of them")
+        gate = actions.own_gate(gate)
+        pool = StreamPool(network, budget=gate.selector, rule=gate.rule, timing=True)
+    else:
+        pool = StreamPool(
+            network,
+            budget=gate.selector,
+            rule=gate.rule,
+            short_side=options.short_side,
+            long_side=options.long_side,
+            hold=hold,
+            timing=True,
+        )
+    most = max(options.max_streams, len(sources))
+    runner = PoolRunner(pool, max_streams=most, track=options.track, rescore=options.rescore)
     if gate.rule != Dense():
         runner.set_budget(str(options.budget))
-    for opened in [play(source, public_name(source)) for source in sources]:
-        runner.add(opened)
     return runner
+
+
+def site_of(sources: Sequence[str]) -> Path | None:
+    """The `cameras.yaml` among the sources, which then is the only one.
+
+    Raises:
+        UserError: it is not.
+    """
+    files = [source for source in sources if Path(source).suffix in (".yaml", ".yml")]
+    if files and len(sources) > 1:
+        raise UserError(f"{files[0]} names all cameras; give no other source beside it")
+    return Path(files[0]) if files else None
 
 
 def run(options: Options) -> None:
@@ -142,11 +192,28 @@ def run(options: Options) -> None:
     token, sources = token_of(options), as_list(options.source)
     if options.budget != "auto":
         parse_budget(options.budget)
-    detector = open_detector(options.weights, options.labels, options.device, sources)
-    opener = build_opener(options, detector)
+    if (site := site_of(sources)) is not None:
+        sources = [str(camera.source) for camera in read_site(site).cameras.values()]
+    network: AnyDetector | Recogniser
+    if actions.recognises(options.task, options.weights):
+        network = load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))
+    else:
+        network = open_detector(options.weights, options.labels, options.device, sources)
+    opener = build_opener(options, network)
     port = listen(options.host, options.port)
-    runner = build_runner(options, detector, sources)
-    app = create_app(runner, opener, token=token, hosts=as_list(options.hosts), root_path=options.root_path)
+    runner, cameras = build_runner(options, network, sources), None
+    set_up_log(options.log)
+    if site is not None:
+        if isinstance(network, Recogniser):
+            raise UserError(f"{site}: zones and events need a detector, and {options.weights} recognises actions")
+        cameras = CameraService(site, runner, network.names)
+        for number in (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ():
+            signal.signal(number, lambda *_: cameras.ask_to_reload())
+    else:
+        for opened in [play(source, public_name(source)) for source in sources]:
+            runner.add(opened)
+    names = as_list(options.hosts)
+    app = create_app(runner, opener, token=token, hosts=names, root_path=options.root_path, cameras=cameras)
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"http://{host}:{port.getsockname()[1]}/" + (f"?token={token}" if token else "")
     console.print(f"watch at {address} (Ctrl-C ends)", soft_wrap=True)

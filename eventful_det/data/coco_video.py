@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 
 Box = tuple[float, float, float, float]
 _LOG = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ def load_coco_video(path: str | os.PathLike[str], image_root: str | os.PathLike[
 
 
 def parse_coco_video(
-    data: dict[str, Any],
+    data: JsonObject,
     path: str | os.PathLike[str],
     image_root: str | os.PathLike[str],
     problems: list[Problem],
@@ -217,7 +218,7 @@ def parse_coco_video(
     return CocoVideo(categories, videos, Path(os.path.normpath(image_root)))
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> JsonObject:
     """The object that a JSON file holds, in UTF-8 or, with a byte-order mark, UTF-16.
 
     Raises:
@@ -237,7 +238,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return data
 
 
-def json_rows(data: dict[str, Any], key: str, path: Path) -> list[dict[str, Any]]:
+def json_rows(data: JsonObject, key: str, path: Path) -> list[JsonObject]:
     """A list of objects in a JSON object.
 
     Raises:
@@ -385,7 +386,7 @@ _SCHEMA: dict[str, dict[str, _Field]] = {
 class _Reader:
     """Turns the JSON lists into videos, checking every value and reference on the way."""
 
-    def __init__(self, path: Path, data: dict[str, Any], problems: list[Problem], lenient: bool) -> None:
+    def __init__(self, path: Path, data: JsonObject, problems: list[Problem], lenient: bool) -> None:
         self.path, self.data, self.problems, self.lenient = path, data, problems, lenient
 
     def read(self) -> tuple[list[tuple[int, str]], list[Video]]:
@@ -414,7 +415,7 @@ class _Reader:
                 frame.annotations.append(Annotation(row["category_id"], row["bbox"], track, *more))
         return self.merged(categories, videos), videos
 
-    def entries(self, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def entries(self, key: str) -> Iterator[tuple[str, JsonObject]]:
         """The entries of a list, converted, each with what to call it; they have ids of their own."""
         fields = _SCHEMA[key].items()
         seen: set[int] = set()
@@ -491,7 +492,7 @@ class _Reader:
             raise self.error(where, f"{what}_id {i}", f"the id of a listed {what}")
         self.problems.append(Problem(f"unknown_{what}", where, f"{what}_id {i}"))
 
-    def fault(self, where: str, row: dict[str, Any], key: str) -> UserError:
+    def fault(self, where: str, row: JsonObject, key: str) -> UserError:
         """Which value of an entry cannot be converted."""
         for name, told in _SCHEMA[key].items():
             try:
@@ -512,7 +513,7 @@ def _box_text(box: Box) -> str:
 def _write(data: CocoVideo, file: TextIO, image_root: str) -> None:
     """One entry per line, written as it goes: a million images need no second copy in memory."""
 
-    def rows(key: str, entries: Iterable[dict[str, Any]]) -> None:
+    def rows(key: str, entries: Iterable[JsonObject]) -> None:
         file.write(f',\n"{key}": [')
         lines = (json.dumps(entry, separators=(",", ":"), allow_nan=False) for entry in entries)
         file.writelines((",\n" if n else "\n") + line for n, line in enumerate(lines))
@@ -526,13 +527,13 @@ def _write(data: CocoVideo, file: TextIO, image_root: str) -> None:
     file.write("}\n")
 
 
-def _video(video: Video) -> dict[str, Any]:
-    entry: dict[str, Any] = {"id": video.id, "name": video.name}
+def _video(video: Video) -> JsonObject:
+    entry: JsonObject = {"id": video.id, "name": video.name}
     return entry | {"file_name": video.file_name} if video.file_name else entry
 
 
-def _image(frame: Frame, video: Video) -> dict[str, Any]:
-    entry: dict[str, Any] = {"id": frame.image_id, "video_id": video.id, "frame_id": frame.frame_id}
+def _image(frame: Frame, video: Video) -> JsonObject:
+    entry: JsonObject = {"id": frame.image_id, "video_id": video.id, "frame_id": frame.frame_id}
     if not video.file_name:
         entry["file_name"] = frame.file_name
     entry |= {"width": frame.width, "height": frame.height}
@@ -541,9 +542,9 @@ def _image(frame: Frame, video: Video) -> dict[str, Any]:
     return entry if frame.labelled else entry | {"labelled": False}
 
 
-def _annotation(a: Annotation, image_id: int) -> dict[str, Any]:
+def _annotation(a: Annotation, image_id: int) -> JsonObject:
     x1, y1, x2, y2 = a.box
-    entry: dict[str, Any] = {"id": a.id, "image_id": image_id, "category_id": a.category_id}
+    entry: JsonObject = {"id": a.id, "image_id": image_id, "category_id": a.category_id}
     entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": a.area, "iscrowd": int(a.iscrowd)}
     if a.track_id is not None:
         entry["track_id"] = a.track_id

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eventful_det.data.training_set import Samples
+from eventful_det.data.training_set import Labels, Samples
 from eventful_det.errors import UserError
 
 _ROUND = 100  # samples in which the ratio is kept as exactly as whole numbers can
@@ -36,7 +35,7 @@ class MixedSet:
         if len(set(self.turns)) < len(sets):
             raise UserError(f"mixing training sets by {list(ratio)}: each needs at least a hundredth of the samples")
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Labels]:
         """Sample n in the size of the given index."""
         n, size = key
         which, place = self.place(n)

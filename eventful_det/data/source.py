@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import weakref
 from abc import abstractmethod
@@ -129,6 +130,11 @@ class VideoSource(Iterable[VideoFrame]):
         if not self.skipped:
             _LOG.warning("%s: skipping %s that cannot be decoded (%s), and others like it", self.name, what, error)
         self.skipped += 1
+
+
+Source = int | str | os.PathLike[str] | Iterable[NDArray[np.uint8]] | VideoSource
+"""A video file, webcam number, RTSP or HTTP URL, image folder or glob, an iterable of `(h, w, 3)` uint8 RGB arrays, or
+an open `VideoSource`."""
 
 
 def public_name(url: str) -> str:

@@ -6,7 +6,7 @@ import math
 import pickle
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -21,12 +21,14 @@ from eventful_det.data.video.transforms import Image
 from eventful_det.errors import UserError
 
 Target = dict[str, Tensor]
+Labels = Target | list[Target]
+"""What is on an image, or on each frame of a clip."""
 
 
 class Samples(Protocol):
     """An endless sequence of training samples; what sample n is depends on n alone."""
 
-    def __getitem__(self, key: tuple[int, int], /) -> tuple[Tensor, Any]:
+    def __getitem__(self, key: tuple[int, int], /) -> tuple[Tensor, Labels]:
         """Sample n in the size of the given index: images as uint8, and what is on them."""
 
     def size_of_step(self, step: int) -> int:
@@ -162,10 +164,10 @@ class _Batches:
 
 def training_loader(
     data: Samples, batch: int, first_step: int = 0, workers: int = 0, rank: int = 0, ranks: int = 1
-) -> Iterable[tuple[Tensor, list[Target]]]:
+) -> Iterable[tuple[Tensor, list[Labels]]]:
     """Batches of images `(batch, 3, h, w)` uint8 with their targets, from step `first_step` on, without end."""
     loader = DataLoader(
-        cast(Dataset[tuple[Tensor, Target]], data),
+        cast(Dataset[tuple[Tensor, Labels]], data),
         batch_sampler=_Batches(data, batch, first_step, rank, ranks),
         num_workers=workers,
         collate_fn=_collate_bytes if workers else _collate,
@@ -174,11 +176,11 @@ def training_loader(
     return map(pickle.loads, loader) if workers else loader
 
 
-def _collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]]:
+def _collate(samples: Sequence[tuple[Tensor, Labels]]) -> tuple[Tensor, list[Labels]]:
     images, targets = zip(*samples, strict=True)
     return torch.stack(images), list(targets)
 
 
-def _collate_bytes(samples: Sequence[tuple[Tensor, Target]]) -> bytes:
+def _collate_bytes(samples: Sequence[tuple[Tensor, Labels]]) -> bytes:
     """A batch that comes through a pipe: tensors would take shared memory, of which containers have 64 MB."""
     return pickle.dumps(_collate(samples))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from eventful_det.data.source import Source
 from eventful_det.detectors.protocol import AnyRule, S, VideoDetector
 from eventful_det.gating.selector import Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.motion import Hold
-from eventful_det.runtime.stream import Source, Stream
+from eventful_det.runtime.stream import Stream
 
 
 class _Streaming(VideoDetector[S], Protocol[S]):

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -144,7 +145,7 @@ class Torch(Backend):
         return run
 
 
-def import_package(module: str) -> Any:
+def import_package(module: str) -> ModuleType:
     """A module that is needed only here.
 
     Raises:

@@ -11,7 +11,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame
 from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 
 try:
     from faster_coco_eval import COCO  # the same numbers in half the time
@@ -28,7 +28,7 @@ except ImportError:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-Entry = dict[str, Any]
+Entry = JsonObject
 _AREAS = [[0.0, 1e10]]  # objects of every size; COCO's small / medium / large are not reported
 _OVERLAPS = np.linspace(0.5, 0.95, 10)
 _AGREED_SCORE = 0.5

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,12 +16,13 @@ from eventful_det.data.classes import SYNTHETIC_SHAPES
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
 from eventful_det.data.synthetic import SceneOptions, SyntheticFrame, render_video
 from eventful_det.data.synthetic.disturbances import disturb
-from eventful_det.detectors.protocol import AnyRule, VideoDetector
+from eventful_det.detectors.protocol import AnyRule, S, VideoDetector
 from eventful_det.detectors.results import FrameCost
 from eventful_det.evaluation.detection import Entry, category_ids, coco_results, evaluate
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import Selector
 from eventful_det.outputs import markdown_table
+from eventful_det.runtime.session import StreamResult
 from eventful_det.runtime.stream import Stream
 
 UNDISTURBED = "none"
@@ -53,7 +53,7 @@ class Row:
 
 
 def measure(
-    detector: VideoDetector[Any],
+    detector: VideoDetector[S],
     name: str,
     *,
     rule: AnyRule,
@@ -80,15 +80,17 @@ def measure(
     moving: list[FrameCost] = []
     for index in range(videos):
         first = next(render_video(options, seed, index))
-        still += [cost for _, cost in _run(detector, _befall(repeat(first, frames), name, index), rule, selector)][1:]
+        still += [frame.cost for frame in _run(detector, _befall(repeat(first, frames), name, index), rule, selector)][
+            1:
+        ]
         scene = _befall(render_video(options, seed, index), name, index)
         video = _truth(index, scene)
         truth.append(video)
         ids = category_ids(CocoVideo(categories, truth, Path()), detector.names)
         for kind, how in (("dense", Dense()), ("gated", rule)):
-            for frame, (detections, cost) in zip(video.frames, _run(detector, scene, how, selector), strict=True):
-                found[kind] += coco_results({frame.image_id: detections}, ids)
-                moving += [cost] if kind == "gated" else []
+            for frame, result in zip(video.frames, _run(detector, scene, how, selector), strict=True):
+                found[kind] += coco_results({frame.image_id: result.detections}, ids)
+                moving += [result.cost] if kind == "gated" else []
     data = CocoVideo(categories, truth, Path())
     shares = [cost.recomputed / cost.tokens for cost in still]
     return Row(
@@ -116,10 +118,12 @@ def _befall(frames: Iterable[SyntheticFrame], name: str, seed: int) -> list[Synt
     return list(frames if name == UNDISTURBED else disturb(frames, name, seed))
 
 
-def _run(detector: VideoDetector[Any], scene: Sequence[SyntheticFrame], rule: AnyRule, selector: Selector) -> list[Any]:
-    """Detections and cost of each frame."""
+def _run(
+    detector: VideoDetector[S], scene: Sequence[SyntheticFrame], rule: AnyRule, selector: Selector
+) -> list[StreamResult]:
+    """What comes of each frame."""
     stream = Stream(detector, np.stack([frame.image for frame in scene]), rule=rule, budget=selector)
-    return [(result.detections, result.cost) for result in islice(stream, len(scene))]
+    return list(islice(stream, len(scene)))
 
 
 def _truth(index: int, scene: Sequence[SyntheticFrame]) -> Video:

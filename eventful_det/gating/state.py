@@ -1,4 +1,4 @@
-"""What is remembered of a stream between frames: typed dataclasses of tensors.
+"""What is remembered of a stream between frames, typed dataclasses of tensors, and what a step hands on.
 
 State belongs to the caller. A `step` updates it in place; nothing else does, and no output aliases it.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from eventful_det.errors import UserError
+from eventful_det.gating.macs import Macs
 from eventful_det.gating.windows import Grid
 
 T = TypeVar("T", bound="TensorTree")
@@ -25,7 +26,7 @@ class TensorTree:
 
     _kinds: ClassVar[dict[str, type[TensorTree]]] = {}
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         TensorTree._kinds[cls.__name__] = cls
 
@@ -55,14 +56,14 @@ class TensorTree:
         """An independent copy."""
         return self.map(Tensor.clone)
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, object]:
         """The tree as dictionaries, lists and tensors only, as `torch.load(weights_only=True)` accepts."""
         return _plain(self)
 
     @staticmethod
-    def from_plain(data: dict[str, Any]) -> Any:
+    def from_plain(data: dict[str, object]) -> TensorTree:
         """The inverse of `plain`."""
-        return _from_plain(data)
+        return cast(TensorTree, _from_plain(data))
 
 
 @dataclasses.dataclass
@@ -103,7 +104,7 @@ class State(TensorTree, Generic[S]):
         torch.save({"format": "eventful-state/1", "state": self.plain()}, path)
 
     @staticmethod
-    def load(path: str | Path) -> State[Any]:
+    def load(path: str | Path) -> State[T]:
         """Read a file written by `save`.
 
         Raises:
@@ -113,11 +114,33 @@ class State(TensorTree, Generic[S]):
             data = torch.load(path, weights_only=True)
             if data["format"] != "eventful-state/1":
                 raise KeyError(data["format"])
-            return State.from_plain(data["state"])
+            return cast(State[T], State.from_plain(data["state"]))
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"{path} is not a stream state written by State.save ({type(error).__name__})") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """The token map of a frame and what changed in it.
+
+    Attributes:
+        tokens: `(H, W, C)` the full map. `EventfulViT.step` gives a copy; a rule, its own buffer, valid until the
+            stream's next step and not to be written. The same holds for `prefix`.
+        prefix: `(p, C)` class and register tokens, recomputed whenever a token is; None = the network has none.
+        changed: `(r,)` flat indices of the tokens whose value may differ from the last frame's.
+        work: `(N,)` share of its token-wise work that each token had done, 0 to 1.
+        flush: whether everything was recomputed because the stream began anew.
+        macs: what it took.
+    """
+
+    tokens: Tensor
+    prefix: Tensor | None
+    changed: Tensor
+    work: Tensor
+    flush: bool
+    macs: Macs
 
 
 def _leaves(node: Any) -> Iterator[Tensor]:

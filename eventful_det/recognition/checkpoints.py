@@ -7,17 +7,22 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from eventful_det.detectors.checkpoints.weight_files import compare, load_exactly, read_tensors, save_tensors
+from eventful_det.detectors.checkpoints.weight_files import (
+    compare,
+    find_weights,
+    load_exactly,
+    read_tensors,
+    rounded,
+    save_tensors,
+)
 from eventful_det.errors import UserError
-from eventful_det.files import written_whole
-from eventful_det.gating.vit_spec import resize_positions
+from eventful_det.files import JsonObject, written_whole
+from eventful_det.gating.spec import resize_positions
 from eventful_det.recognition.config import RecogniserConfig, numbered, vivit_b_epic, vivit_b_k400
 from eventful_det.recognition.key_maps import (
     from_scenic,
@@ -66,7 +71,9 @@ def is_recogniser(path: str | os.PathLike[str]) -> bool:
 def load_recogniser(
     source: str | os.PathLike[str],
     classes: Mapping[str, tuple[str, ...]] | None = None,
-    **changes: Any,
+    *,
+    temporal_views: int | None = None,
+    spatial_views: int | None = None,
 ) -> Recogniser:
     """A recogniser ready for inference, on the CPU in float32.
 
@@ -74,36 +81,26 @@ def load_recogniser(
         source: the name of shipped weights, or a file: written by `save_recogniser`; a checkpoint of the official
             eventful code, of TAdaConv, or of scenic's factorised ViViT. The format is detected by content.
         classes: names of each head's classes, for files that number them.
-        changes: values of `RecogniserConfig` that do not affect the weights, for example `temporal_views=1`.
+        temporal_views, spatial_views: of a clip; by default as the weights were made for.
 
     Raises:
         UserError: no such file or name; the file is of no known format, damaged, or asks for more than data; or keys do
             not fit. Hugging Face's ViViT and VideoMAE are refused: they have no steps.
     """
-    path = find_recogniser(source)
+    path = find_weights(source)
     weights = read_recogniser(path)
-    if classes is not None:
-        changes |= {"classes": {head: tuple(names) for head, names in classes.items()}}
-    config = RecogniserConfig.from_dict({**dataclasses.asdict(weights.config), **changes})
+    config = weights.config
+    config = dataclasses.replace(
+        config,
+        classes=config.classes if classes is None else {head: tuple(names) for head, names in classes.items()},
+        temporal_views=config.temporal_views if temporal_views is None else temporal_views,
+        spatial_views=config.spatial_views if spatial_views is None else spatial_views,
+    )
     with torch.device("meta"):  # takes no memory, however large a damaged config says that the recogniser is
         compare(Recogniser(config).state_dict(), weights.tensors, str(path))
     recogniser = Recogniser(config)
     load_exactly(recogniser, weights.tensors, str(path))
     return recogniser.eval()
-
-
-def find_recogniser(source: str | os.PathLike[str]) -> Path:
-    """The file of a path, or of the name of shipped weights.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(source)
-    named = Path(str(resources.files("eventful_det"))) / "weights" / f"{source}.safetensors"
-    for found in (path, named):
-        if found.is_file():
-            return found
-    raise UserError(f"no weights {str(source)!r}: neither a file nor the name of shipped ones")
 
 
 def read_recogniser(path: str | os.PathLike[str]) -> RecogniserWeights:
@@ -167,7 +164,7 @@ def infer_config(tensors: Mapping[str, Tensor], form: Format = "official") -> Re
         heads |= {key.split(".")[1]: key.removesuffix(".bias") for key in tensors if _is_other_head(key)}
         classes = {head: numbered(tensors[f"{layer}.bias"].shape[0]) for head, layer in heads.items()}
         preset = vivit_b_epic if "verb" in classes else vivit_b_k400
-        sizes = {
+        sizes: JsonObject = {
             "dim": dim,
             "heads": max(1, dim // _HEAD_WIDTH),
             "temporal_heads": max(1, dim // _HEAD_WIDTH),
@@ -176,7 +173,7 @@ def infer_config(tensors: Mapping[str, Tensor], form: Format = "official") -> Re
             "mlp": tensors["spatial_model.backbone.blocks.0.mlp_1.bias"].shape[0],
             "temporal_mlp": tensors["temporal_model.backbone.blocks.0.mlp_1.bias"].shape[0],
         }
-        clips: dict[str, Any] = {
+        clips: JsonObject = {
             "tubelet": tuple(tubelet),
             "frames": steps * tubelet[0],
             "position_grid": (side, side),
@@ -184,7 +181,7 @@ def infer_config(tensors: Mapping[str, Tensor], form: Format = "official") -> Re
         }
         if form == "scenic":
             clips |= {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-        return preset(classes, **sizes, **clips)
+        return dataclasses.replace(preset(classes), **sizes, **clips)
     except (KeyError, ValueError) as error:
         raise UserError(f"this is no whole factorised ViViT ({error})") from None
 
@@ -213,12 +210,12 @@ def save_recogniser(
         notes: more metadata, for example the command that made the weights.
     """
     notes = {"format": FORMAT, "config": recogniser.config.to_json(), **(notes or {})}
-    save_tensors(path, _tensors(recogniser, dtype), notes)
+    save_tensors(path, rounded(recogniser, dtype), notes)
 
 
 def save_official(recogniser: Recogniser, path: str | os.PathLike[str]) -> None:
     """Write a checkpoint of the official eventful code, which knows the first head alone."""
-    tensors = _tensors(recogniser, torch.float32)
+    tensors = rounded(recogniser, torch.float32)
     kept = {key: value for key, value in tensors.items() if not key.startswith("other_classifiers.")}
     with written_whole(path) as part:
         torch.save(kept, part)
@@ -226,13 +223,9 @@ def save_official(recogniser: Recogniser, path: str | os.PathLike[str]) -> None:
 
 def save_tadaconv(recogniser: Recogniser, path: str | os.PathLike[str]) -> None:
     """Write a checkpoint under TAdaConv's names, with one head, or with verbs and nouns."""
-    tensors = to_tadaconv(_tensors(recogniser, torch.float32))
+    tensors = to_tadaconv(rounded(recogniser, torch.float32))
     with written_whole(path) as part:
         torch.save({"model_state": tensors}, part)
-
-
-def _tensors(recogniser: Recogniser, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().to(dtype).contiguous() for key, value in recogniser.state_dict().items()}
 
 
 def start_from_image(recogniser: Recogniser, path: str | os.PathLike[str]) -> None:

@@ -6,10 +6,11 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 from eventful_det.gating.windows import Grid
+from eventful_det.options import Count, Positive, convert_fields, from_values
 
 
 @dataclass(frozen=True)
@@ -40,30 +41,24 @@ class RecogniserConfig:
     temporal_depth: int = 4
     temporal_heads: int = 12
     temporal_mlp: int = 3072
-    tubelet: tuple[int, int, int] = (2, 16, 16)
-    frames: int = 32
+    tubelet: tuple[Count, Count, Count] = (2, 16, 16)
+    frames: Count = 32
     size: Grid = (224, 224)
     position_grid: Grid = (14, 14)
-    stride: int = 2
-    fps: float = 25.0
+    stride: Count = 2
+    fps: Positive = 25.0
     mean: tuple[float, ...] = (0.45, 0.45, 0.45)
-    std: tuple[float, ...] = (0.225, 0.225, 0.225)
-    temporal_views: int = 4
-    spatial_views: int = 3
+    std: tuple[Positive, ...] = (0.225, 0.225, 0.225)
+    temporal_views: Count = 4
+    spatial_views: Count = 3
     dropout: float = 0.5
 
     def __post_init__(self) -> None:
-        problem = ""
+        convert_fields(self, "recogniser")
         if not self.classes or not all(self.classes.values()):
-            problem = "every head needs classes"
-        elif not len(self.mean) == len(self.std) > 0 or not all(value > 0 for value in self.std):
-            problem = "mean and std need one number per colour channel, std above 0"
-        elif min(self.frames, self.stride, self.temporal_views, self.spatial_views, *self.tubelet) < 1:
-            problem = "frames, stride, views and tubelets must be 1 or more"
-        elif not self.fps > 0:
-            problem = f"fps must be above 0, got {self.fps}"
-        if problem:
-            raise UserError(f"recogniser: {problem}")
+            raise UserError("recogniser: every head needs classes")
+        if not len(self.mean) == len(self.std) > 0:
+            raise UserError("recogniser: mean and std need one number per colour channel")
 
     def check_sizes(self) -> None:
         """Raise a UserError unless views divide into tubelets, and tokens into attention heads."""
@@ -102,23 +97,13 @@ class RecogniserConfig:
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> RecogniserConfig:
+    def from_dict(values: JsonObject) -> RecogniserConfig:
         """The inverse of `dataclasses.asdict`, also after JSON made lists of tuples.
 
         Raises:
             UserError: unknown names, or values that do not fit.
         """
-        known = {field.name for field in dataclasses.fields(RecogniserConfig)}
-        if unknown := sorted(set(values) - known):
-            raise UserError(f"recogniser: unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        try:
-            plain: dict[str, Any] = {
-                key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-            }
-            plain["classes"] = {head: tuple(map(str, names)) for head, names in values["classes"].items()}
-            return RecogniserConfig(**plain)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"recogniser: the config cannot be used ({error})") from None
+        return from_values(RecogniserConfig, values, "recogniser")
 
 
 def numbered(count: int) -> tuple[str, ...]:
@@ -126,20 +111,32 @@ def numbered(count: int) -> tuple[str, ...]:
     return tuple(f"class_{i}" for i in range(count))
 
 
-def vivit_b_epic(classes: Mapping[str, tuple[str, ...]] | None = None, **changes: Any) -> RecogniserConfig:
+def vivit_b_epic(classes: Mapping[str, tuple[str, ...]] | None = None) -> RecogniserConfig:
     """The paper's model for EPIC-Kitchens 100; by default with its 97 verbs, by number."""
-    values = {"size": (320, 320), "position_grid": (20, 20), "stride": 1, "fps": 30.0, **changes}
-    return RecogniserConfig({"verb": numbered(97)} if classes is None else classes, **values)
+    classes = {"verb": numbered(97)} if classes is None else classes
+    return RecogniserConfig(classes, size=(320, 320), position_grid=(20, 20), stride=1, fps=30.0)
 
 
-def vivit_b_k400(classes: Mapping[str, tuple[str, ...]] | None = None, **changes: Any) -> RecogniserConfig:
+def vivit_b_k400(classes: Mapping[str, tuple[str, ...]] | None = None) -> RecogniserConfig:
     """The paper's model for Kinetics-400; by default with its 400 classes, by number."""
-    return RecogniserConfig({"action": numbered(400)} if classes is None else classes, **changes)
+    return RecogniserConfig({"action": numbered(400)} if classes is None else classes)
 
 
-def vivit_tiny(classes: Mapping[str, tuple[str, ...]], **changes: Any) -> RecogniserConfig:
+def vivit_tiny(classes: Mapping[str, tuple[str, ...]]) -> RecogniserConfig:
     """A small model with the widths of ViT-Ti, for 16 frames of 112 x 112 pixels."""
-    sizes: dict[str, Any] = {"dim": 192, "heads": 3, "mlp": 768}
-    sizes |= {"temporal_depth": 2, "temporal_heads": 3, "temporal_mlp": 768, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    sizes |= {"frames": 16, "size": (112, 112), "position_grid": (7, 7), "temporal_views": 1, "spatial_views": 1}
-    return RecogniserConfig(classes, **{**sizes, **changes})
+    return RecogniserConfig(
+        classes,
+        dim=192,
+        heads=3,
+        mlp=768,
+        temporal_depth=2,
+        temporal_heads=3,
+        temporal_mlp=768,
+        frames=16,
+        size=(112, 112),
+        position_grid=(7, 7),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        temporal_views=1,
+        spatial_views=1,
+    )

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from eventful_det.data.video import VideoFrame, VideoSource, open_source
+from eventful_det.data.video import Source as Source
+from eventful_det.data.video import VideoFrame, open_source
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, S, VideoDetector
 from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
@@ -21,10 +18,6 @@ from eventful_det.runtime.drift import Drift, DriftMonitor
 from eventful_det.runtime.live import LiveBoxes
 from eventful_det.runtime.motion import Hold
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
-
-Source = int | str | os.PathLike[str] | Iterable[NDArray[np.uint8]] | VideoSource
-"""A video file, webcam number, RTSP or HTTP URL, image folder or glob, an iterable of `(h, w, 3)` uint8 RGB arrays, or
-an open `VideoSource`."""
 
 
 class Stream(Iterator[StreamResult]):

@@ -7,11 +7,12 @@ PUT    /api/budget                      {"budget": "25%"}, "40 GMACs", "50ms", "
 GET    /api/sources                     what may be opened, files of the media folder
 POST   /api/streams                     {"source": "synthetic:1"}: joins
 POST   /api/uploads?name=clip.mp4       the file as the body: joins
-GET    /api/streams/NAME/detections     of the newest frame
+GET    /api/streams/NAME/detections     of the newest frame; of recognisers, its classes
 GET    /api/streams/NAME/frame.jpg      the newest frame with its boxes
 DELETE /api/streams/NAME                leaves; an upload is removed
 WS     /api/live                        newest frames of all streams, see `live`
 GET    /metrics                         for Prometheus
+GET    /health                          200 while the detector works, else 503; needs no token
 ======================================  ==========================================================
 
 Errors are JSON: {"error": "what was wrong"}.
@@ -23,7 +24,7 @@ import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import FastAPI, Query, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
@@ -33,9 +34,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from eventful_det.adapters import to_record
+from eventful_det.cameras.service import CameraService
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
+from eventful_det.runtime.session import StreamResult
 from eventful_det.secrets import mask_secrets
-from eventful_det.serving.guard import Guard, content_policy
+from eventful_det.serving.guard import HEALTH, Guard, content_policy
 from eventful_det.serving.limits import UPLOADS, BodyLimits
 from eventful_det.serving.live import Notifier, show
 from eventful_det.serving.reports import prometheus, state
@@ -43,6 +47,7 @@ from eventful_det.serving.runner import PoolRunner
 from eventful_det.serving.sources import OpenedSource, SourceOpener
 from eventful_det.serving.views import LatestFrame, encode_jpeg
 from eventful_det.viz import draw_detections
+from eventful_det.viz.actions import central_crop, draw_probabilities
 
 
 class SourceRequest(BaseModel):
@@ -64,6 +69,7 @@ def create_app(
     token: str | None = None,
     hosts: Collection[str] = (),
     root_path: str = "",
+    cameras: CameraService | None = None,
 ) -> FastAPI:
     """The application. It starts the runner when it starts, and closes runner and opener when it ends.
 
@@ -73,6 +79,7 @@ def create_app(
         token: that everybody needs; None = none.
         hosts: names, besides localhost and bare addresses, under which the server may be reached.
         root_path: under which a proxy that passes the whole path on has the page, such as "/cameras".
+        cameras: of a `cameras.yaml` on the same runner; not started yet.
     """
     notifier = Notifier()
 
@@ -85,7 +92,11 @@ def create_app(
 
         runner.on_round = on_round
         runner.start()
+        if cameras is not None:
+            await asyncio.to_thread(cameras.start)
         yield
+        if cameras is not None:
+            await asyncio.to_thread(cameras.close)
         await asyncio.to_thread(runner.close)
         opener.close()
 
@@ -95,7 +106,7 @@ def create_app(
     _answer_errors(app)
     _add_page(app)
     _add_streams(app, runner, opener)
-    _add_reports(app, runner)
+    _add_reports(app, runner, cameras)
 
     @app.websocket("/api/live")
     async def live(socket: WebSocket) -> None:
@@ -151,7 +162,7 @@ def _add_streams(app: FastAPI, runner: PoolRunner, opener: SourceOpener) -> None
             raise
 
     @app.get("/api/sources")
-    def sources() -> dict[str, Any]:
+    def sources() -> JsonObject:
         return opener.offers()
 
     @app.post("/api/streams", status_code=201)
@@ -171,12 +182,12 @@ def _add_streams(app: FastAPI, runner: PoolRunner, opener: SourceOpener) -> None
             raise HTTPException(404, f"no stream {name!r}")
 
     @app.put("/api/budget")
-    def set_budget(request: BudgetRequest) -> dict[str, Any]:
+    def set_budget(request: BudgetRequest) -> JsonObject:
         runner.set_budget(request.budget)
         return state(runner)
 
 
-def _add_reports(app: FastAPI, runner: PoolRunner) -> None:
+def _add_reports(app: FastAPI, runner: PoolRunner, cameras: CameraService | None) -> None:
     def newest(name: str) -> LatestFrame:
         found = runner.newest(name)
         if found is None:
@@ -184,19 +195,34 @@ def _add_reports(app: FastAPI, runner: PoolRunner) -> None:
         return found[0]
 
     @app.get("/api/state")
-    def report() -> dict[str, Any]:
+    def report() -> JsonObject:
         return state(runner)
 
     @app.get("/api/streams/{name}/detections")
-    def detections(name: str) -> dict[str, Any]:
+    def detections(name: str) -> JsonObject:
         return to_record(newest(name).result)
 
     @app.get("/api/streams/{name}/frame.jpg")
     def frame(name: str, show: Annotated[float, Query(ge=0, le=1)] = 0.5) -> Response:
         result = newest(name).result
-        picture = draw_detections(result.image, result.detections, result.names, show)
+        if isinstance(result, StreamResult):
+            picture = draw_detections(result.image, result.detections, result.names, show)
+        else:
+            picture = draw_probabilities(central_crop(result), [result])
         return Response(encode_jpeg(picture), media_type="image/jpeg")
 
     @app.get("/metrics")
     def metrics() -> PlainTextResponse:
-        return PlainTextResponse(prometheus(runner), media_type="text/plain; version=0.0.4")
+        text = prometheus(runner) + ("" if cameras is None else cameras.prometheus())
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    @app.get(HEALTH)
+    def health() -> JSONResponse:
+        """No names, as nobody has to say who they are."""
+        about = {} if cameras is None else cameras.health()
+        online = sum(one == "online" for one in about.get("cameras", {}).values())
+        answer: dict[str, object] = {"status": "stuck" if runner.stuck else "ok"}
+        if cameras is not None:
+            answer |= {"cameras": len(about["cameras"]), "online": online}
+            answer |= {"sinks": {name: one["error"] is None for name, one in about["sinks"].items()}}
+        return JSONResponse(answer, 503 if runner.stuck else 200)

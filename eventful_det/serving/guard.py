@@ -15,6 +15,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+HEALTH = "/health"  # for whoever restarts servers; tells nothing about what they watch
 COOKIE = "eventful_det_token"
 _SAFE = {
     "X-Content-Type-Options": "nosniff",
@@ -31,7 +32,8 @@ class Guard:
 
     - names in `Host` that are not ours: a foreign page whose name was pointed at this machine (DNS rebinding);
     - other pages, by `Origin` and `Sec-Fetch-Site` (cross-site requests, WebSockets included);
-    - with a token, everybody without it: as `Authorization: Bearer`, or as a cookie, which `/?token=...` sets.
+    - with a token, everybody without it: as `Authorization: Bearer`, or as a cookie, which `/?token=...` sets. Whether
+      the server works (`HEALTH`) is told without it.
 
     Args:
         app: what is guarded.
@@ -76,7 +78,7 @@ class Guard:
         visit = request.scope.get("method") == "GET" and request.scope["path"] == "/"
         if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not visit:
             return _refuse(403, "requests from other pages are not answered")
-        if self.token is None:
+        if self.token is None or request.scope["path"] == HEALTH:
             return None
         given = parse_qs(request.scope.get("query_string", b"").decode("latin-1")).get("token", [""])[0]
         if visit and self._is_token(given):

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 
 from eventful_det.adapters import to_record
+from eventful_det.files import JsonObject
 from eventful_det.gating.selector import Budget, Gmacs, Latency, Selector
-from eventful_det.runtime.metrics import StreamMetrics
+from eventful_det.runtime.pool.metrics import StreamMetrics
 from eventful_det.secrets import mask_secrets
 from eventful_det.serving.runner import AUTO, PoolRunner
 from eventful_det.serving.views import CostSample, LatestFrame
 
 
-def state(runner: PoolRunner) -> dict[str, Any]:
+def state(runner: PoolRunner) -> JsonObject:
     """The budget, the streams and what they did so far, as JSON values."""
     metrics = runner.pool.metrics()
     with runner.lock:
@@ -91,7 +92,7 @@ def prometheus(runner: PoolRunner) -> str:
     return "\n".join(lines) + "\n"
 
 
-_METRICS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], float]], ...] = (
+_METRICS: tuple[tuple[str, str, str, Callable[[JsonObject], float]], ...] = (
     ("up", "gauge", "1 while the stream delivers frames.", lambda s: s["status"] == "running"),
     ("frames_total", "counter", "Frames detected in.", lambda s: s["frames"]),
     ("dropped_frames_total", "counter", "Frames skipped because newer ones had come.", lambda s: s["dropped"]),

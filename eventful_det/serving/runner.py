@@ -6,20 +6,24 @@ import contextlib
 import itertools
 import logging
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import Selector
 from eventful_det.runtime.budget import parse_budget
+from eventful_det.runtime.motion import Hold
 from eventful_det.runtime.pool import StreamPool
 from eventful_det.runtime.rescoring import Rescorer
-from eventful_det.runtime.session import StreamResult
+from eventful_det.runtime.session import StreamOptions
 from eventful_det.runtime.tracking import Tracker
 from eventful_det.serving.sources import OpenedSource
-from eventful_det.serving.views import CostSample, LatestFrame, StreamView
+from eventful_det.serving.views import AnyPool, AnyResult, CostSample, Follower, LatestFrame, StreamView
 
 AUTO = "auto"  # the budget with which the selector that the pool had at first decides
+_STUCK = 120.0  # seconds without a round
 _LOG = logging.getLogger(__name__)
 
 
@@ -40,8 +44,9 @@ class PoolRunner:
         on_round: called in the runner's thread after every round.
     """
 
-    def __init__(self, pool: StreamPool, *, max_streams: int = 16, track: bool = False, rescore: bool = False) -> None:
-        self.pool, self.max_streams, self.track, self.rescore = pool, max_streams, track, rescore
+    def __init__(self, pool: AnyPool, *, max_streams: int = 16, track: bool = False, rescore: bool = False) -> None:
+        self.pool: StreamPool[Any] = pool
+        self.max_streams, self.track, self.rescore = max_streams, track, rescore
         if track:
             Tracker()  # tells now what is missing
         self.lock = threading.Lock()
@@ -49,6 +54,7 @@ class PoolRunner:
         self.on_round: Callable[[], None] = lambda: None
         self._own_budget = pool.budget if isinstance(pool.budget, Selector) else None
         self._wake, self._stopped = threading.Event(), threading.Event()
+        self._round_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="detector", daemon=True)
 
     def start(self) -> None:
@@ -74,8 +80,21 @@ class PoolRunner:
             raise UserError("the detector is dense (gate=dense); it has no budget to set")
         self.pool.budget = self._own_budget if text.strip().lower() == AUTO else parse_budget(text)
 
-    def add(self, opened: OpenedSource) -> str:
+    def add(
+        self,
+        opened: OpenedSource,
+        *,
+        short_side: int | None = None,
+        hold: Hold = None,
+        options: StreamOptions | None = None,
+        follow: Follower | None = None,
+    ) -> str:
         """Have a stream join.
+
+        Args:
+            opened: the stream.
+            short_side, hold, options: its own, see `StreamPool.add`.
+            follow: works over its results in place of the usual followers; its objects have ids.
 
         Returns:
             Its unique name.
@@ -83,14 +102,19 @@ class PoolRunner:
         Raises:
             UserError: there are too many streams already.
         """
-        followers: list[Callable[[StreamResult], StreamResult]] = [Rescorer()] if self.rescore else []
+        followers: list[Follower] = [Rescorer()] if self.rescore else []
         if self.track:
             followers.append(Tracker(opened.source.fps))
+        if follow is not None:
+            followers = [follow]
+        tracked = follow is not None
         with self.lock:
             self.check_room()
             numbered = (f"{opened.name}-{i}" for i in itertools.count(2))
             free = next(n for n in itertools.chain([opened.name], numbered) if n not in self.views)
-            name = self.pool.add(opened.source, name=free)
+            name = self.pool.add(
+                opened.source, name=free, short_side=short_side, hold=hold, track=tracked, options=options
+            )
             self.views[name] = StreamView(opened.title, opened.release, followers)
         self._wake.set()
         return name
@@ -110,6 +134,12 @@ class PoolRunner:
             self.pool.remove(name)
         view.release()
         return True
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the detector does nothing although there are streams that deliver frames."""
+        waiting = any(one.active and not one.lost for one in self.pool.metrics().streams.values())
+        return not self._thread.is_alive() or (waiting and time.monotonic() - self._round_at > _STUCK)
 
     def newest(self, name: str, seen: int = 0) -> tuple[LatestFrame, list[CostSample]] | None:
         """The newest frame of a stream, and the costs of all frames after the one numbered `seen`.
@@ -134,11 +164,13 @@ class PoolRunner:
             if results is None:  # there is no stream
                 self._wake.wait()
                 self._wake.clear()
+                self._round_at = time.monotonic()
             else:
+                self._round_at = time.monotonic()
                 self._show(results)
             self.on_round()
 
-    def _show(self, results: list[StreamResult]) -> None:
+    def _show(self, results: Sequence[AnyResult]) -> None:
         with self.lock:
             for result in results:
                 view = self.views.get(result.stream)

@@ -12,11 +12,11 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, open_source
 from eventful_det.data.video.decoder import MAX_PIXELS, Decoder, VideoFile
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 from eventful_det.secrets import mask_secrets
 from eventful_det.serving.playback import Playback
 
@@ -110,7 +110,7 @@ class SourceOpener:
         """Remove all uploads."""
         self._directory.cleanup()
 
-    def offers(self) -> dict[str, Any]:
+    def offers(self) -> JsonObject:
         """What may be opened, as JSON values."""
         names = ("cameras", "urls", "synthetic", "max_bytes")
         return {"files": list(self.files()), **{name: getattr(self, name) for name in names}}

@@ -14,15 +14,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 from eventful_det.gating.macs import ViTShape
 from eventful_det.gating.paper import Paper, PaperState
-from eventful_det.gating.vit_spec import Block, resize_positions
+from eventful_det.gating.spec import Block, resize_positions
 from eventful_det.gating.windows import Grid
 from eventful_det.testing.goldens import Golden, Recorded, load_golden, read_recording
 from eventful_det.testing.official import OfficialCounts, official_block
@@ -87,7 +87,7 @@ def _shape(block: Block) -> ViTShape:
 
 
 @torch.no_grad()
-def check_run(golden: Golden, run: dict[str, Any]) -> Result:
+def check_run(golden: Golden, run: JsonObject) -> Result:
     """Replay one run of a golden and compare."""
     steps, streams = golden.inputs.shape[:2]
     if run["outputs"].shape != golden.inputs.shape or len(run["counts"]) != steps:
@@ -113,7 +113,7 @@ def check_run(golden: Golden, run: dict[str, Any]) -> Result:
     )
 
 
-def _replay(golden: Golden, run: dict[str, Any]) -> tuple[Tensor, list[OfficialCounts], list[Recorded]]:
+def _replay(golden: Golden, run: JsonObject) -> tuple[Tensor, list[OfficialCounts], list[Recorded]]:
     """Our outputs `(T, B, N, D)` and counts per step, and the selectors that noted what was selected."""
     steps, streams = golden.inputs.shape[:2]
     positions = resize_positions(golden.positions, golden.grid, antialias=False)
@@ -134,7 +134,7 @@ def _replay(golden: Golden, run: dict[str, Any]) -> tuple[Tensor, list[OfficialC
     return outputs, counts, recorders
 
 
-def _prepare(grid: Grid, run: dict[str, Any], block: Block, recorded: Recorded) -> Step:
+def _prepare(grid: Grid, run: JsonObject, block: Block, recorded: Recorded) -> Step:
     name = run["block_class"]
     if block.window and run["windowed_class"] is not None:
         name = run["windowed_class"]
@@ -145,7 +145,7 @@ def _prepare(grid: Grid, run: dict[str, Any], block: Block, recorded: Recorded) 
     return Step(block, rule, recorded, rule.init_tokens([block], grid), dense=ablation is None)
 
 
-def _pool(run: dict[str, Any]) -> int:
+def _pool(run: JsonObject) -> int:
     pool = run["pool_size"]
     sizes = {pool} if isinstance(pool, int) else set(pool or (1,))
     if len(sizes) != 1:
@@ -153,7 +153,7 @@ def _pool(run: dict[str, Any]) -> int:
     return int(sizes.pop())
 
 
-def _recorder(run: dict[str, Any], block: int, stream: int, steps: int) -> Recorded:
+def _recorder(run: JsonObject, block: int, stream: int, steps: int) -> Recorded:
     """The run's policy, beside what one block's gates selected in one stream, in the order they are asked."""
     gates = [(run["indices"] or {}).get(f"blocks.{block}.{name}_gate") for name in ("qkv", "projection", "mlp")]
     choices = None

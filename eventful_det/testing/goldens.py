@@ -6,15 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 from eventful_det.gating.selector import GateInput, LargestError, Selector
-from eventful_det.gating.vit_spec import Block, relative_table
+from eventful_det.gating.spec import Block, relative_table
 from eventful_det.gating.windows import Grid, Side
 
 FORMAT = "eventful-golden/1"
@@ -39,7 +40,7 @@ class Golden:
     blocks: list[Block]
     positions: Tensor
     inputs: Tensor
-    runs: list[dict[str, Any]]
+    runs: list[JsonObject]
     notes: list[str]
 
     @property
@@ -99,7 +100,7 @@ class Recorded:
         return f"{', '.join(words)} of {outcomes.total()}" if words else "equal"
 
 
-def read_recording(path: Path) -> dict[str, Any]:
+def read_recording(path: Path) -> JsonObject:
     """The contents of a file that says its "format".
 
     Raises:
@@ -114,7 +115,7 @@ def read_recording(path: Path) -> dict[str, Any]:
     return data
 
 
-def load_golden(path: Path, data: dict[str, Any]) -> Golden:
+def load_golden(path: Path, data: JsonObject) -> Golden:
     """Build the blocks of a golden.
 
     Raises:
@@ -130,7 +131,7 @@ def load_golden(path: Path, data: dict[str, Any]) -> Golden:
         raise UserError(f"{path}: malformed golden ({type(error).__name__}: {error})".split("\n")[0]) from error
 
 
-def _build(data: dict[str, Any]) -> Golden:
+def _build(data: JsonObject) -> Golden:
     config, weights, inputs, runs = data["config"], data["state_dict"], data["inputs"], data["runs"]
     grid = _pair(config["input_size"])
     if inputs.ndim != 4 or inputs.shape[2:] != (grid[0] * grid[1], config["dim"]) or not inputs.numel():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 from eventful_det.gating.macs import Ablation
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.selector import EVERYTHING, Selector, Threshold, TopFraction, TopK
@@ -36,7 +36,7 @@ def recorded_ablation(name: str) -> Ablation | None:
     return ABLATIONS[name]
 
 
-def recorded_rule(ablation: Ablation | None, options: Mapping[str, Any], pool: int = 1) -> Paper:
+def recorded_rule(ablation: Ablation | None, options: JsonObject, pool: int = 1) -> Paper:
     """The rule of a run; a dense one has to be flushed on every step.
 
     Raises:
@@ -52,7 +52,7 @@ def recorded_rule(ablation: Ablation | None, options: Mapping[str, Any], pool: i
     )
 
 
-def recorded_selector(description: dict[str, Any] | None) -> Selector:
+def recorded_selector(description: JsonObject | None) -> Selector:
     """The selector of a run's policy."""
     if description is None:
         return EVERYTHING

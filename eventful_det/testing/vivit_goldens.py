@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 from eventful_det.gating.macs import ViTShape
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.selector import Select
@@ -52,7 +53,7 @@ class VivitGolden:
 
     recogniser: Recogniser
     clips: list[Tensor]
-    data: dict[str, Any]
+    data: JsonObject
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Compared:
 class EventfulStack:
     """The blocks of a sub-model as one stream under the paper's rule; a dense one is flushed on every step."""
 
-    def __init__(self, model: SubModel, grid: Grid, block_class: str, options: dict[str, Any], select: Select) -> None:
+    def __init__(self, model: SubModel, grid: Grid, block_class: str, options: JsonObject, select: Select) -> None:
         self.model, self.grid, self.select = model, grid, select
         ablation = recorded_ablation(block_class)
         self.dense = ablation is None
@@ -98,7 +99,7 @@ class EventfulStack:
         return x, counts + OfficialCounts(add=shape.dim)  # the position of the class token
 
 
-def load_vivit(data: dict[str, Any]) -> VivitGolden:
+def load_vivit(data: JsonObject) -> VivitGolden:
     """Build the recogniser of a recording.
 
     Raises:
@@ -137,7 +138,7 @@ def _pair(size: int | Sequence[int]) -> Grid:
     return int(rows), int(cols)
 
 
-def _clip_options(config: dict[str, Any]) -> dict[str, Any]:
+def _clip_options(config: JsonObject) -> JsonObject:
     """What a recorded config says of clips, as `RecogniserConfig` has it."""
     frames, channels, *size = config["input_shape"]
     mean, std = (
@@ -155,7 +156,7 @@ def _clip_options(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_views(golden: VivitGolden, recorded: dict[str, Any]) -> float:
+def check_views(golden: VivitGolden, recorded: JsonObject) -> float:
     """Cut a clip into views; the largest difference from the recorded pixels and means; infinite for another shape."""
     options = _clip_options({**golden.data["config"], **recorded["changes"]})
     views = cut_views(golden.clips[recorded["clip"]], dataclasses.replace(golden.recogniser.config, **options))[None]
@@ -170,7 +171,7 @@ def check_views(golden: VivitGolden, recorded: dict[str, Any]) -> float:
 
 
 @torch.no_grad()
-def check_run(golden: VivitGolden, run: dict[str, Any]) -> Compared:
+def check_run(golden: VivitGolden, run: JsonObject) -> Compared:
     """Replay a run: clips to class probabilities."""
     model = golden.recogniser
     config = dataclasses.replace(model.config, spatial_views=run["spatial_views"], temporal_views=run["temporal_views"])
@@ -223,7 +224,7 @@ def _worst(verdicts: set[str]) -> str:
     return "; ".join(sorted(verdicts - {"equal"})) or "equal"
 
 
-def _spatial_steps(model: Recogniser, view: Tensor, run: dict[str, Any], select: Select) -> Any:
+def _spatial_steps(model: Recogniser, view: Tensor, run: JsonObject, select: Select) -> Any:
     """Tokens after the last block and counts of every step of a view `(t, c, h, w)`."""
     embedded = model.embedding(model.tubelets(view[None])[0])  # (T', D, H, W)
     grid = (embedded.shape[2], embedded.shape[3])
@@ -232,14 +233,14 @@ def _spatial_steps(model: Recogniser, view: Tensor, run: dict[str, Any], select:
         yield stack(x)
 
 
-def _recorder(run: dict[str, Any], blocks: int, group: int, stream: int, steps: int) -> Recorded:
+def _recorder(run: JsonObject, blocks: int, group: int, stream: int, steps: int) -> Recorded:
     """The run's policy, beside what the gates selected in one stream, in the order in which they are asked."""
     recorded = {name: steps_of[group] for name, steps_of in (run["indices"] or {}).items()}
     return _recorded(run["policy"], recorded, blocks, stream, steps)
 
 
 def _recorded(
-    policy: dict[str, Any] | None, recorded: dict[str, Sequence[Tensor]], blocks: int, stream: int, steps: int
+    policy: JsonObject | None, recorded: dict[str, Sequence[Tensor]], blocks: int, stream: int, steps: int
 ) -> Recorded:
     if unknown := set(recorded) - {f"blocks.{i}.{gate}" for i in range(blocks) for gate in _GATES}:
         raise UserError(f"unknown gates {', '.join(sorted(unknown)[:3])}; known: blocks.0.qkv_gate and the like")
@@ -249,7 +250,7 @@ def _recorded(
 
 
 @torch.no_grad()
-def check_temporal_run(golden: VivitGolden, run: dict[str, Any]) -> Compared:
+def check_temporal_run(golden: VivitGolden, run: JsonObject) -> Compared:
     """Replay the temporal model on one window after the other, as one stream."""
     model, windows = golden.recogniser, golden.data["temporal_windows"]
     temporal = model.temporal_model
@@ -262,7 +263,7 @@ def check_temporal_run(golden: VivitGolden, run: dict[str, Any]) -> Compared:
     return Compared(error, compare_counts(list(counts), run["counts"], OfficialCounts(), set()), [recorder])
 
 
-def check_vivit(path: Path, data: dict[str, Any]) -> bool:
+def check_vivit(path: Path, data: JsonObject) -> bool:
     """Replay everything in a recording and print how each part compares; returns whether all agree.
 
     Raises:
@@ -296,7 +297,7 @@ def check_vivit(path: Path, data: dict[str, Any]) -> bool:
     return agreeing == len(rows)
 
 
-def _row(part: str, name: str, run: dict[str, Any], views: str, result: Compared) -> tuple[str, ...]:
+def _row(part: str, name: str, run: JsonObject, views: str, result: Compared) -> tuple[str, ...]:
     policy = run["policy"] or {"name": "-", "value": ""}
     return (
         part,

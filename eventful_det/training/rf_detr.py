@@ -14,7 +14,7 @@ from eventful_det.detectors.checkpoints.pretrained import backbone_tensors
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.rf_detr.sizes import random_model
 from eventful_det.errors import UserError
-from eventful_det.gating.vit_spec import resize_positions
+from eventful_det.gating.spec import resize_positions
 
 TINY = "rf_detr_tiny"
 _PRETRAINED = 0.5  # mean and standard deviation of the inputs of timm's ViTs; RF-DETR's are `Parts.mean` and `.std`
@@ -41,16 +41,18 @@ def tiny(
         raise UserError(f"model: queries ({queries}) must be at most {(side // 16) ** 2}, the tokens of {side} pixels")
     model = random_model(
         "rf-detr-nano",
-        id2label=dict(enumerate(classes)),
-        num_labels=len(classes),
-        num_queries=queries,
-        group_detr=groups,
-        d_model=192,
-        decoder_layers=3,
-        decoder_ffn_dim=512,
-        decoder_self_attention_heads=6,
-        decoder_cross_attention_heads=12,
-        backbone_config={"hidden_size": 192, "num_attention_heads": 3, "image_size": side},
+        config={
+            "id2label": dict(enumerate(classes)),
+            "num_labels": len(classes),
+            "num_queries": queries,
+            "group_detr": groups,
+            "d_model": 192,
+            "decoder_layers": 3,
+            "decoder_ffn_dim": 512,
+            "decoder_self_attention_heads": 6,
+            "decoder_cross_attention_heads": 12,
+        },
+        backbone={"hidden_size": 192, "num_attention_heads": 3, "image_size": side},
     )
     detector = EventfulRFDETR(model)
     if init:

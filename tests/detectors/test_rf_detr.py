@@ -40,12 +40,14 @@ def narrow(name: Name, **backbone: Any) -> Any:
     """A network of a size of `transformers`, but for its widths, and for what is given."""
     return random_model(
         name,
-        backbone_config={"hidden_size": 24, "num_attention_heads": 2, **backbone},
-        d_model=32,
-        decoder_ffn_dim=48,
-        decoder_self_attention_heads=2,
-        decoder_cross_attention_heads=4,
-        num_queries=20,
+        backbone={"hidden_size": 24, "num_attention_heads": 2, **backbone},
+        config={
+            "d_model": 32,
+            "decoder_ffn_dim": 48,
+            "decoder_self_attention_heads": 2,
+            "decoder_cross_attention_heads": 4,
+            "num_queries": 20,
+        },
     )
 
 
@@ -110,7 +112,7 @@ def test_every_size_of_the_package_rfdetr(name: Name) -> None:
     """On fewer pixels than its own, for time's sake, but "base", whose position encodings are resized."""
     pytest.importorskip("rfdetr")
     size = SIZES[name]
-    model = random_rfdetr(name, **({} if size.positions else {"resolution": 4 * size.patch * size.regions}))
+    model = random_rfdetr(name, {} if size.positions else {"resolution": 4 * size.patch * size.regions})
     same_predictions(judging(model), 1)
 
 
@@ -417,7 +419,7 @@ def test_a_file_that_rfdetr_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Whatever its name is, with its resolution and classes; what asks for more than data is refused."""
     pytest.importorskip("rfdetr")
     monkeypatch.chdir(tmp_path)
-    network = random_rfdetr("rf-detr-nano", num_classes=2, resolution=320).model.model
+    network = random_rfdetr("rf-detr-nano", {"num_classes": 2, "resolution": 320}).model.model
     path = tmp_path / "checkpoint_best_total.pth"
     options: list[Any] = [argparse.Namespace(class_names=["cat", "dog"]), {"class_names": ["cat", "dog"]}]
     for args in options:

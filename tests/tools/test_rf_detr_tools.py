@@ -38,7 +38,7 @@ def weights(tree: Path) -> Path:
     vit = {"hidden_size": 24, "num_attention_heads": 2, "image_size": 64}
     heads = {"decoder_self_attention_heads": 2, "decoder_cross_attention_heads": 4, "num_queries": 9}
     model = random_model(
-        "rf-detr-nano", d_model=32, id2label=names, num_labels=len(names), backbone_config=vit, **heads
+        "rf-detr-nano", config={"d_model": 32, "id2label": names, "num_labels": len(names), **heads}, backbone=vit
     )
     model.save_pretrained(tree / "rf_detr")
     return tree / "rf_detr"

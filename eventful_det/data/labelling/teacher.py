@@ -89,7 +89,7 @@ class Answers:
     scores: Array
     labels: NDArray[np.int64]
 
-    def where(self, keep: NDArray[Any]) -> Answers:
+    def where(self, keep: NDArray[np.bool_ | np.int64]) -> Answers:
         """Those that a mask or indices pick."""
         return Answers(self.boxes[keep], self.scores[keep], self.labels[keep])
 

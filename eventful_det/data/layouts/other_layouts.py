@@ -18,13 +18,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from eventful_det.data.classes import IMAGENET_VID
 from eventful_det.data.coco_video import CocoVideo, Problem, clip_box, json_rows, parse_coco_video, read_json_object
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 
-Json = dict[str, Any]
 Place = tuple[str, int]  # name of the video, number of the frame
 COCO_LAYOUTS = ("mmtracking", "eventful", "cvat", "folders")
 _FLAT = re.compile(r"(?:.*_)?(\d{1,15})_(\d{1,15})$", re.ASCII)  # of the name without its suffix
@@ -88,7 +87,7 @@ def clip_boxes(data: CocoVideo, problems: list[Problem]) -> None:
     data.renumber()
 
 
-def detect_coco_layout(data: Json, path: Path) -> str:
+def detect_coco_layout(data: JsonObject, path: Path) -> str:
     """Which of `COCO_LAYOUTS` a file is of.
 
     Raises:
@@ -109,9 +108,9 @@ def detect_coco_layout(data: Json, path: Path) -> str:
     raise UserError(f"{path} is of no known layout ({', '.join(COCO_LAYOUTS)}): its file names tell no video and frame")
 
 
-def _from_mmtracking(lists: dict[str, list[Json]], videos: Iterable[Json]) -> Json:
+def _from_mmtracking(lists: dict[str, list[JsonObject]], videos: Iterable[JsonObject]) -> JsonObject:
     names = {video["id"]: str(video.get("name", video["id"])) for video in videos if isinstance(video.get("id"), int)}
-    images: list[Json] = []
+    images: list[JsonObject] = []
     for image in lists["images"]:
         if not isinstance(image.get("video_id"), int) or image["video_id"] not in names:  # a still
             image = {**image, "video_id": max(names, default=0) + 1, "frame_id": 0}
@@ -126,7 +125,7 @@ def _from_mmtracking(lists: dict[str, list[Json]], videos: Iterable[Json]) -> Js
     }
 
 
-def _keep_key_frames(data: CocoVideo, images: Sequence[Json], path: Path) -> None:
+def _keep_key_frames(data: CocoVideo, images: Sequence[JsonObject], path: Path) -> None:
     chosen = {int(image["id"]) for image in images if image.get("is_vid_train_frame")}
     for video in data.videos:
         video.frames = [frame for frame in video.frames if frame.image_id in chosen]
@@ -136,17 +135,17 @@ def _keep_key_frames(data: CocoVideo, images: Sequence[Json], path: Path) -> Non
 
 
 def _from_names(
-    lists: dict[str, list[Json]], path: Path, place_of: Callable[[str], Place | None], split_gaps: bool
-) -> Json:
+    lists: dict[str, list[JsonObject]], path: Path, place_of: Callable[[str], Place | None], split_gaps: bool
+) -> JsonObject:
     """Videos, and the place of each image in them, from the file names."""
-    places: dict[str, list[tuple[int, Json]]] = {}
+    places: dict[str, list[tuple[int, JsonObject]]] = {}
     for image in lists["images"]:
         place = place_of(str(image.get("file_name")))
         if place is None:
             raise UserError(f"{path}: the file name {image.get('file_name')!r} tells no video and frame")
         places.setdefault(place[0], []).append((place[1], image))
-    videos: list[Json] = []
-    images: list[Json] = []
+    videos: list[JsonObject] = []
+    images: list[JsonObject] = []
     for name, frames in sorted(places.items()):
         for part in _parts(sorted(frames, key=lambda frame: frame[0]), split_gaps):
             whole = len(part) == len(frames)
@@ -156,7 +155,7 @@ def _from_names(
     return {"categories": lists["categories"], "videos": videos, "images": images, "annotations": annotations}
 
 
-def _with_attributes(annotation: Json) -> Json:
+def _with_attributes(annotation: JsonObject) -> JsonObject:
     """An annotation with what CVAT keeps in its attributes; boxes between its key frames are computed."""
     more = annotation.get("attributes")
     if not isinstance(more, dict):
@@ -165,9 +164,9 @@ def _with_attributes(annotation: Json) -> Json:
     return told | annotation
 
 
-def _parts(frames: Sequence[tuple[int, Json]], split_gaps: bool) -> list[list[tuple[int, Json]]]:
+def _parts(frames: Sequence[tuple[int, JsonObject]], split_gaps: bool) -> list[list[tuple[int, JsonObject]]]:
     """Runs of frames without a gap in their numbers; all frames unless `split_gaps`."""
-    parts: list[list[tuple[int, Json]]] = []
+    parts: list[list[tuple[int, JsonObject]]] = []
     for frame in frames:
         if not parts or (split_gaps and frame[0] > parts[-1][-1][0] + 1):
             parts.append([])

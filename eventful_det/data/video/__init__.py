@@ -24,14 +24,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from eventful_det.data.source import VideoFrame, VideoSource
+from eventful_det.data.source import Source, VideoFrame, VideoSource
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video.decoder import SILENCE, Decoder, Skip, VideoFile
 from eventful_det.data.video.live import RECONNECT, CapturedFrame, LiveSource
 from eventful_det.data.video.pictures import read_image
 from eventful_det.errors import UserError
 
-__all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "VideoFrame", "VideoSource", "open_source"]
+__all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "Source", "VideoFrame", "VideoSource", "open_source"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".ts", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
@@ -39,7 +39,9 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".ts", ".mpg"
 _WEBCAMS = 100  # OpenCV takes greater numbers for the choice of a driver
 
 
-def open_source(source: Any, *, ahead: int = 0, reconnect: float = RECONNECT, silence: float = SILENCE) -> VideoSource:
+def open_source(
+    source: Source, *, ahead: int = 0, reconnect: float = RECONNECT, silence: float = SILENCE
+) -> VideoSource:
     """Open a source of frames.
 
     Webcams and addresses without an end are live: a slow reader gets their newest frame, and a lost one is called
@@ -63,7 +65,7 @@ def open_source(source: Any, *, ahead: int = 0, reconnect: float = RECONNECT, si
     return opened
 
 
-def _open(source: Any, reconnect: float, silence: float) -> VideoSource:
+def _open(source: Source, reconnect: float, silence: float) -> VideoSource:
     if isinstance(source, str) and re.fullmatch(r"\d+", source, re.ASCII) and not os.path.exists(source):
         source = int(source)
     if isinstance(source, (int, np.integer)) and not isinstance(source, bool):
@@ -77,7 +79,7 @@ def _open(source: Any, reconnect: float, silence: float) -> VideoSource:
         return LiveSource(decoder.name, decoder, again, reconnect) if decoder.live else VideoFile(decoder)
     if isinstance(source, (str, os.PathLike)):
         return _open_path(os.fspath(source))
-    if isinstance(source, Iterable):
+    if isinstance(source, Iterable) and not isinstance(source, VideoSource):
         return _Arrays(source)
     raise UserError(
         f"a {type(source).__name__} is no source of frames; "
@@ -171,7 +173,7 @@ class _Pictures(VideoSource):
 
 
 class _Arrays(VideoSource):
-    def __init__(self, arrays: Iterable[Any]) -> None:
+    def __init__(self, arrays: Iterable[NDArray[np.uint8]]) -> None:
         super().__init__("arrays", None, len(arrays) if isinstance(arrays, Sized) else None)
         self.arrays = arrays
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.error import ExitError, FFmpegError
 from av.stream import Disposition
+from av.video import VideoStream
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
@@ -50,6 +52,7 @@ class Decoder:
         frames: estimate of their number, or None if unknown.
         remote: it is behind an address.
         live: it has no end that is known.
+        tap: called with each packet before it is decoded, in the thread that reads.
 
     Raises:
         UserError: it cannot be opened, or holds no video.
@@ -75,6 +78,7 @@ class Decoder:
         self._stream = best_video(self._container, self.name)
         self._stream.codec_context.options = limit
         self.pixels = round(self._stream.width * self._stream.height * self._painter().stretch)
+        self.tap: Callable[[Any], None] | None = None
         self._clock = float(self._stream.time_base or 0)
         seconds = None if self._container.duration is None else self._container.duration / av.time_base
         rate = self._stream.average_rate or self._stream.guessed_rate
@@ -148,7 +152,11 @@ class Decoder:
         while True:
             try:
                 # An empty packet would put the decoder into its final state; some AVI files hold them midway.
-                yield from (packet for packet in self._container.demux(self._stream) if packet.size)
+                for packet in self._container.demux(self._stream):
+                    if packet.size:
+                        if self.tap is not None:
+                            self.tap(packet)
+                        yield packet
                 break
             except IndexError:  # PyAV stumbles over packets of streams that turn up midway; it can go on behind them
                 continue
@@ -166,13 +174,13 @@ class VideoFile(VideoSource):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder.name, decoder.fps, decoder.frames)
         self.remote, self.pixels = decoder.remote, decoder.pixels
-        self._decoder = decoder
+        self.decoder = decoder
 
     def _read(self) -> Iterator[VideoFrame]:
-        return self._decoder.read(self._skip)
+        return self.decoder.read(self._skip)
 
     def _release(self) -> None:
-        self._decoder.close()
+        self.decoder.close()
 
 
 class _Painter:
@@ -207,7 +215,7 @@ def _displayed(image: NDArray[np.uint8], matrix: NDArray[np.int32]) -> NDArray[n
     return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-def open_container(url: str, options: dict[str, str] | None = None, timeout: float | None = None) -> Any:
+def open_container(url: str, options: dict[str, str] | None = None, timeout: float | None = None) -> InputContainer:
     """FFmpeg's view of a file or address; titles in whatever encoding are no reason to refuse it.
 
     Raises:
@@ -219,7 +227,7 @@ def open_container(url: str, options: dict[str, str] | None = None, timeout: flo
         return av.open(url, timeout=timeout, options=options or {})
 
 
-def best_video(container: Any, name: str) -> Any:
+def best_video(container: InputContainer, name: str) -> VideoStream:
     """The video stream that players show: no cover picture, the default one, the largest.
 
     Args:
@@ -236,7 +244,7 @@ def best_video(container: Any, name: str) -> Any:
     if not decodable:
         raise UserError(f"{name}: there is no decoder for its video")
 
-    def rank(video: Any) -> tuple[bool, int]:
+    def rank(video: VideoStream) -> tuple[bool, int]:
         return bool(Disposition(video.disposition) & Disposition.default), video.width * video.height
 
     return max(decodable, key=rank)

@@ -166,7 +166,8 @@ class LiveSource(VideoSource):
         """Another connection; None if the stream is over."""
         if self._lost_at is None:
             self._lost_at = time.monotonic()
-            _LOG.warning("%s; calling again for %g s", error or f"{self.name} ended", self._reconnect)
+            how_long = f" for {self._reconnect:g} s" if self._reconnect < math.inf else ""
+            _LOG.warning("%s; calling again%s", error or f"{self.name} ended", how_long)
         while (left := self._lost_at + self._reconnect - time.monotonic()) > 0:
             if self._closed.wait(min(self._pause, left)):
                 return None

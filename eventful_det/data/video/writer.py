@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import av
 import cv2
@@ -28,7 +28,7 @@ Rate = Annotated[int, Range(1, 1000)]  # frames per second
 
 # Fragments, so that the file plays however its writing ends; `close` turns them into an ordinary seekable mp4.
 # Negative offsets, so that it begins at 0 although the encoder holds frames back.
-_OPTIONS = {"movflags": "hybrid_fragmented+frag_keyframe+negative_cts_offsets", "flush_packets": "1"}
+OPTIONS = {"movflags": "hybrid_fragmented+frag_keyframe+negative_cts_offsets", "flush_packets": "1"}
 _TICKS = 90_000  # per second, in which the times of frames are written
 _GAP = 3600.0  # seconds that a frame is shown at most; a longer leap is one of the clock
 
@@ -41,18 +41,22 @@ class VideoWriter:
 
     Args:
         path: of the mp4 file; replaced if it exists.
+        file: written to in its place; can seek.
         fps: frames per second, of frames that come without a time.
         quality: x264's constant rate factor; 18 looks flawless, 28 is small.
     """
 
-    def __init__(self, path: str | os.PathLike[str], fps: float = 25.0, quality: int = 20) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], fps: float = 25.0, quality: int = 20, file: IO[bytes] | None = None
+    ) -> None:
         self.path = Path(path)
         self.frames = 0
         self.fps = Fraction(fps).limit_denominator(1001)
         self.quality = quality
         try:
-            self.path.open("wb").close()  # FFmpeg would complain only at the first frame
-            self._container = av.open(str(path), "w", format="mp4", options=_OPTIONS)
+            if file is None:
+                self.path.open("wb").close()  # FFmpeg would complain only at the first frame
+            self._container = av.open(file or str(path), "w", format="mp4", options=OPTIONS)
         except (FFmpegError, OSError) as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         self._stream: Any = None

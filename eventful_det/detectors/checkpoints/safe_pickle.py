@@ -94,7 +94,7 @@ class Stored:
         return torch.frombuffer(part, dtype=self.dtype).as_strided(self.shape, self.strides)
 
 
-def read_pickle(file: Stream, storages: dict[str, Storage] | None = None) -> Any:
+def read_pickle(file: Stream, storages: dict[str, Storage] | None = None) -> object:
     """What a pickle holds: dictionaries, lists, tuples, strings, numbers, None, and records of arrays and tensors.
 
     Args:
@@ -216,7 +216,7 @@ def _set_items(target: Any, items: list[Any]) -> dict[str | int, Any]:
     return target
 
 
-def stored(value: Any) -> Stored | None:
+def stored(value: object) -> Stored | None:
     """The record of an array or tensor, if `value` is one."""
     value = value.content if isinstance(value, _Array) else value
     return value if isinstance(value, Stored) else None

@@ -177,7 +177,7 @@ def _rfdetr_model(path: Path) -> Any:
         raise UserError(f"{path} is not one of RF-DETR nano, small, medium, base or large for boxes")
     own = SIZES[fitting[0]].trained == grid * patch
     try:
-        model = random_rfdetr(fitting[0], num_classes=classes, **({} if own else {"resolution": grid * patch}))
+        model = random_rfdetr(fitting[0], {"num_classes": classes} | ({} if own else {"resolution": grid * patch}))
         model.model.model.load_state_dict(tensors)
     except (RuntimeError, ValueError):
         raise UserError(f"{path} does not fit {fitting[0]}; its parameters have other names or shapes") from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,7 @@ from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
-from eventful_det.gating.state import State
-from eventful_det.gating.update import Update
+from eventful_det.gating.state import State, Update
 from eventful_det.gating.vit_spec import spec_of
 
 
@@ -113,7 +111,7 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
 
     def __init__(
         self,
-        model: Any,
+        model: object,
         *,
         min_score: float = 0.05,
         side: int | None = None,

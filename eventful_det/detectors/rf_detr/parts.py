@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -106,28 +106,28 @@ class Parts:
     clamped: bool = False
 
 
-def parts_of(model: Any) -> tuple[nn.Module, Parts]:
+def parts_of(model: object) -> tuple[nn.Module, Parts]:
     """The network in a model, and its parts.
 
     Raises:
         UserError: it is no RF-DETR that finds boxes, or has a part that is not supported.
     """
     names: tuple[str, ...] | None = None
-    side = None
+    side, network = None, cast(Any, model)
     for base in type(model).__mro__:
         if base.__module__.startswith("rfdetr.") and base.__name__ == "RFDETR":
-            names, side = _rfdetr_names(model), model.model.resolution
-            model = model.model.model
+            names, side = _rfdetr_names(model), network.model.resolution
+            network = network.model.model
             break
-    name, module = type(model).__name__, type(model).__module__
+    name, module = type(network).__name__, type(network).__module__
     if name == "RfDetrForInstanceSegmentation":
         raise UserError(
             "RF-DETR for segmentation is not supported: masks are not carried; use RfDetrForObjectDetection"
         )
     if name == "RfDetrForObjectDetection":
-        return model, _hugging_face(model)
+        return network, _hugging_face(network)
     if module.startswith("rfdetr.") and name == "LWDETR":
-        return model, _rfdetr(model, names, side)
+        return network, _rfdetr(network, names, side)
     raise UserError(f"cannot make {module}.{name} an eventful RF-DETR; supported: {_SUPPORTED}")
 
 
@@ -245,7 +245,13 @@ def _norm_activation(norm: Any, activation: Any, x: Tensor) -> Tensor:
 class Float32Sampling(TorchFunctionMode):
     """Maps are sampled in float32: in low precision PyTorch's CPU gives NaN, and places are blurred by half a cell."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: object,
+        args: tuple[Tensor, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> Tensor:
         if func is F.grid_sample:
             return func(args[0].float(), args[1].float(), *args[2:], **(kwargs or {})).to(args[0].dtype)
         return func(*args, **(kwargs or {}))

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
+
+if TYPE_CHECKING:
+    from rfdetr.detr import RFDETR
+    from transformers import RfDetrForObjectDetection
 
 Name = Literal["rf-detr-nano", "rf-detr-small", "rf-detr-medium", "rf-detr-base", "rf-detr-large"]
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -50,13 +56,20 @@ SIZES: dict[Name, Size] = {
 }
 
 
-def random_model(name: Name, seed: int = 0, **changes: Any) -> Any:
+def random_model(
+    name: Name,
+    seed: int = 0,
+    *,
+    config: Mapping[str, object] | None = None,
+    backbone: Mapping[str, object] | None = None,
+) -> RfDetrForObjectDetection:
     """A `transformers.RfDetrForObjectDetection` of a size, with random weights.
 
     Args:
         name: of the size.
         seed: of the weights.
-        changes: other values of its `RfDetrConfig`; those of `backbone_config` are a dictionary.
+        config: other values of its `RfDetrConfig` ...
+        backbone: ... and of the config of its backbone.
 
     Raises:
         UserError: transformers is missing.
@@ -66,7 +79,7 @@ def random_model(name: Name, seed: int = 0, **changes: Any) -> Any:
     except ImportError:
         raise UserError("RF-DETR needs the package transformers: pip install 'transformers>=5'") from None
     size = SIZES[name]
-    backbone: dict[str, Any] = {
+    vit = {
         "model_type": "rf_detr_dinov2",
         "hidden_size": 384,
         "num_attention_heads": 6,
@@ -74,15 +87,21 @@ def random_model(name: Name, seed: int = 0, **changes: Any) -> Any:
         "patch_size": size.patch,
         "num_windows": size.regions,
         "out_indices": list(size.outputs),
+        **(backbone or {}),
     }
-    backbone |= changes.pop("backbone_config", {})
-    values: dict[str, Any] = {"decoder_layers": size.decoder_layers, "decoder_n_points": 2, "num_labels": 91, **changes}
+    values: JsonObject = {
+        "decoder_layers": size.decoder_layers,
+        "decoder_n_points": 2,
+        "num_labels": 91,
+        **(config or {}),
+        "backbone_config": vit,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return RfDetrForObjectDetection(RfDetrConfig(**{**values, "backbone_config": backbone})).eval()
+        return RfDetrForObjectDetection(RfDetrConfig(**values)).eval()
 
 
-def random_rfdetr(name: Name, **options: Any) -> Any:
+def random_rfdetr(name: Name, options: Mapping[str, object] | None = None) -> RFDETR:
     """A model of the package `rfdetr`, with random weights. Nothing is fetched: it would fetch DINOv2's for "base".
 
     Args:
@@ -100,7 +119,7 @@ def random_rfdetr(name: Name, **options: Any) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return kind(pretrain_weights=None, **options)
+            return kind(pretrain_weights=None, **(options or {}))
     finally:
         Backbone.from_pretrained = fetch
         logger.setLevel(level)

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from eventful_det.gating.spec import Families, ViTSpec, require
 from eventful_det.gating.vit_spec.parts import square_positions
-from eventful_det.gating.vit_spec.spec import ViTSpec, require
 from eventful_det.gating.vit_spec.timm import timm_block
 
 
-def detectron2_vit(vit: Any) -> ViTSpec:
+def _vit(vit: Any) -> ViTSpec:
     """Windows, relative positions, no class token."""
     for block in vit.blocks:
         require(not getattr(block, "use_residual_block", False), "a residual convolution block")
@@ -25,3 +25,6 @@ def detectron2_vit(vit: Any) -> ViTSpec:
         norm=nn.Identity(),
         layout="maps",
     )
+
+
+FAMILIES: Families = {("detectron2.", "ViT"): _vit}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eventful_det.gating.spec import Block, Families, Rope, ViTSpec, require
 from eventful_det.gating.vit_spec.parts import (
     call,
     fused_qkv,
@@ -18,11 +19,10 @@ from eventful_det.gating.vit_spec.parts import (
     square_positions,
     times,
 )
-from eventful_det.gating.vit_spec.spec import Block, Rope, ViTSpec, require
 from eventful_det.gating.windows import Grid, Regions
 
 
-def dino_v2(vit: Any) -> ViTSpec:
+def _any_dino_v2(vit: Any) -> ViTSpec:
     """DINOv2 with and without registers; with windows that are regions, RF-DETR's."""
     config = vit.config
     regions = getattr(config, "num_windows", 1)
@@ -36,7 +36,7 @@ def dino_v2(vit: Any) -> ViTSpec:
     return _dino_v2(vit, blocks, antialias, regions)
 
 
-def rfdetr_dino_v2(vit: Any) -> ViTSpec:
+def _rfdetr_dino_v2(vit: Any) -> ViTSpec:
     """The windowed DINOv2 of the package rfdetr."""
     config, blocks = vit.config, []
     for i, layer in enumerate(vit.encoder.layer):
@@ -48,7 +48,7 @@ def rfdetr_dino_v2(vit: Any) -> ViTSpec:
     return _dino_v2(vit, blocks, True, config.num_windows)
 
 
-def dino_v3(vit: Any) -> ViTSpec:
+def _dino_v3(vit: Any) -> ViTSpec:
     """Rotary positions, class and register tokens."""
     outputs = _outputs(vit)
     last = not outputs or outputs == (len(vit.model.layer),)
@@ -71,7 +71,7 @@ def dino_v3(vit: Any) -> ViTSpec:
     )
 
 
-def vit_det(vit: Any) -> ViTSpec:
+def _vit_det(vit: Any) -> ViTSpec:
     """Windows, relative positions, no class token."""
     blocks = []
     for layer in vit.encoder.layer:
@@ -102,7 +102,7 @@ def vit_det(vit: Any) -> ViTSpec:
     )
 
 
-def lw_detr_vit(vit: Any) -> ViTSpec:
+def _lw_detr_vit(vit: Any) -> ViTSpec:
     """Windows that are regions, no class token."""
     blocks, regions = [], vit.config.num_windows_side
     for layer in vit.encoder.layer:
@@ -218,3 +218,17 @@ def _run_vit_det(layer: Any, x: Tensor, rope: Tensor | None) -> Tensor:
     """Its blocks take maps `(1, D, H, W)`."""
     result: Tensor = layer(x.permute(0, 3, 1, 2))[0]
     return result.permute(0, 2, 3, 1)
+
+
+FAMILIES: Families = {
+    ("transformers.models.dinov2.", "Dinov2Model"): _any_dino_v2,
+    ("transformers.models.dinov2.", "Dinov2Backbone"): _any_dino_v2,
+    ("transformers.models.dinov2_with_registers.", "Dinov2WithRegistersModel"): _any_dino_v2,
+    ("transformers.models.dinov2_with_registers.", "Dinov2WithRegistersBackbone"): _any_dino_v2,
+    ("transformers.models.rf_detr.", "RfDetrDinov2Backbone"): _any_dino_v2,
+    ("transformers.models.dinov3_vit.", "DINOv3ViTModel"): _dino_v3,
+    ("transformers.models.dinov3_vit.", "DINOv3ViTBackbone"): _dino_v3,
+    ("transformers.models.vitdet.", "VitDetBackbone"): _vit_det,
+    ("transformers.models.lw_detr.", "LwDetrViTBackbone"): _lw_detr_vit,
+    ("rfdetr.", "WindowedDinov2WithRegistersBackbone"): _rfdetr_dino_v2,
+}

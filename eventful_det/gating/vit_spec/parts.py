@@ -6,12 +6,12 @@ Descriptions hold partials of them and no closures, so that they can be copied a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from eventful_det.gating.vit_spec.spec import resize_positions
+from eventful_det.gating.spec import resize_positions
 from eventful_det.gating.windows import Grid
 
 
@@ -64,9 +64,9 @@ def times(block: nn.Module, name: str, x: Tensor) -> Tensor:
     return x if scale is None else x * scale
 
 
-def relative_positions(attention: Any) -> tuple[Tensor, Tensor]:
+def relative_positions(attention: nn.Module) -> tuple[Tensor, Tensor]:
     """Relative position tables along y and x."""
-    return attention.rel_pos_h, attention.rel_pos_w
+    return cast(Tensor, attention.rel_pos_h), cast(Tensor, attention.rel_pos_w)
 
 
 def square_positions(module: nn.Module, name: str, skip: int, antialias: bool, grid: Grid) -> Tensor:

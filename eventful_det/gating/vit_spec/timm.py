@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
+from eventful_det.gating.spec import Block, Families, Rope, ViTSpec, require, resize_positions
 from eventful_det.gating.vit_spec.parts import (
     call,
     fused_qkv,
@@ -23,13 +24,12 @@ from eventful_det.gating.vit_spec.parts import (
     then,
     times,
 )
-from eventful_det.gating.vit_spec.spec import Block, Rope, ViTSpec, require, resize_positions
 from eventful_det.gating.windows import Grid
 
 _MLPS = ("Mlp", "GluMlp", "SwiGLU")  # token-wise, whatever their activation and norm
 
 
-def sam_vit(vit: Any) -> ViTSpec:
+def _sam_vit(vit: Any) -> ViTSpec:
     """Windows, relative positions, no class token."""
     antialias = getattr(vit, "position_antialias", True)
     return ViTSpec(
@@ -43,7 +43,7 @@ def sam_vit(vit: Any) -> ViTSpec:
     )
 
 
-def plain_vit(vit: Any) -> ViTSpec:
+def _plain_vit(vit: Any) -> ViTSpec:
     """Class, distillation and register tokens; no windows."""
     return ViTSpec(
         projection=_patches(vit),
@@ -56,7 +56,7 @@ def plain_vit(vit: Any) -> ViTSpec:
     )
 
 
-def eva(vit: Any) -> ViTSpec:
+def _eva(vit: Any) -> ViTSpec:
     """Rotary positions, SwiGLU, class and register tokens; no windows."""
     require(vit.rope is None or not vit.rope_mixed, "rotary positions of type mixed")
     kinds = ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3")
@@ -75,14 +75,14 @@ def eva(vit: Any) -> ViTSpec:
     )
 
 
-def timm_block(block: Any, window: int) -> Block:
+def timm_block(block: nn.Module, window: int) -> Block:
     """timm's and detectron2's pre-norm block.
 
     Raises:
         UserError: a part of it is not supported.
     """
     require(type(block).__name__ == "Block", f"a block of type {type(block).__name__}")
-    attn = block.attn
+    attn: Any = block.attn
     require(type(attn).__name__ == "Attention", f"attention of type {type(attn).__name__}")
     scales = [nn.Identity() if getattr(block, name, None) is None else getattr(block, name) for name in ("ls1", "ls2")]
     require(getattr(attn, "rope", None) is None, "attention with rope")
@@ -194,3 +194,10 @@ def _plain_prefix(vit: Any) -> Tensor:
     tokens = torch.cat([token[0] for name in names if (token := getattr(vit, name, None)) is not None])
     skip = _encoded(vit)
     return tokens + vit.pos_embed[0, :skip] if skip else tokens
+
+
+FAMILIES: Families = {
+    ("timm.models.vision_transformer_sam", "VisionTransformerSAM"): _sam_vit,
+    ("timm.models.vision_transformer", "VisionTransformer"): _plain_vit,
+    ("timm.models.eva", "Eva"): _eva,
+}

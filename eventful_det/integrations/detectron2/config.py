@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, SimpleFeaturePyramid, ViT
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import nn
@@ -46,7 +46,7 @@ def add_eventful_config(cfg: CfgNode) -> None:
     node.SQUARE_PAD = 0  # pad frames to squares of this side, as detectron2's zoo models do with 1024; 0 = do not
 
 
-def eventful_options(cfg: CfgNode) -> dict[str, Any]:
+def eventful_options(cfg: CfgNode) -> dict[str, object]:
     """Arguments of `EventfulRCNN` from MODEL.EVENTFUL.
 
     Raises:
@@ -73,7 +73,7 @@ def eventful_options(cfg: CfgNode) -> dict[str, Any]:
 
 
 @BACKBONE_REGISTRY.register()
-def build_eventful_vitdet_backbone(cfg: CfgNode, input_shape: Any) -> SimpleFeaturePyramid:
+def build_eventful_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
     """ViTDet's backbone from MODEL.VITDET; a plain detectron2 model."""
     node = cfg.MODEL.VITDET
     net = ViT(

@@ -6,7 +6,6 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -14,6 +13,7 @@ from detectron2.structures import BoxMode
 from eventful_det.data.coco_video import CocoVideo, Frame, Video, load_coco_video
 from eventful_det.data.layouts.imagenet_vid import find_tree
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 
 IMAGENET_VID_SETS = ("imagenet_vid_train", "imagenet_vid_val", "imagenet_det_train")
 
@@ -44,7 +44,7 @@ class VideoSet:
             find_tree(self.path) / "annotations" / f"{self.name}.json" if self.in_tree else self.path
         )
 
-    def __call__(self) -> list[dict[str, Any]]:
+    def __call__(self) -> list[JsonObject]:
         """detectron2's dataset dicts, with "video_id", "frame_id" (the place in the video, from 0), "is_last_frame".
 
         Frames that lie in a video file have its path as "video_file", and their number there as "file_frame".
@@ -115,7 +115,7 @@ def _register(videos: VideoSet) -> None:
     MetadataCatalog.get(name).set(evaluator_type="coco_video")
 
 
-def _frame(data: CocoVideo, video: Video, frame: Frame, classes: dict[int, int]) -> dict[str, Any]:
+def _frame(data: CocoVideo, video: Video, frame: Frame, classes: dict[int, int]) -> JsonObject:
     inside = {"video_file": str(data.image_root / video.file_name), "file_frame": frame.frame_id}
     return {
         "file_name": str(data.image_path(frame)),

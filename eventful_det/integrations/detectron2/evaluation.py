@@ -18,6 +18,7 @@ from eventful_det.detectors.results import Detections, FrameCost
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import Entry, coco_results, evaluate
 from eventful_det.evaluation.ilsvrc import vid_scores
+from eventful_det.files import JsonObject
 from eventful_det.integrations.detectron2.datasets import load_registered
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class VIDEvaluator(DatasetEvaluator):
         self._frames: list[int] = []
         self._costs: list[FrameCost] = []
 
-    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+    def process(self, inputs: list[JsonObject], outputs: list[JsonObject]) -> None:
         """Take the detections, and where there is one the cost, of some frames.
 
         Raises:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from detectron2.layers.batch_norm import LayerNorm
+from detectron2.modeling import SimpleFeaturePyramid
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.proposal_generator.rpn import RPN, StandardRPNHead
-from detectron2.modeling.roi_heads import StandardROIHeads
+from detectron2.modeling.roi_heads import ROIHeads, StandardROIHeads
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
@@ -18,13 +19,13 @@ from eventful_det.detectors.vitdet.incremental import HeadsState, init_heads, re
 from eventful_det.detectors.vitdet.macs import HeadSizes, HeadWeights, stage_macs
 from eventful_det.detectors.vitdet.rpn import ProposalHead
 from eventful_det.errors import UserError
-from eventful_det.gating.update import Update
+from eventful_det.gating.state import Update
 from eventful_det.gating.windows import Grid
 
 Features = dict[str, Tensor]
 
 
-def pyramid_features(pyramid: Any, tokens: Tensor) -> Features:
+def pyramid_features(pyramid: SimpleFeaturePyramid, tokens: Tensor) -> Features:
     """The levels that a `SimpleFeaturePyramid` makes of a token map `(H, W, C)`, by name, each `(1, C', h, w)`."""
     image = tokens.permute(2, 0, 1)[None]
     names, top = list(pyramid.output_shape()), pyramid.top_block
@@ -50,7 +51,7 @@ class RegionCosts:
     most: int
 
     @staticmethod
-    def of(roi_heads: Any, proposals: int) -> RegionCosts:
+    def of(roi_heads: ROIHeads, proposals: int) -> RegionCosts:
         """Those of `StandardROIHeads`, of others nothing."""
         if not isinstance(roi_heads, StandardROIHeads):
             return RegionCosts(0, 0, 0)
@@ -88,7 +89,7 @@ class Heads:
         UserError: `incremental`, and they are made of other parts.
     """
 
-    def __init__(self, pyramid: Any, rpn: Any, roi_heads: Any, incremental: bool) -> None:
+    def __init__(self, pyramid: SimpleFeaturePyramid, rpn: RPN, roi_heads: ROIHeads, incremental: bool) -> None:
         missing = _missing(pyramid, rpn)
         if missing and incremental:
             raise UserError(f"incremental_heads needs {', '.join(missing)}; leave incremental_heads off for this model")
@@ -102,16 +103,16 @@ class Heads:
             self.weights = dataclasses.replace(weights, regions=1)
 
     def __call__(
-        self, update: Update, state: HeadsState | None, image: ImageList
+        self, update: Update, state: HeadsState | None, size: tuple[int, int]
     ) -> tuple[Instances, HeadsState | None, dict[str, int]]:
         """The objects on a token map, what is to be remembered until the next one, and MACs by part.
 
         Args:
             update: of the token map.
             state: what was remembered, updated in place; None = everything is computed.
-            image: the frame, for its size.
+            size: (height, width) of the frame in pixels.
         """
-        sizes = None
+        sizes, image = None, ImageList(update.tokens.new_empty(0), [size])  # whose pixels no head reads
         if self.incremental:
             state, sizes = self._refresh(update, state)
             features, proposals = self._read(state, image)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetFromList, DatasetMapper, MapDataset, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.utils import comm
@@ -25,9 +25,10 @@ from eventful_det.data.video import open_source
 from eventful_det.data.video.pictures import UnreadablePicture, read_image
 from eventful_det.data.video.transforms import Image, fit_size, resize
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 
-Dicts = Sequence[dict[str, Any]]
-Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]
+Dicts = Sequence[JsonObject]
+Mapper = Callable[[JsonObject], JsonObject | None]
 
 logger = logging.getLogger(__name__)
 _OPEN_VIDEOS = 16  # files that a process has open at once
@@ -79,14 +80,14 @@ class VIDMapper(DatasetMapper):
         super().__init__(is_train, augmentations=chosen, image_format=image_format)
 
     @classmethod
-    def from_config(cls, cfg: Any, is_train: bool = True) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> JsonObject:
         """Arguments from a yacs config."""
         told = super().from_config(cfg, is_train)
         sizes = {"short_side": cfg.INPUT.MIN_SIZE_TEST, "long_side": cfg.INPUT.MAX_SIZE_TEST}
         pixels = {"augmentations": told["augmentations"]} if is_train else sizes
         return {"is_train": is_train, "image_format": told["image_format"], **pixels}
 
-    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
+    def __call__(self, dataset_dict: JsonObject) -> JsonObject | None:
         """An input of `EventfulRCNN`; in training None in place of a frame that cannot be read: another is taken.
 
         Raises:
@@ -117,7 +118,7 @@ class VIDMapper(DatasetMapper):
         return entry
 
 
-def _read(entry: dict[str, Any]) -> Image:
+def _read(entry: JsonObject) -> Image:
     """The picture `(h, w, 3)` uint8 RGB of a dataset dict, which may hold it as "frame"; the dict is given its size."""
     name = str(entry["file_name"])
     try:
@@ -217,7 +218,7 @@ class VideoSampler(Sampler[int]):
 class VideoLoader(DataLoader[Any]):
     """Batches of frames; those that cannot be read are named and left out, as `tools/eval_net.py` does."""
 
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[list[JsonObject]]:  # type: ignore[override]
         # A forked worker that collects a dropped decoder of this process would wait for ever for the decoder's threads.
         gc.collect()
         for batch in super().__iter__():
@@ -249,7 +250,7 @@ def build_vid_test_loader(
     )
 
 
-def _mapped(mapper: Mapper, entry: dict[str, Any]) -> dict[str, Any] | None:
+def _mapped(mapper: Mapper, entry: JsonObject) -> JsonObject | None:
     try:
         return mapper(entry)
     except UnreadablePicture as error:

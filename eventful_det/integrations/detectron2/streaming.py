@@ -6,24 +6,24 @@ import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import count, islice
-from typing import Any
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import build_model
 from torch import nn
 
+from eventful_det.data.source import Source
 from eventful_det.data.video import open_source
 from eventful_det.detectors.checkpoints.weight_files import load_exactly, read_tensors
+from eventful_det.files import JsonObject
 from eventful_det.gating.selector import Budget, Selector
 from eventful_det.integrations.detectron2.loading import Mapper, VIDMapper
 from eventful_det.integrations.detectron2.rcnn import EventfulRCNN
-from eventful_det.runtime.stream import Source
 
 _video_ids = (f"source {n}" for n in count())
 
 
-class SourceLoader(Iterable[list[dict[str, Any]]]):
+class SourceLoader(Iterable[list[JsonObject]]):
     """Batches of the next frame of each of some sources that still has one, as inputs of `EventfulRCNN`.
 
     Every iteration opens the sources anew. Besides what the mapper makes of them, entries have the "frame"
@@ -37,7 +37,7 @@ class SourceLoader(Iterable[list[dict[str, Any]]]):
     def __init__(self, sources: Sequence[Source], mapper: Mapper) -> None:
         self.sources, self.mapper = sources, mapper
 
-    def __iter__(self) -> Generator[list[dict[str, Any]], None, None]:
+    def __iter__(self) -> Generator[list[JsonObject], None, None]:
         with ExitStack() as cleanup:
             opened = [cleanup.enter_context(open_source(source)) for source in self.sources]
             playing = {next(_video_ids): (source.name, enumerate(source)) for source in opened}
@@ -85,21 +85,21 @@ class VideoPredictor:
             model.budget = budget
 
     @classmethod
-    def from_config(cls, cfg: Any) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode) -> JsonObject:
         """Arguments from a yacs config with the nodes of `add_eventful_config`."""
         model = build_model(cfg)
         if cfg.MODEL.WEIGHTS:
             load_weights(model, cfg.MODEL.WEIGHTS)
         return {"model": model}
 
-    def __call__(self, source: Source, max_frames: int | None = None) -> Iterator[dict[str, Any]]:
+    def __call__(self, source: Source, max_frames: int | None = None) -> Iterator[JsonObject]:
         """Detect in a source, lazily and in constant memory.
 
         Yields:
             For each frame the model's output, in pixels of the "frame" `(h, w, 3)` uint8 RGB that is in it, too, with
             its "timestamp".
         """
-        entry: dict[str, Any] = {}
+        entry: JsonObject = {}
         with closing(iter(SourceLoader([source], self.mapper))) as batches:
             try:
                 for (entry,) in islice(batches, max_frames):

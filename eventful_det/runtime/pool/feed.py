@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
 
 from eventful_det.data.background import BackgroundReader
-from eventful_det.data.video import VideoFrame, open_source
+from eventful_det.data.video import Source, VideoFrame, open_source
 
 _PATIENCE = 0.5  # seconds; a local source that takes longer for a frame is not waited for until it has one
 
@@ -26,7 +25,7 @@ class Feed:
         UserError: the source cannot be opened, or is being read already.
     """
 
-    def __init__(self, given: Any, live: bool | None, arrived: Callable[[], None]) -> None:
+    def __init__(self, given: Source, live: bool | None, arrived: Callable[[], None]) -> None:
         self._source = source = open_source(given)
         self.drawn = getattr(source, "arrays", source)  # of an iterator there is only one reader
         live = source.live if live is None else live
@@ -73,7 +72,7 @@ def _captured(frame: VideoFrame) -> VideoFrame:
     return frame if frame.captured is not None else dataclasses.replace(frame, captured=time.monotonic())
 
 
-def open_feed(source: Any, live: bool | None, arrived: Callable[[], None]) -> tuple[Feed, str]:
+def open_feed(source: Source, live: bool | None, arrived: Callable[[], None]) -> tuple[Feed, str]:
     """See `Feed`; also the source's name for people."""
     feed = Feed(source, live, arrived)
     return feed, feed.name

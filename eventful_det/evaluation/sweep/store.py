@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from eventful_det.data.coco_video import CocoVideo, Video
 from eventful_det.detectors.results import FrameCost
-from eventful_det.evaluation.runs import Method, VideoRun
+from eventful_det.evaluation.sweep.runs import Method, VideoRun
 from eventful_det.outputs import write_text
 
 _PLAIN = ("results", "latencies", "state_bytes", "peak_bytes", "session")  # what JSON holds as it is
@@ -60,7 +60,7 @@ class ResultStore:
         data: whose videos are run; their files are known by their places, sizes and times.
     """
 
-    def __init__(self, directory: Path, about: Mapping[str, Any], data: CocoVideo) -> None:
+    def __init__(self, directory: Path, about: Mapping[str, object], data: CocoVideo) -> None:
         self.directory, self.about, self._data = directory, {**about, "code": code_hash()}, data
         self._files: dict[int, str] = {}
 

@@ -79,11 +79,20 @@ class Block:
 class PatchEmbedding(Protocol):
     """An `nn.Conv2d` whose kernel equals its stride, or what looks like one."""
 
-    kernel_size: Any
-    stride: Any
-    padding: Any
     in_channels: int
     out_channels: int
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Rows and columns of pixels."""
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Rows and columns of pixels."""
+
+    @property
+    def padding(self) -> str | int | tuple[int, ...]:
+        """None, in one way or another."""
 
     @property
     def weight(self) -> Tensor:
@@ -93,7 +102,7 @@ class PatchEmbedding(Protocol):
     def bias(self) -> Tensor | None:
         """`(D,)`, or None."""
 
-    def __call__(self, x: Tensor, /) -> Any:
+    def __call__(self, x: Tensor, /) -> Tensor:
         """`(B, channels, h, w)` to `(B, D, H, W)`."""
 
 
@@ -336,3 +345,7 @@ def require(condition: bool, what: str) -> None:
     """
     if not condition:
         raise UserError(f"cannot make this ViT eventful: {what} is not supported")
+
+
+Families = dict[tuple[str, str], Callable[[Any], ViTSpec]]
+"""How networks are described, by the beginning of their class's module and its name, which may be that of a base."""

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import numpy as np
 
@@ -17,8 +17,9 @@ from eventful_det.evaluation.consistency import false_alarms, flicker, found_sha
 from eventful_det.evaluation.detection import DetectionScores, agreement, labelled_frames
 from eventful_det.evaluation.efficiency import TOTAL, Spread
 from eventful_det.evaluation.ilsvrc import VidScores
-from eventful_det.evaluation.runs import DENSE, Method, MethodRun
 from eventful_det.evaluation.sweep import run_methods
+from eventful_det.evaluation.sweep.runs import DENSE, Method, MethodRun
+from eventful_det.files import JsonObject
 
 _NO_TIME = Spread(math.nan, math.nan, math.nan, math.nan)
 
@@ -92,7 +93,7 @@ def evaluate_detector(
     workers: int = 0,
     scene_cuts: bool = True,
     on_frame: Callable[[Method], None] | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Run and score a detector in one way.
 
     Args:
@@ -173,14 +174,18 @@ def row_of(run: MethodRun, dense: MethodRun | None = None) -> Row:
     )
 
 
-def jsonable(value: Any) -> Any:
-    """Dataclasses as dictionaries, `nan` as None, paths as text."""
+def jsonable(record: object) -> JsonObject:
+    """A dataclass or dictionary as a dictionary: nested ones too, `nan` as None, paths as text."""
+    return cast(JsonObject, _plain(record))
+
+
+def _plain(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, os.PathLike) else value

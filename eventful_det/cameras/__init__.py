@@ -1,0 +1,1 @@
+"""Cameras that run all year: masks, zones, events, clips; see ``docs/cameras.md``. It needs the extra `cameras`."""

@@ -1,0 +1,384 @@
+"""Snapshots and clips around events, on a disk that may be full.
+
+A camera's own H.264 is copied, from the key frame before the event on; other sources are encoded. Old clips go by their
+age, by the room that a camera may take, and whenever the disk is full.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import logging
+import shutil
+import threading
+import time
+from collections import deque
+from datetime import UTC, datetime
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from av.error import FFmpegError
+from numpy.typing import NDArray
+
+from eventful_det.cameras.config import Clips
+from eventful_det.data.video.writer import OPTIONS, VideoWriter
+from eventful_det.errors import UserError
+
+_COPIED = {"h264", "hevc"}  # codecs that are copied into mp4
+_MEMORY = 64 * 2**20  # bytes of one camera that wait for an event
+_RESERVE = 64 * 2**20  # bytes of the disk that are left free, or a hundredth of it
+_SUFFIXES = {".mp4", ".jpg"}
+_LOG = logging.getLogger(__name__)
+
+
+class Library:
+    """The clips of all cameras, each in a folder of its own below `folder`."""
+
+    def __init__(self, folder: Path, options: Clips) -> None:
+        self.folder, self.options = folder, options
+        self.lost = 0  # files that could not be written
+        self._lock = threading.Lock()
+        self._open: set[Path] = set()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def tidy(self) -> None:
+        """Remove what is too old, or too much."""
+        files = self._files()
+        oldest = time.time() - 86_400 * self.options.days
+        sizes: dict[Path, float] = {}
+        for path, at, size in reversed(files):  # from the newest on
+            sizes[path.parent] = sizes.get(path.parent, 0) + size
+            if at < oldest or sizes[path.parent] > 1e6 * self.options.megabytes:
+                self._remove(path)
+        while self._short() and self.make_room():
+            pass
+
+    def make_room(self) -> bool:
+        """Remove the oldest file; whether there was one."""
+        return any(self._remove(path) for path, _, _ in self._files())
+
+    def open(self, path: Path) -> _File:
+        """Write a file, which is not removed until it is closed; its folder is made when needed."""
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            self._open.add(path)
+        return _File(path, self)
+
+    def release(self, path: Path, failed: bool) -> None:
+        """A file is written, or could not be."""
+        with self._lock:
+            self._open.discard(path)
+        if failed:
+            self.lost += 1
+            self._remove(path)
+
+    def _files(self) -> list[tuple[Path, float, int]]:
+        """Files that may be removed, with their times and sizes, oldest first."""
+        found = []
+        for path in self.folder.glob("*/*"):
+            try:
+                if path.suffix in _SUFFIXES and path not in self._open:
+                    about = path.stat()
+                    found.append((path, about.st_mtime, about.st_size))
+            except OSError:
+                continue
+        return sorted(found, key=lambda one: one[1])
+
+    def _remove(self, path: Path) -> bool:
+        try:
+            path.unlink()
+        except OSError:
+            return False
+        return True
+
+    def _short(self) -> bool:
+        usage = shutil.disk_usage(self.folder)
+        return usage.free < min(_RESERVE, usage.total // 100)
+
+
+class _File(io.RawIOBase):
+    """A file for FFmpeg, which must not know of a full disk: old clips go first; if there are none, this one does."""
+
+    def __init__(self, path: Path, library: Library) -> None:
+        super().__init__()
+        self.path, self.failed = path, False
+        self._library, self._at = library, 0
+        self._file: Any = None
+        self._file = self._try(lambda: path.open("w+b", buffering=0))
+
+    def write(self, data: Any) -> int:
+        """All of the data, or none if the file is given up."""
+        view = memoryview(data)
+        done = 0
+        while done < len(view) and not self.failed:
+            done += self._try(lambda: self._file.write(view[done:])) or 0  # noqa: B023
+        self._at += len(view)
+        return len(view)
+
+    def read(self, size: int = -1) -> bytes:
+        """Bytes that were written."""
+        data: bytes = b"" if self.failed else self._file.read(size)
+        self._at += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to an offset."""
+        if self.failed:
+            return self._at
+        self._at = self._file.seek(offset, whence)
+        return self._at
+
+    def tell(self) -> int:
+        """The offset."""
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Close it; one that was given up is removed."""
+        if not self.closed:
+            super().close()
+            if self._file is not None:
+                self._file.close()
+            self._library.release(self.path, self.failed)
+
+    def _try(self, work: Any) -> Any:
+        """Do it, and again while there is an old file to remove for it."""
+        while True:
+            try:
+                return work()
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and self._library.make_room():
+                    continue
+                _LOG.warning("%s cannot be written: %s", self.path.name, error.strerror or error)
+                self.failed = True
+                return None
+
+
+class _Copied(NamedTuple):
+    """A packet of a camera: when it came, its bytes and times."""
+
+    at: float
+    data: bytes
+    pts: int | None
+    dts: int | None
+    key: bool
+
+
+class Recorder:
+    """Clips of one camera. Packets come from its thread, frames and events from the detector's.
+
+    Args:
+        library: of clips.
+        name: of the camera, and of its folder.
+        on: whether anything is kept.
+    """
+
+    def __init__(self, library: Library, name: str, on: bool = True) -> None:
+        self.on, self._library, self._name = on, library, name
+        self._lock = threading.Lock()
+        self._packets: deque[_Copied] = deque()
+        self._frames: deque[tuple[float, NDArray[np.uint8]]] = deque()
+        self._bytes = 0
+        self._stream: Any = None  # of the camera; used in the camera's thread alone
+        self._copies = False
+        self._clip: _Clip | None = None
+        self._wanted: tuple[Path, float, float] | None = None  # file, when it began and ends
+
+    def packet(self, packet: av.Packet[av.VideoStream]) -> None:
+        """A packet of the camera, in the thread that reads it, while its connection is open."""
+        if packet.stream.codec_context.name not in _COPIED or not self.on:
+            self._copies = False
+            return
+        now = time.monotonic()
+        with self._lock:
+            if self._stream is not packet.stream:
+                self._finish()
+                self._stream, self._copies = packet.stream, True
+                self._packets.clear()
+                self._bytes = 0
+            copied = _Copied(now, bytes(packet), packet.pts, packet.dts, packet.is_keyframe)
+            self._packets.append(copied)
+            self._bytes += len(copied.data)
+            self._forget(now)
+            if self._wanted is not None:
+                if self._clip is None:
+                    self._clip = _CopiedClip(self._library.open(self._wanted[0]), packet.stream)
+                    for one in self._packets:
+                        self._clip.add(one)
+                else:
+                    self._clip.add(copied)
+            self._finish(now)
+
+    def frame(self, image: NDArray[np.uint8]) -> None:
+        """A frame that was looked at."""
+        if self._copies or not self.on:
+            return
+        now = time.monotonic()
+        with self._lock:
+            self._frames.append((now, image))
+            most = max(1, _MEMORY // max(1, image.nbytes))
+            while len(self._frames) > most or self._frames[0][0] < now - self._library.options.before:
+                self._frames.popleft()
+            if self._wanted is not None:
+                if self._clip is None:
+                    self._clip = _EncodedClip(self._library.open(self._wanted[0]))
+                    for at, one in self._frames:
+                        self._clip.add((at, one))
+                else:
+                    self._clip.add((now, image))
+            self._finish(now)
+
+    def trigger(self) -> str:
+        """Something happened: keep the seconds around it.
+
+        Returns:
+            The clip, relative to the library's folder.
+        """
+        now, options = time.monotonic(), self._library.options
+        with self._lock:
+            if self._wanted is None:
+                self._wanted = self._path("mp4"), now, now
+            path, began, _ = self._wanted
+            self._wanted = path, began, min(now + options.after, began + options.longest)
+            return str(path.relative_to(self._library.folder))
+
+    def snapshot(self, jpeg: bytes) -> str:
+        """Keep a picture.
+
+        Returns:
+            Its file, relative to the library's folder.
+        """
+        path = self._path("jpg")
+        with self._library.open(path) as file:
+            file.write(jpeg)
+        return str(path.relative_to(self._library.folder))
+
+    def finish(self) -> None:
+        """End a clip whose time is over, also where nothing more comes from the camera."""
+        with self._lock:
+            self._finish(time.monotonic())
+
+    def close(self) -> None:
+        """End the clip."""
+        with self._lock:
+            self._finish()
+
+    def _path(self, kind: str) -> Path:
+        stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S-%f")[:-3]
+        return self._library.folder / self._name / f"{stamp}.{kind}"
+
+    def _forget(self, now: float) -> None:
+        """Drop packets that no clip needs: from the first key frame on that is late enough, clips can begin there."""
+        start = now - self._library.options.before
+        while self._bytes > _MEMORY or (len(self._packets) > 1 and self._packets[0].at < start):
+            following = next((i for i, one in enumerate(self._packets) if i and one.key), None)
+            if following is None:
+                if self._bytes <= _MEMORY:
+                    return
+                following = len(self._packets)
+            if self._bytes <= _MEMORY and self._packets[following].at > start:
+                return
+            for _ in range(following):
+                self._bytes -= len(self._packets.popleft().data)
+
+    def _finish(self, now: float = float("inf")) -> None:
+        if self._wanted is None or now < self._wanted[2]:
+            return
+        if self._clip is not None:
+            self._clip.close()
+        self._clip = self._wanted = None
+
+
+class _Clip:
+    """A clip that is being written."""
+
+    def __init__(self, file: _File) -> None:
+        self.file = file
+
+    def add(self, item: Any) -> None:
+        """The next packet or frame."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Finish the file."""
+        raise NotImplementedError
+
+
+class _CopiedClip(_Clip):
+    """Packets of a camera as they are."""
+
+    def __init__(self, file: _File, stream: Any) -> None:
+        super().__init__(file)
+        self._container: Any = av.open(file, "w", format="mp4", options=OPTIONS)
+        self._out = self._container.add_stream_from_template(stream)
+        self._clock: Fraction = stream.time_base
+        self._first: int | None = None
+        self._last = -1
+
+    def add(self, item: Any) -> None:
+        """The next packet; the first one has to be a key frame, and times have to grow."""
+        if self._first is None and not item.key:
+            return
+        dts = item.dts if item.dts is not None else item.pts
+        if dts is None:
+            return
+        self._first = dts if self._first is None else self._first
+        if dts - self._first <= self._last:
+            return
+        self._last = dts - self._first
+        packet = av.Packet(item.data)
+        packet.stream, packet.time_base, packet.is_keyframe = self._out, self._clock, item.key
+        packet.dts, packet.pts = self._last, (dts if item.pts is None else item.pts) - self._first
+        try:
+            self._container.mux(packet)
+        except (FFmpegError, ValueError) as error:
+            _LOG.warning("%s: a packet cannot be copied: %s", self.file.path.name, error)
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self._first is None:
+            self.file.failed = True
+        try:
+            self._container.close()
+        except FFmpegError as error:
+            _LOG.warning("%s cannot be finished: %s", self.file.path.name, error)
+        self.file.close()
+
+
+class _EncodedClip(_Clip):
+    """Frames, encoded."""
+
+    def __init__(self, file: _File) -> None:
+        super().__init__(file)
+        self._writer = VideoWriter(file.path, quality=26, file=file)  # type: ignore[arg-type]
+        self._first: float | None = None
+
+    def add(self, item: Any) -> None:
+        """The next frame and its time."""
+        at, image = item
+        self._first = at if self._first is None else self._first
+        try:
+            self._writer.write(image, at - self._first)
+        except UserError as error:
+            _LOG.warning("%s", error)
+
+    def close(self) -> None:
+        """Finish the file."""
+        try:
+            self._writer.close()
+        except UserError as error:
+            _LOG.warning("%s", error)
+        self.file.close()

@@ -1,0 +1,378 @@
+"""`cameras.yaml`: its schema, and reading it with one clear line for each fault.
+
+cameras:
+  gate:
+    source: rtsp://user:${GATE_PASSWORD}@10.0.0.7/stream
+    masks: [[[0, 0], [1, 0], [1, 0.2], [0, 0.2]]]
+    zones: {drive: {polygon: [[0.1, 0.5], [0.9, 0.5], [0.9, 1], [0.1, 1]], classes: [car, person]}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from eventful_det.errors import UserError, printable
+from eventful_det.gating.selector import DEFAULT, Focus, Policy
+from eventful_det.options import (
+    Count,
+    NonNegative,
+    Positive,
+    Range,
+    Share,
+    alternatives,
+    convert,
+    from_values,
+    nearest,
+    refuse_unknown,
+)
+from eventful_det.runtime.session import StreamOptions
+
+Place = tuple[Share, Share]
+Area = tuple[Place, ...]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}")  # of what becomes a topic, a label and a folder
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+_POLICIES: dict[str, Policy] = {"focus": DEFAULT.policy, "frugal": Focus(2.0)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Objects that count, by their score and by their share of the frame's area; None = as for the others."""
+
+    score: Share | None = None
+    min_area: Share | None = None
+    max_area: Share | None = None
+
+    def __post_init__(self) -> None:
+        if (self.min_area or 0.0) > (1.0 if self.max_area is None else self.max_area):
+            raise UserError(f"min_area must be at most max_area, got {self.min_area} and {self.max_area}")
+
+    def admit(self, score: float, area: float) -> bool:
+        """Whether an object counts."""
+        low, high = self.min_area or 0.0, 1.0 if self.max_area is None else self.max_area
+        return score >= (self.score or 0.0) and low <= area <= high
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted(Limits):
+    """Objects of which classes count; a mapping gives some of these limits of their own. None = all classes."""
+
+    classes: dict[str, Limits] | tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.classes or ():
+            self.limits(name)  # those of its own may contradict the others
+
+    def limits(self, name: str) -> Limits | None:
+        """Those of a class; None where it does not count."""
+        if self.classes is None:
+            return self
+        if name not in self.classes:
+            return None
+        if not isinstance(self.classes, Mapping):
+            return self
+        fields = [f.name for f in dataclasses.fields(Limits)]
+        own = self.classes[name]
+        values = {f: getattr(self, f) if getattr(own, f) is None else getattr(own, f) for f in fields}
+        return Limits(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zone(Wanted):
+    """A part of the frame; an object is in it with the middle of its box's lower side."""
+
+    polygon: Area
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_polygon(self.polygon, "polygon")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A line to cross: "in" is from the left of somebody who looks from its start to its end, "out" the other way."""
+
+    start: Place
+    end: Place
+    classes: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.start == self.end:
+            raise UserError("start and end must be two points")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Camera(Wanted):
+    """One camera.
+
+    Attributes:
+        source: an address, a file that is played over and over, the number of a webcam, or synthetic:SEED.
+        fps: frames per second that are looked at, at most; null = as many as there is time for.
+        short_side: of the network's input in pixels; null = the model's own.
+        priority: a camera of priority 2 gets as much of the budget as two others.
+        policy: how tokens are ranked; null = as the budget has it.
+        hold: run on every n-th frame, boxes move in between; auto = by budget.
+        masks: polygons in which nothing is looked for.
+        zones, lines: by name.
+        stay: seconds after which an object that is still there has stayed.
+        gone: seconds without an object after which it has left.
+        record: keep snapshots and clips of events.
+    """
+
+    source: str | Annotated[int, Range(0)]
+    fps: Positive | None = None
+    short_side: Annotated[int, Range(32, 16384)] | None = None
+    priority: Positive = 1.0
+    policy: Literal["focus", "frugal"] | None = None
+    hold: Count | Literal["auto", "adaptive"] = "auto"
+    masks: tuple[Area, ...] = ()
+    zones: dict[str, Zone] = field(default_factory=dict)
+    lines: dict[str, Line] = field(default_factory=dict)
+    score: Share | None = 0.5
+    stay: Positive = 10.0
+    gone: Positive = 2.0
+    record: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in (*self.zones, *self.lines):
+            _check_name(name)
+        if both := sorted(set(self.zones) & set(self.lines)):
+            raise UserError(f"{both[0]} is the name of a zone and of a line; give one of them another")
+        for i, mask in enumerate(self.masks):
+            _check_polygon(mask, f"masks[{i}]")
+
+    def fixed(self) -> tuple[object, ...]:
+        """What cannot change without the stream beginning anew."""
+        return self.source, self.fps, self.short_side, self.hold
+
+    def stream_options(self) -> StreamOptions:
+        """What can."""
+        policy = None if self.policy is None else _POLICIES[self.policy]
+        return StreamOptions(policy, self.priority, self.masks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mqtt:
+    """A broker. `prefix` begins all topics; `discovery` is that of Home Assistant, null = none."""
+
+    host: str
+    port: Annotated[int, Range(1, 65535)] = 1883
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+    tls: bool = False
+    prefix: str = "eventful"
+    discovery: str | None = "homeassistant"
+
+    def __post_init__(self) -> None:
+        for name in ("prefix", "discovery"):
+            topic = getattr(self, name)
+            if topic is not None and not re.fullmatch(r"[\w-]+(/[\w-]+)*", topic):
+                raise UserError(f"{name} must be a topic of letters, digits, - and /, got {topic!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Webhook:
+    """An address that events are posted to, signed with the secret (HMAC-SHA256)."""
+
+    url: str = field(repr=False)
+    secret: str = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if not re.match(r"https?://[^/]", self.url):
+            raise UserError("url must begin with http:// or https://")
+        if len(self.secret) < 16:
+            raise UserError("secret must have 16 characters or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clips:
+    """How long clips are kept, in days and in megabytes of one camera; seconds of them around events."""
+
+    days: Positive = 14.0
+    megabytes: Positive = 2000.0
+    before: NonNegative = 4.0
+    after: NonNegative = 6.0
+    longest: Positive = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """All cameras, and where their events go.
+
+    Attributes:
+        folder: for events and clips; relative to the file.
+        journal: megabytes of events that are kept for whoever cannot be reached.
+    """
+
+    cameras: dict[str, Camera]
+    folder: str = "cameras"
+    journal: Positive = 64.0
+    clips: Clips = Clips()
+    mqtt: Mqtt | None = None
+    webhook: Webhook | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.cameras:
+            _check_name(name)
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UserError(f"a name has letters, digits, - and _ only, 48 at most, got {name!r}")
+
+
+def _check_polygon(polygon: Area, name: str) -> None:
+    if len(set(polygon)) < 3:
+        raise UserError(f"{name} needs three different points or more, got {len(set(polygon))}")
+
+
+class Faults(UserError):
+    """A file that cannot be used. `faults`: a line for each, with the file and its line."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__("; ".join(faults))
+        self.faults = [printable(fault) for fault in faults]
+
+
+def read_site(path: Path, names: Sequence[str] | None = None) -> Site:
+    """Read `cameras.yaml`. `${NAME}` in it stands for a variable of the environment.
+
+    Args:
+        path: of the file.
+        names: classes that the detector knows; None = any may be asked for.
+
+    Raises:
+        UserError: it cannot be read, or has faults (`Faults`).
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    reader = _Reader(path.name)
+    site = reader.read(text)
+    if site is not None and names is not None:
+        reader.check_classes(site, names)
+    if reader.faults or site is None:
+        raise Faults([f"{path.name}:{line}: {message}" for line, message in sorted(reader.faults)])
+    return site
+
+
+class _Reader:
+    """Reads a file and collects its faults."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.faults: list[tuple[int, str]] = []
+        self.lines: dict[str, int] = {}  # by dotted name
+
+    def read(self, text: str) -> Site | None:
+        """The site; None with faults."""
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if not isinstance(node, yaml.MappingNode):
+                self.faults.append((1, "expected options, with `cameras:` at the left"))
+                return None
+            self._prepare(node, set())
+            values = loader.construct_document(node)
+        except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that is none
+            mark = getattr(error, "problem_mark", None)
+            problem = getattr(error, "problem", None) or error
+            self.faults.append((mark.line + 1 if mark else 1, f"not YAML: {problem}"))
+            return None
+        finally:
+            loader.dispose()
+        self._check(Site, values, node, "")
+        return None if self.faults else from_values(Site, values, "")
+
+    def check_classes(self, site: Site, names: Sequence[str]) -> None:
+        """Classes that nobody knows are faults."""
+        for place, wanted in _wanted(site):
+            for name in wanted or ():
+                if name not in names:
+                    where = f"{place}.classes"
+                    line = self.lines.get(f"{where}.{name}", self.lines.get(where, 1))
+                    self.faults.append((line, f"{where}: unknown class {name!r}; {nearest(name, names)}"))
+
+    def _prepare(self, node: yaml.Node, seen: set[int]) -> None:
+        """Put variables of the environment in their places; names may be there once."""
+        if id(node) in seen:
+            return
+        seen.add(id(node))
+        if isinstance(node, yaml.ScalarNode):
+            for name in _VARIABLE.findall(node.value):
+                if name not in os.environ:
+                    self.faults.append((node.start_mark.line + 1, f"there is no variable {name} in the environment"))
+            node.value = _VARIABLE.sub(lambda found: os.environ.get(found[1], ""), node.value)
+        else:
+            nodes = node.value
+            if isinstance(node, yaml.MappingNode):
+                nodes = [both for pair in node.value for both in pair]
+                keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+                twice = [key for i, (key, _) in enumerate(node.value) if key.value in keys[:i]]
+                self.faults += [(key.start_mark.line + 1, f"{key.value} is there twice") for key in twice]
+            for child in nodes:
+                self._prepare(child, seen)
+
+    def _check(self, hint: Any, value: Any, node: yaml.Node, name: str) -> bool:
+        """Whether a value is as its type says; its faults are kept."""
+        before = len(self.faults)
+        line = self.lines.setdefault(name, node.start_mark.line + 1)
+        records = [kind for kind in alternatives(hint) if dataclasses.is_dataclass(kind)]
+        mappings = [kind for kind in alternatives(hint) if get_origin(kind) is dict]
+        try:
+            if isinstance(value, Mapping) and isinstance(node, yaml.MappingNode) and (records or mappings):
+                children = self._children(node, name)
+                if records:
+                    self._check_record(records[0], value, children, name)
+                else:
+                    for key, child in children.items():
+                        self._check(get_args(mappings[0])[1], value[key], child, f"{name}.{key}")
+            else:
+                convert(value, hint, name or "it")
+        except UserError as error:
+            text = str(error)
+            self.faults.append((line, text if text.startswith(name) else f"{name}: {text}"))
+        return len(self.faults) == before
+
+    def _check_record(self, kind: Any, value: Mapping[str, Any], children: dict[str, yaml.Node], name: str) -> None:
+        hints = get_type_hints(kind, include_extras=True)
+        sound = True
+        for key, child in children.items():
+            try:
+                refuse_unknown({key: None}, hints, name)
+                sound &= self._check(hints[key], value[key], child, f"{name}.{key}".strip("."))
+            except UserError as error:
+                self.faults.append((child.start_mark.line + 1, str(error)))
+        if sound:
+            from_values(kind, {key: one for key, one in value.items() if key in hints}, name)
+
+    def _children(self, node: yaml.MappingNode, name: str) -> dict[str, yaml.Node]:
+        """The values of a mapping by their keys."""
+        found: dict[str, yaml.Node] = {}
+        for key, child in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+                raise UserError(f"{name}: the name {getattr(key, 'value', 'of a group')!r} has to stand in quotes")
+            found[key.value] = child
+            self.lines[f"{name}.{key.value}".strip(".")] = line
+        return found
+
+
+def _wanted(site: Site) -> Iterator[tuple[str, dict[str, Limits] | tuple[str, ...] | None]]:
+    """Everything that names classes, with its dotted name."""
+    for name, camera in site.cameras.items():
+        yield f"cameras.{name}", camera.classes
+        for zone, one in camera.zones.items():
+            yield f"cameras.{name}.zones.{zone}", one.classes
+        for line, other in camera.lines.items():
+            yield f"cameras.{name}.lines.{line}", other.classes

@@ -1,0 +1,140 @@
+"""cameras.yaml: what it may say, and a line for each fault."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from eventful_det.cameras.config import Camera, Faults, Limits, Zone, read_site
+from eventful_det.errors import UserError
+
+GOOD = """
+cameras:
+  gate:
+    source: rtsp://u:${GATE_PASSWORD}@10.0.0.7/stream
+    fps: 5
+    priority: 2
+    classes: {person: {score: 0.3}, car: {}}
+    masks: [[[0, 0], [1, 0], [1, 0.2]]]
+    zones:
+      drive: {polygon: [[0, 0.5], [1, 0.5], [1, 1]], classes: [car]}
+    lines:
+      door: {start: [0, 0], end: [1, 1]}
+  yard: {source: 0}
+mqtt: {host: localhost, password: "${GATE_PASSWORD}"}
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "cameras.yaml"
+    path.write_text(text)
+    return path
+
+
+def faults(tmp_path: Path, text: str, names: tuple[str, ...] | None = None) -> list[str]:
+    with pytest.raises(Faults) as caught:
+        read_site(write(tmp_path, text), names)
+    return caught.value.faults
+
+
+def test_a_good_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATE_PASSWORD", "a b/c")
+    site = read_site(write(tmp_path, GOOD), ("person", "car"))
+    gate = site.cameras["gate"]
+    assert gate.source == "rtsp://u:a b/c@10.0.0.7/stream" and gate.zones["drive"].classes == ("car",)
+    assert site.cameras["yard"] == Camera(source=0)
+    assert site.mqtt is not None and site.mqtt.password == "a b/c" and "a b/c" not in repr(site.mqtt)
+    assert gate.limits("person") == Limits(score=0.3) and gate.limits("car") == Limits(score=0.5)
+    assert gate.limits("dog") is None
+    assert gate.stream_options().priority == 2 and gate.stream_options().ignore == gate.masks
+
+
+def test_every_fault_has_its_line_camera_and_field(tmp_path: Path) -> None:
+    text = """cameras:
+  gate:
+    source: rtsp://${NO_SUCH_VARIABLE}/x
+    fps: fast
+    zoness: {}
+    zones:
+      drive:
+        polygon: [[0, 0.5], [1, 2]]
+        score: 3
+  yard: {}
+  shed:
+    source: 0
+    masks: [[[0, 0], [1, 1]]]
+    fps: 1
+    fps: 2
+mqtt: {host: localhost, prot: 3}
+webhook: {url: "ftp://x", secret: "long enough, is it not"}
+"""
+    assert faults(tmp_path, text) == [
+        "cameras.yaml:3: there is no variable NO_SUCH_VARIABLE in the environment",
+        "cameras.yaml:4: cameras.gate.fps must be a number above 0 or null, got 'fast'",
+        "cameras.yaml:5: cameras.gate: unknown option 'zoness'; did you mean zones?",
+        "cameras.yaml:8: cameras.gate.zones.drive.polygon[1][1] must be a number from 0 to 1, got 2",
+        "cameras.yaml:9: cameras.gate.zones.drive.score must be a number from 0 to 1 or null, got 3",
+        "cameras.yaml:10: cameras.yard: give source as well",
+        "cameras.yaml:11: cameras.shed: masks[0] needs three different points or more, got 2",
+        "cameras.yaml:15: fps is there twice",
+        "cameras.yaml:16: mqtt: unknown option 'prot'; did you mean port?",
+        "cameras.yaml:17: webhook: url must begin with http:// or https://",
+    ]
+
+
+def test_classes_that_the_detector_does_not_know(tmp_path: Path) -> None:
+    text = """cameras:
+  gate:
+    source: 0
+    classes: {person: {}, carr: {}}
+    zones:
+      drive: {polygon: [[0, 0.5], [1, 0.5], [1, 1]], classes: [dog]}
+"""
+    assert faults(tmp_path, text, ("person", "car")) == [
+        "cameras.yaml:4: cameras.gate.classes: unknown class 'carr'; did you mean car?",
+        "cameras.yaml:6: cameras.gate.zones.drive.classes: unknown class 'dog'; known: car, person",
+    ]
+    assert read_site(write(tmp_path, text)).cameras, "without a detector nobody can tell"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "expected options"),
+        ("- 1", "expected options"),
+        ("cameras: [", "not YAML"),
+        ("cameras: {a: {source: 0}}\n---\ncameras: {}", "not YAML"),
+        ("cameras: {a: &a {source: 0, masks: *a}}", "not YAML|masks"),
+        ("cameras: 3", "cameras must be a group of options"),
+        ("cameras: {1: {source: 0}}", "'1' has to stand in quotes"),
+        ("cameras: {'a/b': {source: 0}}", "a name has letters, digits, - and _ only"),
+        ("cameras: {a: {source: -1}}", "source must be"),
+        ("cameras: {a: {source: 0, hold: often}}", "hold must be"),
+        ("cameras: {a: {source: 0, min_area: 0.5, max_area: 0.1}}", "min_area must be at most max_area"),
+        ("cameras: {a: {source: 0, min_area: 0.5, classes: {car: {max_area: 0.1}}}}", "min_area must be at most"),
+        ("cameras: {a: {source: 0, lines: {x: {start: [0, 0], end: [0, 0]}}}}", "two points"),
+        ("cameras: {a: {source: 0}}\nmqtt: {host: h, prefix: 'a/#'}", "prefix must be a topic"),
+        ("cameras: {a: {source: 0}}\nwebhook: {url: 'http://x', secret: short}", "16 characters"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, text: str, fault: str) -> None:
+    (line,) = faults(tmp_path, text)
+    assert line.startswith("cameras.yaml:") and any(part in line for part in fault.split("|"))
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read .*No such file"):
+        read_site(tmp_path / "none.yaml")
+
+
+def test_anchors_serve_many_cameras(tmp_path: Path) -> None:
+    text = "cameras:\n  a: &all {source: 0, fps: 3}\n  b: {<<: *all, source: 1}\n"
+    site = read_site(write(tmp_path, text))
+    assert site.cameras == {"a": Camera(source=0, fps=3), "b": Camera(source=1, fps=3)}
+
+
+def test_what_makes_a_stream_begin_anew_and_what_does_not() -> None:
+    before = Camera(source=0)
+    soft = Camera(source=0, priority=3, zones={"z": Zone(polygon=((0, 0), (1, 0), (1, 1)))}, record=False)
+    assert before.fixed() == soft.fixed() and before.fixed() != Camera(source=0, hold=2).fixed()
