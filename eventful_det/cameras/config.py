@@ -66,6 +66,11 @@ class Wanted(Limits):
 
     classes: dict[str, Limits] | tuple[str, ...] | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.classes or ():
+            self.limits(name)  # those of its own may contradict the others
+
     def limits(self, name: str) -> Limits | None:
         """Those of a class; None where it does not count."""
         if self.classes is None:
@@ -277,7 +282,7 @@ class _Reader:
             if not isinstance(node, yaml.MappingNode):
                 self.faults.append((1, "expected options, with `cameras:` at the left"))
                 return None
-            self._substitute(node, set())
+            self._prepare(node, set())
             values = loader.construct_document(node)
         except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that is none
             mark = getattr(error, "problem_mark", None)
@@ -298,8 +303,8 @@ class _Reader:
                     line = self.lines.get(f"{where}.{name}", self.lines.get(where, 1))
                     self.faults.append((line, f"{where}: unknown class {name!r}; {nearest(name, names)}"))
 
-    def _substitute(self, node: yaml.Node, seen: set[int]) -> None:
-        """Put variables of the environment in their places."""
+    def _prepare(self, node: yaml.Node, seen: set[int]) -> None:
+        """Put variables of the environment in their places; names may be there once."""
         if id(node) in seen:
             return
         seen.add(id(node))
@@ -309,9 +314,14 @@ class _Reader:
                     self.faults.append((node.start_mark.line + 1, f"there is no variable {name} in the environment"))
             node.value = _VARIABLE.sub(lambda found: os.environ.get(found[1], ""), node.value)
         else:
-            pairs = [both for pair in node.value for both in pair] if isinstance(node, yaml.MappingNode) else node.value
-            for child in pairs:
-                self._substitute(child, seen)
+            nodes = node.value
+            if isinstance(node, yaml.MappingNode):
+                nodes = [both for pair in node.value for both in pair]
+                keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+                twice = [key for i, (key, _) in enumerate(node.value) if key.value in keys[:i]]
+                self.faults += [(key.start_mark.line + 1, f"{key.value} is there twice") for key in twice]
+            for child in nodes:
+                self._prepare(child, seen)
 
     def _check(self, hint: Any, value: Any, node: yaml.Node, name: str) -> bool:
         """Whether a value is as its type says; its faults are kept."""
@@ -347,14 +357,12 @@ class _Reader:
             from_values(kind, {key: one for key, one in value.items() if key in hints}, name)
 
     def _children(self, node: yaml.MappingNode, name: str) -> dict[str, yaml.Node]:
-        """The values of a mapping by their keys, of which each may be there once."""
+        """The values of a mapping by their keys."""
         found: dict[str, yaml.Node] = {}
         for key, child in node.value:
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
                 raise UserError(f"{name}: the name {getattr(key, 'value', 'of a group')!r} has to stand in quotes")
-            if key.value in found:
-                self.faults.append((line, f"{name}{'.' if name else ''}{key.value} is there twice"))
             found[key.value] = child
             self.lines[f"{name}.{key.value}".strip(".")] = line
         return found

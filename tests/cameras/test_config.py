@@ -77,7 +77,7 @@ webhook: {url: "ftp://x", secret: "long enough, is it not"}
         "cameras.yaml:9: cameras.gate.zones.drive.score must be a number from 0 to 1 or null, got 3",
         "cameras.yaml:10: cameras.yard: give source as well",
         "cameras.yaml:11: cameras.shed: masks[0] needs three different points or more, got 2",
-        "cameras.yaml:15: cameras.shed.fps is there twice",
+        "cameras.yaml:15: fps is there twice",
         "cameras.yaml:16: mqtt: unknown option 'prot'; did you mean port?",
         "cameras.yaml:17: webhook: url must begin with http:// or https://",
     ]
@@ -112,6 +112,7 @@ def test_classes_that_the_detector_does_not_know(tmp_path: Path) -> None:
         ("cameras: {a: {source: -1}}", "source must be"),
         ("cameras: {a: {source: 0, hold: often}}", "hold must be"),
         ("cameras: {a: {source: 0, min_area: 0.5, max_area: 0.1}}", "min_area must be at most max_area"),
+        ("cameras: {a: {source: 0, min_area: 0.5, classes: {car: {max_area: 0.1}}}}", "min_area must be at most"),
         ("cameras: {a: {source: 0, lines: {x: {start: [0, 0], end: [0, 0]}}}}", "two points"),
         ("cameras: {a: {source: 0}}\nmqtt: {host: h, prefix: 'a/#'}", "prefix must be a topic"),
         ("cameras: {a: {source: 0}}\nwebhook: {url: 'http://x', secret: short}", "16 characters"),

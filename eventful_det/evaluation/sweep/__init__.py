@@ -162,7 +162,7 @@ def run_videos(
                 if item.image is None:
                     run.skipped[item.frame.image_id] = item.fault
                     continue
-                begun = run.session.begin(VideoFrame(item.image), item.resized)
+                begun = run.session.begin(VideoFrame(item.image), resized=item.resized)
                 if isinstance(begun, KeyFrame):
                     due.append((run, item.frame, begun))
                 else:
