@@ -12,7 +12,7 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -181,8 +181,7 @@ class Session(Protocol[S, T_contra, R_co]):
         """The result of an input."""
 
 
-AnySession = Session[Any, Any, R_co]
-"""A session of which the results alone matter."""
+AnySession: TypeAlias = Session[Any, Any, R_co]
 
 
 @runtime_checkable

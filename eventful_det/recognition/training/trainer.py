@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +67,7 @@ class RecogniserTrainer(TrainingLoop[Recogniser, Batch]):
             recogniser.spatial_model.class_token.requires_grad_(False)
         hints = samples.sample(0)[2]
         loss = _Loss(recogniser, options.smoothing, 0 if hints is None else hints.shape[-1])
-        groups = _parameter_groups(recogniser, options)
+        groups = parameter_groups(recogniser, options)
         if loss.hint is not None:
             groups.append({"params": list(loss.hint.parameters()), "lr": options.lr, "weight_decay": 0.0})
         optimizer = torch.optim.AdamW(groups, lr=options.lr)
@@ -150,7 +149,7 @@ class _Indexed(Dataset[Batch]):
         return torch.stack(views), {h: torch.tensor([each.get(h, -1) for each in named]) for h in known}, together
 
 
-def _parameter_groups(recogniser: Recogniser, options: RecogniserOptions) -> list[dict[str, Any]]:
+def parameter_groups(recogniser: Recogniser, options: RecogniserOptions) -> list[dict[str, object]]:
     """Parameters by learning rate and weight decay; each group holds its share of the rate as "lr_scale"."""
     depth = len(recogniser.spatial_model.backbone.blocks)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
