@@ -55,6 +55,7 @@ class Options:
     labels: str | None
     budget: float | int | str
     hold: Count | Literal["auto", "adaptive"]
+    live: bool
     rescore: bool
     track: bool
     short_side: Side | None
@@ -155,6 +156,7 @@ def build_runner(options: Options, detector: AnyDetector, sources: Sequence[str]
         long_side=options.long_side,
         hold=parse_hold(options.hold),
         timing=True,
+        live=options.live,
     )
     most = max(options.max_streams, len(sources))
     runner = PoolRunner(pool, max_streams=most, track=options.track, rescore=options.rescore)
