@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 from eventful_det.data.video import Source as Source
@@ -15,7 +14,7 @@ from eventful_det.gating.selector import Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.control import Stepper
 from eventful_det.runtime.drift import Drift, DriftMonitor
-from eventful_det.runtime.live import DetectorThread, LiveBoxes
+from eventful_det.runtime.live import DetectorThread, LiveBoxes, detector_of
 from eventful_det.runtime.motion import Hold
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
@@ -78,7 +77,7 @@ class Stream(Iterator[StreamResult]):
         if shadow_every:
             self._monitor = DriftMonitor(detector, transform, shadow_every, shadow_score)
         self._thread = DetectorThread()
-        detect = partial(self._stepper.detect, self._session)
+        detect = detector_of(self._stepper, self._session)
         self._live = LiveBoxes(detect, self._thread, scene_cuts) if live else None
         self._source = open_source(source)
         self._session.name = self._source.name

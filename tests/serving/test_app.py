@@ -113,7 +113,7 @@ def test_live_frames_do_not_wait_for_the_detector(tiny_detector: Detector, tmp_p
         assert 1 <= detected < len(marks) / 2, "the others got moved boxes"
         (stream,) = server.state()["streams"]
         assert 0 <= stream["age_p95"] < 0.5
-        assert f'eventful_frame_age_p95_seconds{{stream="{name}"}}' in server.client.get("/metrics").text
+        assert f'eventful_frame_age_tail_seconds{{stream="{name}"}}' in server.client.get("/metrics").text
 
 
 def test_metrics_count_what_was_done(server: Server) -> None:

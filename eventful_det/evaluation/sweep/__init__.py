@@ -147,7 +147,7 @@ def run_videos(
     if streams > 1 and isinstance(selector.budget, (Gmacs, Latency)):
         raise UserError(f"a budget of {selector.budget} is one of a step, which videos would share; set streams=1")
     stepper = Stepper(
-        detector, rule=exactly(method.rule), budget=selector, options=None, timing=True, hold=method.hold is None
+        detector, rule=exactly(method.rule), budget=method.budget, options=None, timing=True, hold=method.hold is None
     )
     running: dict[int, _Running[S]] = {}
     sides = (transform.short_side, transform.long_side)
@@ -162,7 +162,7 @@ def run_videos(
                 if item.image is None:
                     run.skipped[item.frame.image_id] = item.fault
                     continue
-                begun = run.session.begin(VideoFrame(item.image), item.resized)
+                begun = run.session.begin(VideoFrame(item.image), resized=item.resized)
                 if isinstance(begun, KeyFrame):
                     due.append((run, item.frame, begun))
                 else:

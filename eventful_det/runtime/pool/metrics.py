@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eventful_det.detectors.results import FrameCost
-from eventful_det.runtime.session import StreamResult
+from eventful_det.runtime.session import Result
 
 _RECENT = 100  # frames that rates and means are taken over
 _COUNTS = ("frames", "dropped", "flushes", "macs", "dense_macs")
@@ -88,7 +88,7 @@ class Tally:
         self._counts = StreamMetrics()
         self._recent: deque[tuple[float, FrameCost, float | None]] = deque(maxlen=_RECENT)
 
-    def count(self, result: StreamResult, state_bytes: int) -> None:
+    def count(self, result: Result, state_bytes: int) -> None:
         """A frame more."""
         before, cost = self._counts, result.cost
         self._counts = dataclasses.replace(
