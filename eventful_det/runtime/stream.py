@@ -76,9 +76,9 @@ class Stream(Iterator[StreamResult]):
         self._monitor: DriftMonitor[Any] | None = None
         if shadow_every:
             self._monitor = DriftMonitor(detector, transform, shadow_every, shadow_score)
-        self._thread = DetectorThread()
-        detect = detector_of(self._stepper, self._session)
-        self._live = LiveBoxes(detect, self._thread, scene_cuts) if live else None
+        self._live: LiveBoxes | None = None
+        if live:
+            self._live = LiveBoxes(detector_of(self._stepper, self._session), DetectorThread(), scene_cuts)
         self._source = open_source(source)
         self._session.name = self._source.name
         self._frames = iter(self._source)
@@ -124,6 +124,7 @@ class Stream(Iterator[StreamResult]):
 
     def close(self) -> None:
         """Release the source; iteration ends."""
-        self._thread.close()
+        if self._live is not None:
+            self._live.thread.close()
         self._source.close()
         self._frames = iter(())
