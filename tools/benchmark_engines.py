@@ -35,7 +35,7 @@ from eventful_det.engine.export import export_detector
 from eventful_det.engine.graphs import graphs_of
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import Spread
-from eventful_det.evaluation.summary import jsonable
+from eventful_det.evaluation.sweep.summary import jsonable
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.whole_windows import Windows

@@ -279,15 +279,21 @@ class ActionRun(Run):
         self, options: Options, budget: Budget, recogniser: Recogniser, source: VideoSource, directory: Path
     ) -> None:
         self.options, self.source, self.directory, self.recogniser = options, source, directory, recogniser
-        gate = build_gate(options.gate)
-        chosen = gate.selector if budget is None else budget
-        steps = {"max_steps": options.max_frames, "scene_cuts": options.scene_cuts}
-        self.stream = self._results = recogniser.stream(source, budget=chosen, rule=gate.rule, **steps)  # type: ignore[arg-type]
+        gate = actions.own_gate(build_gate(options.gate))
+        self.stream = self._results = recogniser.stream(
+            source,
+            budget=gate.selector if budget is None else budget,
+            options=BudgetOptions(max_age=options.max_age, bucket=options.bucket),
+            rule=gate.rule,
+            max_steps=options.max_frames,
+            scene_cuts=options.scene_cuts,
+            timing=True,
+        )
 
     def time_dense(self, first: Any) -> float:
         """See `Run`."""
         frames = itertools.repeat(first.image)
-        runs = self.recogniser.stream(frames, rule=Dense(), scene_cuts=False, max_steps=4)
+        runs = self.recogniser.stream(frames, rule=Dense(), scene_cuts=False, max_steps=4, timing=True)
         _, *seconds = [result.cost.latency for result in runs]  # the first warms up
         return statistics.median(seconds)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, cast
 from common import Gate, Texts, build_gate
 
 from eventful_det.errors import UserError
-from eventful_det.evaluation.runs import Method
+from eventful_det.evaluation.sweep.runs import Method
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import DEFAULT
 from eventful_det.options import Count, NonNegative, Positive, Range, Share, convert

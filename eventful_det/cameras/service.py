@@ -25,8 +25,8 @@ from eventful_det.cameras.sinks import MqttSink, Sink, WebhookSink
 from eventful_det.cameras.source import open_camera
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
-from eventful_det.runtime.metrics import StreamMetrics
 from eventful_det.runtime.motion import parse_hold
+from eventful_det.runtime.pool.metrics import StreamMetrics
 from eventful_det.runtime.regions import Polygon
 from eventful_det.runtime.session import StreamResult
 from eventful_det.serving.runner import PoolRunner

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import DEFAULT_RULE, AnyRule
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
-from eventful_det.gating.selector import DEFAULT, LargestError, RandomOrder, Select, Selector
+from eventful_det.gating.rules import DEFAULT_RULE, AnyRule
+from eventful_det.gating.selector import LargestError, RandomOrder, Select, Selector
 from eventful_det.recognition.accuracy import Accuracy, Scored, accuracy
 from eventful_det.recognition.clips import Clip, recognise
 from eventful_det.recognition.data.clip_reader import read_clips
@@ -22,6 +22,7 @@ from eventful_det.recognition.data.segments import Segment, Segments
 from eventful_det.recognition.data.views import frame_indices
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.results import StepCost
+from eventful_det.recognition.session import DEFAULT
 
 
 @dataclass(frozen=True)

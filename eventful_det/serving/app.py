@@ -7,7 +7,7 @@ PUT    /api/budget                      {"budget": "25%"}, "40 GMACs", "50ms", "
 GET    /api/sources                     what may be opened, files of the media folder
 POST   /api/streams                     {"source": "synthetic:1"}: joins
 POST   /api/uploads?name=clip.mp4       the file as the body: joins
-GET    /api/streams/NAME/detections     of the newest frame
+GET    /api/streams/NAME/detections     of the newest frame; of recognisers, its classes
 GET    /api/streams/NAME/frame.jpg      the newest frame with its boxes
 DELETE /api/streams/NAME                leaves; an upload is removed
 WS     /api/live                        newest frames of all streams, see `live`
@@ -41,6 +41,7 @@ from eventful_det.cameras.service import CameraService
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
 from eventful_det.runtime.regions import Point
+from eventful_det.runtime.session import StreamResult
 from eventful_det.secrets import mask_secrets
 from eventful_det.serving.guard import HEALTH, Guard, content_policy
 from eventful_det.serving.limits import UPLOADS, BodyLimits
@@ -50,6 +51,7 @@ from eventful_det.serving.runner import PoolRunner
 from eventful_det.serving.sources import OpenedSource, SourceOpener
 from eventful_det.serving.views import LatestFrame, encode_jpeg
 from eventful_det.viz import draw_detections
+from eventful_det.viz.actions import central_crop, draw_probabilities
 
 
 class SourceRequest(BaseModel):
@@ -230,7 +232,10 @@ def _add_reports(app: FastAPI, runner: PoolRunner, cameras: CameraService | None
     @app.get("/api/streams/{name}/frame.jpg")
     def frame(name: str, show: Annotated[float, Query(ge=0, le=1)] = 0.5) -> Response:
         result = newest(name).result
-        picture = draw_detections(result.image, result.detections, result.names, show)
+        if isinstance(result, StreamResult):
+            picture = draw_detections(result.image, result.detections, result.names, show)
+        else:
+            picture = draw_probabilities(central_crop(result), [result])
         return Response(encode_jpeg(picture), media_type="image/jpeg")
 
     @app.get("/metrics")

@@ -14,7 +14,7 @@ import numpy as np
 from eventful_det.adapters import to_record
 from eventful_det.files import JsonObject
 from eventful_det.gating.selector import Budget, Gmacs, Latency, Selector
-from eventful_det.runtime.metrics import StreamMetrics
+from eventful_det.runtime.pool.metrics import StreamMetrics
 from eventful_det.secrets import mask_secrets
 from eventful_det.serving.runner import AUTO, PoolRunner
 from eventful_det.serving.views import CostSample, LatestFrame

@@ -18,10 +18,10 @@ from eventful_det.detectors.results import StepResult
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import coco_results
-from eventful_det.evaluation.runs import Method, VideoRun
-from eventful_det.evaluation.store import ResultStore
-from eventful_det.evaluation.summary import rows_of
 from eventful_det.evaluation.sweep import run_methods, run_videos
+from eventful_det.evaluation.sweep.runs import Method, VideoRun
+from eventful_det.evaluation.sweep.store import ResultStore
+from eventful_det.evaluation.sweep.summary import rows_of
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Gmacs, LargestError, RandomOrder, Selector, TopFraction

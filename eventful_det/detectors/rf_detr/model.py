@@ -27,8 +27,7 @@ from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
-from eventful_det.gating.state import State
-from eventful_det.gating.update import Update
+from eventful_det.gating.state import State, Update
 from eventful_det.gating.vit_spec import spec_of
 
 

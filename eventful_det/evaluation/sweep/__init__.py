@@ -22,8 +22,8 @@ from eventful_det.detectors.results import FrameCost
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import Entry, category_ids, coco_results
 from eventful_det.evaluation.efficiency import peak_memory, reset_peak_memory
-from eventful_det.evaluation.runs import Method, MethodRun, VideoRun
-from eventful_det.evaluation.store import MemoryStore, Store
+from eventful_det.evaluation.sweep.runs import Method, MethodRun, VideoRun
+from eventful_det.evaluation.sweep.store import MemoryStore, Store
 from eventful_det.gating.selector import Gmacs, Latency
 from eventful_det.runtime.budget import selector_for
 from eventful_det.runtime.control import Stepper
@@ -162,7 +162,7 @@ def run_videos(
                 if item.image is None:
                     run.skipped[item.frame.image_id] = item.fault
                     continue
-                begun = run.session.begin(VideoFrame(item.image), item.resized)
+                begun = run.session.begin(VideoFrame(item.image), resized=item.resized)
                 if isinstance(begun, KeyFrame):
                     due.append((run, item.frame, begun))
                 else:
