@@ -115,12 +115,21 @@ def test_no_public_signature_has_an_any() -> None:
 
 def public_functions(place: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     """Functions and methods that users may call, `__init__` and its like included."""
+    overloaded = set()
     for node in place.body:
         private = isinstance(node, ast.ClassDef | ast.FunctionDef) and re.match(r"_(?!_)", node.name)
         if isinstance(node, ast.ClassDef) and not private:
             yield from public_functions(node)
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not private:
+            if is_overload(node):
+                overloaded.add(node.name)
+            elif node.name in overloaded:
+                continue  # users see the overloads alone
             yield node
+
+
+def is_overload(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any(isinstance(one, ast.Name) and one.id == "overload" for one in function.decorator_list)
 
 
 def annotations(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.expr]:

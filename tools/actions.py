@@ -19,19 +19,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from eventful_det.benchmark.timing import paired_ratios, time_together
-from eventful_det.detectors.protocol import AnyRule
+from eventful_det.detectors.checkpoints.weight_files import find_weights
+from eventful_det.detectors.rf_detr.loading import is_rf_detr
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.rules import AnyRule
 from eventful_det.gating.selector import DEFAULT as SELECTOR
 from eventful_det.gating.selector import Selector, TopK
 from eventful_det.options import Count, Natural, NonNegative, Share, from_values, nearest
 from eventful_det.outputs import markdown_table, write_text
 from eventful_det.recognition.accuracy import accuracy, unseen, write_submission
 from eventful_det.recognition.checkpoints import (
-    find_recogniser,
     is_recogniser,
     load_recogniser,
     read_recogniser,
@@ -77,10 +78,10 @@ class RecognitionOptions:
 
 def recognises(task: Task | None, weights: str | None) -> bool:
     """Whether a tool is to recognise actions: it is told to, or the weights are a recogniser's."""
-    if task is not None or weights is None:
+    if task is not None or weights is None or is_rf_detr(weights):
         return task == "recognition"
     try:
-        path = find_recogniser(weights)
+        path = find_weights(weights)
     except UserError:
         return False  # detection says what is wrong
     return is_recogniser(path)
@@ -314,7 +315,7 @@ def convert(
     names: Literal["official", "tadaconv"],
 ) -> dict[str, Any]:
     """Rewrite a recogniser: `.safetensors` is ours; other suffixes the official code's names, or TAdaConv's."""
-    path = find_recogniser(source)
+    path = find_weights(source)
     found = read_recogniser(path)
     recogniser = load_recogniser(path)
     if output.suffix == ".safetensors":

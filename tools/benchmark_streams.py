@@ -25,7 +25,8 @@ from rich.table import Table
 from eventful_det.benchmark.timing import Timed, paired_ratios, time_together
 from eventful_det.data.video import open_source
 from eventful_det.data.video.transforms import Image
-from eventful_det.detectors.checkpoints.files import SYNTHETIC, load_detector
+from eventful_det.detectors.checkpoints.files import load_detector
+from eventful_det.detectors.checkpoints.weight_files import SYNTHETIC
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import Spread
 from eventful_det.evaluation.sweep.summary import jsonable

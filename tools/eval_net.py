@@ -53,7 +53,8 @@ from eventful_det.data.coco_video import CocoVideo, load_coco_video
 from eventful_det.data.labelling.remap import for_classes
 from eventful_det.data.labelling.teacher import Teacher
 from eventful_det.data.streams import share_out
-from eventful_det.detectors.checkpoints.files import DEFAULT, find_weights, load_detector
+from eventful_det.detectors.checkpoints.files import load_detector
+from eventful_det.detectors.checkpoints.weight_files import DEFAULT, find_weights
 from eventful_det.detectors.rf_detr.loading import is_rf_detr
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import ENOUGH, labelled_frames

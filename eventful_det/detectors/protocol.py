@@ -16,9 +16,9 @@ from torch import Tensor
 
 from eventful_det.data.video.transforms import Image, fit_size, resize, to_tensor
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
-from eventful_det.gating.convert import DEFAULT_RULE as DEFAULT_RULE
-from eventful_det.gating.convert import AnyRule as AnyRule
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.rules import DEFAULT_RULE as DEFAULT_RULE
+from eventful_det.gating.rules import AnyRule as AnyRule
 from eventful_det.gating.selector import DEFAULT, Select
 from eventful_det.gating.state import State, TensorTree
 from eventful_det.gating.windows import Grid

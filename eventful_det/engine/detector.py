@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
+from eventful_det.detectors.saliency import token_saliency
 from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.detectors.streaming import StreamingDetector
 from eventful_det.detectors.vitdet.config import ModelConfig
@@ -27,10 +28,9 @@ from eventful_det.engine.backends import Backend, ONNXRuntime, OpenVINO, Precisi
 from eventful_det.engine.graphs import Geometry, check_exportable
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
-from eventful_det.gating.convert import per_stream
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
-from eventful_det.gating.saliency import token_saliency
+from eventful_det.gating.rules import per_stream
 from eventful_det.gating.selector import DEFAULT, RandomK, Select
 from eventful_det.gating.state import State, TensorTree
 from eventful_det.gating.whole_windows import (

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import DEFAULT_RULE, AnyRule
+from eventful_det.gating.rules import DEFAULT_RULE, AnyRule
 from eventful_det.gating.selector import Select
-from eventful_det.gating.state import State
-from eventful_det.gating.update import Update
+from eventful_det.gating.state import State, Update
 from eventful_det.recognition.config import RecogniserConfig
 from eventful_det.recognition.data.views import average, crop_views, frame_indices, normalise, shared_tubelets
 from eventful_det.recognition.recogniser import Recogniser

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import DEFAULT_RULE, AnyRule
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
+from eventful_det.gating.rules import DEFAULT_RULE, AnyRule
 from eventful_det.gating.selector import LargestError, RandomOrder, Select, Selector
 from eventful_det.recognition.accuracy import Accuracy, Scored, accuracy
 from eventful_det.recognition.clips import Clip, recognise

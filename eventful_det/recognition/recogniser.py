@@ -13,12 +13,11 @@ from eventful_det.data.source import Source
 from eventful_det.detectors.gated import priced_statically
 from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import DEFAULT_RULE, AnyRule, step_streams
 from eventful_det.gating.macs import RowsCosts
+from eventful_det.gating.rules import DEFAULT_RULE, AnyRule, step_streams
 from eventful_det.gating.selector import Budget, Select, Selector
-from eventful_det.gating.state import State, StreamState
-from eventful_det.gating.update import Update
-from eventful_det.gating.vit_spec import ViTSpec
+from eventful_det.gating.spec import ViTSpec
+from eventful_det.gating.state import State, StreamState, Update
 from eventful_det.gating.windows import Grid
 from eventful_det.recognition.config import RecogniserConfig
 from eventful_det.recognition.layers import SubModel, TubeletEmbedding

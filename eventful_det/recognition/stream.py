@@ -7,7 +7,7 @@ from typing import Protocol
 
 from eventful_det.data.video import Source, open_source
 from eventful_det.detectors.protocol import Network
-from eventful_det.gating.convert import DEFAULT_RULE, AnyRule
+from eventful_det.gating.rules import DEFAULT_RULE, AnyRule
 from eventful_det.gating.selector import Budget, Selector
 from eventful_det.recognition.results import RecogniserStream, RecognitionStep
 from eventful_det.recognition.session import RecognitionResult, RecognitionSession

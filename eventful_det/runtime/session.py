@@ -12,7 +12,7 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor
 from eventful_det.data.source import VideoFrame
 from eventful_det.detectors.protocol import Costed, InputTransform, Network, S, VideoDetector
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
+from eventful_det.detectors.saliency import token_saliency
 from eventful_det.errors import UserError
-from eventful_det.gating.saliency import token_saliency
 from eventful_det.gating.selector import GateInput, Policy, Selector
 from eventful_det.gating.state import State
 from eventful_det.runtime.drift import Drift
@@ -181,6 +181,9 @@ class Session(Protocol[S, T_contra, R_co]):
         """The result of an input."""
 
 
+AnySession: TypeAlias = Session[Any, Any, R_co]
+
+
 @runtime_checkable
 class OpensSessions(Network[Any, Any], Protocol[R_co]):
     """A network that has sessions of its own kind."""
@@ -189,7 +192,7 @@ class OpensSessions(Network[Any, Any], Protocol[R_co]):
     def selector(self) -> Selector:
         """What is selected unless it is told."""
 
-    def session(self, *, name: str, scene_cuts: bool, options: StreamOptions | None) -> Session[Any, Any, R_co]:
+    def session(self, *, name: str, scene_cuts: bool, options: StreamOptions | None) -> AnySession[R_co]:
         """One for a stream; see `StreamSession`."""
 
 

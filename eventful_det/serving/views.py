@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from eventful_det.data.video.transforms import resize
 from eventful_det.detectors.results import FrameCost
 from eventful_det.recognition.session import RecognitionResult
+from eventful_det.runtime.pool import StreamPool
 from eventful_det.runtime.session import StreamResult
 
 AnyResult = StreamResult | RecognitionResult
+AnyPool = StreamPool[StreamResult] | StreamPool[RecognitionResult]
 Follower = Callable[[StreamResult], StreamResult]
 HISTORY = 160  # frames in a strip chart
 _LONGEST = 960  # side of the pictures that are sent, in pixels

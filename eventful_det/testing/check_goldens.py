@@ -22,7 +22,7 @@ from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
 from eventful_det.gating.macs import ViTShape
 from eventful_det.gating.paper import Paper, PaperState
-from eventful_det.gating.vit_spec import Block, resize_positions
+from eventful_det.gating.spec import Block, resize_positions
 from eventful_det.gating.windows import Grid
 from eventful_det.testing.goldens import Golden, Recorded, load_golden, read_recording
 from eventful_det.testing.official import OfficialCounts, official_block

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from eventful_det.data.training_set import Labels, Samples, training_loader
-from eventful_det.detectors.checkpoints.files import save_detector
+from eventful_det.detectors.checkpoints.saving import save_detector
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from eventful_det.detectors.saliency import token_saliency
 from eventful_det.detectors.vitdet.config import vitdet_tiny
 from eventful_det.errors import UserError
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
-from eventful_det.gating.saliency import token_saliency
 from eventful_det.gating.selector import (
     EVERYTHING,
     GateInput,

@@ -11,10 +11,10 @@ from small import moving_clip, small_config, small_recogniser
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import Rule
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.rules import Rule
 from eventful_det.gating.selector import EVERYTHING, RandomK, TopK
 from eventful_det.gating.state import State
 from eventful_det.recognition.clips import recognise

@@ -16,7 +16,7 @@ import pytest
 import torch
 from running import ENVIRONMENT, ROOT, options_of
 
-from eventful_det.detectors.checkpoints.files import save_detector
+from eventful_det.detectors.checkpoints.saving import save_detector
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 

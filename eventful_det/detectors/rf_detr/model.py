@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eventful_det.data.video.transforms import Image
 from eventful_det.detectors.gated import GatedDetector, GatedStream, priced_statically
+from eventful_det.detectors.labels import LabelMap, renamed
 from eventful_det.detectors.protocol import AnyRule, InputTransform
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.detectors.rf_detr.parts import Float32Sampling, Parts, parts_of
@@ -27,8 +28,7 @@ from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
-from eventful_det.gating.state import State
-from eventful_det.gating.update import Update
+from eventful_det.gating.state import State, Update
 from eventful_det.gating.vit_spec import spec_of
 
 
@@ -124,6 +124,7 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
         self.parts: Parts = parts
         self.spec = dataclasses.replace(spec_of(parts.backbone), pixel_std=sum(parts.std) / len(parts.std))
         self.min_score = min_score
+        self._dropped: list[int] = []
         self.register_buffer("pixel_mean", torch.tensor(parts.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(parts.std).view(3, 1, 1), persistent=False)
         self.pixel_mean, self.pixel_std = self.pixel_mean.to(self.device), self.pixel_std.to(self.device)
@@ -133,6 +134,21 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
     def names(self) -> tuple[str, ...]:
         """Class names; a label is an index into them."""
         return self.parts.names
+
+    def relabel(self, labels: LabelMap) -> None:
+        """Rename classes, or drop them from the results.
+
+        Args:
+            labels: new name, or None to drop, by present name; classes that are not in it stay as they are.
+
+        Raises:
+            UserError: there is no such class, or two classes would have one name.
+        """
+        names, dropped = renamed(self.names, labels)
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"label map: RF-DETR cannot have two classes named {', '.join(sorted(twice))}")
+        self.parts = dataclasses.replace(self.parts, names=names)
+        self._dropped += [names.index(name) for name in dropped]
 
     @property
     def input_transform(self) -> InputTransform:
@@ -195,9 +211,11 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
             boxes: `(Q, 4)` centre and size, 0 to 1.
             size: (height, width) in pixels.
         """
-        scores, best = logits.float().sigmoid().flatten().sort(descending=True, stable=True)
+        scores = logits.float().sigmoid()
+        scores[:, self._dropped] = -1.0
+        scores, best = scores.flatten().sort(descending=True, stable=True)
         scores, best = scores[: len(logits)], best[: len(logits)]
-        keep = scores >= self.min_score
+        keep = scores >= max(self.min_score, 0.0)
         scores, best = scores[keep], best[keep]
         centre, extent = boxes.float()[best // logits.shape[1]].split(2, 1)
         corners = torch.cat([centre - 0.5 * extent, centre + 0.5 * extent], 1)  # (n, 4)

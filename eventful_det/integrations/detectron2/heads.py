@@ -19,7 +19,7 @@ from eventful_det.detectors.vitdet.incremental import HeadsState, init_heads, re
 from eventful_det.detectors.vitdet.macs import HeadSizes, HeadWeights, stage_macs
 from eventful_det.detectors.vitdet.rpn import ProposalHead
 from eventful_det.errors import UserError
-from eventful_det.gating.update import Update
+from eventful_det.gating.state import Update
 from eventful_det.gating.windows import Grid
 
 Features = dict[str, Tensor]

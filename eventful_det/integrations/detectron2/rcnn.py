@@ -32,8 +32,7 @@ from eventful_det.gating.macs import dense_macs
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Budget, Selector
-from eventful_det.gating.state import State
-from eventful_det.gating.update import Update
+from eventful_det.gating.state import State, Update
 from eventful_det.gating.vit_spec import spec_of
 from eventful_det.integrations.detectron2.config import eventful_options
 from eventful_det.integrations.detectron2.heads import Heads

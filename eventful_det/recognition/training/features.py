@@ -15,8 +15,8 @@ from torch import Tensor
 
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
-from eventful_det.gating.convert import DEFAULT_RULE
 from eventful_det.gating.dense import Dense
+from eventful_det.gating.rules import DEFAULT_RULE
 from eventful_det.recognition.clips import recognise, spatial_outputs
 from eventful_det.recognition.data.clip_reader import read_clips
 from eventful_det.recognition.data.segments import Segments

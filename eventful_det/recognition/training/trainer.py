@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -150,7 +149,7 @@ class _Indexed(Dataset[Batch]):
         return torch.stack(views), {h: torch.tensor([each.get(h, -1) for each in named]) for h in known}, together
 
 
-def parameter_groups(recogniser: Recogniser, options: RecogniserOptions) -> list[dict[str, Any]]:
+def parameter_groups(recogniser: Recogniser, options: RecogniserOptions) -> list[dict[str, object]]:
     """Parameters by learning rate and weight decay; each group holds its share of the rate as "lr_scale"."""
     depth = len(recogniser.spatial_model.backbone.blocks)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -20,6 +20,7 @@ import threading
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar, cast, overload
 
 from eventful_det.data.source import Source
@@ -27,7 +28,8 @@ from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransfor
 from eventful_det.errors import UserError
 from eventful_det.gating.selector import DEFAULT, Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
-from eventful_det.runtime.control import NetworkStepper
+from eventful_det.runtime.control import NetworkStepper, Stepper
+from eventful_det.runtime.live import DetectorThread, LiveBoxes
 from eventful_det.runtime.motion import Hold
 from eventful_det.runtime.pool.feed import Feed, open_feed
 from eventful_det.runtime.pool.metrics import PoolMetrics, Tally
@@ -51,6 +53,7 @@ class _Member:
     """A stream of the pool.
 
     Attributes:
+        boxes: of a live stream.
         next_key: the round in which its next key frame is due, if it has a frame in every round.
         settled: it takes turns with the others.
     """
@@ -58,6 +61,7 @@ class _Member:
     session: Session[Any, Any, Any]
     feed: Feed
     tally: Tally
+    boxes: LiveBoxes | None = None
     next_key: int = 0
     settled: bool = False
 
@@ -81,9 +85,11 @@ class StreamPool(Iterator[list[R]], Generic[R]):
             cut ends that at once. The streams take turns, so that rounds cost alike, and the budget is for those whose
             turn it is. None = on every frame, unless the budget is smaller than what makes key frames worth their cost.
         timing: measure the seconds of each part, for which a GPU is waited for once per round.
+        live: every frame gets moved boxes at once, while the detector works in a thread, on one stream after the other,
+            at its own pace; see `eventful_det.runtime.live`. The budget is that of one frame.
 
     Raises:
-        UserError: `hold` is below 1; or an option is not for recognisers.
+        UserError: `hold` is below 1, or given for live streams; or an option is not for recognisers.
     """
 
     @overload
@@ -99,6 +105,7 @@ class StreamPool(Iterator[list[R]], Generic[R]):
         scene_cuts: bool = True,
         hold: Hold = None,
         timing: bool = False,
+        live: bool = False,
     ) -> None: ...
 
     @overload
@@ -125,9 +132,11 @@ class StreamPool(Iterator[list[R]], Generic[R]):
         scene_cuts: bool = True,
         hold: Hold = None,
         timing: bool = False,
+        live: bool = False,
     ) -> None:
         self._detector = detector
         self.rule = rule
+        self._thread = DetectorThread() if live else None
         self._scene_cuts, self._hold = scene_cuts, hold
         self._transform: InputTransform | None = None
         default = DEFAULT
@@ -138,8 +147,9 @@ class StreamPool(Iterator[list[R]], Generic[R]):
         else:
             self._transform = detector.input_transform.with_sides(short_side, long_side)
         self._session("")  # raises where an option is out of its range
-        holds = hold is None and self._transform is not None
-        self._stepper: NetworkStepper[Any, Any, R] = NetworkStepper(
+        holds = hold is None and self._transform is not None and not live
+        kind: type[NetworkStepper[Any, Any, Any]] = NetworkStepper if self._transform is None else Stepper
+        self._stepper = kind(
             detector, rule=rule, budget=budget, options=options, timing=timing, hold=holds, default=default
         )
         self._rounds = 0
@@ -200,7 +210,11 @@ class StreamPool(Iterator[list[R]], Generic[R]):
             unique = _unique(name or title, self._members)
             self._departed.pop(unique, None)
             session.name = unique
-            self._members[unique] = _Member(session, feed, Tally())
+            boxes = None
+            if self._thread is not None and isinstance(self._stepper, Stepper):
+                detect = partial(self._stepper.detect, cast("StreamSession[Any]", session))
+                boxes = LiveBoxes(detect, self._thread, self._scene_cuts)
+            self._members[unique] = _Member(session, feed, Tally(), boxes)
         self._arrived.set()
         return unique
 
@@ -245,7 +259,7 @@ class StreamPool(Iterator[list[R]], Generic[R]):
             result = next(finished) if isinstance(one, KeyFrame) else one
             if isinstance(one, KeyFrame):
                 self._schedule(member, one.regular, members)
-            member.tally.count(result.cost, result.dropped, member.session.state.nbytes)
+            member.tally.count(result, member.session.state.nbytes)
             results.append(result)
         return results
 
@@ -295,6 +309,10 @@ class StreamPool(Iterator[list[R]], Generic[R]):
             return self._detector.session(name=name, scene_cuts=cuts, options=options)
         assert self._transform is not None
         transform = self._transform.with_sides(short_side, None)
+        if self._thread is not None:
+            if hold is not None:
+                raise UserError("live streams run the detector whenever it is idle; leave hold out")
+            hold, cuts, track = 1, False, False  # `LiveBoxes` looks for cuts, and gives ids
         return StreamSession(
             self._detector, transform, name=name, scene_cuts=cuts, hold=hold, track=track, options=options
         )
@@ -314,6 +332,8 @@ class StreamPool(Iterator[list[R]], Generic[R]):
         """The next frame of a stream; None if it has none, which may be because it just left."""
         try:
             while (frame := member.feed.poll()) is not None:
+                if member.boxes is not None:
+                    return cast("R | None", member.boxes.show(frame, member.feed.dropped, wait=False))
                 if (one := member.session.begin(frame, dropped=member.feed.dropped)) is not None:
                     return cast("KeyFrame | R", one)
         except StopIteration:
