@@ -155,6 +155,8 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     try:
         if notes.get("format") == FORMAT:
             return Weights("eventful_det", _config(notes), tensors, notes)
+        if "spatial_model.class_token" in tensors:
+            raise UserError("this is a recogniser of actions, no detector; open it with load_recogniser")
         official = is_official(tensors)
         tensors = from_official(tensors) if official else tensors
         if not any(key.startswith("backbone.net.") for key in tensors):
