@@ -143,7 +143,11 @@ def evaluate(
     with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("clips", total=count * len(kinds))
         for shared in kinds:
-            ways = list(sweep_ways(shared=shared, steps=recogniser.config.steps)) if gate is None else [Way("rule", *gate, shared, hold)]
+            ways = (
+                list(sweep_ways(shared=shared, steps=recogniser.config.steps))
+                if gate is None
+                else [Way("rule", *gate, shared, hold)]
+            )
             clips = read_clips(items, recogniser.config, shared)
             evaluations += evaluate_clips(recogniser, clips, ways, lambda _: progress.advance(task))
     rows = [row_of(evaluation, evaluations[0]) for evaluation in evaluations]
