@@ -11,7 +11,7 @@ from eventful_det.detectors.results import Detections, FrameCost
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import coco_results
 from eventful_det.files import JsonObject
-from eventful_det.recognition.stream import RecognitionResult
+from eventful_det.recognition.session import RecognitionResult
 from eventful_det.runtime.session import StreamResult
 
 if TYPE_CHECKING:
@@ -67,15 +67,28 @@ def to_coco(
     return entries
 
 
-def to_record(result: StreamResult) -> JsonObject:
-    """A frame as one JSON object: what was found, and what it cost. Boxes are xyxy in pixels of the source."""
-    found = result.detections
-    zones = [{}] * len(found) if result.zones is None else [{"zones": list(names)} for names in result.zones]
-    lists = (found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), _tracks(found), zones)
+def to_record(result: StreamResult | RecognitionResult) -> JsonObject:
+    """A frame as one JSON object: what was found, and what it cost.
+
+    Boxes are xyxy in pixels of the source; of recognisers, the likeliest classes of each head come in their place.
+    """
     return {
         "frame_index": result.frame_index,
         "timestamp": result.timestamp,
         "size": {"height": result.image.shape[0], "width": result.image.shape[1]},
+        **(_boxes(result) if isinstance(result, StreamResult) else _classes(result)),
+        "cost": cost_record(result.cost),
+        "held": result.held,
+        "frame_age": result.frame_age,
+        "dropped": result.dropped,
+    }
+
+
+def _boxes(result: StreamResult) -> JsonObject:
+    found = result.detections
+    zones = [{}] * len(found) if result.zones is None else [{"zones": list(names)} for names in result.zones]
+    lists = (found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), _tracks(found), zones)
+    return {
         "detections": [
             {
                 "box": [round(v, 2) for v in box],
@@ -86,26 +99,19 @@ def to_record(result: StreamResult) -> JsonObject:
                 **places,
             }
             for box, score, label, track, places in zip(*lists, strict=True)
-        ],
-        "cost": cost_record(result.cost),
-        "held": result.held,
-        "frame_age": result.frame_age,
-        "dropped": result.dropped,
+        ]
     }
 
 
-def action_record(result: RecognitionResult) -> JsonObject:
-    """A step of action recognition as one JSON object: the likeliest classes of each head, and what it cost."""
+def _classes(result: RecognitionResult) -> JsonObject:
     return {
-        "frame_index": result.frame_index,
-        "timestamp": result.timestamp,
         "classes": {
-            head: [{"name": name, "probability": round(value, 4)} for name, value in result.top(head=head)]
+            head: [
+                {"label": result.names[head].index(name), "name": name, "probability": round(value, 4)}
+                for name, value in result.top(head=head)
+            ]
             for head in result.names
-        },
-        "cost": cost_record(result.cost),
-        "frame_age": result.frame_age,
-        "dropped": result.dropped,
+        }
     }
 
 

@@ -20,7 +20,7 @@ STAND_INS = {
 }
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/live.md", "docs/policies.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/live.md", "docs/policies.md", "docs/cameras.md"])
 def test_examples(name: str, tiny_detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     """All Python of a page, one block after the other, with a detector that takes no time."""
     monkeypatch.setattr(checkpoints, "load_detector", lambda: tiny_detector)

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -95,6 +96,11 @@ def test_the_public_surface_is_there_and_loaded_when_asked_for() -> None:
         eventful_det.nothing  # type: ignore[attr-defined]  # noqa: B018
 
 
+def test_a_room_holds_at_most_a_dozen_files() -> None:
+    rooms = Counter(path.parent.relative_to(ROOT).as_posix() for path in MODULES.values())
+    assert not {room: files for room, files in rooms.items() if files > 12}
+
+
 def test_no_public_signature_has_an_any() -> None:
     """Data of JSON files apart, which has a name: `JsonObject`."""
     found = [
@@ -109,12 +115,21 @@ def test_no_public_signature_has_an_any() -> None:
 
 def public_functions(place: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     """Functions and methods that users may call, `__init__` and its like included."""
+    overloaded = set()
     for node in place.body:
         private = isinstance(node, ast.ClassDef | ast.FunctionDef) and re.match(r"_(?!_)", node.name)
         if isinstance(node, ast.ClassDef) and not private:
             yield from public_functions(node)
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not private:
+            if is_overload(node):
+                overloaded.add(node.name)
+            elif node.name in overloaded:
+                continue  # users see the overloads alone
             yield node
+
+
+def is_overload(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any(isinstance(one, ast.Name) and one.id == "overload" for one in function.decorator_list)
 
 
 def annotations(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.expr]:

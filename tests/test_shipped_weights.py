@@ -17,7 +17,7 @@ from eventful_det.data.classes import SYNTHETIC_SHAPES
 from eventful_det.data.coco_video import load_coco_video
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video.pictures import read_image
-from eventful_det.detectors.checkpoints.files import SYNTHETIC
+from eventful_det.detectors.checkpoints.weight_files import SYNTHETIC
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 

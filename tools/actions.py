@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import statistics
@@ -18,19 +19,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from eventful_det.benchmark.timing import paired_ratios, time_together
+from eventful_det.detectors.checkpoints.weight_files import find_weights
+from eventful_det.detectors.rf_detr.loading import is_rf_detr
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
-from eventful_det.gating.convert import AnyRule
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.rules import AnyRule
 from eventful_det.gating.selector import DEFAULT as SELECTOR
 from eventful_det.gating.selector import Selector, TopK
-from eventful_det.options import Natural, NonNegative, Share, from_values, nearest
+from eventful_det.options import Count, Natural, NonNegative, Share, from_values, nearest
 from eventful_det.outputs import markdown_table, write_text
 from eventful_det.recognition.accuracy import accuracy, unseen, write_submission
 from eventful_det.recognition.checkpoints import (
-    find_recogniser,
     is_recogniser,
     load_recogniser,
     read_recogniser,
@@ -46,15 +48,10 @@ from eventful_det.recognition.data.synthetic_actions import ACTIONS, ActionOptio
 from eventful_det.recognition.evaluation import Evaluation, Way, evaluate_clips, sweep_ways
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.results import StepCost
-from eventful_det.recognition.training import (
-    FeatureClips,
-    RecogniserTrainer,
-    RecogniserTraining,
-    Samples,
-    SyntheticClips,
-    VideoClips,
-    cache_features,
-)
+from eventful_det.recognition.session import DEFAULT as RECOGNITION
+from eventful_det.recognition.training.features import FeatureClips, cache_features, cache_views, gated_ways
+from eventful_det.recognition.training.samples import Samples, SyntheticClips, VideoClips
+from eventful_det.recognition.training.trainer import RecogniserOptions, RecogniserTrainer
 from eventful_det.testing import official_vivit
 from eventful_det.training.options import TrainOptions
 
@@ -70,21 +67,29 @@ _COLUMNS = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCom
 class RecognitionOptions:
     """What training a recogniser needs beside `train`; configs/train_net.yaml explains it."""
 
+    stage: Literal["temporal"] | None = None
+    budgets: tuple[Share, ...] = (1.0, 0.5, 0.25, 0.125)
+    clips: Count = 6000
+    noise: NonNegative = 0.1
     features: str | None = None
     frozen: Natural = 0
     smoothing: Share = 0.0
-    seconds: NonNegative = 0.0
 
 
 def recognises(task: Task | None, weights: str | None) -> bool:
     """Whether a tool is to recognise actions: it is told to, or the weights are a recogniser's."""
-    if task is not None or weights is None:
+    if task is not None or weights is None or is_rf_detr(weights):
         return task == "recognition"
     try:
-        path = find_recogniser(weights)
+        path = find_weights(weights)
     except UserError:
         return False  # detection says what is wrong
     return is_recogniser(path)
+
+
+def own_gate(gate: Gate) -> Gate:
+    """A gate for recognisers: where that of detection is left as it is, the default of recognition stands for it."""
+    return gate._replace(selector=RECOGNITION) if gate.selector == SELECTOR else gate
 
 
 def read_segments(path: str, data: Data, classes: Mapping[str, Sequence[str]] | None) -> Segments:
@@ -138,7 +143,11 @@ def evaluate(
     with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("clips", total=count * len(kinds))
         for shared in kinds:
-            ways = list(sweep_ways(shared=shared)) if gate is None else [Way("rule", *gate, shared, hold)]
+            ways = (
+                list(sweep_ways(shared=shared, steps=recogniser.config.steps))
+                if gate is None
+                else [Way("rule", *gate, shared, hold)]
+            )
             clips = read_clips(items, recogniser.config, shared)
             evaluations += evaluate_clips(recogniser, clips, ways, lambda _: progress.advance(task))
     rows = [row_of(evaluation, evaluations[0]) for evaluation in evaluations]
@@ -233,28 +242,51 @@ def train(config: TrainingConfig, directory: Path, device: torch.device) -> dict
     segments = None if synthetic else read_segments(data.train, data, None)
     recogniser = build(config, {"action": ACTIONS} if segments is None else segments.classes).to(device)
     samples: Samples
-    if segments is None:
-        height, width = recogniser.config.size
-        samples = SyntheticClips(recogniser, ActionOptions(width, height, recogniser.config.span), train.seed)
-    elif options.features:
-        say("caching spatial outputs")
-        cache_features(recogniser.eval(), segments, Path(options.features), Way("default"))
-        samples = FeatureClips(Path(options.features), train.seed)
+    if options.stage == "temporal":
+        folder = Path(options.features) if options.features else directory / "features"
+        cache(recogniser.eval(), segments, options, train.seed, folder)
+        samples = FeatureClips(folder, train.seed, options.noise)
+    elif segments is None:
+        samples = rendered_clips(recogniser, options, train.seed)
     else:
         samples = VideoClips(recogniser, segments, train.seed)
-    names = RecogniserTraining.__dataclass_fields__.keys() & asdict(train).keys()
-    settings = {name: getattr(train, name) for name in names}
-    settings |= {"frozen": options.frozen, "smoothing": options.smoothing, "seconds": options.seconds}
+    settings = RecogniserOptions(**asdict(train), frozen=options.frozen, smoothing=options.smoothing)
     with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("training", total=train.steps)
 
         def show(step: int, metrics: dict[str, float]) -> None:
-            losses = sum(value for name, value in metrics.items() if name.startswith("loss"))
-            progress.update(task, completed=step, description=f"loss {losses:.3f}")
+            progress.update(task, completed=step, description=f"loss {metrics['loss']:.3f}")
 
-        trainer = RecogniserTrainer(recogniser, samples, RecogniserTraining(**settings), directory, show)
+        trainer = RecogniserTrainer(recogniser, samples, settings, directory, show)
         trainer.train()
     return {"steps": trainer.step, "weights": str(directory / "model.safetensors")}
+
+
+def rendered_clips(
+    recogniser: Recogniser, options: RecognitionOptions, seed: int, *, keep: bool = True
+) -> SyntheticClips:
+    """Synthetic actions in the size of a recogniser."""
+    height, width = recogniser.config.size
+    actions = ActionOptions(width, height, recogniser.config.span)
+    return SyntheticClips(recogniser, actions, seed, count=options.clips, keep=keep)
+
+
+def cache(
+    recogniser: Recogniser, segments: Segments | None, options: RecognitionOptions, seed: int, folder: Path
+) -> None:
+    """The spatial outputs of all clips, gated; those of an interrupted run are kept."""
+    ways = gated_ways(options.budgets)
+    with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("spatial outputs", total=options.clips if segments is None else len(segments))
+
+        def show(done: int) -> None:
+            progress.update(task, completed=done)
+
+        if segments is None:
+            samples = rendered_clips(recogniser, options, seed, keep=False)
+            cache_views(recogniser, samples, options.clips, folder, ways, seed, show)
+        elif failed := cache_features(recogniser, segments, folder, ways, seed, show):
+            warn(f"{len(failed)} clips could not be read. The first: {next(iter(failed.values()))}")
 
 
 def build(config: TrainingConfig, classes: Mapping[str, Sequence[str]]) -> Recogniser:
@@ -287,7 +319,7 @@ def convert(
     names: Literal["official", "tadaconv"],
 ) -> dict[str, Any]:
     """Rewrite a recogniser: `.safetensors` is ours; other suffixes the official code's names, or TAdaConv's."""
-    path = find_recogniser(source)
+    path = find_weights(source)
     found = read_recogniser(path)
     recogniser = load_recogniser(path)
     if output.suffix == ".safetensors":
@@ -328,6 +360,8 @@ def count(model: str | None, k: Sequence[int] | None) -> list[dict[str, Any]]:
 def time_steps(model: str, k: int | None, repetitions: int, warm_up: int, seed: int) -> list[dict[str, Any]]:
     """Time steps of a recogniser with random weights: dense, rows and paper, in float32 and bfloat16, in turns.
 
+    In bfloat16 the weights are held, so that none is converted at a step.
+
     Args:
         model: name of the model; it runs on the CPU.
         k: tokens that a gated step recomputes, class token included; None = an eighth.
@@ -336,6 +370,7 @@ def time_steps(model: str, k: int | None, repetitions: int, warm_up: int, seed: 
     """
     torch.manual_seed(seed)
     recogniser = Recogniser(_config(model)).eval()
+    low = copy.deepcopy(recogniser).bfloat16()
     config = recogniser.config
     tokens = config.grid[0] * config.grid[1] + 1
     count = tokens // 8 if k is None else k
@@ -349,8 +384,8 @@ def time_steps(model: str, k: int | None, repetitions: int, warm_up: int, seed: 
 
     def step(name: str, i: int) -> StepCost:
         rule, selector, dtype = ways[name]
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            return recogniser.step([tubelets[i % 8]], states[name], rule=rule, selector=selector)[0].cost
+        network = recogniser if dtype == "float32" else low
+        return network.step([tubelets[i % 8]], states[name], rule=rule, selector=selector)[0].cost
 
     calls = {name: partial(step, name) for name in ways}
     timed = time_together(calls, repetitions, warm_up, torch.device("cpu"), seed)

@@ -50,7 +50,7 @@ from eventful_det.benchmark.timing import (
     time_together,
 )
 from eventful_det.evaluation.efficiency import Spread
-from eventful_det.evaluation.summary import jsonable
+from eventful_det.evaluation.sweep.summary import jsonable
 from eventful_det.outputs import markdown_table, owned, write_text
 
 NOTE = (

@@ -35,7 +35,7 @@ from eventful_det.engine.detector import CompiledDetector
 from eventful_det.engine.export import export_detector, graphs_of, in_engine
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import Spread
-from eventful_det.evaluation.summary import jsonable
+from eventful_det.evaluation.sweep.summary import jsonable
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.rows import Rows
 from eventful_det.outputs import markdown_table, write_json, write_text

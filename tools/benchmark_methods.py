@@ -24,9 +24,10 @@ from eventful_det.detectors.rf_detr.sizes import SIZES, random_model
 from eventful_det.detectors.vitdet.config import MODELS, ModelConfig
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import Rule, eventify
+from eventful_det.gating.convert import eventify
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
+from eventful_det.gating.rules import Rule
 from eventful_det.gating.selector import DEFAULT, Selector, TopK
 from eventful_det.gating.state import StreamState
 from eventful_det.gating.vit_spec import spec_of

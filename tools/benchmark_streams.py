@@ -25,10 +25,11 @@ from rich.table import Table
 from eventful_det.benchmark.timing import Timed, paired_ratios, time_together
 from eventful_det.data.video import open_source
 from eventful_det.data.video.transforms import Image
-from eventful_det.detectors.checkpoints.files import SYNTHETIC, load_detector
+from eventful_det.detectors.checkpoints.files import load_detector
+from eventful_det.detectors.checkpoints.weight_files import SYNTHETIC
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import Spread
-from eventful_det.evaluation.summary import jsonable
+from eventful_det.evaluation.sweep.summary import jsonable
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Budget

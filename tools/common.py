@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from eventful_det.detectors.checkpoints.files import SYNTHETIC, load_detector
+from eventful_det.detectors.checkpoints.files import load_detector
+from eventful_det.detectors.checkpoints.weight_files import SYNTHETIC
 from eventful_det.detectors.protocol import AnyRule, VideoDetector
 from eventful_det.errors import UserError, printable
 from eventful_det.gating.dense import Dense

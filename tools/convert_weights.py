@@ -20,13 +20,9 @@ import actions
 import torch
 from common import Texts, as_list, say, write_results
 
-from eventful_det.detectors.checkpoints.files import (
-    find_weights,
-    load_detector,
-    read_weights,
-    save_detector,
-    save_detectron2,
-)
+from eventful_det.detectors.checkpoints.files import load_detector, read_weights
+from eventful_det.detectors.checkpoints.saving import save_detector, save_detectron2
+from eventful_det.detectors.checkpoints.weight_files import find_weights
 from eventful_det.errors import UserError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

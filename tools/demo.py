@@ -46,6 +46,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, home_path, open_source
 from eventful_det.detectors.labels import relabel
+from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError, printable
 from eventful_det.evaluation.efficiency import peak_memory
@@ -140,14 +141,18 @@ def build_detector(options: Options, sources: Sequence[str | Path]) -> AnyDetect
     return keep_classes(detector, at_least_one(options.classes, "classes"))
 
 
-def keep_classes(detector: AnyDetector, classes: Sequence[str]) -> Detector:
+def keep_classes(detector: AnyDetector, classes: Sequence[str]) -> AnyDetector:
     """The same detector, reporting some of its classes only."""
-    if not isinstance(detector, Detector):
-        raise UserError("classes: RF-DETR reports all of its classes; leave classes out")
     unknown = sorted(set(classes) - set(detector.names))
     if unknown:
         raise UserError(f"classes: no class {', '.join(unknown)}; the weights know {', '.join(detector.names)}")
-    kept = Detector(relabel(detector.config, {name: None for name in detector.names if name not in classes}))
+    labels = {name: None for name in detector.names if name not in classes}
+    if isinstance(detector, EventfulRFDETR):
+        detector.relabel(labels)
+        return detector
+    if not isinstance(detector, Detector):
+        raise UserError("classes: a compiled engine reports all of its classes; leave classes out")
+    kept = Detector(relabel(detector.config, labels))
     kept.load_state_dict(detector.state_dict())
     return kept.eval().to(detector.device)
 
@@ -279,15 +284,21 @@ class ActionRun(Run):
         self, options: Options, budget: Budget, recogniser: Recogniser, source: VideoSource, directory: Path
     ) -> None:
         self.options, self.source, self.directory, self.recogniser = options, source, directory, recogniser
-        gate = build_gate(options.gate)
-        chosen = gate.selector if budget is None else budget
-        steps = {"max_steps": options.max_frames, "scene_cuts": options.scene_cuts}
-        self.stream = self._results = recogniser.stream(source, budget=chosen, rule=gate.rule, **steps)  # type: ignore[arg-type]
+        gate = actions.own_gate(build_gate(options.gate))
+        self.stream = self._results = recogniser.stream(
+            source,
+            budget=gate.selector if budget is None else budget,
+            options=BudgetOptions(max_age=options.max_age, bucket=options.bucket),
+            rule=gate.rule,
+            max_steps=options.max_frames,
+            scene_cuts=options.scene_cuts,
+            timing=True,
+        )
 
     def time_dense(self, first: Any) -> float:
         """See `Run`."""
         frames = itertools.repeat(first.image)
-        runs = self.recogniser.stream(frames, rule=Dense(), scene_cuts=False, max_steps=4)
+        runs = self.recogniser.stream(frames, rule=Dense(), scene_cuts=False, max_steps=4, timing=True)
         _, *seconds = [result.cost.latency for result in runs]  # the first warms up
         return statistics.median(seconds)
 

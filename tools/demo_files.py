@@ -16,7 +16,7 @@ import numpy as np
 from common import say
 from numpy.typing import NDArray
 
-from eventful_det.adapters import action_record, to_record
+from eventful_det.adapters import to_record
 from eventful_det.data.video.writer import VideoWriter
 from eventful_det.detectors.results import FrameCost
 from eventful_det.errors import UserError
@@ -180,7 +180,7 @@ class ActionOutputs(Outputs):
 
     def record(self, result: Any) -> dict[str, Any]:
         """See `Outputs`."""
-        return action_record(result)
+        return to_record(result)
 
 
 def _part(path: Path) -> Path:

@@ -53,18 +53,18 @@ from eventful_det.data.coco_video import CocoVideo, load_coco_video
 from eventful_det.data.labelling.remap import for_classes
 from eventful_det.data.labelling.teacher import Teacher
 from eventful_det.data.streams import share_out
-from eventful_det.detectors.checkpoints.files import DEFAULT, find_weights, load_detector
+from eventful_det.detectors.checkpoints.files import load_detector
+from eventful_det.detectors.checkpoints.weight_files import DEFAULT, find_weights
 from eventful_det.detectors.rf_detr.loading import is_rf_detr
 from eventful_det.engine.backends import Precision
 from eventful_det.errors import UserError
-from eventful_det.evaluation import report
 from eventful_det.evaluation.detection import ENOUGH, labelled_frames
 from eventful_det.evaluation.flushes import ap50_since_flush
 from eventful_det.evaluation.latency_aware import Look, cnn_look, detector_look, latency_aware, markdown
-from eventful_det.evaluation.runs import Method, MethodRun
-from eventful_det.evaluation.store import ResultStore, file_hash
-from eventful_det.evaluation.summary import Row, jsonable, row_of
-from eventful_det.evaluation.sweep import collect, complete, first
+from eventful_det.evaluation.sweep import collect, complete, first, report
+from eventful_det.evaluation.sweep.runs import Method, MethodRun
+from eventful_det.evaluation.sweep.store import ResultStore, file_hash
+from eventful_det.evaluation.sweep.summary import Row, jsonable, row_of
 from eventful_det.files import written_whole
 from eventful_det.options import Count, Natural
 from eventful_det.outputs import owned, write_json, write_text
@@ -313,7 +313,7 @@ def evaluate_all(config: Options) -> None:
 def evaluate_recogniser(config: Options) -> None:
     """Evaluate a recogniser on clips, then write the results."""
     directory, weights = Path(config.output), config.weights or actions.DEFAULT
-    gate = None if config.eval.curves is not None else build_gate(config.gate)
+    gate = None if config.eval.curves is not None else actions.own_gate(build_gate(config.gate))
     recogniser = load_recogniser(weights, temporal_views=config.temporal_views).to(choose_device(config.device))
     options: dict[str, Any] = {"max_clips": config.max_videos, "hold": config.eval.hold, "views": config.views}
     about = {"command": command(), "weights": weights, "data": config.data.val, "threads": torch.get_num_threads()}

@@ -3,6 +3,7 @@
     python tools/serve.py                                  # http://127.0.0.1:8077, then choose what to watch
     python tools/serve.py source=clip.mp4 budget=40GMACs
     python tools/serve.py source='[0,rtsp://gate/stream]' media=videos/
+    python tools/serve.py weights=vivit_tiny_synthetic     # recognise actions
     python tools/serve.py host=0.0.0.0 expose=true token=auto
     python tools/serve.py cameras.yaml log=json            # masks, zones, events, clips: docs/cameras.md
 
@@ -23,7 +24,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from common import AnyDetector, Side, Texts, as_list, build_gate, console, open_detector
+import actions
+from common import AnyDetector, Side, Texts, as_list, build_gate, choose_device, console, open_detector
 
 from eventful_det.cameras.config import read_site
 from eventful_det.cameras.service import CameraService
@@ -31,6 +33,8 @@ from eventful_det.data.classes import SYNTHETIC_SHAPES
 from eventful_det.errors import UserError, printable
 from eventful_det.gating.dense import Dense
 from eventful_det.options import Count, Positive, Range
+from eventful_det.recognition.checkpoints import load_recogniser
+from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.motion import parse_hold
 from eventful_det.runtime.pool import StreamPool
@@ -49,12 +53,14 @@ class Options:
     positional: ClassVar = ("source",)
     aliases: ClassVar = {"model": "weights"}  # as other detectors call it
 
+    task: actions.Task | None
     gate: dict[str, Any]
     source: Texts | None
     weights: str | None
     labels: str | None
     budget: float | int | str
     hold: Count | Literal["auto", "adaptive"]
+    live: bool
     rescore: bool
     track: bool
     short_side: Side | None
@@ -130,9 +136,9 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host}:{port}: {error}; try another port, or port=0") from error
 
 
-def build_opener(options: Options, detector: AnyDetector) -> SourceOpener:
+def build_opener(options: Options, network: AnyDetector | Recogniser) -> SourceOpener:
     """What people may open."""
-    synthetic = {shape.name for shape in SYNTHETIC_SHAPES} <= set(detector.names)
+    synthetic = not isinstance(network, Recogniser) and {shape.name for shape in SYNTHETIC_SHAPES} <= set(network.names)
     local = not options.expose
     return SourceOpener(
         media=None if options.media is None else Path(options.media),
@@ -144,18 +150,28 @@ def build_opener(options: Options, detector: AnyDetector) -> SourceOpener:
     )
 
 
-def build_runner(options: Options, detector: AnyDetector, sources: Sequence[str]) -> PoolRunner:
+def build_runner(options: Options, network: AnyDetector | Recogniser, sources: Sequence[str]) -> PoolRunner:
     """A pool of the sources to watch from the start, and what drives it."""
-    gate = build_gate(options.gate)
-    pool = StreamPool(
-        detector,
-        budget=gate.selector,
-        rule=gate.rule,
-        short_side=options.short_side,
-        long_side=options.long_side,
-        hold=parse_hold(options.hold),
-        timing=True,
-    )
+    gate, hold = build_gate(options.gate), parse_hold(options.hold)
+    pool: StreamPool[Any]
+    if isinstance(network, Recogniser):
+        if options.track or options.live or hold is not None or options.short_side or options.long_side:
+            raise UserError(
+                "track, live, hold, short_side and long_side are for detectors; a recogniser takes none of them"
+            )
+        gate = actions.own_gate(gate)
+        pool = StreamPool(network, budget=gate.selector, rule=gate.rule, timing=True)
+    else:
+        pool = StreamPool(
+            network,
+            budget=gate.selector,
+            rule=gate.rule,
+            short_side=options.short_side,
+            long_side=options.long_side,
+            hold=hold,
+            timing=True,
+            live=options.live,
+        )
     most = max(options.max_streams, len(sources))
     runner = PoolRunner(pool, max_streams=most, track=options.track, rescore=options.rescore)
     if gate.rule != Dense():
@@ -182,13 +198,19 @@ def run(options: Options) -> None:
         parse_budget(options.budget)
     if (site := site_of(sources)) is not None:
         sources = [str(camera.source) for camera in read_site(site).cameras.values()]
-    detector = open_detector(options.weights, options.labels, options.device, sources)
-    opener = build_opener(options, detector)
+    network: AnyDetector | Recogniser
+    if actions.recognises(options.task, options.weights):
+        network = load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))
+    else:
+        network = open_detector(options.weights, options.labels, options.device, sources)
+    opener = build_opener(options, network)
     port = listen(options.host, options.port)
-    runner, cameras = build_runner(options, detector, sources), None
+    runner, cameras = build_runner(options, network, sources), None
     set_up_log(options.log)
     if site is not None:
-        cameras = CameraService(site, runner, detector.names)
+        if isinstance(network, Recogniser):
+            raise UserError(f"{site}: zones and events need a detector, and {options.weights} recognises actions")
+        cameras = CameraService(site, runner, network.names)
         for number in (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ():
             signal.signal(number, lambda *_: cameras.ask_to_reload())
     else:

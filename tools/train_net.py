@@ -41,7 +41,7 @@ from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.config import MODELS, ModelConfig
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.evaluation.summary import evaluate_detector, jsonable
+from eventful_det.evaluation.sweep.summary import evaluate_detector, jsonable
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import DEFAULT as GATE
 from eventful_det.options import Count, Positive, from_values, nearest

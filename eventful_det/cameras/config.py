@@ -10,6 +10,7 @@ cameras:
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from eventful_det.options import (
     nearest,
     refuse_unknown,
 )
+from eventful_det.outputs import write_text
 from eventful_det.runtime.session import StreamOptions
 
 Place = tuple[Share, Share]
@@ -65,6 +67,11 @@ class Wanted(Limits):
     """Objects of which classes count; a mapping gives some of these limits of their own. None = all classes."""
 
     classes: dict[str, Limits] | tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.classes or ():
+            self.limits(name)  # those of its own may contradict the others
 
     def limits(self, name: str) -> Limits | None:
         """Those of a class; None where it does not count."""
@@ -248,24 +255,79 @@ def read_site(path: Path, names: Sequence[str] | None = None) -> Site:
     Raises:
         UserError: it cannot be read, or has faults (`Faults`).
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    reader = _Reader(path.name)
+    return parse_site(_text_of(path), path.name, names)
+
+
+def parse_site(text: str, file: str, names: Sequence[str] | None = None) -> Site:
+    """The same for the text of a file.
+
+    Raises:
+        Faults: it has some.
+    """
+    reader = _Reader()
     site = reader.read(text)
     if site is not None and names is not None:
         reader.check_classes(site, names)
     if reader.faults or site is None:
-        raise Faults([f"{path.name}:{line}: {message}" for line, message in sorted(reader.faults)])
+        raise Faults([f"{file}:{line}: {message}" for line, message in sorted(reader.faults)])
     return site
+
+
+def edit_regions(path: Path, camera: str, regions: Mapping[str, object], names: Sequence[str] | None = None) -> None:
+    """Exchange options of a camera in a file, such as its masks and zones; all else stays as it is written there.
+
+    Raises:
+        UserError: they are none, or stand where they cannot be exchanged; the file stays as it is.
+    """
+    text = _text_of(path)
+    parse_site(text, path.name, names)
+    for key, value in regions.items():
+        root: Any = yaml.compose(text, yaml.SafeLoader)
+        node = _child(_child(root, "cameras")[1], camera)[1]
+        written = json.dumps(value)
+        try:
+            key_node, old = _child(node, key)
+        except KeyError:
+            start = node.start_mark.index
+            if node.flow_style:
+                text = f"{text[: start + 1]}{key}: {written}, {text[start + 1 :]}"
+            else:
+                text = f"{text[:start]}{key}: {written}\n{' ' * node.start_mark.column}{text[start:]}"
+        else:
+            if old.start_mark.index < key_node.end_mark.index:  # *alias: it stands elsewhere
+                raise UserError(f"{camera}: {key} is shared with others in {path.name}; edit the file")
+            text = text[: key_node.end_mark.index] + f": {written}" + text[_end(old) :]
+    parse_site(text, path.name, names)
+    write_text(path, text)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _child(node: yaml.MappingNode, name: str) -> tuple[yaml.Node, Any]:
+    """Key and value of a mapping; raises KeyError."""
+    for key, value in node.value:
+        if key.value == name:
+            return key, value
+    raise KeyError(name)
+
+
+def _end(node: yaml.Node) -> int:
+    """Where a value ends, without the comments behind it."""
+    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        last = node.value[-1]
+        return _end(last[1] if isinstance(last, tuple) else last)
+    return int(node.end_mark.index)
 
 
 class _Reader:
     """Reads a file and collects its faults."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self) -> None:
         self.faults: list[tuple[int, str]] = []
         self.lines: dict[str, int] = {}  # by dotted name
 
@@ -277,7 +339,7 @@ class _Reader:
             if not isinstance(node, yaml.MappingNode):
                 self.faults.append((1, "expected options, with `cameras:` at the left"))
                 return None
-            self._substitute(node, set())
+            self._prepare(node, set())
             values = loader.construct_document(node)
         except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that is none
             mark = getattr(error, "problem_mark", None)
@@ -298,8 +360,8 @@ class _Reader:
                     line = self.lines.get(f"{where}.{name}", self.lines.get(where, 1))
                     self.faults.append((line, f"{where}: unknown class {name!r}; {nearest(name, names)}"))
 
-    def _substitute(self, node: yaml.Node, seen: set[int]) -> None:
-        """Put variables of the environment in their places."""
+    def _prepare(self, node: yaml.Node, seen: set[int]) -> None:
+        """Put variables of the environment in their places; names may be there once."""
         if id(node) in seen:
             return
         seen.add(id(node))
@@ -309,9 +371,14 @@ class _Reader:
                     self.faults.append((node.start_mark.line + 1, f"there is no variable {name} in the environment"))
             node.value = _VARIABLE.sub(lambda found: os.environ.get(found[1], ""), node.value)
         else:
-            pairs = [both for pair in node.value for both in pair] if isinstance(node, yaml.MappingNode) else node.value
-            for child in pairs:
-                self._substitute(child, seen)
+            nodes = node.value
+            if isinstance(node, yaml.MappingNode):
+                nodes = [both for pair in node.value for both in pair]
+                keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+                twice = [key for i, (key, _) in enumerate(node.value) if key.value in keys[:i]]
+                self.faults += [(key.start_mark.line + 1, f"{key.value} is there twice") for key in twice]
+            for child in nodes:
+                self._prepare(child, seen)
 
     def _check(self, hint: Any, value: Any, node: yaml.Node, name: str) -> bool:
         """Whether a value is as its type says; its faults are kept."""
@@ -347,14 +414,12 @@ class _Reader:
             from_values(kind, {key: one for key, one in value.items() if key in hints}, name)
 
     def _children(self, node: yaml.MappingNode, name: str) -> dict[str, yaml.Node]:
-        """The values of a mapping by their keys, of which each may be there once."""
+        """The values of a mapping by their keys."""
         found: dict[str, yaml.Node] = {}
         for key, child in node.value:
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
                 raise UserError(f"{name}: the name {getattr(key, 'value', 'of a group')!r} has to stand in quotes")
-            if key.value in found:
-                self.faults.append((line, f"{name}{'.' if name else ''}{key.value} is there twice"))
             found[key.value] = child
             self.lines[f"{name}.{key.value}".strip(".")] = line
         return found

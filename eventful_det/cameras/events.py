@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
 from eventful_det.cameras.config import Camera, Line, Place
+from eventful_det.files import JsonObject
 from eventful_det.runtime.regions import within
 from eventful_det.runtime.session import StreamResult
 
@@ -61,7 +62,7 @@ class Event:
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
     time: float = field(default_factory=time.time)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """As one JSON object, without what it has not."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         if (label := values.pop("label", None)) is not None:

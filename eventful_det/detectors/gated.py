@@ -12,17 +12,16 @@ from torch import Tensor, nn
 
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule
 from eventful_det.detectors.results import Detections, StepResult
+from eventful_det.detectors.saliency import token_saliency
 from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.detectors.streaming import StreamingDetector
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import per_stream, step_streams
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.rows import Rows
-from eventful_det.gating.saliency import token_saliency
+from eventful_det.gating.rules import per_stream, step_streams
 from eventful_det.gating.selector import DEFAULT, Select
-from eventful_det.gating.state import State, StreamState, TensorTree
-from eventful_det.gating.update import Update
-from eventful_det.gating.vit_spec import ViTSpec
+from eventful_det.gating.spec import ViTSpec
+from eventful_det.gating.state import State, StreamState, TensorTree, Update
 
 
 @dataclass

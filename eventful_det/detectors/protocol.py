@@ -1,6 +1,7 @@
 """What streams, pools and evaluation know of a detector: nothing but this.
 
-A detector of another kind fits without touching them if it has the members of `VideoDetector`.
+A detector of another kind fits without touching them if it has the members of `VideoDetector`. A network that gives
+something else, such as classes of actions, is a `Network` for steps and pools; see `eventful_det.runtime.session`.
 """
 
 from __future__ import annotations
@@ -14,15 +15,26 @@ import torch
 from torch import Tensor
 
 from eventful_det.data.video.transforms import Image, fit_size, resize, to_tensor
-from eventful_det.detectors.results import Detections, StepResult
-from eventful_det.gating.convert import DEFAULT_RULE as DEFAULT_RULE
-from eventful_det.gating.convert import AnyRule as AnyRule
+from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.rules import DEFAULT_RULE as DEFAULT_RULE
+from eventful_det.gating.rules import AnyRule as AnyRule
 from eventful_det.gating.selector import DEFAULT, Select
 from eventful_det.gating.state import State, TensorTree
 from eventful_det.gating.windows import Grid
 
 S = TypeVar("S", bound=TensorTree)
+
+
+class Costed(Protocol):
+    """What a step gives for a stream."""
+
+    @property
+    def cost(self) -> FrameCost:
+        """Of the frame."""
+
+
+T = TypeVar("T", bound=Costed)
 
 
 def exactly(rule: AnyRule) -> AnyRule:
@@ -122,20 +134,12 @@ class CostModel(Protocol):
         """MACs of the whole detector, at most, if all tokens are recomputed."""
 
 
-class VideoDetector(Protocol[S]):
-    """A detector for video. `S` is what it remembers of a stream between frames."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Class names; a label is an index into them."""
+class Network(Protocol[S, T]):
+    """A network for video. `S` is what it remembers of a stream between frames, `T` what a step gives."""
 
     @property
     def device(self) -> torch.device:
         """Where it computes; the frames of `step` have to be there."""
-
-    @property
-    def input_transform(self) -> InputTransform:
-        """How a frame becomes an input, in the detector's usual size."""
 
     def init_state(self, batch: int = 1) -> State[S]:
         """An empty state for `batch` streams."""
@@ -149,11 +153,12 @@ class VideoDetector(Protocol[S]):
         selector: Select = DEFAULT,
         flush: Sequence[bool] | bool = False,
         timing: bool = False,
-    ) -> list[StepResult]:
-        """Detect in the next frame of every stream.
+    ) -> list[T]:
+        """Process the next frame of every stream.
 
         Args:
-            frames: `(3, h, w)` of each stream, RGB in [0, 1]; sizes may differ.
+            frames: `(3, h, w)` of each stream, RGB in [0, 1]; sizes may differ. Of recognisers tubelets
+                `(tt, 3, h, w)`.
             state: of the streams, updated in place. A frame of a new size flushes its stream alone.
             rule: how tokens are recomputed.
             selector: which tokens are recomputed; asked about all streams together that are not recomputed in full.
@@ -167,3 +172,15 @@ class VideoDetector(Protocol[S]):
         Raises:
             UserError: that cannot be told in advance.
         """
+
+
+class VideoDetector(Network[S, StepResult], Protocol[S]):
+    """A detector for video."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names; a label is an index into them."""
+
+    @property
+    def input_transform(self) -> InputTransform:
+        """How a frame becomes an input, in the detector's usual size."""

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
+from eventful_det.detectors.saliency import token_saliency
 from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.detectors.streaming import StreamingDetector
 from eventful_det.engine.backends import Backend
 from eventful_det.engine.costs import BucketCosts
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import per_stream
 from eventful_det.gating.dense import Dense
-from eventful_det.gating.saliency import token_saliency
+from eventful_det.gating.rules import per_stream
 from eventful_det.gating.selector import DEFAULT, Select
 from eventful_det.gating.state import State, StreamState, TensorTree
 from eventful_det.gating.windows import Grid

@@ -35,6 +35,7 @@ class RFDETRConfig:
         mean, std: of RGB in [0, 1].
         reciprocal, clamped: see `Parts`.
         min_score: detections below it are dropped.
+        dropped: classes that are not reported.
         vit: sizes of the backbone, see `ViTShape`; windows as `regions`.
         regions: windows along a side.
         width: of what is kept of a token: the projector's first convolution.
@@ -48,6 +49,7 @@ class RFDETRConfig:
     reciprocal: bool
     clamped: bool
     min_score: float
+    dropped: tuple[int, ...]
     vit: JsonObject
     regions: int
     width: int
@@ -66,6 +68,7 @@ class RFDETRConfig:
             reciprocal=parts.reciprocal,
             clamped=parts.clamped,
             min_score=detector.min_score,
+            dropped=tuple(detector.dropped),
             vit={key: value for key, value in shape.items() if key != "window"},
             regions=detector.spec.regions,
             width=2 * parts.projector.hidden,
@@ -224,4 +227,6 @@ class CompiledRFDETR(CompiledDetector[RFDETREngineStream, ChosenTokens]):
 
     def _detect(self, stream: RFDETREngineStream, logits: Tensor, boxes: Tensor) -> None:
         """Set the detections: the best pairs of a query and a class."""
-        stream.detections = best_pairs(logits, boxes, stream.size, self.config.min_score, self.config.clamped)
+        config = self.config
+        limits = config.min_score, config.clamped, config.dropped
+        stream.detections = best_pairs(logits, boxes, stream.size, *limits)

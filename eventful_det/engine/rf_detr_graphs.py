@@ -13,7 +13,7 @@ from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.rf_detr.parts import ConvNorm, Parts
 from eventful_det.engine.graphs import Graph
 from eventful_det.errors import UserError
-from eventful_det.gating.vit_spec import Block, ViTSpec
+from eventful_det.gating.spec import Block, ViTSpec
 from eventful_det.gating.windows import Grid, Regions, windows_of
 
 _NO_KEY = -1e9  # bias of a key in another window

@@ -28,7 +28,7 @@ from eventful_det.detectors.protocol import S, VideoDetector
 from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import Entry, category_ids, coco_results, evaluate
-from eventful_det.evaluation.runs import Method
+from eventful_det.evaluation.sweep.runs import Method
 from eventful_det.outputs import markdown_table
 from eventful_det.runtime.control import Stepper
 from eventful_det.runtime.motion import BoxMover

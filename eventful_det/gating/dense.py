@@ -10,9 +10,8 @@ from torch import Tensor
 
 from eventful_det.gating.macs import dense_macs
 from eventful_det.gating.selector import Select
-from eventful_det.gating.state import StreamState
-from eventful_det.gating.update import Update
-from eventful_det.gating.vit_spec import ViTSpec
+from eventful_det.gating.spec import ViTSpec
+from eventful_det.gating.state import StreamState, Update
 from eventful_det.gating.windows import Grid
 
 

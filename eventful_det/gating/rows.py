@@ -18,9 +18,8 @@ from eventful_det.errors import UserError
 from eventful_det.gating.comparison import Comparison, compare
 from eventful_det.gating.macs import RowsSizes, rows_macs
 from eventful_det.gating.selector import GateInput, Select
-from eventful_det.gating.state import StreamState
-from eventful_det.gating.update import Update
-from eventful_det.gating.vit_spec import Block, ViTSpec
+from eventful_det.gating.spec import Block, ViTSpec
+from eventful_det.gating.state import StreamState, Update
 from eventful_det.gating.windows import (
     Grid,
     Side,

@@ -1,4 +1,4 @@
-"""What is remembered of a stream between frames: typed dataclasses of tensors.
+"""What is remembered of a stream between frames, typed dataclasses of tensors, and what a step hands on.
 
 State belongs to the caller. A `step` updates it in place; nothing else does, and no output aliases it.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from eventful_det.errors import UserError
+from eventful_det.gating.macs import Macs
 from eventful_det.gating.windows import Grid
 
 T = TypeVar("T", bound="TensorTree")
@@ -118,6 +119,28 @@ class State(TensorTree, Generic[S]):
             raise
         except Exception as error:
             raise UserError(f"{path} is not a stream state written by State.save ({type(error).__name__})") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """The token map of a frame and what changed in it.
+
+    Attributes:
+        tokens: `(H, W, C)` the full map. `EventfulViT.step` gives a copy; a rule, its own buffer, valid until the
+            stream's next step and not to be written. The same holds for `prefix`.
+        prefix: `(p, C)` class and register tokens, recomputed whenever a token is; None = the network has none.
+        changed: `(r,)` flat indices of the tokens whose value may differ from the last frame's.
+        work: `(N,)` share of its token-wise work that each token had done, 0 to 1.
+        flush: whether everything was recomputed because the stream began anew.
+        macs: what it took.
+    """
+
+    tokens: Tensor
+    prefix: Tensor | None
+    changed: Tensor
+    work: Tensor
+    flush: bool
+    macs: Macs
 
 
 def _leaves(node: Any) -> Iterator[Tensor]:

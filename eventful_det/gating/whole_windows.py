@@ -20,9 +20,8 @@ from eventful_det.gating.comparison import compare
 from eventful_det.gating.macs import Macs, ViTShape, attention_macs
 from eventful_det.gating.rows import compute_dtype
 from eventful_det.gating.selector import GateInput, Select
-from eventful_det.gating.state import StreamState, TensorTree
-from eventful_det.gating.update import Update
-from eventful_det.gating.vit_spec import ViTSpec
+from eventful_det.gating.spec import ViTSpec
+from eventful_det.gating.state import StreamState, TensorTree, Update
 from eventful_det.gating.windows import Grid, Side, windows_of
 from eventful_det.gating.windows import Windows as Places
 

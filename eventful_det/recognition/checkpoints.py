@@ -7,17 +7,22 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from eventful_det.detectors.checkpoints.weight_files import compare, load_exactly, read_tensors, save_tensors
+from eventful_det.detectors.checkpoints.weight_files import (
+    compare,
+    find_weights,
+    load_exactly,
+    read_tensors,
+    rounded,
+    save_tensors,
+)
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject, written_whole
-from eventful_det.gating.vit_spec import resize_positions
+from eventful_det.gating.spec import resize_positions
 from eventful_det.recognition.config import RecogniserConfig, numbered, vivit_b_epic, vivit_b_k400
 from eventful_det.recognition.key_maps import (
     from_scenic,
@@ -82,7 +87,7 @@ def load_recogniser(
         UserError: no such file or name; the file is of no known format, damaged, or asks for more than data; or keys do
             not fit. Hugging Face's ViViT and VideoMAE are refused: they have no steps.
     """
-    path = find_recogniser(source)
+    path = find_weights(source)
     weights = read_recogniser(path)
     config = weights.config
     config = dataclasses.replace(
@@ -98,20 +103,6 @@ def load_recogniser(
     return recogniser.eval()
 
 
-def find_recogniser(source: str | os.PathLike[str]) -> Path:
-    """The file of a path, or of the name of shipped weights.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(source)
-    named = Path(str(resources.files("eventful_det"))) / "weights" / f"{source}.safetensors"
-    for found in (path, named):
-        if found.is_file():
-            return found
-    raise UserError(f"no weights {str(source)!r}: neither a file nor the name of shipped ones")
-
-
 def read_recogniser(path: str | os.PathLike[str]) -> RecogniserWeights:
     """Read a weights file of any known format.
 
@@ -125,6 +116,8 @@ def read_recogniser(path: str | os.PathLike[str]) -> RecogniserWeights:
             return RecogniserWeights("eventful_det", _config(notes), tensors, notes)
         refuse_others(tensors)
         form = _format(tensors)
+        if any(key.startswith("backbone.net.") for key in tensors):
+            raise UserError("this is a detector, no recogniser of actions; open it with load_detector")
         if form is None:
             raise UserError(f"this is no recogniser of a known format, but holds {', '.join(list(tensors)[:3])}, ...")
         named = from_scenic(tensors) if form == "scenic" else from_tadaconv(tensors) if form == "tadaconv" else tensors
@@ -219,12 +212,12 @@ def save_recogniser(
         notes: more metadata, for example the command that made the weights.
     """
     notes = {"format": FORMAT, "config": recogniser.config.to_json(), **(notes or {})}
-    save_tensors(path, _tensors(recogniser, dtype), notes)
+    save_tensors(path, rounded(recogniser, dtype), notes)
 
 
 def save_official(recogniser: Recogniser, path: str | os.PathLike[str]) -> None:
     """Write a checkpoint of the official eventful code, which knows the first head alone."""
-    tensors = _tensors(recogniser, torch.float32)
+    tensors = rounded(recogniser, torch.float32)
     kept = {key: value for key, value in tensors.items() if not key.startswith("other_classifiers.")}
     with written_whole(path) as part:
         torch.save(kept, part)
@@ -232,13 +225,9 @@ def save_official(recogniser: Recogniser, path: str | os.PathLike[str]) -> None:
 
 def save_tadaconv(recogniser: Recogniser, path: str | os.PathLike[str]) -> None:
     """Write a checkpoint under TAdaConv's names, with one head, or with verbs and nouns."""
-    tensors = to_tadaconv(_tensors(recogniser, torch.float32))
+    tensors = to_tadaconv(rounded(recogniser, torch.float32))
     with written_whole(path) as part:
         torch.save({"model_state": tensors}, part)
-
-
-def _tensors(recogniser: Recogniser, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().to(dtype).contiguous() for key, value in recogniser.state_dict().items()}
 
 
 def start_from_image(recogniser: Recogniser, path: str | os.PathLike[str]) -> None:

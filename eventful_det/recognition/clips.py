@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import DEFAULT_RULE, AnyRule
-from eventful_det.gating.selector import DEFAULT, Select
-from eventful_det.gating.state import State
-from eventful_det.gating.update import Update
+from eventful_det.gating.rules import DEFAULT_RULE, AnyRule
+from eventful_det.gating.selector import Select
+from eventful_det.gating.state import State, Update
 from eventful_det.recognition.config import RecogniserConfig
 from eventful_det.recognition.data.views import average, crop_views, frame_indices, normalise, shared_tubelets
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.results import StepCost
+from eventful_det.recognition.session import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,28 @@ def _view_by_view(
     config = recogniser.config
     excerpts = [normalise(clip[indices], config) for indices in frame_indices(len(clip), config)]
     frames = recogniser.tubelets(crop_views(torch.stack(excerpts), config))  # (V, T', c * tt, h, w)
+    features, costs = spatial_outputs(recogniser, frames, rule, selector, hold)
+    return features, costs, frames.shape[0] * frames.shape[1]
+
+
+def spatial_outputs(
+    recogniser: Recogniser, frames: Tensor, rule: AnyRule, selector: Select, hold: int = 1
+) -> tuple[Tensor, list[StepCost]]:
+    """The spatial model step by step over views, each of which is a stream.
+
+    Args:
+        recogniser: in evaluation mode.
+        frames: `(V, T', c * tt, h, w)` tubelets of the views, normalised.
+        rule, selector, hold: as of `recognise`.
+
+    Returns:
+        `(V, T', D)`, and the costs of all steps.
+    """
     state: State[Any] = State([None] * len(frames))
     features: list[Tensor] = []
     costs: list[StepCost] = []
     updates: list[Update] = []
-    for step in range(config.steps):
+    for step in range(frames.shape[1]):
         if step % hold:
             features.append(features[-1])
             costs += [recogniser.cost(update, windows=0).idle() for update in updates]
@@ -106,7 +123,7 @@ def _view_by_view(
         updates = recogniser.spatial_step(list(frames[:, step]), state, rule=rule, selector=selector)
         features.append(_features(updates))
         costs += [recogniser.cost(update, windows=step == 0) for update in updates]
-    return torch.stack(features, 1), costs, frames.shape[0] * frames.shape[1]
+    return torch.stack(features, 1), costs
 
 
 def _shared(

@@ -6,11 +6,11 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
 from eventful_det.gating.windows import Grid
+from eventful_det.options import Count, Positive, convert_fields, from_values
 
 
 @dataclass(frozen=True)
@@ -41,30 +41,24 @@ class RecogniserConfig:
     temporal_depth: int = 4
     temporal_heads: int = 12
     temporal_mlp: int = 3072
-    tubelet: tuple[int, int, int] = (2, 16, 16)
-    frames: int = 32
+    tubelet: tuple[Count, Count, Count] = (2, 16, 16)
+    frames: Count = 32
     size: Grid = (224, 224)
     position_grid: Grid = (14, 14)
-    stride: int = 2
-    fps: float = 25.0
+    stride: Count = 2
+    fps: Positive = 25.0
     mean: tuple[float, ...] = (0.45, 0.45, 0.45)
-    std: tuple[float, ...] = (0.225, 0.225, 0.225)
-    temporal_views: int = 4
-    spatial_views: int = 3
+    std: tuple[Positive, ...] = (0.225, 0.225, 0.225)
+    temporal_views: Count = 4
+    spatial_views: Count = 3
     dropout: float = 0.5
 
     def __post_init__(self) -> None:
-        problem = ""
+        convert_fields(self, "recogniser")
         if not self.classes or not all(self.classes.values()):
-            problem = "every head needs classes"
-        elif not len(self.mean) == len(self.std) > 0 or not all(value > 0 for value in self.std):
-            problem = "mean and std need one number per colour channel, std above 0"
-        elif min(self.frames, self.stride, self.temporal_views, self.spatial_views, *self.tubelet) < 1:
-            problem = "frames, stride, views and tubelets must be 1 or more"
-        elif not self.fps > 0:
-            problem = f"fps must be above 0, got {self.fps}"
-        if problem:
-            raise UserError(f"recogniser: {problem}")
+            raise UserError("recogniser: every head needs classes")
+        if not len(self.mean) == len(self.std) > 0:
+            raise UserError("recogniser: mean and std need one number per colour channel")
 
     def check_sizes(self) -> None:
         """Raise a UserError unless views divide into tubelets, and tokens into attention heads."""
@@ -109,17 +103,7 @@ class RecogniserConfig:
         Raises:
             UserError: unknown names, or values that do not fit.
         """
-        known = {field.name for field in dataclasses.fields(RecogniserConfig)}
-        if unknown := sorted(set(values) - known):
-            raise UserError(f"recogniser: unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        try:
-            plain: dict[str, Any] = {
-                key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-            }
-            plain["classes"] = {head: tuple(map(str, names)) for head, names in values["classes"].items()}
-            return RecogniserConfig(**plain)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"recogniser: the config cannot be used ({error})") from None
+        return from_values(RecogniserConfig, values, "recogniser")
 
 
 def numbered(count: int) -> tuple[str, ...]:

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import DEFAULT_RULE, AnyRule
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
-from eventful_det.gating.selector import DEFAULT, LargestError, RandomOrder, Select, Selector
+from eventful_det.gating.rules import DEFAULT_RULE, AnyRule
+from eventful_det.gating.selector import LargestError, RandomOrder, Select, Selector
 from eventful_det.recognition.accuracy import Accuracy, Scored, accuracy
 from eventful_det.recognition.clips import Clip, recognise
 from eventful_det.recognition.data.clip_reader import read_clips
@@ -22,6 +22,7 @@ from eventful_det.recognition.data.segments import Segment, Segments
 from eventful_det.recognition.data.views import frame_indices
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.results import StepCost
+from eventful_det.recognition.session import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,11 @@ def evaluate_clips(
     return evaluations
 
 
-def sweep_ways(parts: Sequence[int] = (2, 4, 8, 16), shared: bool = True) -> Iterator[Way]:
-    """The ways that a sweep compares: dense, and 1/2, 1/4, ... of the tokens by each rule, or of the tubelets."""
+def sweep_ways(parts: Sequence[int] = (2, 4, 8, 16), shared: bool = True, steps: int = 16) -> Iterator[Way]:
+    """The ways that a sweep compares: dense, and 1/2, 1/4, ... of the tokens by each rule, or of the tubelets.
+
+    Of views of `steps` tubelets at least one is looked at.
+    """
     yield Way("dense", rule=Dense(), shared=shared)
     yield Way("one frame", rule=Dense(), shared=shared, one_frame=True)
     for part in parts:
@@ -141,7 +145,8 @@ def sweep_ways(parts: Sequence[int] = (2, 4, 8, 16), shared: bool = True) -> Ite
         yield Way(f"rows 1/{part}", selector=DEFAULT.within(share), shared=shared)
         yield Way(f"random 1/{part}", selector=Selector(RandomOrder(), share), shared=shared)
         yield Way(f"paper 1/{part}", rule=Paper(), selector=Selector(LargestError(), share), shared=shared)
-        yield Way(f"held 1/{part}", rule=Dense(), shared=shared, hold=part)
+        if part <= steps:
+            yield Way(f"held 1/{part}", rule=Dense(), shared=shared, hold=part)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eventful_det.gating.macs import ViTShape, dense_macs
-from eventful_det.gating.vit_spec import Block, resize_positions
+from eventful_det.gating.spec import Block, resize_positions
 from eventful_det.gating.vit_spec.parts import call
 from eventful_det.gating.windows import Grid
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from eventful_det.data.source import Source
+from eventful_det.detectors.gated import priced_statically
+from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import DEFAULT_RULE, AnyRule, step_streams
-from eventful_det.gating.macs import rows_macs, rows_sizes
-from eventful_det.gating.selector import DEFAULT, Budget, Select, Selector
-from eventful_det.gating.state import State, StreamState
-from eventful_det.gating.update import Update
-from eventful_det.gating.vit_spec import ViTSpec
+from eventful_det.gating.macs import RowsCosts
+from eventful_det.gating.rules import DEFAULT_RULE, AnyRule, step_streams
+from eventful_det.gating.selector import Budget, Select, Selector
+from eventful_det.gating.spec import ViTSpec
+from eventful_det.gating.state import State, StreamState, Update
+from eventful_det.gating.windows import Grid
 from eventful_det.recognition.config import RecogniserConfig
 from eventful_det.recognition.layers import SubModel, TubeletEmbedding
 from eventful_det.recognition.results import RecogniserStream, RecognitionStep, StepCost
+from eventful_det.recognition.session import DEFAULT, RecognitionSession
 from eventful_det.recognition.stream import RecognitionStream
+from eventful_det.runtime.budget import BudgetOptions
+from eventful_det.runtime.session import StreamOptions
 
 
 class Recogniser(nn.Module):
@@ -119,18 +125,19 @@ class Recogniser(nn.Module):
                 f"expected ({frames}, {channels}, height, width) of floating point, RGB in [0, 1]"
             )
         mean, std = (tubelet.new_tensor(values).view(-1, 1, 1) for values in (self.config.mean, self.config.std))
-        return ((tubelet - mean) / std).transpose(0, 1).flatten(0, 1)
+        return ((tubelet - mean) / std).transpose(0, 1).flatten(0, 1).to(self.classifier.weight.dtype)
 
     @torch.inference_mode(False)  # so that the state can go on in and outside of inference mode
     @torch.no_grad()
     def step(
         self,
-        tubelets: Tensor | Sequence[Tensor],
+        frames: Tensor | Sequence[Tensor],
         state: State[RecogniserStream],
         *,
         rule: AnyRule = DEFAULT_RULE,
         selector: Select = DEFAULT,
         flush: Sequence[bool] | bool = False,
+        timing: bool = False,
     ) -> list[RecognitionStep]:
         """Process the next tubelet of every stream.
 
@@ -138,19 +145,23 @@ class Recogniser(nn.Module):
         is repeated, as a short clip is extended by its last frame. The spatial state goes on from window to window.
 
         Args:
-            tubelets: `(tt, c, h, w)` of each stream, RGB in [0, 1]; sizes may differ, and the temporal model does not
-                mind.
+            frames: tubelets `(tt, c, h, w)` of each stream, RGB in [0, 1]; sizes may differ, and the temporal model
+                does not mind.
             state: of the streams, updated in place.
             rule: how tokens are recomputed.
             selector: which tokens are recomputed.
             flush: streams that begin anew: everything is recomputed, and their windows are empty.
+            timing: measure the seconds of each part, for which a GPU is waited for once.
 
         Raises:
             UserError: the numbers of tubelets and streams differ, or a tubelet has another shape or type.
         """
-        frames = [self.normalise(tubelet) for tubelet in tubelets]
+        stopwatch = Stopwatch(self.device, timing)
+        tubelets = [self.normalise(tubelet) for tubelet in frames]
         spatial: State[StreamState] = State([None if stream is None else stream.spatial for stream in state.streams])
-        updates = self.spatial_step(frames, spatial, rule=rule, selector=selector, flush=flush)
+        stopwatch.lap("other")
+        updates = self.spatial_step(tubelets, spatial, rule=rule, selector=selector, flush=flush)
+        stopwatch.lap("backbone")
         features = [cast(Tensor, update.prefix)[0].clone() for update in updates]  # (D,) each
         windows = []
         for i, (update, feature) in enumerate(zip(updates, features, strict=True)):
@@ -162,27 +173,50 @@ class Recogniser(nn.Module):
             stream.spatial = spatial.streams[i]
             windows.append(_slide(stream, feature, update.flush))
         logits = self.temporal(torch.stack(windows))
+        stopwatch.lap("temporal")
+        seconds = {part: value / len(updates) for part, value in stopwatch.seconds().items()}
         return [
             RecognitionStep(
                 logits={head: values[i] for head, values in logits.items()},
                 feature=feature,
-                cost=self.cost(update),
+                cost=self.cost(update, seconds=seconds),
                 work=update.work.view(update.tokens.shape[:2]),
             )
             for i, (update, feature) in enumerate(zip(updates, features, strict=True))
         ]
+
+    @property
+    def selector(self) -> Selector:
+        """What is selected in streams unless they are told."""
+        return DEFAULT
+
+    def session(self, *, name: str, scene_cuts: bool, options: StreamOptions | None = None) -> RecognitionSession:
+        """A session for one stream, see `RecognitionSession`."""
+        state = self.init_state()
+        return RecognitionSession(self.config, state, self.device, name=name, scene_cuts=scene_cuts, options=options)
 
     def stream(
         self,
         source: Source,
         *,
         budget: Budget | Selector = None,
+        options: BudgetOptions | None = None,
         rule: AnyRule = DEFAULT_RULE,
         max_steps: int | None = None,
         scene_cuts: bool = True,
+        timing: bool = False,
     ) -> RecognitionStream:
         """Recognise what happens in a video, tubelet by tubelet; see `RecognitionStream`."""
-        return RecognitionStream(self, source, budget=budget, rule=rule, max_steps=max_steps, scene_cuts=scene_cuts)
+        return RecognitionStream(
+            self,
+            source,
+            budget=budget,
+            options=options,
+            rule=rule,
+            max_steps=max_steps,
+            scene_cuts=scene_cuts,
+            timing=timing,
+        )
 
     def spatial_step(
         self,
@@ -206,19 +240,49 @@ class Recogniser(nn.Module):
         heads = sum(classifier.weight.numel() for _, classifier in self.classifiers())
         return {"temporal": self.temporal_model.macs(), "heads": heads}
 
-    def step_macs(self, tokens: int) -> int:
-        """Multiply-adds of a step by `Rows` that recomputes so many tokens of a tubelet of the usual size."""
-        shape, grid = self.spec.shape, self.config.grid
-        return rows_macs(shape, grid, rows_sizes(shape, grid, tokens)).total + sum(self.window_macs().values())
+    def cost_model(self, rule: AnyRule) -> RecogniserCosts:
+        """What steps will cost under a rule, see `CostModel`.
 
-    def cost(self, update: Update, windows: int = 1) -> StepCost:
+        Raises:
+            UserError: that is known under `Rows` only.
+        """
+        static = priced_statically(rule, self.device)
+        return RecogniserCosts(RowsCosts(self.spec.shape, static), sum(self.window_macs().values()))
+
+    def cost(self, update: Update, windows: int = 1, seconds: Mapping[str, float] | None = None) -> StepCost:
         """Of an update of the spatial model, and of so many windows that the temporal model looks at."""
         rows, cols = update.tokens.shape[:2]
         window = {part: windows * macs for part, macs in self.window_macs().items()}
         embedding = rows * cols * self.embedding.weight.numel()
         dense = {"backbone": embedding + self.spatial_model.macs((rows, cols)), **window}
         macs = {"backbone": update.macs.total, **window}
-        return StepCost(macs, dense, len(update.changed), rows * cols, update.flush)
+        return StepCost(macs, dense, len(update.changed), rows * cols, update.flush, dict(seconds or {}))
+
+
+@dataclass(frozen=True)
+class RecogniserCosts:
+    """A `CostModel`: all of it is known in advance.
+
+    Attributes:
+        rows: of the spatial model.
+        window: MACs of the temporal model and the heads.
+    """
+
+    rows: RowsCosts
+    window: int
+
+    @property
+    def variable(self) -> str:
+        """The heads, which cost the same whatever they see."""
+        return "heads"
+
+    def macs(self, grid: Grid, order: Tensor, variable: int | None = None) -> Tensor:  # noqa: ARG002
+        """See `CostModel.macs`."""
+        return self.rows.macs(grid, order) + self.window
+
+    def everything(self, grid: Grid) -> int:
+        """See `CostModel.everything`."""
+        return int(self.macs(grid, torch.arange(grid[0] * grid[1]))[-1])
 
 
 def _slide(stream: RecogniserStream, feature: Tensor, begins: bool) -> Tensor:

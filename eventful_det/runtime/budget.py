@@ -38,8 +38,8 @@ class BudgetOptions:
             raise UserError(f"bucket must be a number of steps, 0 or more, got {self.bucket}")
 
 
-def selector_for(budget: Budget | Selector, assured: float | None = None) -> Selector:
-    """The selector that a budget means: the default policy within it. None is the default selector.
+def selector_for(budget: Budget | Selector, assured: float | None = None, default: Selector = DEFAULT) -> Selector:
+    """The selector that a budget means: the policy of the default within it. None is the default itself.
 
     Raises:
         UserError: the budget is none.
@@ -48,7 +48,7 @@ def selector_for(budget: Budget | Selector, assured: float | None = None) -> Sel
         return budget
     if callable(budget):
         raise UserError(f"budget={budget!r} is none; make a policy one by Selector(policy, budget)")
-    return DEFAULT if budget is None else Selector(DEFAULT.policy, budget, assured)
+    return default if budget is None else Selector(default.policy, budget, assured)
 
 
 def parse_budget(value: object) -> Budget:

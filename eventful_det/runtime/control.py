@@ -11,16 +11,16 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eventful_det.detectors.protocol import AnyRule, CostModel, S, VideoDetector
+from eventful_det.detectors.protocol import AnyRule, CostModel, Network, S, T
 from eventful_det.detectors.results import StepResult
-from eventful_det.gating.saliency import token_saliency
 from eventful_det.gating.selector import (
+    DEFAULT,
     Budget,
     GateInput,
     Gmacs,
@@ -36,8 +36,7 @@ from eventful_det.gating.selector import (
 from eventful_det.gating.state import State
 from eventful_det.gating.windows import Grid
 from eventful_det.runtime.budget import BudgetOptions, TokenBucket, due_tokens, selector_for
-from eventful_det.runtime.regions import ignored_tokens
-from eventful_det.runtime.session import KeyFrame, StreamOptions, StreamResult, StreamSession
+from eventful_det.runtime.session import KeyFrame, Result, Session, StreamOptions, StreamResult
 
 _SPIKE = 2.0  # a step is taken to have lasted at most so many times longer than expected
 _FIRST = 0.1  # of the first step that is measured, taken to be spent whatever is recomputed
@@ -132,7 +131,8 @@ class Clock:
         return self.pace is not None and self.dense * dense_gmacs <= min(seconds, self.pace.seconds(load))
 
 
-Due = tuple[StreamSession[S], KeyFrame]  # a stream and the frame of it on which the detector has to run
+R = TypeVar("R", bound=Result)
+Due = tuple[Session[S, T, R], KeyFrame]  # a stream and the frame of it on which the network has to run
 
 
 class _Setting(NamedTuple):
@@ -143,8 +143,8 @@ class _Setting(NamedTuple):
     bucket: TokenBucket
 
 
-class Stepper(Generic[S]):
-    """Runs the key frames of one or more streams in one step of the detector, within a budget.
+class NetworkStepper(Generic[S, T, R]):
+    """Runs the key frames of one or more streams in one step of the network, within a budget.
 
     A step spends at most the budget and what the bucket holds; seconds are held by feedback. Flushes are paid from
     outside of it, and so are tokens that would grow too old where the budget is too small even for them. Of GMACs the
@@ -158,6 +158,7 @@ class Stepper(Generic[S]):
         timing: measure the seconds of each part, as a budget in seconds does in any case.
         hold: as the budget demands: a key frame may recompute a quarter of the tokens in any case, and where that
             costs more than a share of the tokens, `Gmacs` or `Latency`, frames are held until it is paid for.
+        default: what is selected without a budget, and the policy within one.
 
     Raises:
         UserError: the budget is none, or the rule cannot hold it.
@@ -165,15 +166,17 @@ class Stepper(Generic[S]):
 
     def __init__(
         self,
-        detector: VideoDetector[S],
+        detector: Network[S, T],
         *,
         rule: AnyRule,
         budget: Budget | Selector,
         options: BudgetOptions | None,
         timing: bool,
         hold: bool = False,
+        default: Selector = DEFAULT,
     ) -> None:
         self.detector, self.rule, self.timing, self.hold = detector, rule, timing, hold
+        self.default = default
         self.options = options or BudgetOptions()
         self.clock = Clock()
         self.budget = budget
@@ -185,12 +188,12 @@ class Stepper(Generic[S]):
 
     @budget.setter
     def budget(self, budget: Budget | Selector) -> None:
-        selector = selector_for(budget, self.options.assured)
+        selector = selector_for(budget, self.options.assured, self.default)
         if isinstance(selector.budget, (Gmacs, Latency)) or self.options != BudgetOptions(self.options.assured):
             self.detector.cost_model(self.rule)  # raises where there is none
         self._setting = _Setting(budget, selector, TokenBucket(self.options.bucket))  # at once: threads may set it
 
-    def step(self, due: Sequence[Due[S]], streams: float = 1.0) -> list[StreamResult]:
+    def step(self, due: Sequence[Due[S, T, R]], streams: float = 1.0) -> list[R]:
         """Run the detector on the next key frame of each of some streams.
 
         Args:
@@ -227,7 +230,7 @@ class Stepper(Generic[S]):
         pairs = zip(due, results, prices, strict=True)
         return [session.finish(key, result, price) for (session, key), result, price in pairs]
 
-    def _price(self, budget: Budget | Selector, key: KeyFrame, result: StepResult, streams: float) -> float | None:
+    def _price(self, budget: Budget | Selector, key: KeyFrame, result: T, streams: float) -> float | None:
         """What a frame cost in what it might, at least 1; None where frames are not held for the budget's sake."""
         if isinstance(budget, Selector) and isinstance(budget.budget, (Gmacs, Latency)):
             budget = budget.budget
@@ -245,7 +248,7 @@ class Stepper(Generic[S]):
         income = income / streams - moving  # boxes move on every frame
         return min(_LONGEST, max(1.0, (spent - moving) / income)) if income > 0 else _LONGEST
 
-    def _observe(self, results: Sequence[StepResult]) -> None:
+    def _observe(self, results: Sequence[T]) -> None:
         """Remember how long a step took."""
         costs = [result.cost for result in results]
         whole = all(cost.recomputed == cost.tokens for cost in costs)
@@ -254,10 +257,29 @@ class Stepper(Generic[S]):
             self.clock.observe(load, sum(cost.latency for cost in costs), whole)
 
 
-class _Plan(Generic[S]):
+class Budgeted:
+    """What has a stepper, whose budget may be set between any two steps."""
+
+    _stepper: NetworkStepper[Any, Any, Any]
+
+    @property
+    def budget(self) -> Budget | Selector:
+        """What a frame (of a pool, a round) may cost, as it was set; None = the default selector."""
+        return self._stepper.budget
+
+    @budget.setter
+    def budget(self, budget: Budget | Selector) -> None:
+        self._stepper.budget = budget
+
+
+class Stepper(NetworkStepper[S, StepResult, StreamResult]):
+    """That of a detector."""
+
+
+class _Plan(Generic[S, T, R]):
     """Selects the tokens of one step, where the selector alone cannot."""
 
-    def __init__(self, stepper: Stepper[S], due: Sequence[Due[S]], setting: _Setting) -> None:
+    def __init__(self, stepper: NetworkStepper[S, T, R], due: Sequence[Due[S, T, R]], setting: _Setting) -> None:
         self.stepper, self.options = stepper, stepper.options
         _, selector, bucket = setting
         self.selector, self.bucket = selector, bucket
@@ -275,30 +297,12 @@ class _Plan(Generic[S]):
 
     def __call__(self, gates: Sequence[GateInput]) -> Sequence[Tensor]:
         """For each gate the flat indices of its tokens."""
-        gates = [self._aimed(gate) for gate in gates]
+        gates = [self.sessions[gate.stream].aim(gate, self.keys[gate.stream]) for gate in gates]
         if not self.shared:
             alone = self._choose if self.options.max_age else self._select
             return [alone([gate])[0] for gate in gates]
         self.asked = [gate.stream for gate in gates]
         return self._choose(gates) if gates else []
-
-    def _aimed(self, gate: GateInput) -> GateInput:
-        """The gate with the saliency of where objects are now, not of where they were on the last key frame.
-
-        Tokens that the stream ignores are not eligible.
-        """
-        if gate.grid is None:
-            return gate
-        session, key = self.sessions[gate.stream], self.keys[gate.stream]
-        expected, polygons = key.expected, session.options.ignore
-        if expected is not None:
-            patch = self.stepper.detector.input_transform.token
-            gate = gate._replace(saliency=token_saliency(expected.boxes, expected.scores, gate.grid, patch))
-        if not polygons:
-            return gate
-        height, width = key.frame.image.shape[:2]
-        y, x = session.transform.token_size(key.frame.image)
-        return gate.ignoring(ignored_tokens(polygons, gate.grid, (y / height, x / width)).to(gate.error.device))
 
     def _policy(self, gate: GateInput) -> Policy:
         return self.sessions[gate.stream].options.policy or self.selector.policy
@@ -307,7 +311,7 @@ class _Plan(Generic[S]):
         """The tokens of a stream that has the budget for itself."""
         return dataclasses.replace(self.selector, policy=self._policy(gates[0]))(gates)
 
-    def settle(self, results: Sequence[StepResult]) -> TokenBucket:
+    def settle(self, results: Sequence[T]) -> TokenBucket:
         """The bucket after the step."""
         if not self.asked or isinstance(self.selector.budget, Latency):
             return self.bucket
@@ -315,7 +319,7 @@ class _Plan(Generic[S]):
         spent = sum(cost.total if self.priced else cost.recomputed for cost in costs)
         return self.bucket.after(self.allowance, spent)
 
-    def remember(self, results: Sequence[StepResult]) -> None:
+    def remember(self, results: Sequence[T]) -> None:
         """How much the variable part of the detector took."""
         variable = self._costs.variable
         for session, result in zip(self.sessions, results, strict=True):

@@ -1,4 +1,4 @@
-"""Boxes that move with their objects between key frames, by dense optical flow on a small grey picture.
+"""Boxes that move with their objects between key frames, by optical flow of a few points on a small grey picture.
 
 ::
 
@@ -8,9 +8,9 @@
     mover.move(next_image)
     detections = mover.boxes()  # it did not run on this one
 
-One flow field (DIS, Kroeger et al., ECCV 2016) serves all boxes, so the time hardly grows with their number. Points in
-each box tell how it moves and grows (MedianFlow, Kalal et al., ICPR 2010); a point counts if the flow back leads to
-where it came from. Points outside of all boxes tell how the camera moves, which carries boxes that cannot be followed,
+Points in each box tell how it moves and grows (MedianFlow, Kalal et al., ICPR 2010), by pyramidal Lucas-Kanade; a point
+counts if the way back leads to where it came from. There are so many points in all, however many boxes there are.
+Points outside of all boxes tell how the camera moves, which carries boxes that cannot be followed,
 and whether something new comes. On a key frame a moved box and the detection of its object become one, which keeps the
 track id; an object that the network misses once lives on with a lower score.
 """
@@ -41,7 +41,11 @@ _LEAST = 0.3  # share of a box's points that have to come back, or nothing is kn
 _OWN = 0.25  # share of a box's points that have to leave the camera's motion, or the box goes with the camera
 _GROWTH = 1.1  # at most, from one frame to the next
 _GONE = 0.05  # score below which a box that the network does not find again is dropped
+_FLAT = 4.0  # standard deviation of grey levels below which there is no contrast
 _SURE = 0.3  # score of boxes whose motion is nothing new
+
+
+_POINTS = 400  # in all boxes together, unless there are more than a hundred of them
 
 
 def _square(side: int) -> Array:
@@ -50,7 +54,10 @@ def _square(side: int) -> Array:
     return np.stack(np.meshgrid(place, place), axis=-1).reshape(-1, 2)
 
 
-_BOX_POINTS, _CAMERA_POINTS = _square(7), _square(10)  # in each box, in the frame
+_BOX_POINTS = {side: _square(side) for side in range(2, 8)}
+_CAMERA_POINTS = _square(8)  # in the frame
+_WINDOW, _LEVELS = (9, 9), 3  # of Lucas-Kanade
+_UNTIL = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 8, 0.05)
 
 
 @dataclass(frozen=True)
@@ -95,13 +102,32 @@ class Flow(NamedTuple):
     sure: NDArray[np.bool_]
 
 
+class View(NamedTuple):
+    """A frame as movers see it.
+
+    Attributes:
+        size: height and width of the frame.
+        grey: the small picture.
+    """
+
+    size: tuple[int, int]
+    grey: Picture
+
+
 class _Objects(NamedTuple):
-    """What is followed, best first: boxes `(n, 4)` in pixels of the frame, scores, labels and track ids `(n,)`."""
+    """What is followed, best first.
+
+    Attributes:
+        boxes: `(n, 4)` in pixels of the frame.
+        scores, labels, tracks: `(n,)`.
+        looks: `(n, p)` grey levels at points of the boxes on the key frame.
+    """
 
     boxes: Array
     scores: Array
     labels: Indices
     tracks: Indices
+    looks: Array
 
     def where(self, chosen: NDArray[Any]) -> _Objects:
         """Those that a mask or indices pick."""
@@ -112,15 +138,14 @@ class BoxMover:
     """Moves the boxes of one stream, whose frames come in order.
 
     Attributes:
-        quality: score-weighted share of the boxes that were followed to the last frame; 1 on a key frame.
-        motion: score-weighted mean distance that boxes went since the key frame, in their own sizes.
+        quality: how much boxes still look as they did on the key frame: score-weighted mean correlation, 0 to 1.
         novelty: share of the points outside of all boxes that move by themselves now and did not on the key frame.
     """
 
     def __init__(self, options: MotionOptions | None = None) -> None:
         self.options = options or MotionOptions()
-        self.quality, self.motion, self.novelty = 1.0, 0.0, 0.0
-        self._field = FlowField()
+        self.quality, self.novelty = 1.0, 0.0
+        self._flow = PointFlow()
         self._size = (0, 0)  # of the last frame
         self._objects: _Objects | None = None
         self._device = torch.device("cpu")
@@ -129,12 +154,12 @@ class BoxMover:
 
     def forget(self) -> None:
         """Forget the boxes: another scene begins. Track ids go on."""
-        self._objects, self._field = None, FlowField()
+        self._objects, self._flow = None, PointFlow()
 
     def fork(self) -> BoxMover:
         """Another mover that is as far, and goes on by itself."""
         other = copy.copy(self)
-        other._field = self._field.fork()
+        other._flow = copy.copy(self._flow)
         return other
 
     @property
@@ -144,18 +169,24 @@ class BoxMover:
 
     def move(self, image: Picture) -> None:
         """Go on to the next frame `(h, w, 3)`; boxes move with their objects, and those that leave it are gone."""
-        self._size = image.shape[0], image.shape[1]
-        grey = grey_picture(image, self.options.short_side)
-        self._field.look(grey)
+        self.follow(self.view(image))
+
+    def view(self, image: Picture) -> View:
+        """All that movers look at of a frame `(h, w, 3)`."""
+        return View((image.shape[0], image.shape[1]), grey_picture(image, self.options.short_side))
+
+    def follow(self, view: View) -> None:
+        """As `move`, by what `view` made of the frame."""
+        self._size, grey = view
+        self._flow.look(grey)
         if self._objects is None:
             return  # nothing to move yet
-        before, scale = self._objects, image.shape[0] / grey.shape[0]
+        before, scale = self._objects, self._size[0] / grey.shape[0]
         boxes = before.boxes / np.float32(scale)
-        moved = move_boxes(self._field, boxes, before.scores, self.options)
+        moved = move_boxes(self._flow, boxes, before.scores, self.options)
         weight = before.scores / max(float(before.scores.sum()), 1e-6)
-        gone = np.linalg.norm((moved.boxes - boxes).reshape(-1, 2, 2).mean(1), axis=1)  # of the centres
-        self.quality = float((weight * moved.followed).sum()) if len(weight) else 1.0
-        self.motion += float((weight * gone / np.maximum(np.sqrt(_areas(boxes)), 1)).sum())
+        likeness = _correlation(before.looks, self._flow.looks(moved.boxes))
+        self.quality = float((weight * likeness).sum()) if len(weight) else 1.0
         self._restless = moved.restless if self._restless is None else self._restless
         self.novelty = max(0.0, moved.restless - self._restless)
         scores = np.where(moved.followed, before.scores, np.float32(self.options.decay) * before.scores)
@@ -169,17 +200,20 @@ class BoxMover:
         """The boxes on the last frame, best first, in its pixels."""
         assert self._objects is not None, "key() comes first"
         found = self._objects
-        clipped = self._clipped(found.boxes)
-        return Detections(*(torch.from_numpy(v.copy()).to(self._device) for v in (clipped, *found[1:])))
+        values = self._clipped(found.boxes), found.scores, found.labels, found.tracks
+        return Detections(*(torch.from_numpy(value.copy()).to(self._device) for value in values))
 
     def key(self, found: Detections) -> Detections:
         """Take in what was detected on the last frame: one with the boxes that moved there, and with track ids."""
         self._device = found.boxes.device
         boxes, scores, labels = (v.detach().cpu().numpy() for v in (found.boxes, found.scores, found.labels))
         tracks = np.full(len(labels), -1, np.int64)
-        new = _Objects(boxes.astype(np.float32), scores.astype(np.float32), labels.astype(np.int64), tracks)
-        self._objects = self._merged(new, self._objects)
-        self.quality, self.motion, self.novelty, self._restless = 1.0, 0.0, 0.0, None
+        nothing = np.zeros((len(labels), 0), np.float32)
+        new = _Objects(boxes.astype(np.float32), scores.astype(np.float32), labels.astype(np.int64), tracks, nothing)
+        merged = self._merged(new, self._objects)
+        scale = np.float32(self._flow.size[0] / self._size[0])
+        self._objects = merged._replace(looks=self._flow.looks(merged.boxes * scale))
+        self.quality, self.novelty, self._restless = 1.0, 0.0, None
         return self.boxes()
 
     def _merged(self, new: _Objects, old: _Objects | None) -> _Objects:
@@ -201,6 +235,7 @@ class BoxMover:
                 np.concatenate([scores, lost.scores]),
                 np.concatenate([new.labels, lost.labels]),
                 np.concatenate([tracks, lost.tracks]),
+                np.zeros((len(tracks) + len(lost.tracks), 0), np.float32),
             )
             new = new.where(np.argsort(-new.scores, kind="stable"))
         nameless = np.flatnonzero(new.tracks < 0)
@@ -213,49 +248,45 @@ class BoxMover:
         return np.clip(boxes, 0, np.array([width, height] * 2, np.float32))
 
 
-class FlowField:
-    """Optical flow between the last two pictures of a stream, forth and back."""
+class PointFlow:
+    """Where points went between the last two pictures of a stream: pyramidal Lucas-Kanade, forth and back."""
 
     def __init__(self) -> None:
-        self._dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
         self._before: Picture | None = None
-        self._flows: tuple[Array, Array] | None = None
-
-    def fork(self) -> FlowField:
-        """Another field that has seen the same last picture."""
-        other = FlowField()
-        other._before = self._before
-        return other
+        self._now: Picture | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the last picture."""
-        assert self._before is not None
-        return self._before.shape[0], self._before.shape[1]
+        assert self._now is not None
+        return self._now.shape[0], self._now.shape[1]
 
     def look(self, picture: Picture) -> None:
         """Go on to the next picture `(h, w)`."""
-        before, self._before = self._before, picture
-        if before is None or before.shape != picture.shape:
-            self._flows = None
-        else:
-            self._flows = self._flow(before, picture), self._flow(picture, before)
-
-    def _flow(self, start: Picture, end: Picture) -> Array:
-        """How far every pixel of a picture `(h, w)` went, `(h, w, 2)`."""
-        return np.asarray(self._dis.calc(start, end, np.zeros((*start.shape, 2), np.float32)), np.float32)
+        self._before, self._now = self._now, picture
 
     def at(self, points: Array, error: float) -> Flow:
-        """How points `(..., 2)` moved; sure if the way back leads to within `error` pixels of them."""
-        if self._flows is None:
-            return Flow(points, np.zeros_like(points), np.zeros(points.shape[:-1], bool))
-        there, back = self._flows
-        shift = _sampled(there, points)
-        end = points + shift
-        returned = shift + _sampled(back, end)
-        x, y = end[..., 0], end[..., 1]  # reductions over pairs take several times as long
+        """How points `(p, 2)` moved; sure if the way back leads to within `error` pixels of them."""
+        before, now = self._before, self._now
+        if before is None or now is None or before.shape != now.shape or not len(points):
+            return Flow(points, np.zeros_like(points), np.zeros(len(points), bool))
+        start = points[:, None]
+        end, there = _follow(before, now, start)
+        again, back = _follow(now, before, end)
+        end, returned = end[:, 0], again[:, 0] - points
+        x, y = end[:, 0], end[:, 1]
         inside = (x >= 0) & (y >= 0) & (x < self.size[1]) & (y < self.size[0])
-        return Flow(points, shift, inside & (_largest(returned) < error))
+        sure = inside & (there[:, 0] > 0) & (back[:, 0] > 0) & (_largest(returned) < error)
+        return Flow(points, end - points, sure)
+
+    def looks(self, boxes: Array) -> Array:
+        """Grey levels of the last picture at points of boxes `(n, 4)` in its pixels: `(n, p)`."""
+        assert self._now is not None
+        if not len(boxes):
+            return np.zeros((0, len(_BOX_POINTS[7])), np.float32)
+        at = boxes[:, None, :2] + _BOX_POINTS[7] * (boxes[:, None, 2:] - boxes[:, None, :2])  # (n, p, 2)
+        x, y = np.ascontiguousarray(at[..., 0]), np.ascontiguousarray(at[..., 1])
+        return cv2.remap(self._now, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).astype(np.float32)
 
 
 def grey_picture(image: Picture, short_side: int) -> Picture:
@@ -274,15 +305,16 @@ class Moved(NamedTuple):
     restless: float
 
 
-def move_boxes(field: FlowField, boxes: Array, scores: Array, options: MotionOptions) -> Moved:
-    """Move boxes `(n, 4)`, xyxy with scores `(n,)`, from the last but one picture of a field to the last."""
-    height, width = field.size
+def move_boxes(flows: PointFlow, boxes: Array, scores: Array, options: MotionOptions) -> Moved:
+    """Move boxes `(n, 4)`, xyxy with scores `(n,)`, from the last but one picture to the last."""
+    height, width = flows.size
     size = np.array([width, height], np.float32)
     visible = np.clip(boxes, 0, np.tile(size, 2))
-    inner = visible[:, None, :2] + _BOX_POINTS * (visible[:, None, 2:] - visible[:, None, :2])  # (n, points, 2)
+    places = _BOX_POINTS[min(7, max(2, math.isqrt(_POINTS // max(1, len(boxes)))))]
+    inner = visible[:, None, :2] + places * (visible[:, None, 2:] - visible[:, None, :2])  # (n, points, 2)
     everywhere = _CAMERA_POINTS * size
     count = len(everywhere)
-    start, shift, sure = field.at(np.concatenate([everywhere, inner.reshape(-1, 2)]), options.error)
+    start, shift, sure = flows.at(np.concatenate([everywhere, inner.reshape(-1, 2)]), options.error)
     seen = Flow(start[:count], shift[:count], sure[:count])
     flow = Flow(inner, shift[count:].reshape(inner.shape), sure[count:].reshape(inner.shape[:2]))
     camera = camera_motion(seen, boxes)
@@ -336,14 +368,13 @@ def _largest(shift: Array) -> Array:
     return np.asarray(np.maximum(np.abs(shift[..., 0]), np.abs(shift[..., 1])))
 
 
-def _sampled(field: Array, points: Array) -> Array:
-    """Values of a field `(h, w, 2)` at points `(p, 2)`, bilinear; beyond the border those of the border."""
-    x, y = np.ascontiguousarray(points[:, :1]), np.ascontiguousarray(points[:, 1:])
-    values = [
-        cv2.remap(field, x[i : i + 16384], y[i : i + 16384], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        for i in range(0, len(x), 16384)  # remap takes at most 32,767 rows
-    ]
-    return np.asarray(np.concatenate(values).reshape(points.shape), np.float32)
+def _follow(start: Picture, end: Picture, points: Array) -> tuple[Array, NDArray[np.uint8]]:
+    """Where points `(p, 1, 2)` of a picture are in another one, and which `(p, 1)` were found."""
+    unknown = np.zeros_like(points)  # as it is not used
+    there, found, _ = cv2.calcOpticalFlowPyrLK(
+        start, end, points, unknown, winSize=_WINDOW, maxLevel=_LEVELS - 1, criteria=_UNTIL
+    )
+    return np.asarray(there, np.float32), np.asarray(found, np.uint8)
 
 
 def _median(values: Array, used: NDArray[np.bool_]) -> Array:
@@ -352,6 +383,14 @@ def _median(values: Array, used: NDArray[np.bool_]) -> Array:
     middle = np.maximum(used.sum(1) - 1, 0) // 2
     picked = np.take_along_axis(ordered, middle[:, None, None], axis=1)[:, 0]
     return np.where(np.isfinite(picked), picked, 0).astype(np.float32)
+
+
+def _correlation(a: Array, b: Array) -> Array:
+    """Correlation of grey levels `(n, p)`, row by row, at least 0: `(n,)`. What has no contrast looks like anything."""
+    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+    energy = (a * a).mean(1), (b * b).mean(1)
+    alike = (a * b).mean(1) / np.sqrt(np.maximum(energy[0] * energy[1], 1e-6))
+    return np.where(np.maximum(*energy) < _FLAT**2, 1, np.maximum(alike, 0)).astype(np.float32)
 
 
 def overlaps(a: Array, b: Array) -> Array:
@@ -383,15 +422,13 @@ class KeyFrames:
 
     Attributes:
         every: at most so many frames from one key frame to the next; 1 = on every frame.
-        motion: it runs earlier when boxes went so far since the last key frame, in their own sizes (score-weighted
-            mean): a box that is moved keeps its shape, and fast objects change theirs.
-        quality: it runs earlier when a smaller share of the boxes than this could be followed.
+        quality: it runs earlier when boxes look less than this as they did on the key frame, see `BoxMover`: objects
+            turn or were lost.
         novelty: it runs earlier when a larger share of the picture outside of all boxes begins to move.
     """
 
     every: int = 6
-    motion: float = 0.2
-    quality: float = 0.5
+    quality: float = 0.7
     novelty: float = 0.03
 
     def __post_init__(self) -> None:
@@ -401,11 +438,11 @@ class KeyFrames:
     @staticmethod
     def each(every: int) -> KeyFrames:
         """Every n-th frame, whatever moves."""
-        return KeyFrames(every, math.inf, 0.0, math.inf)
+        return KeyFrames(every, 0.0, math.inf)
 
     def early(self, mover: BoxMover) -> bool:
-        """Whether to run before it is time, by how the boxes went."""
-        return mover.motion > self.motion or mover.quality < self.quality or mover.novelty > self.novelty
+        """Whether to run before it is time, by what became of the boxes."""
+        return mover.quality < self.quality or mover.novelty > self.novelty
 
     @staticmethod
     def of(hold: Hold) -> KeyFrames:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any
 
 import cv2
 import numpy as np
@@ -42,7 +41,7 @@ def ignored_tokens(polygons: tuple[Polygon, ...], grid: Grid, token: Point) -> T
     return torch.from_numpy(whole.reshape(-1))
 
 
-def within(points: NDArray[np.floating[Any]], polygons: Iterable[Polygon]) -> NDArray[np.bool_]:
+def within(points: NDArray[np.float64], polygons: Iterable[Polygon]) -> NDArray[np.bool_]:
     """Which points `(n, 2)`, relative as the polygons are, lie in one of them or on its border, `(n,)`."""
     contours = [np.array(polygon, np.float32) for polygon in polygons]
     return np.array(

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,13 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eventful_det.data.source import VideoFrame
-from eventful_det.detectors.protocol import InputTransform, S, VideoDetector
+from eventful_det.detectors.protocol import Costed, InputTransform, Network, S, VideoDetector
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
+from eventful_det.detectors.saliency import token_saliency
 from eventful_det.errors import UserError
-from eventful_det.gating.selector import Policy
+from eventful_det.gating.selector import GateInput, Policy, Selector
+from eventful_det.gating.state import State
 from eventful_det.runtime.drift import Drift
 from eventful_det.runtime.motion import BoxMover, Hold, KeyFrames
-from eventful_det.runtime.regions import Polygon
+from eventful_det.runtime.regions import Polygon, ignored_tokens
 from eventful_det.runtime.scene_cuts import SceneCuts
 
 
@@ -73,7 +75,7 @@ class KeyFrame:
 
     Attributes:
         frame: of the source.
-        image: `(3, h, w)` input of the detector.
+        image: `(3, h, w)` input of the detector; of a recogniser `(tt, 3, h, w)`.
         flush: recompute everything.
         regular: it came in its turn, not because the stream begins anew.
         dropped: frames of a live source that were overtaken so far.
@@ -108,6 +110,90 @@ class StreamOptions:
     def __post_init__(self) -> None:
         if not 0 < self.priority < math.inf:
             raise UserError(f"priority must be above 0, got {self.priority}")
+
+
+class Result(Protocol):
+    """What is the same in the results of all networks; see `StreamResult`."""
+
+    @property
+    def frame_index(self) -> int:
+        """From 0."""
+
+    @property
+    def timestamp(self) -> float | None:
+        """Seconds since the start of the source, if it has a clock."""
+
+    @property
+    def cost(self) -> FrameCost:
+        """Of the frame."""
+
+    @property
+    def work(self) -> Tensor:
+        """`(H, W)` share of its token-wise work that each token had done."""
+
+    @property
+    def token_size(self) -> tuple[float, float]:
+        """Height and width of a token in pixels of the source frame."""
+
+    @property
+    def image(self) -> NDArray[np.uint8]:
+        """The source frame."""
+
+    @property
+    def stream(self) -> str:
+        """Name of the source."""
+
+    @property
+    def frame_age(self) -> float | None:
+        """Seconds from its capture to this result; None unless the source is live."""
+
+    @property
+    def dropped(self) -> int:
+        """Frames of a live source that were overtaken so far."""
+
+
+T_contra = TypeVar("T_contra", bound=Costed, contravariant=True)
+R_co = TypeVar("R_co", bound=Result, covariant=True)
+
+
+class Session(Protocol[S, T_contra, R_co]):
+    """What steps and pools know of a stream: `StreamSession`, or that of a network of another kind.
+
+    `T_contra` is what a step of the network gives, `R_co` the result of a frame.
+
+    Attributes:
+        name, state, options, left, variable_macs: see `StreamSession`.
+    """
+
+    name: str
+    state: State[S]
+    options: StreamOptions
+    left: float
+    variable_macs: float | None
+
+    def begin(self, frame: VideoFrame, *, dropped: int = 0) -> KeyFrame | R_co | None:
+        """Take in the next frame: an input for the network, a result without one, or None: it takes more frames."""
+
+    def aim(self, gate: GateInput, key: KeyFrame) -> GateInput:
+        """A gate with what the stream knows of its tokens."""
+
+    def finish(self, key: KeyFrame, step: T_contra, price: float | None = None) -> R_co:
+        """The result of an input."""
+
+
+AnySession: TypeAlias = Session[Any, Any, R_co]
+
+
+@runtime_checkable
+class OpensSessions(Network[Any, Any], Protocol[R_co]):
+    """A network that has sessions of its own kind."""
+
+    @property
+    def selector(self) -> Selector:
+        """What is selected unless it is told."""
+
+    def session(self, *, name: str, scene_cuts: bool, options: StreamOptions | None) -> AnySession[R_co]:
+        """One for a stream; see `StreamSession`."""
 
 
 class StreamSession(Generic[S]):
@@ -159,7 +245,7 @@ class StreamSession(Generic[S]):
         self._frames = 0
 
     def begin(
-        self, frame: VideoFrame, resized: NDArray[np.uint8] | None = None, dropped: int = 0
+        self, frame: VideoFrame, *, resized: NDArray[np.uint8] | None = None, dropped: int = 0
     ) -> KeyFrame | StreamResult:
         """Take in the next frame.
 
@@ -190,6 +276,23 @@ class StreamSession(Generic[S]):
             expected = self.as_input(self._mover.boxes(), frame.image)
         seconds = {"motion": moved - moving, "other": time.perf_counter() - moved + moving - began}
         return KeyFrame(frame, image, cut, regular, dropped, seconds, expected)
+
+    def aim(self, gate: GateInput, key: KeyFrame) -> GateInput:
+        """The gate with the saliency of where objects are now, not of where they were on the last key frame.
+
+        Tokens that the stream ignores are not eligible.
+        """
+        if gate.grid is None:
+            return gate
+        if key.expected is not None:
+            boxes, scores = key.expected.boxes, key.expected.scores
+            gate = gate._replace(saliency=token_saliency(boxes, scores, gate.grid, self.transform.token))
+        if not self.options.ignore:
+            return gate
+        height, width = key.frame.image.shape[:2]
+        y, x = self.transform.token_size(key.frame.image)
+        ignored = ignored_tokens(self.options.ignore, gate.grid, (y / height, x / width))
+        return gate.ignoring(ignored.to(gate.error.device))
 
     def finish(self, key: KeyFrame, step: StepResult, price: float | None = None) -> StreamResult:
         """The result of a key frame.

@@ -7,20 +7,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from eventful_det.data.video import Source as Source
-from eventful_det.data.video import VideoFrame, open_source
+from eventful_det.data.video import open_source
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, S, VideoDetector
-from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
 from eventful_det.gating.selector import Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
-from eventful_det.runtime.control import Stepper
+from eventful_det.runtime.control import Budgeted, Stepper
 from eventful_det.runtime.drift import Drift, DriftMonitor
-from eventful_det.runtime.live import LiveBoxes
+from eventful_det.runtime.live import DetectorThread, LiveBoxes, detector_of
 from eventful_det.runtime.motion import Hold
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
 
-class Stream(Iterator[StreamResult]):
+class Stream(Budgeted, Iterator[StreamResult]):
     """Iterates over the results of one source, lazily; `budget` may be set between any two frames.
 
     Args:
@@ -77,20 +76,13 @@ class Stream(Iterator[StreamResult]):
         self._monitor: DriftMonitor[Any] | None = None
         if shadow_every:
             self._monitor = DriftMonitor(detector, transform, shadow_every, shadow_score)
-        self._live = LiveBoxes(self._detect, scene_cuts) if live else None
+        self._live: LiveBoxes | None = None
+        if live:
+            self._live = LiveBoxes(detector_of(self._stepper, self._session), DetectorThread(), scene_cuts)
         self._source = open_source(source)
         self._session.name = self._source.name
         self._frames = iter(self._source)
         self._count = 0
-
-    @property
-    def budget(self) -> Budget | Selector:
-        """What a frame may cost, as it was set; None = the default selector."""
-        return self._stepper.budget
-
-    @budget.setter
-    def budget(self, budget: Budget | Selector) -> None:
-        self._stepper.budget = budget
 
     @property
     def drift(self) -> Drift | None:
@@ -110,7 +102,9 @@ class Stream(Iterator[StreamResult]):
             raise StopIteration
         self._count += 1
         if self._live is not None:
-            return self._live.show(frame, self._source.dropped)
+            shown = self._live.show(frame, self._source.dropped)
+            assert shown is not None, "it waits for the first answer"
+            return shown
         result = self._session.begin(frame, dropped=self._source.dropped)
         if isinstance(result, KeyFrame):
             (result,) = self._stepper.step([(self._session, result)])
@@ -119,18 +113,9 @@ class Stream(Iterator[StreamResult]):
         drift = self._monitor.compare(result.frame_index, result.image, result.detections, result.cost)
         return dataclasses.replace(result, drift=drift)
 
-    def _detect(self, frame: VideoFrame, expected: Detections | None) -> StreamResult:
-        """Run the detector on a frame; of a live stream, in its thread."""
-        key = self._session.begin(frame)
-        assert isinstance(key, KeyFrame)
-        if expected is not None:
-            key = dataclasses.replace(key, expected=self._session.as_input(expected, frame.image))
-        (result,) = self._stepper.step([(self._session, key)])
-        return result
-
     def close(self) -> None:
         """Release the source; iteration ends."""
         if self._live is not None:
-            self._live.close()
+            self._live.thread.close()
         self._source.close()
         self._frames = iter(())

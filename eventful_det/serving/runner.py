@@ -7,7 +7,8 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
@@ -16,10 +17,10 @@ from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.motion import Hold
 from eventful_det.runtime.pool import StreamPool
 from eventful_det.runtime.rescoring import Rescorer
-from eventful_det.runtime.session import StreamOptions, StreamResult
+from eventful_det.runtime.session import StreamOptions
 from eventful_det.runtime.tracking import Tracker
 from eventful_det.serving.sources import OpenedSource
-from eventful_det.serving.views import CostSample, Follower, LatestFrame, StreamView
+from eventful_det.serving.views import AnyPool, AnyResult, CostSample, Follower, LatestFrame, StreamView
 
 AUTO = "auto"  # the budget with which the selector that the pool had at first decides
 _STUCK = 120.0  # seconds without a round
@@ -43,8 +44,9 @@ class PoolRunner:
         on_round: called in the runner's thread after every round.
     """
 
-    def __init__(self, pool: StreamPool, *, max_streams: int = 16, track: bool = False, rescore: bool = False) -> None:
-        self.pool, self.max_streams, self.track, self.rescore = pool, max_streams, track, rescore
+    def __init__(self, pool: AnyPool, *, max_streams: int = 16, track: bool = False, rescore: bool = False) -> None:
+        self.pool: StreamPool[Any] = pool
+        self.max_streams, self.track, self.rescore = max_streams, track, rescore
         if track:
             Tracker()  # tells now what is missing
         self.lock = threading.Lock()
@@ -168,7 +170,7 @@ class PoolRunner:
                 self._show(results)
             self.on_round()
 
-    def _show(self, results: list[StreamResult]) -> None:
+    def _show(self, results: Sequence[AnyResult]) -> None:
         with self.lock:
             for result in results:
                 view = self.views.get(result.stream)

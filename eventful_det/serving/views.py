@@ -15,8 +15,12 @@ from numpy.typing import NDArray
 
 from eventful_det.data.video.transforms import resize
 from eventful_det.detectors.results import FrameCost
+from eventful_det.recognition.session import RecognitionResult
+from eventful_det.runtime.pool import StreamPool
 from eventful_det.runtime.session import StreamResult
 
+AnyResult = StreamResult | RecognitionResult
+AnyPool = StreamPool[StreamResult] | StreamPool[RecognitionResult]
 Follower = Callable[[StreamResult], StreamResult]
 HISTORY = 160  # frames in a strip chart
 _LONGEST = 960  # side of the pictures that are sent, in pixels
@@ -29,11 +33,11 @@ class LatestFrame:
 
     Attributes:
         number: of the frame in its stream, from 1.
-        result: of the detector.
+        result: of the detector or recogniser.
     """
 
     number: int
-    result: StreamResult
+    result: AnyResult
 
     @cached_property
     def jpeg(self) -> bytes:
@@ -69,10 +73,11 @@ class StreamView:
     newest: LatestFrame | None = None
     history: deque[CostSample] = field(default_factory=lambda: deque(maxlen=HISTORY))
 
-    def show(self, result: StreamResult) -> None:
+    def show(self, result: AnyResult) -> None:
         """Take in the next frame."""
-        for follow in self.followers:
-            result = follow(result)
+        if isinstance(result, StreamResult):
+            for follow in self.followers:
+                result = follow(result)
         self.newest = LatestFrame(result.frame_index + 1, result)
         self.history.append(CostSample(self.newest.number, time.monotonic(), result.cost))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
 from eventful_det.gating.selector import GateInput, LargestError, Selector
-from eventful_det.gating.vit_spec import Block, relative_table
+from eventful_det.gating.spec import Block, relative_table
 from eventful_det.gating.windows import Grid, Side
 
 FORMAT = "eventful-golden/1"

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from eventful_det.errors import UserError
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT, GateInput, Select
-from eventful_det.gating.vit_spec import Block, ViTSpec, resize_table
+from eventful_det.gating.spec import Block, ViTSpec, resize_table
 from eventful_det.gating.windows import Grid, Side, relative_bias, relative_places, relative_terms, windows_of
 
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eventful_det.data.training_set import Target
+from eventful_det.detectors.saliency import token_saliency
 from eventful_det.detectors.vitdet.detector import DIVISOR, Detector
 from eventful_det.errors import UserError
-from eventful_det.gating.saliency import token_saliency
 from eventful_det.gating.selector import Focus, LargestError, Policy, Selector
 from eventful_det.gating.windows import Grid
 from eventful_det.options import Count, NonNegative, Share, convert_fields

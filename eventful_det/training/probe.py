@@ -56,11 +56,11 @@ def probe(trainer: Trainer) -> Estimate:
     reading = (time.perf_counter() - began) / max(1, trainer.options.workers)
     images, targets = torch.stack([image for image, _ in samples]), [target for _, target in samples]
     trainer.objective.train()
-    trained = sum(p.numel() for p in trainer.detector.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in trainer.network.parameters() if p.requires_grad)
     reset_peak_memory(trainer.device)
     for _ in range(2):  # the first one also allocates and compiles
         began = time.perf_counter()
-        trainer.add_gradients(images, targets)
+        trainer.add_gradients((images, targets))
         trainer.optimizer.zero_grad(set_to_none=True)
         if trainer.device.type == "cuda":
             torch.cuda.synchronize(trainer.device)

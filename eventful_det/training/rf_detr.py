@@ -14,7 +14,7 @@ from eventful_det.detectors.checkpoints.pretrained import backbone_tensors
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.rf_detr.sizes import random_model
 from eventful_det.errors import UserError
-from eventful_det.gating.vit_spec import resize_positions
+from eventful_det.gating.spec import resize_positions
 
 TINY = "rf_detr_tiny"
 _PRETRAINED = 0.5  # mean and standard deviation of the inputs of timm's ViTs; RF-DETR's are `Parts.mean` and `.std`

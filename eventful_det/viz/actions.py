@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from eventful_det.detectors.results import Detections, FrameCost
-from eventful_det.recognition.stream import RecognitionResult
+from eventful_det.recognition.session import RecognitionResult
 from eventful_det.runtime.session import StreamResult
 from eventful_det.viz.frame import class_colour
 from eventful_det.viz.overlay import WIDTH, Caption, annotate

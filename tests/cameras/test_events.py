@@ -113,7 +113,7 @@ def test_what_stands_in_a_mask_is_dropped() -> None:
 
 
 def test_classes_scores_and_sizes_count_by_class() -> None:
-    film = Film(classes={"car": Limits(), "person": Limits(score=0.3, max_area=0.001)}, min_area=0.004)
+    film = Film(classes={"car": Limits(), "person": Limits(score=0.3, max_area=0.0045)}, min_area=0.004)
     shown = film.show((1, "person", 0.4, 50, 50), (2, "car", 0.9, 90, 50), times=3)  # 100 of 20,000 pixels
     assert film.told() == [("enter", None, "car")] and shown.detections.labels.tolist() == [0]
     small = Film(classes=("person",))

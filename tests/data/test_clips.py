@@ -13,9 +13,9 @@ import torch
 
 from eventful_det.data.augmentation import Augmentation
 from eventful_det.data.clips import ClipOptions, ClipSet
+from eventful_det.data.clips.motion import Camera, Sprite, camera_path
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
 from eventful_det.data.mixed import MixedSet
-from eventful_det.data.motion import Camera, Sprite, camera_path
 from eventful_det.data.training_set import TrainingSet, training_loader
 from eventful_det.errors import UserError
 

@@ -14,7 +14,7 @@ from eventful_det.data.coco_video import CocoVideo, load_coco_video
 from eventful_det.data.layouts.other_layouts import import_coco as import_annotations
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import evaluate
-from eventful_det.evaluation.motion import motion_iou
+from eventful_det.evaluation.ilsvrc.motion import motion_iou
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data" / "vid" / "vid_val10000_coco.json"

@@ -11,7 +11,7 @@ import pytest
 from eventful_det.data.coco_video import Annotation, Box, CocoVideo, Frame, Video
 from eventful_det.evaluation.detection import Entry
 from eventful_det.evaluation.ilsvrc import FGFA, MEGA, GroupScore, Protocol, group_scores, vid_scores
-from eventful_det.evaluation.motion import motion_groups, motion_iou
+from eventful_det.evaluation.ilsvrc.motion import motion_groups, motion_iou
 
 SLOW: Box = (10.0, 10.0, 109.0, 109.0)
 FAR: Box = (500.0, 300.0, 599.0, 399.0)

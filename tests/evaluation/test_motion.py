@@ -15,7 +15,7 @@ from eventful_det.data.classes import IMAGENET_VID
 from eventful_det.data.coco_video import Annotation, Box, Frame, Video
 from eventful_det.data.layouts.imagenet_vid import Source, convert, list_folders
 from eventful_det.evaluation.ilsvrc import vid_scores
-from eventful_det.evaluation.motion import motion_groups, motion_iou, motion_ious
+from eventful_det.evaluation.ilsvrc.motion import motion_groups, motion_iou, motion_ious
 
 Track = dict[int, Box]  # by frame
 

@@ -18,11 +18,10 @@ import pytest
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.evaluation import report
-from eventful_det.evaluation.runs import Method, MethodRun
-from eventful_det.evaluation.store import ResultStore
-from eventful_det.evaluation.summary import Row, evaluate_detector, jsonable, row_of, rows_of
-from eventful_det.evaluation.sweep import first, run_methods
+from eventful_det.evaluation.sweep import first, report, run_methods
+from eventful_det.evaluation.sweep.runs import Method, MethodRun
+from eventful_det.evaluation.sweep.store import ResultStore
+from eventful_det.evaluation.sweep.summary import Row, evaluate_detector, jsonable, row_of, rows_of
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import RandomOrder, Selector, TopFraction

@@ -10,10 +10,10 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
-from eventful_det.gating.convert import Rule, eventify
+from eventful_det.gating.convert import eventify
+from eventful_det.gating.rules import Rule
 from eventful_det.gating.selector import DEFAULT, Select
-from eventful_det.gating.state import State, StreamState
-from eventful_det.gating.update import Update
+from eventful_det.gating.state import State, StreamState, Update
 
 PATCH = 4
 

@@ -14,10 +14,11 @@ from networks import clip, dense_tokens, error, plain, sam
 from torch import nn
 
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import EventfulViT, Rule, eventify
+from eventful_det.gating.convert import EventfulViT, eventify
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows, RowsState
+from eventful_det.gating.rules import Rule
 from eventful_det.gating.selector import EVERYTHING, GateInput, Select, Threshold, TopFraction, TopK
 from eventful_det.gating.state import State
 

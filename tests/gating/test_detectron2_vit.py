@@ -10,10 +10,11 @@ from networks import clip, error, randomise, run
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import Rule, eventify
+from eventful_det.gating.convert import eventify
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.rules import Rule
 from eventful_det.gating.selector import EVERYTHING, Threshold, TopK
 from eventful_det.gating.vit_spec import spec_of
 

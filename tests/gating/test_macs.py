@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eventful_det.errors import UserError
 from eventful_det.gating import macs
-from eventful_det.gating.convert import Rule, step_streams
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import (
     Macs,
@@ -31,10 +30,11 @@ from eventful_det.gating.macs import (
 )
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.rules import Rule, step_streams
 from eventful_det.gating.selector import EVERYTHING, GateInput, RandomK, Selector
-from eventful_det.gating.state import State
-from eventful_det.gating.update import Update
-from eventful_det.gating.vit_spec import ViTSpec, spec_of
+from eventful_det.gating.spec import ViTSpec
+from eventful_det.gating.state import State, Update
+from eventful_det.gating.vit_spec import spec_of
 from eventful_det.testing.official import OfficialCounts, official_counts, official_dense
 
 VIT_B = ViTShape(depth=12, dim=768, heads=12, window=14, global_blocks=(2, 5, 8, 11), rel_pos=True)

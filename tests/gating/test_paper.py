@@ -15,8 +15,8 @@ from eventful_det.gating.macs import Ablation
 from eventful_det.gating.paper import Paper, PaperState
 from eventful_det.gating.paper.attention import ProductState, _mix, _update_scores, attend_windows
 from eventful_det.gating.selector import EVERYTHING, GateInput, RandomK, Select, Threshold, TopFraction, TopK
+from eventful_det.gating.spec import Block, ViTSpec, relative_table
 from eventful_det.gating.state import State
-from eventful_det.gating.vit_spec import Block, ViTSpec, relative_table
 
 ABLATIONS = ("full", "qk", "tokenwise")
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from eventful_det.detectors.saliency import REACH, token_saliency
 from eventful_det.detectors.vitdet.detector import Detector
-from eventful_det.gating.saliency import REACH, token_saliency
 from eventful_det.gating.selector import EVERYTHING, GateInput
 
 PATCH = 16

@@ -14,10 +14,11 @@ from networks import clip, plain, sam
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import Rule, eventify
+from eventful_det.gating.convert import eventify
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.rules import Rule
 from eventful_det.gating.selector import Select, Threshold, TopK
 from eventful_det.gating.state import State, TensorTree
 

@@ -20,7 +20,8 @@ from torch import nn
 
 from eventful_det.errors import UserError
 from eventful_det.gating.convert import eventify
-from eventful_det.gating.vit_spec import relative_table, resize_positions, spec_of
+from eventful_det.gating.spec import relative_table, resize_positions
+from eventful_det.gating.vit_spec import spec_of
 from eventful_det.gating.windows import Tiles, relative_bias, relative_places, relative_terms, windows_of
 
 CPU = torch.device("cpu")

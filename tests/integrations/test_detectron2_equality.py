@@ -17,9 +17,10 @@ from zoo_files import Zoo, official_tensors
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import open_source
 from eventful_det.data.video.transforms import fit_size, resize, to_tensor
-from eventful_det.detectors.checkpoints.files import load_detector, read_weights, save_detectron2
+from eventful_det.detectors.checkpoints.files import load_detector, read_weights
 from eventful_det.detectors.checkpoints.infer_config import infer_config
 from eventful_det.detectors.checkpoints.key_maps import NOT_BOXES, from_detectron2
+from eventful_det.detectors.checkpoints.saving import save_detectron2
 from eventful_det.detectors.checkpoints.weight_files import load_exactly, matching
 from eventful_det.detectors.protocol import AnyRule
 from eventful_det.detectors.results import Detections
@@ -238,7 +239,7 @@ def test_ours_to_detectron2_and_back_bit_for_bit(suffix: str, tmp_path: Path) ->
 
 
 def test_positions_are_resized_as_in_detectron2() -> None:
-    from eventful_det.gating.vit_spec import relative_table, resize_positions
+    from eventful_det.gating.spec import relative_table, resize_positions
 
     positions, table = torch.randn(1, 197, 8), torch.randn(27, 8)
     for grid in ((14, 14), (9, 16), (20, 11)):

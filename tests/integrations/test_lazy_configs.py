@@ -25,7 +25,8 @@ from running import make_tree, run  # noqa: E402
 from vid_tree import make_set  # noqa: E402
 from zoo_models import randomise  # noqa: E402
 
-from eventful_det.detectors.checkpoints.files import load_detector, save_detectron2  # noqa: E402
+from eventful_det.detectors.checkpoints.files import load_detector  # noqa: E402
+from eventful_det.detectors.checkpoints.saving import save_detectron2  # noqa: E402
 from eventful_det.gating.rows import Rows  # noqa: E402
 from eventful_det.gating.selector import Latency  # noqa: E402
 from eventful_det.integrations.detectron2 import EventfulRCNN, VIDMapper, add_eventful_config  # noqa: E402

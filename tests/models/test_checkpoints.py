@@ -26,9 +26,10 @@ from zoo_files import (
 )
 
 from eventful_det.data.classes import COCO_NAMES, IMAGENET_VID
-from eventful_det.detectors.checkpoints.files import FORMAT, load_detector, read_weights, save_detector, save_detectron2
+from eventful_det.detectors.checkpoints.files import load_detector, read_weights
 from eventful_det.detectors.checkpoints.infer_config import infer_config
 from eventful_det.detectors.checkpoints.key_maps import POSITIONS, from_detectron2, from_official
+from eventful_det.detectors.checkpoints.saving import FORMAT, save_detector, save_detectron2
 from eventful_det.detectors.checkpoints.weight_files import load_exactly, read_tensors
 from eventful_det.detectors.vitdet.cascade import CascadeHeads
 from eventful_det.detectors.vitdet.config import ModelConfig, vitdet_b_vid

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eventful_det.detectors.checkpoints.files import load_detector, save_detector
+from eventful_det.detectors.checkpoints.files import load_detector
+from eventful_det.detectors.checkpoints.saving import save_detector
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 

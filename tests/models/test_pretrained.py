@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from zoo_files import SMALL, Zoo, random_tensors, write_training_checkpoint, write_zoo_pickle
 
-from eventful_det.detectors.checkpoints.files import SYNTHETIC, load_detector
+from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.checkpoints.pretrained import init_backbone
+from eventful_det.detectors.checkpoints.weight_files import SYNTHETIC
 from eventful_det.detectors.vitdet.config import vitdet_tiny
 from eventful_det.detectors.vitdet.vitdet import WindowedViT
 from eventful_det.errors import UserError

@@ -11,10 +11,10 @@ from small import moving_clip, small_config, small_recogniser
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import Rule
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.rules import Rule
 from eventful_det.gating.selector import EVERYTHING, RandomK, TopK
 from eventful_det.gating.state import State
 from eventful_det.recognition.clips import recognise
@@ -173,8 +173,8 @@ def test_training_reaches_every_parameter() -> None:
         ({"frames": 5}, "no whole number of tubelets"),
         ({"size": (16, 20)}, "do not divide into tubelets"),
         ({"heads": 3}, "attention heads"),
-        ({"std": (0.0, 1.0, 1.0)}, "std above 0"),
-        ({"temporal_views": 0}, "1 or more"),
+        ({"std": (0.0, 1.0, 1.0)}, "above 0"),
+        ({"temporal_views": 0}, "of at least 1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import tracemalloc
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,9 @@ from small import moving_clip, small_recogniser
 
 from eventful_det.data.source import VideoFrame
 from eventful_det.errors import UserError
+from eventful_det.gating.convert import AnyRule
 from eventful_det.gating.paper import Paper
+from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Gmacs, LargestError, Latency, Selector, TopK
 from eventful_det.recognition.checkpoints import load_recogniser
 from eventful_det.recognition.config import vivit_tiny
@@ -21,15 +23,10 @@ from eventful_det.recognition.data.segments import Segments, read_folders
 from eventful_det.recognition.data.synthetic_actions import ACTIONS, ActionOptions, mirrored, render_action
 from eventful_det.recognition.evaluation import Way
 from eventful_det.recognition.recogniser import Recogniser
-from eventful_det.recognition.stream import FrameClock
-from eventful_det.recognition.training import (
-    FeatureClips,
-    RecogniserTrainer,
-    RecogniserTraining,
-    SyntheticClips,
-    VideoClips,
-    cache_features,
-)
+from eventful_det.recognition.session import FrameClock
+from eventful_det.recognition.training.features import FeatureClips, cache_features, cache_views, gated_ways
+from eventful_det.recognition.training.samples import SyntheticClips, VideoClips
+from eventful_det.recognition.training.trainer import RecogniserOptions, RecogniserTrainer
 
 SMALL = ActionOptions(width=32, height=32, frames=12, noise=0)
 
@@ -60,18 +57,19 @@ def test_the_budget_can_be_turned_and_the_state_stays_in_size() -> None:
 
 
 def test_a_budget_that_cannot_be_held_is_refused_at_once() -> None:
-    with pytest.raises(UserError, match="give tokens or a share"):
+    with pytest.raises(UserError, match="rows rule"):
         small_recogniser().stream(arrays(4), budget=Gmacs(1), rule=Paper())
 
 
 def test_a_budget_in_macs_is_used_to_the_last_token() -> None:
     recogniser = small_recogniser()
-    budget = recogniser.step_macs(3)
-    for macs, tokens in ((budget, 3), (budget - 1, 2), (1, 0), (10 * budget, 6)):
+    macs_of = recogniser.cost_model(Rows()).macs((2, 3), torch.arange(6)).tolist()
+    budget = macs_of[3]
+    for macs, tokens in ((budget, 3), (budget - 1, 2), (macs_of[0], 0), (10 * budget, 6)):
         selector = Selector(LargestError(), Gmacs(macs / 1e9))
         _, *results = recogniser.stream(arrays(24), budget=selector, scene_cuts=False)
         assert {result.cost.recomputed for result in results} == {tokens}
-    assert results[-1].cost.total == recogniser.step_macs(6)
+    assert results[-1].cost.total == macs_of[6]
 
 
 def test_a_budget_in_seconds_is_met_by_fewer_tokens() -> None:
@@ -80,21 +78,29 @@ def test_a_budget_in_seconds_is_met_by_fewer_tokens() -> None:
         [r.cost.recomputed for r in recogniser.stream(arrays(60), budget=Latency(seconds), scene_cuts=False)]
         for seconds in (10.0, 1e-6)
     )
-    assert sum(much[1:]) > 0 and sum(none[1:]) == 0
+    assert min(much[2:]) > 1 and set(none[1:]) <= {0, 1}
 
 
-def test_memory_does_not_grow(steps: int = 500) -> None:
+@pytest.mark.parametrize("rule", [Rows(), Paper()])
+def test_weights_may_be_held_in_bfloat16(rule: AnyRule) -> None:
+    probabilities = []
+    for dtype in (torch.float32, torch.bfloat16):
+        recogniser = small_recogniser().to(dtype)
+        *_, last = recogniser.stream(arrays(24), budget=TopK(2), rule=rule, scene_cuts=False)
+        probabilities.append(last.probabilities["verb"])
+    assert torch.allclose(*probabilities, atol=0.05)
+
+
+def test_memory_does_not_grow(steps: int = 40) -> None:
     """Of a source that makes its frames as they are asked for; 5,000 steps were tried once."""
     frames = (frame for _ in range(steps // 10) for frame in arrays(20))
     stream = small_recogniser(stride=1).stream(frames, budget=1, scene_cuts=False)
-    sizes, used = set(), []
-    tracemalloc.start()
+    kept = set()
     for i, _ in enumerate(stream):
-        if i % (steps // 5) == steps // 5 - 1:
-            sizes.add(stream.state_bytes)
-            used.append(tracemalloc.get_traced_memory()[0])
-    tracemalloc.stop()
-    assert len(sizes) == 1 and len(used) == 5 and used[-1] < used[0] + 50_000
+        if i in (10, 20, steps - 1):
+            gc.collect()
+            kept.add((stream.state_bytes, sum(type(thing) is torch.Tensor for thing in gc.get_objects())))
+    assert len(kept) == 1
 
 
 def test_another_scene_begins_anew() -> None:
@@ -106,7 +112,7 @@ def test_another_scene_begins_anew() -> None:
 @pytest.mark.parametrize("fps", [60.0, 20.0, 7.0, 3.0])
 def test_frames_are_taken_at_the_recognisers_rate(fps: float) -> None:
     """Every second frame at 8 frames/s is one in 0.25 s: of 20 frames/s every fifth; of slow sources all."""
-    clock, image = FrameClock(2, 8.0, fps), np.zeros((2, 2, 3), np.uint8)
+    clock, image = FrameClock(2, 8.0), np.zeros((2, 2, 3), np.uint8)
     times = [i / fps for i in range(200) if clock.takes(VideoFrame(image, i / fps))]
     assert np.mean(np.diff(times)) == pytest.approx(max(0.25, 1 / fps), rel=0.05)
 
@@ -158,7 +164,7 @@ def tiny(seed: int = 0) -> Recogniser:
     return Recogniser(dataclasses.replace(vivit_tiny({"action": ACTIONS}), **sizes, **clips))
 
 
-OPTIONS = RecogniserTraining(steps=6, batch=2, warmup=1, lr=3e-3, ema=0.5, amp="float32", checkpoint_every=3)
+OPTIONS = RecogniserOptions(steps=6, batch=2, warmup=1, lr=3e-3, ema=0.5, amp="float32", checkpoint_every=3)
 
 
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
@@ -181,7 +187,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
         assert torch.equal(value, resumed.state_dict()[name]), name
     saved = load_recogniser(tmp_path / "whole" / "model.safetensors")
     assert saved.config == result.config
-    with pytest.raises(UserError, match="another lr"):
+    with pytest.raises(UserError, match="other values of train.lr"):
         other = dataclasses.replace(OPTIONS, lr=1.0)
         RecogniserTrainer(tiny(), SyntheticClips(tiny(), SMALL), other, tmp_path / "whole")
 
@@ -213,10 +219,10 @@ def test_second_stage_trains_on_cached_outputs_alone(tmp_path: Path) -> None:
                 writer.write(frame)
     segments: Segments = read_folders(tmp_path / "videos", ACTIONS)
     recogniser = tiny().eval()
-    assert not cache_features(recogniser, segments, tmp_path / "features", Way("k", selector=TopK(2)))
+    assert not cache_features(recogniser, segments, tmp_path / "features", [Way("k", selector=TopK(2))])
     files = sorted((tmp_path / "features").iterdir())
     times = [path.stat().st_mtime_ns for path in files]
-    cache_features(recogniser, segments, tmp_path / "features", Way("k", selector=TopK(2)))
+    cache_features(recogniser, segments, tmp_path / "features", [Way("k", selector=TopK(2))])
     assert len(files) == 4 and [path.stat().st_mtime_ns for path in files] == times  # kept
 
     before = {name: value.clone() for name, value in recogniser.state_dict().items()}
@@ -230,3 +236,30 @@ def test_second_stage_trains_on_cached_outputs_alone(tmp_path: Path) -> None:
     assert view.shape == (6, 3, 32, 32) and set(labels) == {"action"}
     with pytest.raises(UserError, match="no cached features"):
         FeatureClips(tmp_path / "nothing")
+
+
+def test_gated_outputs_of_rendered_clips_are_cached(tmp_path: Path) -> None:
+    """Budgets are drawn for groups of clips; what is there already is kept, and what is missing is the same."""
+    recogniser = tiny().eval()
+    samples = SyntheticClips(recogniser, SMALL, count=20, keep=False)
+    folder, ways = tmp_path / "features", gated_ways([1.0, 0.25])
+    done: list[int] = []
+    cache_views(recogniser, samples, 20, folder, ways, on_clip=done.append)
+    assert done == [16, 20] and not samples.rendered
+    clips = FeatureClips(folder)
+    features, labels, _ = clips.sample(0)
+    assert len(clips.files) == 20 and features.shape == (1, 3, 24) and set(labels) == {"action"}
+    before = clips.files[17].read_bytes()
+    clips.files[17].unlink()
+    cache_views(recogniser, samples, 20, folder, gated_ways([1.0]))
+    assert clips.files[17].is_file() and len(before) == clips.files[17].stat().st_size
+    view, label, _ = samples.sample(17)
+    again, own = FeatureClips(folder).sample(clips_place(clips, 17))[:2]
+    assert own == label and torch.allclose(again[0], recogniser.spatial(view[None])[0], atol=0.05)
+    assert not torch.equal(FeatureClips(folder, noise=0.1).sample(0)[0], features)
+
+
+def clips_place(clips: FeatureClips, index: int) -> int:
+    """When a file has its turn in the first round."""
+    order = np.random.default_rng([clips.seed, 0]).permutation(len(clips.files))
+    return int(np.flatnonzero(order == index)[0])

@@ -78,6 +78,32 @@ def test_boxes_follow_objects_and_cameras(dx: float, dy: float, pan: float) -> N
     assert mover.quality == 1
 
 
+def road(x: int) -> NDArray[np.uint8]:
+    """A car of 24 x 14 pixels."""
+    picture = texture(*SIZE, seed=3) // 6 + 90
+    picture[80:94, x : x + 24] = 220, 210, 200
+    picture[82:92, [*range(x + 5, x + 8), *range(x + 14, x + 19)]] = 40, 40, 60
+    return np.asarray(picture)
+
+
+@pytest.mark.parametrize("step", [2, 6, 12])
+def test_small_objects_that_go_far_are_followed(step: int) -> None:
+    """Half of their length from frame to frame, on a picture of two thirds of the frame's resolution."""
+    mover = BoxMover()
+    key(mover, road(100), found((100, 80, 124, 94)))
+    for i in range(1, 7):
+        moved = held(mover, road(100 + step * i))
+    assert float(box_iou(moved.boxes, torch.tensor([[100.0 + 6 * step, 80, 124 + 6 * step, 94]]))) > 0.8
+
+
+def test_boxes_of_any_number_are_followed() -> None:
+    mover, boxes = BoxMover(FINE), [square_box(100 + i % 5, 80 + i % 7, 60) for i in range(400)]
+    key(mover, scene(100, 80, 60), found(*boxes))
+    moved = held(mover, scene(105, 80, 60))
+    assert len(moved) == 400
+    assert float((moved.boxes[:, 0] - torch.tensor(boxes)[:, 0]).median()) == pytest.approx(5, abs=0.5)
+
+
 def test_boxes_grow_with_objects_that_approach() -> None:
     mover = BoxMover(FINE)
     run(mover, 6, 0, 0, grow=1.04)
@@ -91,7 +117,7 @@ def test_a_still_frame_moves_nothing() -> None:
     key(mover, scene(100, 80, 60), found(square_box(100, 80, 60)))
     still = held(mover, scene(100, 80, 60))
     assert still.boxes[0].tolist() == pytest.approx(square_box(100, 80, 60), abs=0.2)
-    assert mover.motion == pytest.approx(0, abs=0.01)
+    assert mover.quality > 0.99
 
 
 def test_objects_keep_their_track_ids_and_new_ones_get_their_own() -> None:
@@ -133,7 +159,7 @@ def test_a_box_and_its_detection_become_one() -> None:
 
 
 def test_something_new_outside_of_all_boxes_is_noticed() -> None:
-    mover, rule = BoxMover(), KeyFrames(every=100, motion=9, quality=0)
+    mover, rule = BoxMover(), KeyFrames(every=100, quality=0)
     key(mover, scene(-70, 80, 60), found(square_box(300, 20, 40)))
     noticed = []
     for i in range(1, 12):
@@ -173,18 +199,26 @@ def test_results_belong_to_the_caller() -> None:
     assert held(mover, scene(100, 80, 60)).boxes[0, 2] > 100
 
 
-def test_the_network_runs_again_when_boxes_moved_far_or_were_lost() -> None:
-    mover, rule = BoxMover(), KeyFrames(every=10, motion=0.5, quality=0.5)
+def test_every_third_frame_is_every_third_frame() -> None:
+    mover = BoxMover()
     key(mover, scene(100, 80, 60), found(square_box(100, 80, 60)))
-    early = []
-    for age in range(1, 11):
-        held(mover, scene(100 + 6 * age, 80, 60))
-        early.append(rule.early(mover))
-    first = early.index(True) + 1
-    assert 4 <= first <= 7, f"6 of 60 pixels a frame: half a size after 5 frames or so, not {first}"
-    assert not KeyFrames.each(3).early(mover), "exactly every third frame, however far things move"
+    held(mover, texture(*SIZE, seed=9))
+    assert KeyFrames().early(mover) and not KeyFrames.each(3).early(mover), "however things look"
     with pytest.raises(UserError, match="hold must be at least 1"):
         KeyFrames(every=0)
+
+
+def test_the_network_runs_again_when_something_else_is_in_the_boxes() -> None:
+    """The square is gone in a step, behind it stands the wall: every point there has its way, but no box its object."""
+    mover, rule = BoxMover(), KeyFrames(every=10, novelty=9)
+    key(mover, scene(100, 80, 60), found(square_box(100, 80, 60)))
+    held(mover, scene(101, 80, 60))
+    assert mover.quality > 0.9 and not rule.early(mover)
+    held(mover, scene(300, 80, 60))
+    held(mover, scene(300, 80, 60))
+    assert mover.quality < 0.5 and rule.early(mover)
+    key(mover, scene(300, 80, 60), found(square_box(300, 80, 60)))
+    assert mover.quality == 1
 
 
 def test_tracks_go_on_counting_behind_a_scene_cut() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,7 +19,8 @@ from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.detectors.results import Detections, FrameCost
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.runtime.live import LiveBoxes
+from eventful_det.runtime.live import Detect, DetectorThread, LiveBoxes
+from eventful_det.runtime.pool import StreamPool
 from eventful_det.runtime.session import StreamResult
 
 Image = NDArray[np.uint8]
@@ -33,55 +37,122 @@ class Slow:
     """A detector that answers when it may; it knows where the square is by counting the frames."""
 
     def __init__(self, images: list[Image]) -> None:
-        self.images, self.taken = images, list[int]()
-        self.may = threading.Semaphore(1)
+        self.images, self.taken, self.resumed = images, list[int](), list[bool]()
+        self.may, self.waiting = threading.Semaphore(1), 0
 
     def __call__(self, frame: VideoFrame, expected: Detections | None) -> StreamResult:
+        self.waiting += 1
+        self.resumed.append(frame.resumed)
         self.may.acquire()
         index = next(i for i, image in enumerate(self.images) if image is frame.image)
         self.taken.append(index)
         return answer(100 + 3 * index, frame.image)
 
 
+def show(live: LiveBoxes, image: Image, resumed: bool = False) -> StreamResult:
+    result = live.show(VideoFrame(image, resumed=resumed))
+    assert result is not None
+    return result
+
+
+def until_answered(live: LiveBoxes) -> None:
+    deadline = time.monotonic() + 10
+    while live._working and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert not live._working
+
+
+def until_taken(detect: Slow, count: int) -> None:
+    deadline = time.monotonic() + 10
+    while detect.waiting < count and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert detect.waiting == count
+
+
 def test_frames_do_not_wait_and_answers_are_moved_on() -> None:
     images = [scene(100 + 3 * i, 80, 60) for i in range(12)]
-    detect = Slow(images)
-    live = LiveBoxes(detect)
-    results = [live.show(VideoFrame(image)) for image in images[:8]]
+    detect, thread = Slow(images), DetectorThread()
+    live = LiveBoxes(detect, thread)
+    results = [show(live, images[0]), show(live, images[1])]
+    until_taken(detect, 2)
+    results += [show(live, image) for image in images[2:8]]
     assert [result.held for result in results] == [False] + [True] * 7, "the detector is busy with the second frame"
     assert [result.cost.total for result in results] == [5] + [0] * 7
     detect.may.release()
-    assert live._working is not None
-    live._working.result(5)
-    late = live.show(VideoFrame(images[8]))
-    assert not late.held and detect.taken == [0, 1], "an answer for the second frame, seven frames later"
-    assert float(late.detections.boxes[0, 0]) == pytest.approx(124, abs=12), "is moved from 103 to the ninth"
+    until_taken(detect, 3)
+    late = show(live, images[8])
+    assert not late.held and detect.taken[:2] == [0, 1], "an answer for the second frame, seven frames later"
+    assert float(late.detections.boxes[0, 0]) == pytest.approx(124, abs=6), "is moved from 103 to the ninth"
     assert late.image is images[8] and late.frame_index == 8
-    detect.may.release()
-    live.close()
+    detect.may.release(9)
+    thread.close()
+    assert detect.taken[2] == 7, "the newest frame that was shown when the detector became idle"
 
 
 def test_another_scene_forgets_the_boxes_and_the_answer_of_the_last_one() -> None:
     images = [scene(100, 80, 60)] * 3 + [np.full((240, 400, 3), 200, np.uint8)] * 3
-    detect = Slow(images)
-    live = LiveBoxes(detect)
-    for image in images[:3]:
-        live.show(VideoFrame(image))
-    cut = live.show(VideoFrame(images[3], resumed=True))
+    detect, thread = Slow(images), DetectorThread()
+    live = LiveBoxes(detect, thread)
+    show(live, images[0])
+    show(live, images[1])
+    until_taken(detect, 2)
+    cut = show(live, images[3], resumed=True)
     assert len(cut.detections) == 0 and cut.held
     detect.may.release()
-    assert live._working is not None
-    live._working.result(5)
-    assert len(live.show(VideoFrame(images[4])).detections) == 0, "the answer was for the scene before"
-    detect.may.release(2)
-    live.close()
+    until_taken(detect, 3)
+    assert len(show(live, images[4]).detections) == 0, "the answer was for the scene before"
+    detect.may.release(9)
+    thread.close()
+    assert detect.resumed == [False, False, True] + [False] * (len(detect.resumed) - 3)
+
+
+def test_streams_of_a_detector_take_turns() -> None:
+    images = [scene(100 + 3 * i, 80, 60) for i in range(12)]
+    order: list[str] = []
+    may, thread = threading.Semaphore(0), DetectorThread()
+
+    def detector(name: str) -> Detect:
+        def detect(frame: VideoFrame, expected: Detections | None) -> StreamResult:
+            may.acquire()
+            order.append(name)
+            return answer(100, frame.image)
+
+        return detect
+
+    streams = [LiveBoxes(detector(name), thread) for name in "abc"]
+    for image in images:
+        for stream in streams:
+            assert stream.show(VideoFrame(image), wait=False) is None, "nothing is known yet"
+    for _ in range(3):
+        may.release()
+    for stream in streams:
+        assert stream._answered.wait(10)
+    assert order == ["a", "b", "c"]
+    may.release(9)
+    thread.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities are those of processes")
+def test_the_detector_steps_back_for_those_who_show_frames() -> None:
+    priorities: list[int] = []
+
+    def detect(frame: VideoFrame, expected: Detections | None) -> StreamResult:
+        priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return answer(100, frame.image)
+
+    thread = DetectorThread()
+    show(LiveBoxes(detect, thread), scene(100, 80, 60))
+    thread.close()
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert own < priorities[0] or own == 19, "and nobody else does"
+    assert sys.getswitchinterval() < 0.001
 
 
 def test_what_the_detector_raises_is_raised_where_frames_are_shown() -> None:
     def broken(frame: VideoFrame, expected: Detections | None) -> StreamResult:
         raise UserError("the network is gone")
 
-    live = LiveBoxes(broken)
+    live = LiveBoxes(broken, DetectorThread())
     with pytest.raises(UserError, match="the network is gone"):
         live.show(VideoFrame(scene(100, 80, 60)))
 
@@ -112,3 +183,41 @@ def test_boxes_of_a_live_stream_are_young(tiny_detector: Detector) -> None:
     assert np.percentile(ages[1:], 50) < 0.01, "the first frame alone waits"
     with pytest.raises(UserError, match="leave hold"):
         tiny_detector.stream(images, live=True, hold=2)
+
+
+def test_streams_of_a_live_pool_do_not_wait_for_the_detector(tiny_detector: Detector) -> None:
+    """Two cameras of 25 frames/s, a detector that takes 300 ms and more: frames are shown meanwhile."""
+    options = SceneOptions(width=144, height=96, frames=20, cut_fraction=0)
+    step, enough = tiny_detector.step, threading.Event()
+
+    def slow(*args: object, **options: object) -> object:
+        time.sleep(0.3)
+        return step(*args, **options)  # type: ignore[arg-type]
+
+    tiny_detector.step = slow  # type: ignore[assignment, method-assign]
+
+    def camera(index: int) -> Iterator[Image]:
+        images = [frame.image for frame in render_video(options, index=index)]
+        for i in range(1000):
+            if enough.wait(0.04):
+                return
+            yield images[i % 20]
+
+    results: dict[str, list[StreamResult]] = {"0": [], "1": []}
+    with StreamPool(tiny_detector, live=True) as pool:
+        for name in results:
+            pool.add(camera(int(name)), name=name, live=True)
+        for round in pool:
+            for result in round:
+                results[result.stream].append(result)
+            if all([result.held for result in shown].count(False) >= 3 for shown in results.values()):
+                enough.set()
+        metrics = pool.metrics().streams
+    for name, shown in results.items():
+        held = [result.held for result in shown]
+        assert held.count(False) >= 3 and held.count(True) > 4 and not held[0], "the first answer is waited for"
+        age = metrics[name].age_p95
+        assert age is not None and age < 0.3, "no frame waits for the detector"
+        assert [result.frame_index for result in shown] == list(range(len(shown)))
+    with pytest.raises(UserError, match="leave hold out"):
+        StreamPool(tiny_detector, live=True, hold=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 from collections.abc import Iterator
@@ -22,10 +21,10 @@ from eventful_det.errors import UserError
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Gmacs, Latency, TopK
 from eventful_det.runtime.budget import BudgetOptions
-from eventful_det.runtime.feed import Feed, open_feed
-from eventful_det.runtime.metrics import StreamMetrics
 from eventful_det.runtime.motion import KeyFrames
 from eventful_det.runtime.pool import StreamPool
+from eventful_det.runtime.pool.feed import Feed, open_feed
+from eventful_det.runtime.pool.metrics import StreamMetrics
 from eventful_det.runtime.session import StreamResult
 
 Image = NDArray[np.uint8]
@@ -106,7 +105,7 @@ def test_nothing_is_held_beyond_a_cut_or_a_new_size(tiny_detector: Detector) -> 
 
 def test_a_pool_takes_key_frames_and_spreads_them(tiny_detector: Detector) -> None:
     still = [clip(1, 1)[0]] * 24
-    pool = StreamPool(tiny_detector, budget=TopK(5), scene_cuts=False, hold=KeyFrames(4, math.inf, 0.0, math.inf))
+    pool = StreamPool(tiny_detector, budget=TopK(5), scene_cuts=False, hold=KeyFrames.each(4))
     for _ in range(4):
         pool.add(list(still))
     ran = [sum(not result.held for result in results) for results in pool]

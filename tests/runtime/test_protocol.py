@@ -18,9 +18,9 @@ from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, CostModel, InputTransform, VideoDetector
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.errors import UserError
-from eventful_det.evaluation.runs import Method
-from eventful_det.evaluation.summary import rows_of
 from eventful_det.evaluation.sweep import run_methods
+from eventful_det.evaluation.sweep.runs import Method
+from eventful_det.evaluation.sweep.summary import rows_of
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT, GateInput, Gmacs, Select

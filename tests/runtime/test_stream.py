@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from eventful_det.data.synthetic import SceneOptions, render_video, video_facts
 from eventful_det.data.video import VideoFrame, VideoSource
 from eventful_det.detectors.results import Detections
+from eventful_det.detectors.saliency import token_saliency
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
-from eventful_det.gating.saliency import token_saliency
 from eventful_det.gating.selector import DEFAULT, EVERYTHING, Budget, GateInput, Ranking, Selector, TopK
 from eventful_det.runtime.motion import BoxMover
 from eventful_det.runtime.pool import StreamPool

@@ -11,7 +11,8 @@ import torch
 from running import options_of, run
 from safetensors.torch import load_file
 
-from eventful_det.detectors.checkpoints.files import load_detector, read_weights, save_detector
+from eventful_det.detectors.checkpoints.files import load_detector, read_weights
+from eventful_det.detectors.checkpoints.saving import save_detector
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 

@@ -31,7 +31,7 @@ from videos import Image, damage, encode, encode_change, encode_sound, rotate, t
 
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoFrame, VideoSource, open_source
-from eventful_det.detectors.checkpoints.files import save_detector
+from eventful_det.detectors.checkpoints.saving import save_detector
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense

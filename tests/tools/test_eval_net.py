@@ -17,7 +17,7 @@ from running import ROOT, make_tree, options_of, run
 
 from eventful_det.data.coco_video import load_coco_video
 from eventful_det.data.video.writer import VideoWriter
-from eventful_det.detectors.checkpoints.files import save_detector
+from eventful_det.detectors.checkpoints.saving import save_detector
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import evaluate

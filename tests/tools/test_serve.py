@@ -16,7 +16,7 @@ import pytest
 import torch
 from running import ENVIRONMENT, ROOT, options_of
 
-from eventful_det.detectors.checkpoints.files import save_detector
+from eventful_det.detectors.checkpoints.saving import save_detector
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 
@@ -73,6 +73,13 @@ def test_from_start_to_ctrl_c(tiny_detector: Detector, tmp_path: Path) -> None:
 def test_nobody_else_by_accident(options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         serve.run(config(*options))
+
+
+def test_live_streams_choose_their_key_frames(tiny_detector: Detector) -> None:
+    runner = serve.build_runner(config("live=true"), tiny_detector, [])
+    runner.pool.close()
+    with pytest.raises(UserError, match="leave hold out"):
+        serve.build_runner(config("live=true", "hold=4"), tiny_detector, [])
 
 
 def test_tokens() -> None:

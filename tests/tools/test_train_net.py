@@ -15,7 +15,7 @@ import torch
 from running import ENVIRONMENT, ROOT, make_tree, run
 from safetensors.torch import load_file
 
-from eventful_det.detectors.checkpoints.files import SYNTHETIC, find_weights
+from eventful_det.detectors.checkpoints.weight_files import SYNTHETIC, find_weights
 
 TINY = [
     "model.init=null", "+model.dim=48", "+model.depth=2", "+model.global_blocks=[1]", "+model.channels=16",

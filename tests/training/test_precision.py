@@ -75,7 +75,7 @@ def test_gradients_of_half_precision_point_the_same_way(
     for amp in ("float32", "bfloat16", "float16"):
         options = dataclasses.replace(OPTIONS, amp=amp)
         trainer = Trainer(tiny_detector, samples, options, tmp_path / amp, objective=PyramidLoss(tiny_detector))
-        trainer.add_gradients(*next(trainer.batches()))
+        trainer.add_gradients(next(trainer.batches()))
         trainer.scaler.unscale_(trainer.optimizer)
         parameters = [p for p in tiny_detector.backbone.parameters() if p.grad is not None]
         gradients[amp] = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])

@@ -94,7 +94,7 @@ def test_accumulation_gives_the_same_gradient(tiny_detector: Detector, data: Coc
     for at_once in (0, 2, 1):
         options = dataclasses.replace(OPTIONS, batch=4, at_once=at_once)
         trainer = Trainer(tiny_detector, samples, options, tmp_path / str(at_once), objective=Objective())
-        trainer.add_gradients(*next(trainer.batches()))
+        trainer.add_gradients(next(trainer.batches()))
         gradients.append(tiny_detector.backbone.net.patch_embed.proj.weight.grad.clone())  # type: ignore[union-attr]
         trainer.optimizer.zero_grad()
     torch.testing.assert_close(gradients[1], gradients[0])

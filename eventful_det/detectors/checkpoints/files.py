@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Literal, overload
 
@@ -21,20 +19,20 @@ from eventful_det.detectors.checkpoints.key_maps import (
     from_detectron2,
     from_official,
     is_official,
-    to_detectron2,
 )
+from eventful_det.detectors.checkpoints.saving import FORMAT
 from eventful_det.detectors.checkpoints.weight_files import (
     compare,
+    find_weights,
     load_exactly,
     matching,
     read_tensors,
-    save_tensors,
     without,
 )
 from eventful_det.detectors.labels import LabelMap, read_labels, relabel
 from eventful_det.detectors.rf_detr.loading import is_rf_detr, load_rf_detr
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
-from eventful_det.detectors.rf_detr.sizes import NAMES, Name
+from eventful_det.detectors.rf_detr.sizes import Name
 from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.engine.backends import Precision, quickest_precision
@@ -42,11 +40,7 @@ from eventful_det.engine.folder import is_engine, load_engine
 from eventful_det.engine.rf_detr import CompiledRFDETR
 from eventful_det.engine.vitdet import CompiledViTDet
 from eventful_det.errors import UserError
-from eventful_det.files import written_whole
 
-FORMAT = "eventful-det/1"
-DEFAULT = "vitdet_tiny_vid"
-SYNTHETIC = "vitdet_tiny_synthetic"
 LAST_LAYER = "roi_heads.box_predictor.*"  # the only one that knows the classes
 _LOG = logging.getLogger(__name__)
 
@@ -68,56 +62,6 @@ class Weights:
     tensors: dict[str, Tensor]
     notes: dict[str, str]
     left_out: tuple[str, ...] = ()
-
-
-def save_detector(
-    detector: Detector,
-    path: str | os.PathLike[str],
-    dtype: torch.dtype = torch.float16,
-    notes: Mapping[str, str] | None = None,
-) -> None:
-    """Write weights, config and notes to one safetensors file, atomically.
-
-    Args:
-        detector: what to write.
-        path: of the file.
-        dtype: the weights are rounded to this type.
-        notes: more metadata, for example the command that made the weights.
-    """
-    metadata = {**(notes or {}), "format": FORMAT, "config": detector.config.to_json()}
-    save_tensors(path, _tensors(detector, dtype), metadata)
-
-
-def save_detectron2(
-    detector: Detector,
-    path: str | os.PathLike[str],
-    dtype: torch.dtype = torch.float32,
-    notes: Mapping[str, str] | None = None,
-) -> None:
-    """Write weights as detectron2's checkpointer reads them, atomically; it ignores the config and notes beside them.
-
-    Args:
-        detector: what to write.
-        path: of the file; `.pkl` as in detectron2's model zoo, or `.pth`.
-        dtype: the weights are rounded to this type.
-        notes: more metadata.
-
-    Raises:
-        UserError: another suffix, or a type that NumPy does not have in a `.pkl`.
-    """
-    path = Path(path)
-    if path.suffix not in (".pkl", ".pth"):
-        raise UserError(f"{path}: detectron2 reads .pth and .pkl files; give one of these names")
-    if path.suffix == ".pkl" and dtype == torch.bfloat16:
-        raise UserError(f"{path}: a .pkl holds NumPy arrays, which cannot be bfloat16; use float32 or float16, or .pth")
-    tensors = to_detectron2(_tensors(detector, dtype))
-    about = {"config": detector.config.to_json(), **(notes or {})}
-    with written_whole(path) as part:
-        if path.suffix == ".pth":
-            torch.save({"model": tensors, "eventful_det": about}, part)
-        else:
-            arrays = {key: value.numpy() for key, value in tensors.items()}
-            part.write_bytes(pickle.dumps({"model": arrays, "__author__": "eventful_det", "eventful_det": about}))
 
 
 @overload
@@ -151,7 +95,7 @@ def load_detector(
         source: the name of shipped weights (the default ones if None), or a file: written by `save_detector`; a
             ViTDet of detectron2 (`.pkl` of its model zoo, `.pth`); or the official eventful code's conversion of one.
             The format is detected by content. Or the folder of a compiled engine, see `load_engine`, of which of the
-            options below `precision` alone holds; or an RF-DETR, see `load_rf_detr`, which has none of them.
+            options below `precision` alone holds; or an RF-DETR, see `load_rf_detr`, which has `labels` besides.
         labels: names of classes to change, or None as a name to drop the class; a mapping, or a JSON file of one.
         allow: patterns such as "backbone.simfp_2.*" of keys that may be missing, unexpected or of another shape; what
             is not in the file keeps its initial values. All other keys have to fit.
@@ -166,11 +110,13 @@ def load_detector(
             not fit; or a value is none that the option can have.
     """
     if source is not None and (is_engine(Path(source)) or is_rf_detr(source)):
-        if labels is not None or allow or classes is not None or changes:
+        if allow or classes is not None or changes or (labels is not None and is_engine(Path(source))):
             raise UserError(f"{source}: labels, allow, classes and changes are for ViTDet in PyTorch alone")
         if is_engine(Path(source)):
             return load_engine(Path(source), precision=precision)
-        return load_rf_detr(source).to(_dtype(precision))
+        rf_detr = load_rf_detr(source)
+        rf_detr.relabel(_labels(labels))
+        return rf_detr.to(_dtype(precision))
     path = find_weights(source)
     weights = read_weights(path)
     known, tensors = weights.config.classes, weights.tensors
@@ -183,12 +129,16 @@ def load_detector(
             )
     config = ModelConfig.from_dict({**asdict(weights.config), **changes})
     if labels is not None:
-        config = relabel(config, labels if isinstance(labels, Mapping) else read_labels(labels))
+        config = relabel(config, _labels(labels))
     with torch.device("meta"):  # takes no memory, however large a damaged config says that the detector is
         compare(Detector(config).state_dict(), tensors, str(path), allow)
     detector = Detector(config)
     load_exactly(detector, tensors, str(path), allow)
     return detector.to(_dtype(precision)).eval()
+
+
+def _labels(labels: LabelMap | str | os.PathLike[str] | None) -> LabelMap:
+    return (labels or {}) if labels is None or isinstance(labels, Mapping) else read_labels(labels)
 
 
 def _dtype(precision: Precision | Literal["auto"]) -> torch.dtype:
@@ -207,6 +157,8 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     try:
         if notes.get("format") == FORMAT:
             return Weights("eventful_det", _config(notes), tensors, notes)
+        if "spatial_model.class_token" in tensors:
+            raise UserError("this is a recogniser of actions, no detector; open it with load_recogniser")
         official = is_official(tensors)
         tensors = from_official(tensors) if official else tensors
         if not any(key.startswith("backbone.net.") for key in tensors):
@@ -238,27 +190,3 @@ def _config(notes: Mapping[str, str]) -> ModelConfig:
 
 def _some(names: Sequence[str]) -> str:
     return f"{len(names)} classes ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-
-
-def find_weights(source: str | os.PathLike[str] | None = None) -> Path:
-    """The file of a path, of the name of shipped weights, or of the shipped default.
-
-    Raises:
-        UserError: there is none.
-    """
-    source = str(DEFAULT if source is None else source)
-    path = Path(source)
-    if path.is_file():
-        return path
-    shipped = Path(str(resources.files("eventful_det"))) / "weights"
-    named = shipped / f"{source}.safetensors"
-    if named.is_file():
-        return named
-    names = ", ".join(sorted(p.stem for p in shipped.glob("*.safetensors"))) or "none"
-    raise UserError(
-        f"no weights {source!r}: neither a file nor one of the shipped names ({names}) nor of {', '.join(NAMES)}"
-    )
-
-
-def _tensors(detector: Detector, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().to(dtype).contiguous() for key, value in detector.state_dict().items()}

@@ -8,12 +8,11 @@ import re
 import torch.nn.functional as F
 from torch import Tensor
 
-from eventful_det.detectors.checkpoints.files import find_weights
 from eventful_det.detectors.checkpoints.key_maps import from_official, is_official, position_map
-from eventful_det.detectors.checkpoints.weight_files import load_exactly, matching, read_tensors, without
+from eventful_det.detectors.checkpoints.weight_files import find_weights, load_exactly, matching, read_tensors, without
 from eventful_det.detectors.vitdet.vitdet import WindowedViT
 from eventful_det.errors import UserError
-from eventful_det.gating.vit_spec import resize_positions
+from eventful_det.gating.spec import resize_positions
 
 _PATCHES = "patch_embed.proj.weight"
 _NOT_BACKBONE = ("cls_token", "norm.*", "head.*", "fc_norm.*", "neck.*", "mask_token", "decoder*")

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from importlib import resources
 from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from eventful_det.detectors.checkpoints.safe_pickle import RefusedError, Storage, read_pickle, stored
+from eventful_det.detectors.rf_detr.sizes import NAMES
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
 
@@ -31,6 +33,10 @@ _INNER = ("model", "state_dict", "model_state")  # where checkpoints keep the we
 _HEADER = 10_000_000  # bytes of the header of a safetensors file, at most
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what PyTorch's files began with before they were archives
 _CHECKSUM = "crc32"  # in the metadata of our safetensors
+
+
+DEFAULT = "vitdet_tiny_vid"
+SYNTHETIC = "vitdet_tiny_synthetic"
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,26 @@ class Contents:
     tensors: dict[str, Tensor]
     notes: dict[str, str] = field(default_factory=dict)
     others: dict[str | int, object] = field(default_factory=dict)
+
+
+def find_weights(source: str | os.PathLike[str] | None = None) -> Path:
+    """The file of a path, of the name of shipped weights, or of the shipped default.
+
+    Raises:
+        UserError: there is none.
+    """
+    source = str(DEFAULT if source is None else source)
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = Path(str(resources.files("eventful_det"))) / "weights"
+    named = shipped / f"{source}.safetensors"
+    if named.is_file():
+        return named
+    names = ", ".join(sorted(p.stem for p in shipped.glob("*.safetensors"))) or "none"
+    raise UserError(
+        f"no weights {source!r}: neither a file nor one of the shipped names ({names}) nor of {', '.join(NAMES)}"
+    )
 
 
 def read_tensors(path: str | os.PathLike[str]) -> Contents:
@@ -152,6 +178,11 @@ def _named(path: Path, content: Any, read: Callable[[str], bytes]) -> Contents:
     cached = functools.cache(read)
     tensors = {key: record.tensor(lambda storage: cached(storage.key)).float() for key, record in records.items()}
     return Contents(tensors, others={} if inner is None else {k: v for k, v in content.items() if k != inner})
+
+
+def rounded(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state of a module, on the CPU and in a type, as files hold it."""
+    return {key: value.detach().cpu().to(dtype).contiguous() for key, value in module.state_dict().items()}
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:

@@ -245,7 +245,13 @@ def _norm_activation(norm: Any, activation: Any, x: Tensor) -> Tensor:
 class Float32Sampling(TorchFunctionMode):
     """Maps are sampled in float32: in low precision PyTorch's CPU gives NaN, and places are blurred by half a cell."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: object,
+        args: tuple[Tensor, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> Tensor:
         if func is F.grid_sample:
             return func(args[0].float(), args[1].float(), *args[2:], **(kwargs or {})).to(args[0].dtype)
         return func(*args, **(kwargs or {}))

@@ -30,8 +30,7 @@ from eventful_det.detectors.vitdet.vitdet import ViTDetBackbone
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
-from eventful_det.gating.state import State
-from eventful_det.gating.update import Update
+from eventful_det.gating.state import State, Update
 from eventful_det.gating.vit_spec import spec_of
 
 DIVISOR = 32  # sides of the network's input are multiples of the stride of p5

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from eventful_det.detectors.vitdet.config import ModelConfig
-from eventful_det.gating.vit_spec import resize_positions
+from eventful_det.gating.spec import resize_positions
 from eventful_det.gating.windows import Grid
 
 STRIDES = (4, 8, 16, 32, 64)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eventful_det.gating.macs import Ablation
+from eventful_det.gating.spec import Block, relative_table
 from eventful_det.gating.state import TensorTree
-from eventful_det.gating.vit_spec import Block, relative_table
 from eventful_det.gating.windows import Grid, relative_bias, windows_of
 
 

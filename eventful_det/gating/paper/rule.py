@@ -14,9 +14,8 @@ from eventful_det.gating.macs import Ablation, PaperSizes, paper_macs
 from eventful_det.gating.paper.attention import ProductState, attend_frame, attend_windows, init_products
 from eventful_det.gating.paper.gates import GateState, gated
 from eventful_det.gating.selector import GateInput, Select
-from eventful_det.gating.state import StreamState, TensorTree
-from eventful_det.gating.update import Update
-from eventful_det.gating.vit_spec import Block, ViTSpec
+from eventful_det.gating.spec import Block, ViTSpec
+from eventful_det.gating.state import StreamState, TensorTree, Update
 from eventful_det.gating.windows import Grid
 
 

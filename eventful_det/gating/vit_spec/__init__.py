@@ -5,14 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from eventful_det.errors import UserError
+from eventful_det.gating.spec import Families, ViTSpec, require
 from eventful_det.gating.vit_spec import detectron2, hugging_face, timm
-from eventful_det.gating.vit_spec.spec import Block as Block
-from eventful_det.gating.vit_spec.spec import Families, require
-from eventful_det.gating.vit_spec.spec import Rope as Rope
-from eventful_det.gating.vit_spec.spec import ViTSpec as ViTSpec
-from eventful_det.gating.vit_spec.spec import relative_table as relative_table
-from eventful_det.gating.vit_spec.spec import resize_positions as resize_positions
-from eventful_det.gating.vit_spec.spec import resize_table as resize_table
 
 FAMILIES: Families = {**timm.FAMILIES, **detectron2.FAMILIES, **hugging_face.FAMILIES}
 

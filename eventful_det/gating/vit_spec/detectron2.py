@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from eventful_det.gating.spec import Families, ViTSpec, require
 from eventful_det.gating.vit_spec.parts import square_positions
-from eventful_det.gating.vit_spec.spec import Families, ViTSpec, require
 from eventful_det.gating.vit_spec.timm import timm_block
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eventful_det.gating.spec import Block, Families, Rope, ViTSpec, require
 from eventful_det.gating.vit_spec.parts import (
     call,
     fused_qkv,
@@ -18,7 +19,6 @@ from eventful_det.gating.vit_spec.parts import (
     square_positions,
     times,
 )
-from eventful_det.gating.vit_spec.spec import Block, Families, Rope, ViTSpec, require
 from eventful_det.gating.windows import Grid, Regions
 
 

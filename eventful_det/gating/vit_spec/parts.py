@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from eventful_det.gating.vit_spec.spec import resize_positions
+from eventful_det.gating.spec import resize_positions
 from eventful_det.gating.windows import Grid
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
+from eventful_det.gating.spec import Block, Families, Rope, ViTSpec, require, resize_positions
 from eventful_det.gating.vit_spec.parts import (
     call,
     fused_qkv,
@@ -23,7 +24,6 @@ from eventful_det.gating.vit_spec.parts import (
     then,
     times,
 )
-from eventful_det.gating.vit_spec.spec import Block, Families, Rope, ViTSpec, require, resize_positions
 from eventful_det.gating.windows import Grid
 
 _MLPS = ("Mlp", "GluMlp", "SwiGLU")  # token-wise, whatever their activation and norm

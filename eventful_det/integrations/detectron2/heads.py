@@ -19,7 +19,7 @@ from eventful_det.detectors.vitdet.incremental import HeadsState, init_heads, re
 from eventful_det.detectors.vitdet.macs import HeadSizes, HeadWeights, stage_macs
 from eventful_det.detectors.vitdet.rpn import ProposalHead
 from eventful_det.errors import UserError
-from eventful_det.gating.update import Update
+from eventful_det.gating.state import Update
 from eventful_det.gating.windows import Grid
 
 Features = dict[str, Tensor]
@@ -103,16 +103,16 @@ class Heads:
             self.weights = dataclasses.replace(weights, regions=1)
 
     def __call__(
-        self, update: Update, state: HeadsState | None, image: ImageList
+        self, update: Update, state: HeadsState | None, size: tuple[int, int]
     ) -> tuple[Instances, HeadsState | None, dict[str, int]]:
         """The objects on a token map, what is to be remembered until the next one, and MACs by part.
 
         Args:
             update: of the token map.
             state: what was remembered, updated in place; None = everything is computed.
-            image: the frame, for its size.
+            size: (height, width) of the frame in pixels.
         """
-        sizes = None
+        sizes, image = None, ImageList(update.tokens.new_empty(0), [size])  # whose pixels no head reads
         if self.incremental:
             state, sizes = self._refresh(update, state)
             features, proposals = self._read(state, image)

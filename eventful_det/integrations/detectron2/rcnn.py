@@ -19,23 +19,20 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor
 
 from eventful_det.data.source import VideoFrame
-from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
+from eventful_det.detectors.gated import GatedDetector, GatedStream, priced_statically
+from eventful_det.detectors.protocol import AnyRule, InputTransform
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.detectors.stopwatch import Stopwatch
-from eventful_det.detectors.streaming import StreamingDetector
 from eventful_det.detectors.vitdet.incremental import HeadsState
 from eventful_det.detectors.vitdet.macs import DetectorCosts
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
-from eventful_det.gating.convert import per_stream, step_streams
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
-from eventful_det.gating.saliency import token_saliency
-from eventful_det.gating.selector import DEFAULT, Budget, Select, Selector
-from eventful_det.gating.state import State, StreamState, TensorTree
-from eventful_det.gating.update import Update
+from eventful_det.gating.selector import Budget, Selector
+from eventful_det.gating.state import State, Update
 from eventful_det.gating.vit_spec import spec_of
 from eventful_det.integrations.detectron2.config import eventful_options
 from eventful_det.integrations.detectron2.heads import Heads
@@ -48,24 +45,20 @@ _RULES: dict[object, AnyRule] = {"rows": Rows(), "paper": Paper(), "dense": Dens
 
 
 @dataclass
-class RCNNStream(TensorTree):
+class RCNNStream(GatedStream):
     """What is remembered of a video.
 
     Attributes:
-        size: (height, width) of the last frame in pixels.
-        backbone: state of the update rule.
         heads: maps of the pyramid and the proposal network, where these are incremental.
-        instances: detected on the last frame, in pixels of the network's input; they stand while nothing changes.
+        instances: the `detections` as detectron2 has them, in pixels of the network's input.
     """
 
-    size: tuple[int, int]
-    backbone: StreamState | None = None
     heads: HeadsState | None = None
     instances: Instances | None = None
 
 
 @META_ARCH_REGISTRY.register()
-class EventfulRCNN(StreamingDetector, GeneralizedRCNN):
+class EventfulRCNN(GatedDetector[RCNNStream], GeneralizedRCNN):
     """A `GeneralizedRCNN` for video, and a `VideoDetector`.
 
     Modifications against `GeneralizedRCNN`, with the same modules and parameters under the same names:
@@ -95,6 +88,10 @@ class EventfulRCNN(StreamingDetector, GeneralizedRCNN):
     Raises:
         UserError: the model or an option is not supported.
     """
+
+    backbone: SimpleFeaturePyramid
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     @configurable
     def __init__(
@@ -130,9 +127,9 @@ class EventfulRCNN(StreamingDetector, GeneralizedRCNN):
             raise UserError(f"EventfulRCNN needs a SimpleFeaturePyramid backbone, got {type(backbone).__name__}")
         if proposal_generator is None:
             raise UserError("EventfulRCNN needs a proposal generator; precomputed proposals are not supported")
-        self.rule = _RULES.get(rule, rule) if isinstance(rule, str) else rule
-        if isinstance(self.rule, str):
+        if isinstance(rule, str) and rule not in _RULES:
             raise UserError(f"unknown rule {rule!r}; expected rows, paper or dense, or a Rows or Paper")
+        self.rule = _RULES[rule] if isinstance(rule, str) else rule
         std = sum(pixel_std) / len(pixel_std) / 255  # detectron2's pixels go to 255
         self.spec = dataclasses.replace(spec_of(backbone.net), pixel_std=std)
         self.names = tuple(names) or tuple(map(str, range(roi_heads.num_classes)))
@@ -170,7 +167,7 @@ class EventfulRCNN(StreamingDetector, GeneralizedRCNN):
         """As for any module; training changes the weights, so all videos are forgotten."""
         if mode:
             self.states.clear()
-        return cast(EventfulRCNN, super().train(mode))
+        return super().train(mode)
 
     def inference(
         self,
@@ -202,67 +199,16 @@ class EventfulRCNN(StreamingDetector, GeneralizedRCNN):
             for output, result in zip(outputs, about, strict=True)
         ]
 
-    def init_state(self, batch: int = 1) -> State[RCNNStream]:
-        """An empty state for `batch` streams."""
-        return State([None] * batch)
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def step(
-        self,
-        frames: Sequence[Tensor],
-        state: State[RCNNStream],
-        *,
-        rule: AnyRule = DEFAULT_RULE,
-        selector: Select = DEFAULT,
-        flush: Sequence[bool] | bool = False,
-        timing: bool = False,
-    ) -> list[StepResult]:
-        """Detect in the next frame `(3, h, w)`, RGB in [0, 1], of every stream; see `VideoDetector.step`."""
-        if any(module.training for module in self.modules()):
-            raise UserError("EventfulRCNN.step is for inference, and the model or a part of it trains; call .eval()")
-        stopwatch = Stopwatch(self.device, timing)
-        images, streams = [], []
-        for i, frame in enumerate(per_stream("frames", frames, state)):
-            size, stream = (frame.shape[-2], frame.shape[-1]), state.streams[i]
-            if stream is None or stream.size != size:
-                state.streams[i] = stream = RCNNStream(size)
-            images.append(self._image(frame))
-            streams.append(stream)
-        backbones = State([stream.backbone for stream in streams])
-        saliency = [self._saliency(image.tensor, stream) for image, stream in zip(images, streams, strict=True)]
-        stopwatch.lap("other")
-        updates = step_streams(
-            self.spec,
-            [image.tensor[0] for image in images],
-            backbones,
-            rule=rule,
-            selector=selector,
-            flush=flush,
-            saliency=saliency,
-        )
-        stopwatch.lap("backbone")
-        results = []
-        with torch.autocast(self.device.type, enabled=False):  # the heads compute in the type of their parameters
-            for stream, backbone, update, image in zip(streams, backbones.streams, updates, images, strict=True):
-                stream.backbone = backbone
-                results.append(self._detect(update, stream, image))
-        stopwatch.lap("heads")
-        seconds = {part: seconds / len(streams) for part, seconds in stopwatch.seconds().items()}
-        for result in results:
-            result.cost.seconds.update(seconds)
-        return results
-
     def cost_model(self, rule: AnyRule) -> DetectorCosts:
         """What frames will cost under a rule.
 
         Raises:
             UserError: it is not the rows rule with the patch gate, or the heads are not incremental.
         """
-        weights = self.heads.weights if self.heads.incremental else None
-        if weights is None or not isinstance(rule, Rows) or rule.gate != "patches":
-            raise UserError("costs are known in advance under the rows rule with incremental_heads only")
-        return DetectorCosts(self.spec.shape, weights, self.heads.regions.most, rule.is_static(self.device))
+        if self.heads.weights is None or not self.heads.incremental:
+            raise UserError("costs are known in advance with incremental_heads only")
+        static = priced_statically(rule, self.device)
+        return DetectorCosts(self.spec.shape, self.heads.weights, self.heads.regions.most, static)
 
     def _advance(self, inputs: Sequence[JsonObject]) -> list[tuple[Instances, StreamResult]]:
         """Process frames of different videos."""
@@ -296,7 +242,10 @@ class EventfulRCNN(StreamingDetector, GeneralizedRCNN):
         transform = InputTransform(min(size), max(size), self.spec.patch)
         return StreamSession(self, transform, scene_cuts=scene_cuts)
 
-    def _image(self, frame: Tensor) -> ImageList:
+    def _new_stream(self, size: tuple[int, int]) -> RCNNStream:
+        return RCNNStream(State([None]), size)
+
+    def _normalised(self, frame: Tensor) -> Tensor:
         """A frame `(3, h, w)`, RGB in [0, 1], normalised, and padded so that the pyramid can halve its token map.
 
         `preprocess_image` leaves that out unless the backbone pads to squares: the pyramid misspells its wish.
@@ -305,29 +254,21 @@ class EventfulRCNN(StreamingDetector, GeneralizedRCNN):
         image = (pixels - self.pixel_mean) / self.pixel_std
         wishes = self.backbone.padding_constraints
         divisor = wishes.get("size_divisibility", wishes.get("size_divisiblity", 0))
-        return ImageList.from_tensors([image], divisor, padding_constraints=wishes)
+        return cast(Tensor, ImageList.from_tensors([image], divisor, padding_constraints=wishes).tensor[0])
 
-    def _saliency(self, image: Tensor, stream: RCNNStream) -> Tensor | None:
-        """How much each token of a prepared frame matters, by what was detected on the last frame."""
-        found = stream.instances
-        if found is None:
-            return None
-        grid = self.spec.grid(*image.shape[-2:])
-        return token_saliency(found.pred_boxes.tensor, found.scores, grid, self.spec.patch)
-
-    def _detect(self, update: Update, stream: RCNNStream, image: ImageList) -> StepResult:
+    def _step_heads(self, update: Update, stream: RCNNStream, dense: bool, watch: Stopwatch) -> StepResult:
         """The objects on a token map."""
         grid = (update.tokens.shape[0], update.tokens.shape[1])
-        dense = {"backbone": dense_macs(self.spec.shape, grid).total, **self.heads.dense(grid)}
-        macs = {**dict.fromkeys(dense, 0), "backbone": update.macs.total}
-        if update.changed.numel() or stream.instances is None:
-            update = dataclasses.replace(update, tokens=update.tokens.to(self.spec.dtype))
-            stream.instances, stream.heads, heads = self.heads(update, stream.heads, image)
+        everything = {"backbone": dense_macs(self.spec.shape, grid).total, **self.heads.dense(grid)}
+        macs = {**dict.fromkeys(everything, 0), "backbone": update.macs.total}
+        if update.changed.numel() or stream.detections is None:
+            found, stream.heads, heads = self.heads(update, stream.heads, stream.size)
+            stream.instances = found
+            stream.detections = Detections(found.pred_boxes.tensor, found.scores, found.pred_classes)
             macs |= heads
-        found = stream.instances
-        detections = Detections(found.pred_boxes.tensor, found.scores, found.pred_classes).clone()
-        cost = FrameCost(macs, dense, round(float(update.work.sum())), len(update.work), update.flush)
-        return StepResult(detections, cost, update.work.view(grid))
+        watch.lap("heads")
+        cost = FrameCost(macs, everything, round(float(update.work.sum())), len(update.work), update.flush)
+        return StepResult(stream.detections.clone(), cost, update.work.view(grid))
 
 
 def _forget(model: EventfulRCNN, _: object) -> None:

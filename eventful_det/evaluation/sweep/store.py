@@ -20,7 +20,7 @@ from typing import Protocol
 
 from eventful_det.data.coco_video import CocoVideo, Video
 from eventful_det.detectors.results import FrameCost
-from eventful_det.evaluation.runs import Method, VideoRun
+from eventful_det.evaluation.sweep.runs import Method, VideoRun
 from eventful_det.outputs import write_text
 
 _PLAIN = ("results", "latencies", "state_bytes", "peak_bytes", "session")  # what JSON holds as it is

@@ -22,8 +22,8 @@ from eventful_det.detectors.results import FrameCost
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import Entry, category_ids, coco_results
 from eventful_det.evaluation.efficiency import peak_memory, reset_peak_memory
-from eventful_det.evaluation.runs import Method, MethodRun, VideoRun
-from eventful_det.evaluation.store import MemoryStore, Store
+from eventful_det.evaluation.sweep.runs import Method, MethodRun, VideoRun
+from eventful_det.evaluation.sweep.store import MemoryStore, Store
 from eventful_det.gating.selector import Gmacs, Latency
 from eventful_det.runtime.budget import selector_for
 from eventful_det.runtime.control import Stepper
@@ -144,10 +144,16 @@ def run_videos(
     if method.square:
         transform = transform.squared()
     selector = selector_for(method.budget)
-    if streams > 1 and isinstance(selector.budget, (Gmacs, Latency)):
+    held = method.hold is None and isinstance(method.budget, float)  # as it demands
+    if streams > 1 and (held or isinstance(selector.budget, (Gmacs, Latency))):
         raise UserError(f"a budget of {selector.budget} is one of a step, which videos would share; set streams=1")
     stepper = Stepper(
-        detector, rule=exactly(method.rule), budget=selector, options=None, timing=True, hold=method.hold is None
+        detector,
+        rule=exactly(method.rule),
+        budget=method.budget if held else selector,
+        options=None,
+        timing=True,
+        hold=method.hold is None,
     )
     running: dict[int, _Running[S]] = {}
     sides = (transform.short_side, transform.long_side)
@@ -156,13 +162,15 @@ def run_videos(
             due: list[tuple[_Running[S], Frame, KeyFrame]] = []
             for item in batch:
                 if item.is_first:
-                    session = StreamSession(detector, transform, scene_cuts=scene_cuts, hold=method.hold)
+                    session = StreamSession(
+                        detector, transform, scene_cuts=scene_cuts, hold=method.hold, move=method.move
+                    )
                     running[item.slot] = _Running(item.video, session, categories)
                 run = running[item.slot]
                 if item.image is None:
                     run.skipped[item.frame.image_id] = item.fault
                     continue
-                begun = run.session.begin(VideoFrame(item.image), item.resized)
+                begun = run.session.begin(VideoFrame(item.image), resized=item.resized)
                 if isinstance(begun, KeyFrame):
                     due.append((run, item.frame, begun))
                 else:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from eventful_det.data.augmentation import Augmentation
+from eventful_det.data.clips.motion import Camera, Sprite, camera_path
 from eventful_det.data.coco_video import CocoVideo, Frame, Video
 from eventful_det.data.frame_reader import first_readable, read_labelled
-from eventful_det.data.motion import Camera, Sprite, camera_path
 from eventful_det.data.training_set import Target, TrainingSet
 from eventful_det.data.video.transforms import Image
 from eventful_det.options import Count, Range, Share, convert_fields

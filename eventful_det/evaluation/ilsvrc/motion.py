@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 
 from eventful_det.data.coco_video import Video
-from eventful_det.evaluation.boxes import Bools, Floats, pixel_overlap
+from eventful_det.evaluation.ilsvrc.boxes import Bools, Floats, pixel_overlap
 
 REACH = 10  # frames before and after
 

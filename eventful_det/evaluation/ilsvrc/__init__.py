@@ -25,9 +25,18 @@ from typing import NamedTuple
 import numpy as np
 
 from eventful_det.data.coco_video import CocoVideo
-from eventful_det.evaluation.boxes import Bools, Boxes, Floats, Ints, pairs, pixel_area, pixel_overlap, pixel_shared
 from eventful_det.evaluation.detection import Entry, is_exhaustive
-from eventful_det.evaluation.motion import motion_groups, motion_ious
+from eventful_det.evaluation.ilsvrc.boxes import (
+    Bools,
+    Boxes,
+    Floats,
+    Ints,
+    pairs,
+    pixel_area,
+    pixel_overlap,
+    pixel_shared,
+)
+from eventful_det.evaluation.ilsvrc.motion import motion_groups, motion_ious
 
 _OVERLAP = 0.5
 _TOLERANCE = 10  # pixels

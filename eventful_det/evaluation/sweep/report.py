@@ -13,8 +13,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eventful_det.evaluation.runs import DENSE
-from eventful_det.evaluation.summary import Row, jsonable
+from eventful_det.evaluation.sweep.runs import DENSE
+from eventful_det.evaluation.sweep.summary import Row, jsonable
 from eventful_det.outputs import markdown_table
 
 if TYPE_CHECKING:

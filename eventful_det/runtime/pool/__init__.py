@@ -1,4 +1,4 @@
-"""Many live streams on one detector and one budget.
+"""Many live streams on one detector or recogniser, and one budget.
 
 ::
 
@@ -20,19 +20,29 @@ import threading
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar, cast, overload
 
 from eventful_det.data.source import Source
-from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, S, VideoDetector
+from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform, S, VideoDetector
 from eventful_det.errors import UserError
-from eventful_det.gating.selector import Budget, Selector
+from eventful_det.gating.selector import DEFAULT, Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
-from eventful_det.runtime.control import Stepper
-from eventful_det.runtime.feed import Feed, open_feed
-from eventful_det.runtime.metrics import PoolMetrics, Tally
+from eventful_det.runtime.control import Budgeted, NetworkStepper
+from eventful_det.runtime.live import DetectorThread, LiveBoxes, detector_of
 from eventful_det.runtime.motion import Hold
-from eventful_det.runtime.session import KeyFrame, StreamOptions, StreamResult, StreamSession
+from eventful_det.runtime.pool.feed import Feed, open_feed
+from eventful_det.runtime.pool.metrics import PoolMetrics, Tally
+from eventful_det.runtime.session import (
+    KeyFrame,
+    OpensSessions,
+    Result,
+    Session,
+    StreamOptions,
+    StreamResult,
+    StreamSession,
+)
 
+R = TypeVar("R", bound=Result)  # of a frame
 _DEPARTED = 64  # streams that left, of which the metrics are kept
 _PATIENCE = 0.5  # seconds to wait for a frame before looking again whether a stream is left
 
@@ -42,24 +52,27 @@ class _Member:
     """A stream of the pool.
 
     Attributes:
+        boxes: of a live stream.
         next_key: the round in which its next key frame is due, if it has a frame in every round.
         settled: it takes turns with the others.
     """
 
-    session: StreamSession[Any]
+    session: Session[Any, Any, Any]
     feed: Feed
     tally: Tally
+    boxes: LiveBoxes | None = None
     next_key: int = 0
     settled: bool = False
 
 
-class StreamPool(Iterator[list[StreamResult]]):
-    """Detects in many streams at once. Streams may join and leave, and the budget may change, between any two rounds.
+class StreamPool(Budgeted, Iterator[list[R]], Generic[R]):
+    """Detects, or recognises, in many streams at once.
 
+    Streams may join and leave, and the budget may change, between any two rounds.
     `add`, `remove`, `metrics` and `budget` may be used from other threads than the one that runs the rounds.
 
     Args:
-        detector: in evaluation mode.
+        detector: in evaluation mode; or a recogniser, which takes neither sides nor `hold`.
         budget: what a round may cost: a share of the tokens (float), tokens (int), `Gmacs(40)` or `Latency(0.05)`,
             which the streams share; or a `Selector`, which is asked about each stream alone unless its `assured` says
             otherwise; None = the default selector.
@@ -71,13 +84,16 @@ class StreamPool(Iterator[list[StreamResult]]):
             cut ends that at once. The streams take turns, so that rounds cost alike, and the budget is for those whose
             turn it is. None = on every frame, unless the budget is smaller than what makes key frames worth their cost.
         timing: measure the seconds of each part, for which a GPU is waited for once per round.
+        live: every frame gets moved boxes at once, while the detector works in a thread, on one stream after the other,
+            at its own pace; see `eventful_det.runtime.live`. The budget is that of one frame.
 
     Raises:
-        UserError: `hold` is below 1.
+        UserError: `hold` is below 1, or given for live streams; or an option is not for recognisers.
     """
 
+    @overload
     def __init__(
-        self,
+        self: StreamPool[StreamResult],
         detector: VideoDetector[S],
         *,
         budget: Budget | Selector = None,
@@ -88,29 +104,57 @@ class StreamPool(Iterator[list[StreamResult]]):
         scene_cuts: bool = True,
         hold: Hold = None,
         timing: bool = False,
+        live: bool = False,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        detector: OpensSessions[R],
+        *,
+        budget: Budget | Selector = None,
+        options: BudgetOptions | None = None,
+        rule: AnyRule = DEFAULT_RULE,
+        scene_cuts: bool = True,
+        timing: bool = False,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        detector: VideoDetector[S] | OpensSessions[R],
+        *,
+        budget: Budget | Selector = None,
+        options: BudgetOptions | None = None,
+        rule: AnyRule = DEFAULT_RULE,
+        short_side: int | None = None,
+        long_side: int | None = None,
+        scene_cuts: bool = True,
+        hold: Hold = None,
+        timing: bool = False,
+        live: bool = False,
     ) -> None:
-        self._detector: VideoDetector[Any] = detector
+        self._detector = detector
         self.rule = rule
-        self._transform = detector.input_transform.with_sides(short_side, long_side)
+        self._thread = DetectorThread() if live else None
         self._scene_cuts, self._hold = scene_cuts, hold
+        self._transform: InputTransform | None = None
+        default = DEFAULT
+        if isinstance(detector, OpensSessions):
+            default = detector.selector
+            if short_side is not None or long_side is not None or live:
+                raise UserError("short_side, long_side and live are for detectors, not for a recogniser")
+        else:
+            self._transform = detector.input_transform.with_sides(short_side, long_side)
         self._session("")  # raises where an option is out of its range
-        self._stepper: Stepper[Any] = Stepper(
-            detector, rule=rule, budget=budget, options=options, timing=timing, hold=hold is None
+        holds = hold is None and self._transform is not None and not live
+        self._stepper: NetworkStepper[Any, Any, R] = NetworkStepper(
+            detector, rule=rule, budget=budget, options=options, timing=timing, hold=holds, default=default
         )
         self._rounds = 0
         self._members: dict[str, _Member] = {}
         self._departed: dict[str, Tally] = {}
         self._lock = threading.Lock()
         self._arrived = threading.Event()
-
-    @property
-    def budget(self) -> Budget | Selector:
-        """What a round may cost, as it was set; None = the default selector."""
-        return self._stepper.budget
-
-    @budget.setter
-    def budget(self, budget: Budget | Selector) -> None:
-        self._stepper.budget = budget
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -155,7 +199,11 @@ class StreamPool(Iterator[list[StreamResult]]):
             unique = _unique(name or title, self._members)
             self._departed.pop(unique, None)
             session.name = unique
-            self._members[unique] = _Member(session, feed, Tally())
+            boxes = None
+            if self._thread is not None:
+                assert isinstance(session, StreamSession)
+                boxes = LiveBoxes(detector_of(self._stepper, session), self._thread, self._scene_cuts)
+            self._members[unique] = _Member(session, feed, Tally(), boxes)
         self._arrived.set()
         return unique
 
@@ -180,7 +228,7 @@ class StreamPool(Iterator[list[StreamResult]]):
         if not self._leave(name):
             raise UserError(self._missing(name))
 
-    def step(self) -> list[StreamResult]:
+    def step(self) -> list[R]:
         """One round: the next frame of every stream that has one, in one step of the detector.
 
         A stream that ended or failed leaves; `metrics` tells why.
@@ -200,11 +248,11 @@ class StreamPool(Iterator[list[StreamResult]]):
             result = next(finished) if isinstance(one, KeyFrame) else one
             if isinstance(one, KeyFrame):
                 self._schedule(member, one.regular, members)
-            member.tally.count(result.cost, result.dropped, member.session.state.nbytes)
+            member.tally.count(result, member.session.state.nbytes)
             results.append(result)
         return results
 
-    def __next__(self) -> list[StreamResult]:
+    def __next__(self) -> list[R]:
         """The next round in which a stream has a frame; ends when no stream is left."""
         while self.names:
             self._arrived.clear()
@@ -226,7 +274,7 @@ class StreamPool(Iterator[list[StreamResult]]):
         for name in self.names:
             self._leave(name)
 
-    def __enter__(self) -> StreamPool:
+    def __enter__(self) -> StreamPool[R]:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -242,10 +290,18 @@ class StreamPool(Iterator[list[StreamResult]]):
         hold: Hold = None,
         track: bool = False,
         options: StreamOptions | None = None,
-    ) -> StreamSession[Any]:
+    ) -> Session[Any, Any, Any]:
+        hold, cuts = self._hold if hold is None else hold, self._scene_cuts
+        if isinstance(self._detector, OpensSessions):
+            if short_side is not None or hold is not None or track:
+                raise UserError("short_side, hold and track are for detectors; a recogniser has no boxes")
+            return self._detector.session(name=name, scene_cuts=cuts, options=options)
+        assert self._transform is not None
         transform = self._transform.with_sides(short_side, None)
-        hold = self._hold if hold is None else hold
-        cuts = self._scene_cuts
+        if self._thread is not None:
+            if hold is not None:
+                raise UserError("live streams run the detector whenever it is idle; leave hold out")
+            hold, cuts, track = 1, False, False  # `LiveBoxes` looks for cuts, and gives ids
         return StreamSession(
             self._detector, transform, name=name, scene_cuts=cuts, hold=hold, track=track, options=options
         )
@@ -261,13 +317,14 @@ class StreamPool(Iterator[list[StreamResult]]):
             member.session.left = wait
         member.next_key = self._rounds + wait
 
-    def _begin(self, member: _Member) -> KeyFrame | StreamResult | None:
+    def _begin(self, member: _Member) -> KeyFrame | R | None:
         """The next frame of a stream; None if it has none, which may be because it just left."""
         try:
-            frame = member.feed.poll()
-            if frame is None:
-                return None
-            return member.session.begin(frame, dropped=member.feed.dropped)
+            while (frame := member.feed.poll()) is not None:
+                if member.boxes is not None:
+                    return cast("R | None", member.boxes.show(frame, member.feed.dropped, wait=False))
+                if (one := member.session.begin(frame, dropped=member.feed.dropped)) is not None:
+                    return cast("KeyFrame | R", one)
         except StopIteration:
             self._leave(member.session.name)
         except Exception as error:  # whatever is wrong with one source must not stop the others

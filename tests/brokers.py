@@ -28,15 +28,15 @@ def wait(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
 
 
 class Broker:
-    """Mosquitto on a port of its own, without memory of what was retained."""
+    """Mosquitto on a port of its own; as a rule without memory of what was retained."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, more: str = "persistence false\n") -> None:
         if MOSQUITTO is None:
             pytest.skip("there is no mosquitto here")
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port: int = free.getsockname()[1]
         self._config = folder / "mosquitto.conf"
-        self._config.write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\npersistence false\n")
+        self._config.write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\n{more}")
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

@@ -17,8 +17,8 @@ from eventful_det.evaluation.consistency import false_alarms, flicker, found_sha
 from eventful_det.evaluation.detection import DetectionScores, agreement, labelled_frames
 from eventful_det.evaluation.efficiency import TOTAL, Spread
 from eventful_det.evaluation.ilsvrc import VidScores
-from eventful_det.evaluation.runs import DENSE, Method, MethodRun
 from eventful_det.evaluation.sweep import run_methods
+from eventful_det.evaluation.sweep.runs import DENSE, Method, MethodRun
 from eventful_det.files import JsonObject
 
 _NO_TIME = Spread(math.nan, math.nan, math.nan, math.nan)

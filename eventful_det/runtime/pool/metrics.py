@@ -8,7 +8,10 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from eventful_det.detectors.results import FrameCost
+from eventful_det.runtime.session import Result
 
 _RECENT = 100  # frames that rates and means are taken over
 _COUNTS = ("frames", "dropped", "flushes", "macs", "dense_macs")
@@ -27,6 +30,8 @@ class StreamMetrics:
         frames_per_second: of the last 100 frames.
         gmacs, dense_gmacs: the same for the last 100 frames, in 1e9 per frame.
         milliseconds: per frame, of the last 100; a round's are shared by its streams.
+        age_p95: of a live source, 95th percentile of the ages in seconds that the last 100 frames had when their boxes
+            were there; None for others.
         state_bytes: remembered between frames.
         active: whether the stream is still in the pool.
         lost: its camera or server is lost, and being called again.
@@ -42,6 +47,7 @@ class StreamMetrics:
     gmacs: float = 0.0
     dense_gmacs: float = 0.0
     milliseconds: float = 0.0
+    age_p95: float | None = None
     state_bytes: int = 0
     active: bool = True
     lost: bool = False
@@ -80,34 +86,36 @@ class Tally:
     def __init__(self) -> None:
         self.error: str | None = None
         self._counts = StreamMetrics()
-        self._recent: deque[tuple[float, FrameCost]] = deque(maxlen=_RECENT)
+        self._recent: deque[tuple[float, FrameCost, float | None]] = deque(maxlen=_RECENT)
 
-    def count(self, cost: FrameCost, dropped: int, state_bytes: int) -> None:
+    def count(self, result: Result, state_bytes: int) -> None:
         """A frame more."""
-        before = self._counts
+        before, cost = self._counts, result.cost
         self._counts = dataclasses.replace(
             before,
             frames=before.frames + 1,
-            dropped=dropped,
+            dropped=result.dropped,
             flushes=before.flushes + cost.flush,
             macs=before.macs + cost.total,
             dense_macs=before.dense_macs + cost.dense_total,
             state_bytes=state_bytes,
         )
-        self._recent.append((time.monotonic(), cost))
+        self._recent.append((time.monotonic(), cost, result.frame_age))
 
     def metrics(self, active: bool, lost: bool = False) -> StreamMetrics:
         """The counts, and rates and means of the last frames."""
         recent = list(self._recent)
+        ages = [age for _, _, age in recent if age is not None]
         count = len(recent)
         elapsed = time.monotonic() - recent[0][0] if recent else 0.0
         return dataclasses.replace(
             self._counts,
             error=self.error,
             frames_per_second=count / elapsed if active and count > 1 and elapsed else 0.0,
-            gmacs=sum(cost.total for _, cost in recent) / max(1, count) / 1e9,
-            dense_gmacs=sum(cost.dense_total for _, cost in recent) / max(1, count) / 1e9,
-            milliseconds=1e3 * sum(cost.latency for _, cost in recent) / max(1, count),
+            gmacs=sum(cost.total for _, cost, _ in recent) / max(1, count) / 1e9,
+            dense_gmacs=sum(cost.dense_total for _, cost, _ in recent) / max(1, count) / 1e9,
+            milliseconds=1e3 * sum(cost.latency for _, cost, _ in recent) / max(1, count),
+            age_p95=float(np.percentile(ages, 95)) if ages else None,
             active=active,
             lost=lost,
         )

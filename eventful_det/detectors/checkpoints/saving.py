@@ -1,0 +1,68 @@
+"""Detectors into files: safetensors that carry their config, and checkpoints for detectron2."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from eventful_det.detectors.checkpoints.key_maps import to_detectron2
+from eventful_det.detectors.checkpoints.weight_files import rounded, save_tensors
+from eventful_det.detectors.vitdet.detector import Detector
+from eventful_det.errors import UserError
+from eventful_det.files import written_whole
+
+FORMAT = "eventful-det/1"
+
+
+def save_detector(
+    detector: Detector,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float16,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write weights, config and notes to one safetensors file, atomically.
+
+    Args:
+        detector: what to write.
+        path: of the file.
+        dtype: the weights are rounded to this type.
+        notes: more metadata, for example the command that made the weights.
+    """
+    metadata = {**(notes or {}), "format": FORMAT, "config": detector.config.to_json()}
+    save_tensors(path, rounded(detector, dtype), metadata)
+
+
+def save_detectron2(
+    detector: Detector,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write weights as detectron2's checkpointer reads them, atomically; it ignores the config and notes beside them.
+
+    Args:
+        detector: what to write.
+        path: of the file; `.pkl` as in detectron2's model zoo, or `.pth`.
+        dtype: the weights are rounded to this type.
+        notes: more metadata.
+
+    Raises:
+        UserError: another suffix, or a type that NumPy does not have in a `.pkl`.
+    """
+    path = Path(path)
+    if path.suffix not in (".pkl", ".pth"):
+        raise UserError(f"{path}: detectron2 reads .pth and .pkl files; give one of these names")
+    if path.suffix == ".pkl" and dtype == torch.bfloat16:
+        raise UserError(f"{path}: a .pkl holds NumPy arrays, which cannot be bfloat16; use float32 or float16, or .pth")
+    tensors = to_detectron2(rounded(detector, dtype))
+    about = {"config": detector.config.to_json(), **(notes or {})}
+    with written_whole(path) as part:
+        if path.suffix == ".pth":
+            torch.save({"model": tensors, "eventful_det": about}, part)
+        else:
+            arrays = {key: value.numpy() for key, value in tensors.items()}
+            part.write_bytes(pickle.dumps({"model": arrays, "__author__": "eventful_det", "eventful_det": about}))

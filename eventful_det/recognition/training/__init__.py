@@ -1,0 +1,1 @@
+"""Training of recognisers: end to end, or in two stages as in the paper."""
