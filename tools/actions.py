@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import statistics
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from eventful_det.benchmark.timing import paired_ratios, time_together
 from eventful_det.detectors.checkpoints.weight_files import find_weights
+from eventful_det.detectors.rf_detr.loading import is_rf_detr
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
 from eventful_det.gating.dense import Dense
@@ -76,7 +78,7 @@ class RecognitionOptions:
 
 def recognises(task: Task | None, weights: str | None) -> bool:
     """Whether a tool is to recognise actions: it is told to, or the weights are a recogniser's."""
-    if task is not None or weights is None:
+    if task is not None or weights is None or is_rf_detr(weights):
         return task == "recognition"
     try:
         path = find_weights(weights)
@@ -141,7 +143,11 @@ def evaluate(
     with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("clips", total=count * len(kinds))
         for shared in kinds:
-            ways = list(sweep_ways(shared=shared)) if gate is None else [Way("rule", *gate, shared, hold)]
+            ways = (
+                list(sweep_ways(shared=shared, steps=recogniser.config.steps))
+                if gate is None
+                else [Way("rule", *gate, shared, hold)]
+            )
             clips = read_clips(items, recogniser.config, shared)
             evaluations += evaluate_clips(recogniser, clips, ways, lambda _: progress.advance(task))
     rows = [row_of(evaluation, evaluations[0]) for evaluation in evaluations]
@@ -354,6 +360,8 @@ def count(model: str | None, k: Sequence[int] | None) -> list[dict[str, Any]]:
 def time_steps(model: str, k: int | None, repetitions: int, warm_up: int, seed: int) -> list[dict[str, Any]]:
     """Time steps of a recogniser with random weights: dense, rows and paper, in float32 and bfloat16, in turns.
 
+    In bfloat16 the weights are held, so that none is converted at a step.
+
     Args:
         model: name of the model; it runs on the CPU.
         k: tokens that a gated step recomputes, class token included; None = an eighth.
@@ -362,6 +370,7 @@ def time_steps(model: str, k: int | None, repetitions: int, warm_up: int, seed: 
     """
     torch.manual_seed(seed)
     recogniser = Recogniser(_config(model)).eval()
+    low = copy.deepcopy(recogniser).bfloat16()
     config = recogniser.config
     tokens = config.grid[0] * config.grid[1] + 1
     count = tokens // 8 if k is None else k
@@ -375,8 +384,8 @@ def time_steps(model: str, k: int | None, repetitions: int, warm_up: int, seed: 
 
     def step(name: str, i: int) -> StepCost:
         rule, selector, dtype = ways[name]
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            return recogniser.step([tubelets[i % 8]], states[name], rule=rule, selector=selector)[0].cost
+        network = recogniser if dtype == "float32" else low
+        return network.step([tubelets[i % 8]], states[name], rule=rule, selector=selector)[0].cost
 
     calls = {name: partial(step, name) for name in ways}
     timed = time_together(calls, repetitions, warm_up, torch.device("cpu"), seed)

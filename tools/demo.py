@@ -46,6 +46,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, home_path, open_source
 from eventful_det.detectors.labels import relabel
+from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError, printable
 from eventful_det.evaluation.efficiency import peak_memory
@@ -140,14 +141,18 @@ def build_detector(options: Options, sources: Sequence[str | Path]) -> AnyDetect
     return keep_classes(detector, at_least_one(options.classes, "classes"))
 
 
-def keep_classes(detector: AnyDetector, classes: Sequence[str]) -> Detector:
+def keep_classes(detector: AnyDetector, classes: Sequence[str]) -> AnyDetector:
     """The same detector, reporting some of its classes only."""
-    if not isinstance(detector, Detector):
-        raise UserError("classes: RF-DETR reports all of its classes; leave classes out")
     unknown = sorted(set(classes) - set(detector.names))
     if unknown:
         raise UserError(f"classes: no class {', '.join(unknown)}; the weights know {', '.join(detector.names)}")
-    kept = Detector(relabel(detector.config, {name: None for name in detector.names if name not in classes}))
+    labels = {name: None for name in detector.names if name not in classes}
+    if isinstance(detector, EventfulRFDETR):
+        detector.relabel(labels)
+        return detector
+    if not isinstance(detector, Detector):
+        raise UserError("classes: a compiled engine reports all of its classes; leave classes out")
+    kept = Detector(relabel(detector.config, labels))
     kept.load_state_dict(detector.state_dict())
     return kept.eval().to(detector.device)
 

@@ -26,6 +26,7 @@ class Curve:
 
     gate: dict[str, Any] | None = None
     hold: Hold = 1
+    move: bool = True
     vary: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     square: bool = False
 
@@ -57,7 +58,7 @@ def sweep_methods(curves: Mapping[str, Curve]) -> list[Method]:
         where = f"eval.curves.{name}"
         if len(curve.vary) > 1:
             raise UserError(f"{where}: vary has to name one option, got {', '.join(curve.vary)}")
-        fixed: dict[str, Any] = {"hold": parse_hold(curve.hold), "square": curve.square}
+        fixed: dict[str, Any] = {"hold": parse_hold(curve.hold), "move": curve.move, "square": curve.square}
         if not curve.vary:
             methods.append(Method(name, None, *_gate_with(where, curve.gate), **fixed))
         for option, values in curve.vary.items():

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 from av.error import FFmpegError
+from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from eventful_det.cameras.config import Clips
@@ -197,7 +198,7 @@ class Recorder:
         self._clip: _Clip | None = None
         self._wanted: tuple[Path, float, float] | None = None  # file, when it began and ends
 
-    def packet(self, packet: av.Packet[av.VideoStream]) -> None:
+    def packet(self, packet: av.Packet[VideoStream]) -> None:
         """A packet of the camera, in the thread that reads it, while its connection is open."""
         if packet.stream.codec_context.name not in _COPIED or not self.on:
             self._copies = False

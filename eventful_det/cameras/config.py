@@ -10,6 +10,7 @@ cameras:
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from eventful_det.options import (
     nearest,
     refuse_unknown,
 )
+from eventful_det.outputs import write_text
 from eventful_det.runtime.session import StreamOptions
 
 Place = tuple[Share, Share]
@@ -253,24 +255,79 @@ def read_site(path: Path, names: Sequence[str] | None = None) -> Site:
     Raises:
         UserError: it cannot be read, or has faults (`Faults`).
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    reader = _Reader(path.name)
+    return parse_site(_text_of(path), path.name, names)
+
+
+def parse_site(text: str, file: str, names: Sequence[str] | None = None) -> Site:
+    """The same for the text of a file.
+
+    Raises:
+        Faults: it has some.
+    """
+    reader = _Reader()
     site = reader.read(text)
     if site is not None and names is not None:
         reader.check_classes(site, names)
     if reader.faults or site is None:
-        raise Faults([f"{path.name}:{line}: {message}" for line, message in sorted(reader.faults)])
+        raise Faults([f"{file}:{line}: {message}" for line, message in sorted(reader.faults)])
     return site
+
+
+def edit_regions(path: Path, camera: str, regions: Mapping[str, object], names: Sequence[str] | None = None) -> None:
+    """Exchange options of a camera in a file, such as its masks and zones; all else stays as it is written there.
+
+    Raises:
+        UserError: they are none, or stand where they cannot be exchanged; the file stays as it is.
+    """
+    text = _text_of(path)
+    parse_site(text, path.name, names)
+    for key, value in regions.items():
+        root: Any = yaml.compose(text, yaml.SafeLoader)
+        node = _child(_child(root, "cameras")[1], camera)[1]
+        written = json.dumps(value)
+        try:
+            key_node, old = _child(node, key)
+        except KeyError:
+            start = node.start_mark.index
+            if node.flow_style:
+                text = f"{text[: start + 1]}{key}: {written}, {text[start + 1 :]}"
+            else:
+                text = f"{text[:start]}{key}: {written}\n{' ' * node.start_mark.column}{text[start:]}"
+        else:
+            if old.start_mark.index < key_node.end_mark.index:  # *alias: it stands elsewhere
+                raise UserError(f"{camera}: {key} is shared with others in {path.name}; edit the file")
+            text = text[: key_node.end_mark.index] + f": {written}" + text[_end(old) :]
+    parse_site(text, path.name, names)
+    write_text(path, text)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _child(node: yaml.MappingNode, name: str) -> tuple[yaml.Node, Any]:
+    """Key and value of a mapping; raises KeyError."""
+    for key, value in node.value:
+        if key.value == name:
+            return key, value
+    raise KeyError(name)
+
+
+def _end(node: yaml.Node) -> int:
+    """Where a value ends, without the comments behind it."""
+    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        last = node.value[-1]
+        return _end(last[1] if isinstance(last, tuple) else last)
+    return int(node.end_mark.index)
 
 
 class _Reader:
     """Reads a file and collects its faults."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self) -> None:
         self.faults: list[tuple[int, str]] = []
         self.lines: dict[str, int] = {}  # by dotted name
 

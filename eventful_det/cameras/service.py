@@ -13,12 +13,12 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from eventful_det.cameras.clips import Library, Recorder
-from eventful_det.cameras.config import Faults, Site, read_site
+from eventful_det.cameras.config import Faults, Site, edit_regions, read_site
 from eventful_det.cameras.events import KINDS, Event, Kind, Watcher
 from eventful_det.cameras.journal import Journal
 from eventful_det.cameras.sinks import MqttSink, Sink, WebhookSink
@@ -27,6 +27,7 @@ from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
 from eventful_det.runtime.motion import parse_hold
 from eventful_det.runtime.pool.metrics import StreamMetrics
+from eventful_det.runtime.regions import Polygon
 from eventful_det.runtime.session import StreamResult
 from eventful_det.serving.runner import PoolRunner
 from eventful_det.serving.sources import OpenedSource
@@ -133,6 +134,36 @@ class CameraService:
             self.site = site
             self._apply(site)
         _LOG.info("%s: read again", self.path.name)
+
+    def regions(self) -> list[JsonObject]:
+        """Masks and zones of all cameras, as JSON values."""
+        with self._lock:
+            return [
+                {
+                    "name": name,
+                    "stream": self._cameras[name].stream,
+                    "masks": camera.masks,
+                    "zones": {zone: one.polygon for zone, one in camera.zones.items()},
+                }
+                for name, camera in self.site.cameras.items()
+            ]
+
+    def draw(self, camera: str, masks: Sequence[Polygon], zones: Mapping[str, Polygon]) -> None:
+        """Have other masks and zones in the file and here; zones that stay keep their other options.
+
+        Raises:
+            UserError: they are none, or the file cannot be changed.
+        """
+        with self._lock:
+            if camera not in self.site.cameras:
+                raise UserError(f"no camera {camera!r} in {self.path.name}")
+            old = self.site.cameras[camera].zones
+            given: dict[str, JsonObject] = {}
+            for name, polygon in zones.items():
+                options = dataclasses.asdict(old[name]) if name in old else {}
+                given[name] = {**{k: v for k, v in options.items() if v is not None}, "polygon": polygon}
+            edit_regions(self.path, camera, {"masks": masks, "zones": given}, self._names)
+            self.reload()
 
     def health(self) -> JsonObject:
         """How cameras and sinks do, as JSON values."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eventful_det.detectors.vitdet.config import ModelConfig
@@ -44,9 +44,14 @@ def relabel(config: ModelConfig, labels: LabelMap) -> ModelConfig:
     Raises:
         UserError: the detector has no such class, or two classes would have one name.
     """
-    unknown = sorted(set(labels) - set(config.classes))
-    if unknown:
-        raise UserError(f"label map: no class {', '.join(unknown)}; the weights know {', '.join(config.classes)}")
-    names = tuple(labels.get(name, name) or name for name in config.classes)
-    dropped = tuple(new for old, new in zip(config.classes, names, strict=True) if labels.get(old, old) is None)
+    names, dropped = renamed(config.classes, labels)
     return dataclasses.replace(config, classes=names, dropped=(*config.dropped, *dropped))
+
+
+def renamed(classes: Sequence[str], labels: LabelMap) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The new names of classes, and those of them that are dropped; see `relabel`."""
+    unknown = sorted(set(labels) - set(classes))
+    if unknown:
+        raise UserError(f"label map: no class {', '.join(unknown)}; the weights know {', '.join(classes)}")
+    names = tuple(labels.get(name, name) or name for name in classes)
+    return names, tuple(new for old, new in zip(classes, names, strict=True) if labels.get(old, old) is None)

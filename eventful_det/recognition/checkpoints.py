@@ -116,6 +116,8 @@ def read_recogniser(path: str | os.PathLike[str]) -> RecogniserWeights:
             return RecogniserWeights("eventful_det", _config(notes), tensors, notes)
         refuse_others(tensors)
         form = _format(tensors)
+        if any(key.startswith("backbone.net.") for key in tensors):
+            raise UserError("this is a detector, no recogniser of actions; open it with load_detector")
         if form is None:
             raise UserError(f"this is no recogniser of a known format, but holds {', '.join(list(tensors)[:3])}, ...")
         named = from_scenic(tensors) if form == "scenic" else from_tadaconv(tensors) if form == "tadaconv" else tensors

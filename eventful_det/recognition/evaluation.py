@@ -133,8 +133,11 @@ def evaluate_clips(
     return evaluations
 
 
-def sweep_ways(parts: Sequence[int] = (2, 4, 8, 16), shared: bool = True) -> Iterator[Way]:
-    """The ways that a sweep compares: dense, and 1/2, 1/4, ... of the tokens by each rule, or of the tubelets."""
+def sweep_ways(parts: Sequence[int] = (2, 4, 8, 16), shared: bool = True, steps: int = 16) -> Iterator[Way]:
+    """The ways that a sweep compares: dense, and 1/2, 1/4, ... of the tokens by each rule, or of the tubelets.
+
+    Of views of `steps` tubelets at least one is looked at.
+    """
     yield Way("dense", rule=Dense(), shared=shared)
     yield Way("one frame", rule=Dense(), shared=shared, one_frame=True)
     for part in parts:
@@ -142,7 +145,8 @@ def sweep_ways(parts: Sequence[int] = (2, 4, 8, 16), shared: bool = True) -> Ite
         yield Way(f"rows 1/{part}", selector=DEFAULT.within(share), shared=shared)
         yield Way(f"random 1/{part}", selector=Selector(RandomOrder(), share), shared=shared)
         yield Way(f"paper 1/{part}", rule=Paper(), selector=Selector(LargestError(), share), shared=shared)
-        yield Way(f"held 1/{part}", rule=Dense(), shared=shared, hold=part)
+        if part <= steps:
+            yield Way(f"held 1/{part}", rule=Dense(), shared=shared, hold=part)
 
 
 @dataclass(frozen=True)

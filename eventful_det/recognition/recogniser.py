@@ -125,7 +125,7 @@ class Recogniser(nn.Module):
                 f"expected ({frames}, {channels}, height, width) of floating point, RGB in [0, 1]"
             )
         mean, std = (tubelet.new_tensor(values).view(-1, 1, 1) for values in (self.config.mean, self.config.std))
-        return ((tubelet - mean) / std).transpose(0, 1).flatten(0, 1)
+        return ((tubelet - mean) / std).transpose(0, 1).flatten(0, 1).to(self.classifier.weight.dtype)
 
     @torch.inference_mode(False)  # so that the state can go on in and outside of inference mode
     @torch.no_grad()

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -255,6 +255,21 @@ class NetworkStepper(Generic[S, T, R]):
         if whole or not any(cost.flush for cost in costs):
             load = Load(len(costs), sum(cost.total for cost in costs) / 1e9)
             self.clock.observe(load, sum(cost.latency for cost in costs), whole)
+
+
+class Budgeted:
+    """What has a stepper, whose budget may be set between any two steps."""
+
+    _stepper: NetworkStepper[Any, Any, Any]
+
+    @property
+    def budget(self) -> Budget | Selector:
+        """What a frame (of a pool, a round) may cost, as it was set; None = the default selector."""
+        return self._stepper.budget
+
+    @budget.setter
+    def budget(self, budget: Budget | Selector) -> None:
+        self._stepper.budget = budget
 
 
 class Stepper(NetworkStepper[S, StepResult, StreamResult]):

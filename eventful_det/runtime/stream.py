@@ -12,14 +12,14 @@ from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, S, VideoDetec
 from eventful_det.errors import UserError
 from eventful_det.gating.selector import Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
-from eventful_det.runtime.control import Stepper
+from eventful_det.runtime.control import Budgeted, Stepper
 from eventful_det.runtime.drift import Drift, DriftMonitor
 from eventful_det.runtime.live import DetectorThread, LiveBoxes, detector_of
 from eventful_det.runtime.motion import Hold
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
 
-class Stream(Iterator[StreamResult]):
+class Stream(Budgeted, Iterator[StreamResult]):
     """Iterates over the results of one source, lazily; `budget` may be set between any two frames.
 
     Args:
@@ -83,15 +83,6 @@ class Stream(Iterator[StreamResult]):
         self._session.name = self._source.name
         self._frames = iter(self._source)
         self._count = 0
-
-    @property
-    def budget(self) -> Budget | Selector:
-        """What a frame may cost, as it was set; None = the default selector."""
-        return self._stepper.budget
-
-    @budget.setter
-    def budget(self, budget: Budget | Selector) -> None:
-        self._stepper.budget = budget
 
     @property
     def drift(self) -> Drift | None:

@@ -11,6 +11,9 @@ GET    /api/streams/NAME/detections     of the newest frame; of recognisers, its
 GET    /api/streams/NAME/frame.jpg      the newest frame with its boxes
 DELETE /api/streams/NAME                leaves; an upload is removed
 WS     /api/live                        newest frames of all streams, see `live`
+GET    /cameras                         the page on which masks and zones are drawn
+GET    /api/cameras                     masks and zones of a `cameras.yaml`
+PUT    /api/cameras/NAME                {"masks": [[[0, 0], ...]], "zones": {"drive": [[0, 0], ...]}}: into the file
 GET    /metrics                         for Prometheus
 GET    /health                          200 while the detector works, else 503; needs no token
 ======================================  ==========================================================
@@ -37,6 +40,7 @@ from eventful_det.adapters import to_record
 from eventful_det.cameras.service import CameraService
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
+from eventful_det.runtime.regions import Point
 from eventful_det.runtime.session import StreamResult
 from eventful_det.secrets import mask_secrets
 from eventful_det.serving.guard import HEALTH, Guard, content_policy
@@ -60,6 +64,13 @@ class BudgetRequest(BaseModel):
     """What a round may cost."""
 
     budget: str = Field(max_length=40)
+
+
+class RegionsRequest(BaseModel):
+    """Masks and zones of a camera; their points are checked with the file."""
+
+    masks: list[tuple[Point, ...]] = Field(max_length=100)
+    zones: dict[str, tuple[Point, ...]] = Field(max_length=100)
 
 
 def create_app(
@@ -104,7 +115,10 @@ def create_app(
     app.add_middleware(BodyLimits, max_upload=opener.max_bytes)
     app.add_middleware(Guard, token=token, hosts=hosts, root_path=root_path)
     _answer_errors(app)
-    _add_page(app)
+    _add_page(app, "/", "page.html")
+    if cameras is not None:
+        _add_page(app, "/cameras", "regions.html")
+    _add_cameras(app, cameras)
     _add_streams(app, runner, opener)
     _add_reports(app, runner, cameras)
 
@@ -143,13 +157,26 @@ def _answer_errors(app: FastAPI) -> None:
         return _error(error.status_code, error.detail, error.headers)
 
 
-def _add_page(app: FastAPI) -> None:
-    page = (resources.files("eventful_det.serving") / "page.html").read_text(encoding="utf-8")
+def _add_page(app: FastAPI, path: str, file: str) -> None:
+    page = (resources.files("eventful_det.serving") / file).read_text(encoding="utf-8")
     headers = {"Content-Security-Policy": content_policy(page)}
 
-    @app.get("/")
+    @app.get(path)
     def index() -> HTMLResponse:
         return HTMLResponse(page, headers=headers)
+
+
+def _add_cameras(app: FastAPI, cameras: CameraService | None) -> None:
+    @app.get("/api/cameras")
+    def regions() -> list[JsonObject]:
+        return [] if cameras is None else cameras.regions()
+
+    @app.put("/api/cameras/{name}")
+    def draw(name: str, request: RegionsRequest) -> list[JsonObject]:
+        if cameras is None:
+            raise UserError("this server has no cameras.yaml")
+        cameras.draw(name, request.masks, request.zones)
+        return cameras.regions()
 
 
 def _add_streams(app: FastAPI, runner: PoolRunner, opener: SourceOpener) -> None:

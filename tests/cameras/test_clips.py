@@ -11,9 +11,11 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from servers import HEIGHT, WIDTH, Server, why_not
 
 from eventful_det.cameras.clips import Library, Recorder
 from eventful_det.cameras.config import Clips
+from eventful_det.cameras.source import open_camera
 from eventful_det.data.video.decoder import Decoder
 from eventful_det.data.video.writer import VideoWriter
 
@@ -179,3 +181,35 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, full: Any) -> None:
         return Full(file) if mode == "w+b" else file
 
     monkeypatch.setattr(Path, "open", opened)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["http", "rtsp"])
+def test_the_clip_of_a_camera_plays_even_if_that_dies(kind: str, tmp_path: Path) -> None:
+    if (reason := why_not(kind)) is not None:
+        pytest.skip(reason)
+    camera = Server(kind)
+    recorder = Recorder(Library(tmp_path, Clips(before=1.0, after=60.0)), "gate")
+    source = open_camera(camera.url, recorder.packet, fps=10)
+    clips, began = [], time.monotonic()
+    try:
+        for count, frame in enumerate(source):
+            if count in (20, 45):
+                clips.append(recorder.trigger())
+            if count == 35:
+                camera.kill()
+                camera.start()
+            if count >= 60:
+                assert frame.captured is not None
+                break
+    finally:
+        source.close()
+        recorder.close()
+        camera.kill()
+    assert time.monotonic() - began > 5, "10 frames a second, not 25"
+    assert len(set(clips)) == 2, "another connection begins another clip"
+    for clip in clips:
+        with av.open(str(tmp_path / clip)) as container:
+            assert container.streams.video[0].codec_context.name == "h264"
+            frames = [one.to_ndarray(format="rgb24") for one in container.decode(video=0)]
+        assert len(frames) > 25 and frames[0].shape == (HEIGHT, WIDTH, 3)

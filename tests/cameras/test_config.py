@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eventful_det.cameras.config import Camera, Faults, Limits, Zone, read_site
+from eventful_det.cameras.config import Camera, Faults, Limits, Zone, edit_regions, read_site
 from eventful_det.errors import UserError
 
 GOOD = """
@@ -138,3 +138,42 @@ def test_what_makes_a_stream_begin_anew_and_what_does_not() -> None:
     before = Camera(source=0)
     soft = Camera(source=0, priority=3, zones={"z": Zone(polygon=((0, 0), (1, 0), (1, 1)))}, record=False)
     assert before.fixed() == soft.fixed() and before.fixed() != Camera(source=0, hold=2).fixed()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# mine\ncameras:\n  gate:  # front\n    source: 0  # webcam\n    fps: 3\n  yard: {source: 1}\n# end\n",
+        "cameras: {gate: {source: 0, fps: 3}, yard: {source: 1}}  # end\n",
+        "cameras:\n  gate:\n    masks:\n      - - [0, 0]\n        - [1, 0]\n        - [1, 1]  # a comment\n"
+        "    # another\n    fps: 3\n    source: 0\n  yard: {source: 1}  # end\n",
+        "cameras:\n  gate:\n    source: 0\n    fps: 3\n    masks: []\n"
+        "    zones: {old: {polygon: [[0, 0], [1, 0], [1, 1]]}}\n  # end\n  yard: {source: 1}\n",
+    ],
+)
+def test_masks_and_zones_are_exchanged_and_all_else_stays(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, text)
+    mask, zone = ((0.25, 0.5), (1, 0.5), (1, 1)), ((0, 0), (1, 0), (0.5, 0.5))
+    for _ in range(2):  # then it stands there already
+        edit_regions(path, "gate", {"masks": [mask], "zones": {"drive": {"polygon": zone, "classes": ["car"]}}})
+        site = read_site(path)
+        assert site.cameras["gate"].masks == (mask,) and site.cameras["yard"] == Camera(source=1)
+        assert site.cameras["gate"].zones == {"drive": Zone(polygon=zone, classes=("car",))}
+        assert (site.cameras["gate"].source, site.cameras["gate"].fps) == (0, 3)
+    edited = path.read_text()
+    assert all(one in edited for one in ("# mine", "# front", "# webcam", "# end", "# another") if one in text)
+
+
+def test_what_cannot_be_exchanged_leaves_the_file_as_it_is(tmp_path: Path) -> None:
+    text = "cameras:\n  a: {source: 0, masks: &m [[[0, 0], [1, 0], [1, 1]]]}\n  b: {source: 1, masks: *m}\n"
+    path = write(tmp_path, text)
+    with pytest.raises(UserError, match="b: masks is shared with others"):
+        edit_regions(path, "b", {"masks": []})
+    with pytest.raises(Faults, match="undefined alias"):  # b has them from there
+        edit_regions(path, "a", {"masks": []})
+    with pytest.raises(Faults, match="three different points"):
+        edit_regions(path, "a", {"zones": {"z": {"polygon": ((0, 0), (1, 1))}}})
+    assert path.read_text() == text
+    merged = "cameras:\n  a: &a {source: 0}\n  b:\n    <<: *a\n    source: 1\n"
+    edit_regions(write(tmp_path, merged), "b", {"masks": []})
+    assert read_site(path).cameras["b"] == Camera(source=1)

@@ -221,6 +221,21 @@ def test_names() -> None:
     assert len(names) == 91 and (names[1], names[18], names[90]) == ("person", "dog", "toothbrush")
 
 
+def test_labels_rename_and_drop_classes(saved: Path) -> None:
+    everything, some = load_detector(saved), load_detector(saved, {"person": "human", "dog": None})
+    assert isinstance(everything, EventfulRFDETR) and isinstance(some, EventfulRFDETR)
+    assert (some.names[1], everything.names[1]) == ("human", "person")
+    everything.min_score = some.min_score = 0
+    everything.relabel({name: None for name in everything.names if name != "person"})
+    frame = torch.rand(1, 3, 64, 64)
+    (kept,), (others,) = everything(frame), some(frame)
+    assert set(kept.labels.tolist()) == {1} and 18 not in others.labels
+    with pytest.raises(UserError, match="label map: no class unicorn"):
+        some.relabel({"unicorn": None})
+    with pytest.raises(UserError, match="two classes named car"):
+        some.relabel({"bus": "car"})
+
+
 def test_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot make torch.nn.modules.linear.Linear an eventful RF-DETR; supported"):
         EventfulRFDETR(nn.Linear(2, 2))

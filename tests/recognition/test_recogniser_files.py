@@ -10,6 +10,7 @@ import torch
 from small import small_recogniser
 from torch import Tensor
 
+from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.errors import UserError
 from eventful_det.recognition.checkpoints import (
     is_recogniser,
@@ -173,3 +174,10 @@ def test_a_still_tubelet_gives_the_token_of_its_picture(tmp_path: Path) -> None:
 def _saved(path: Path, tensors: dict[str, Tensor]) -> Path:
     torch.save(tensors, path)
     return path
+
+
+def test_each_loader_points_to_the_other() -> None:
+    with pytest.raises(UserError, match="load_recogniser"):
+        load_detector("vivit_tiny_synthetic")
+    with pytest.raises(UserError, match="load_detector"):
+        load_recogniser("vitdet_tiny_vid")

@@ -13,6 +13,7 @@ from small import moving_clip, small_recogniser
 
 from eventful_det.data.source import VideoFrame
 from eventful_det.errors import UserError
+from eventful_det.gating.convert import AnyRule
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Gmacs, LargestError, Latency, Selector, TopK
@@ -78,6 +79,16 @@ def test_a_budget_in_seconds_is_met_by_fewer_tokens() -> None:
         for seconds in (10.0, 1e-6)
     )
     assert min(much[2:]) > 1 and set(none[1:]) <= {0, 1}
+
+
+@pytest.mark.parametrize("rule", [Rows(), Paper()])
+def test_weights_may_be_held_in_bfloat16(rule: AnyRule) -> None:
+    probabilities = []
+    for dtype in (torch.float32, torch.bfloat16):
+        recogniser = small_recogniser().to(dtype)
+        *_, last = recogniser.stream(arrays(24), budget=TopK(2), rule=rule, scene_cuts=False)
+        probabilities.append(last.probabilities["verb"])
+    assert torch.allclose(*probabilities, atol=0.05)
 
 
 def test_memory_does_not_grow(steps: int = 40) -> None:

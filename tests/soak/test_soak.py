@@ -37,7 +37,7 @@ from eventful_det.data.video.writer import VideoWriter
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed (pip install 'eventful_det[cameras]')")
 
-SECONDS = float(os.environ.get("EVENTFUL_SOAK", "45"))
+SECONDS = float(os.environ.get("EVENTFUL_SOAK", "20"))
 LONG = 600.0  # seconds from which on memory is judged
 SLOPE = 1.0  # megabytes in 10 minutes that memory may grow
 DISK = 6  # megabytes of the disk for clips
@@ -238,8 +238,9 @@ def test_soak(tmp_path: Path) -> None:
     assert not mounted or SECONDS < LONG or full > 0.7 * DISK, "the disk was full"
     assert seen[0] > SECONDS
     assert "Traceback" not in text and '"level": "error"' not in text, text[-3000:]
-    half = threads[late], files[late]
-    assert all(np.ptp(values) <= 12 for values in half), "threads and files stay"
+    for values in (threads, files):  # each decoder has some, and one or two are just being opened
+        halves = np.array_split(values, 2)
+        assert abs(np.median(halves[1]) - np.median(halves[0])) <= 8, "threads and files stay"
     assert slope < SLOPE or SECONDS < LONG, "memory stays"
 
 

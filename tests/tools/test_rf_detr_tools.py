@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import signal
@@ -10,10 +11,12 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import actions
 import benchmark
 import demo
 import eval_net
 import pytest
+import torch
 from running import ENVIRONMENT, ROOT, make_tree, options_of
 
 from eventful_det.detectors.rf_detr.sizes import random_model
@@ -43,7 +46,7 @@ def weights(tree: Path) -> Path:
 
 def test_detect(weights: Path, tmp_path: Path) -> None:
     options = [f"weights={weights}", "source=synthetic:1", "max_frames=4", "budget=0.25", f"output={tmp_path}"]
-    demo.run(options_of("demo", "device=cpu", *options))
+    demo.run(options_of("demo", "device=cpu", "classes=[disc,star]", *options))
     assert (tmp_path / "annotated.mp4").stat().st_size > 0
     with (tmp_path / "cost.csv").open() as file:
         total = [float(row["gmacs_total"]) for row in csv.DictReader(file)]
@@ -51,12 +54,23 @@ def test_detect(weights: Path, tmp_path: Path) -> None:
 
 
 def test_a_sweep(tree: Path, weights: Path, tmp_path: Path) -> None:
-    few = ["eval.fractions=[0.25]", "eval.caps=[0.25]", "eval.curves.moved_boxes.vary.hold=[2]", "scene_cuts=false"]
+    holds = [f"eval.curves.{name}.vary.hold=[2]" for name in ("held_boxes", "moved_boxes", "default_moved")]
+    few = ["eval.fractions=[0.25]", "eval.caps=[0.25]", *holds, "scene_cuts=false"]
     options = [f"data.root={tree}", f"weights={weights}", f"output={tmp_path}"]
     eval_net.run(options_of("eval_net", "device=cpu", "eval=rf_detr", *few, *options))
-    dense, rows, *_, moved = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert rows["relative_total"] < 1 and moved["relative_total"] == pytest.approx(2 / 3)
-    assert rows["state_bytes"] > dense["state_bytes"]
+    results = {row["method"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    dense, rows, held, moved, both = (
+        results[name] for name in ("dense", "rows 0.25", "held boxes 2", "moved boxes 2", "default moved 2")
+    )
+    assert rows["relative_total"] < 1 and rows["state_bytes"] > dense["state_bytes"]
+    assert held["relative_total"] == moved["relative_total"] == pytest.approx(2 / 3)
+    assert both["relative_total"] < moved["relative_total"]
+
+
+def test_a_file_of_the_package_rfdetr_is_no_recogniser(tmp_path: Path) -> None:
+    path = tmp_path / "rf-detr-nano.pth"
+    torch.save({"model": {}, "args": argparse.Namespace()}, path)
+    assert not actions.recognises(None, str(path))
 
 
 def test_many_streams(weights: Path, tmp_path: Path) -> None:

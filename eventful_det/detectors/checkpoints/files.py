@@ -36,7 +36,9 @@ from eventful_det.detectors.rf_detr.sizes import Name
 from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.engine.backends import Precision, quickest_precision
-from eventful_det.engine.detector import CompiledDetector, is_engine, load_engine
+from eventful_det.engine.folder import is_engine, load_engine
+from eventful_det.engine.rf_detr import CompiledRFDETR
+from eventful_det.engine.vitdet import CompiledViTDet
 from eventful_det.errors import UserError
 
 LAST_LAYER = "roi_heads.box_predictor.*"  # the only one that knows the classes
@@ -86,14 +88,14 @@ def load_detector(
     *,
     precision: Precision | Literal["auto"] = "float32",
     **changes: object,
-) -> Detector | EventfulRFDETR | CompiledDetector:
+) -> Detector | EventfulRFDETR | CompiledViTDet | CompiledRFDETR:
     """A detector ready for inference, on the CPU.
 
     Args:
         source: the name of shipped weights (the default ones if None), or a file: written by `save_detector`; a
             ViTDet of detectron2 (`.pkl` of its model zoo, `.pth`); or the official eventful code's conversion of one.
             The format is detected by content. Or the folder of a compiled engine, see `load_engine`, of which of the
-            options below `precision` alone holds; or an RF-DETR, see `load_rf_detr`, which has none of them.
+            options below `precision` alone holds; or an RF-DETR, see `load_rf_detr`, which has `labels` besides.
         labels: names of classes to change, or None as a name to drop the class; a mapping, or a JSON file of one.
         allow: patterns such as "backbone.simfp_2.*" of keys that may be missing, unexpected or of another shape; what
             is not in the file keeps its initial values. All other keys have to fit.
@@ -108,11 +110,13 @@ def load_detector(
             not fit; or a value is none that the option can have.
     """
     if source is not None and (is_engine(Path(source)) or is_rf_detr(source)):
-        if labels is not None or allow or classes is not None or changes:
+        if allow or classes is not None or changes or (labels is not None and is_engine(Path(source))):
             raise UserError(f"{source}: labels, allow, classes and changes are for ViTDet in PyTorch alone")
         if is_engine(Path(source)):
             return load_engine(Path(source), precision=precision)
-        return load_rf_detr(source).to(_dtype(precision))
+        rf_detr = load_rf_detr(source)
+        rf_detr.relabel(_labels(labels))
+        return rf_detr.to(_dtype(precision))
     path = find_weights(source)
     weights = read_weights(path)
     known, tensors = weights.config.classes, weights.tensors
@@ -125,12 +129,16 @@ def load_detector(
             )
     config = ModelConfig.from_dict({**asdict(weights.config), **changes})
     if labels is not None:
-        config = relabel(config, labels if isinstance(labels, Mapping) else read_labels(labels))
+        config = relabel(config, _labels(labels))
     with torch.device("meta"):  # takes no memory, however large a damaged config says that the detector is
         compare(Detector(config).state_dict(), tensors, str(path), allow)
     detector = Detector(config)
     load_exactly(detector, tensors, str(path), allow)
     return detector.to(_dtype(precision)).eval()
+
+
+def _labels(labels: LabelMap | str | os.PathLike[str] | None) -> LabelMap:
+    return (labels or {}) if labels is None or isinstance(labels, Mapping) else read_labels(labels)
 
 
 def _dtype(precision: Precision | Literal["auto"]) -> torch.dtype:
@@ -149,6 +157,8 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     try:
         if notes.get("format") == FORMAT:
             return Weights("eventful_det", _config(notes), tensors, notes)
+        if "spatial_model.class_token" in tensors:
+            raise UserError("this is a recogniser of actions, no detector; open it with load_recogniser")
         official = is_official(tensors)
         tensors = from_official(tensors) if official else tensors
         if not any(key.startswith("backbone.net.") for key in tensors):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
@@ -110,8 +112,14 @@ def random_rfdetr(name: Name, options: Mapping[str, object] | None = None) -> RF
     from rfdetr.models.backbone.dinov2_with_windowed_attn import WindowedDinov2WithRegistersBackbone as Backbone
 
     kind, fetch = getattr(rfdetr, f"RFDETR{name.rpartition('-')[2].title()}"), Backbone.from_pretrained
+    logger = logging.getLogger("rf-detr")
+    level = logger.level
     Backbone.from_pretrained = lambda _, config: Backbone(config)
+    logger.setLevel(logging.ERROR)  # it warns of what is wanted here: weights that are not loaded
     try:
-        return kind(pretrain_weights=None, **(options or {}))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return kind(pretrain_weights=None, **(options or {}))
     finally:
         Backbone.from_pretrained = fetch
+        logger.setLevel(level)

@@ -162,7 +162,9 @@ def run_videos(
             due: list[tuple[_Running[S], Frame, KeyFrame]] = []
             for item in batch:
                 if item.is_first:
-                    session = StreamSession(detector, transform, scene_cuts=scene_cuts, hold=method.hold)
+                    session = StreamSession(
+                        detector, transform, scene_cuts=scene_cuts, hold=method.hold, move=method.move
+                    )
                     running[item.slot] = _Running(item.video, session, categories)
                 run = running[item.slot]
                 if item.image is None:

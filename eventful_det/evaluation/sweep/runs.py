@@ -35,6 +35,7 @@ class Method:
         budget: as for a stream, which every video has for itself.
         hold: run on every n-th frame only, or as `KeyFrames` say, and move its boxes in between; None = as the budget
             demands.
+        move: False = boxes stand still in between.
         scale: of the network's input, relative to the model's own.
         square: frames are padded to a square, as the official code of Eventful Transformers does.
     """
@@ -44,6 +45,7 @@ class Method:
     rule: AnyRule = Dense()
     budget: Budget | Selector = None
     hold: Hold = 1
+    move: bool = True
     scale: float = 1.0
     square: bool = False
 

@@ -27,7 +27,7 @@ from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransfor
 from eventful_det.errors import UserError
 from eventful_det.gating.selector import DEFAULT, Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
-from eventful_det.runtime.control import NetworkStepper
+from eventful_det.runtime.control import Budgeted, NetworkStepper
 from eventful_det.runtime.live import DetectorThread, LiveBoxes, detector_of
 from eventful_det.runtime.motion import Hold
 from eventful_det.runtime.pool.feed import Feed, open_feed
@@ -65,7 +65,7 @@ class _Member:
     settled: bool = False
 
 
-class StreamPool(Iterator[list[R]], Generic[R]):
+class StreamPool(Budgeted, Iterator[list[R]], Generic[R]):
     """Detects, or recognises, in many streams at once.
 
     Streams may join and leave, and the budget may change, between any two rounds.
@@ -121,7 +121,7 @@ class StreamPool(Iterator[list[R]], Generic[R]):
 
     def __init__(
         self,
-        detector: VideoDetector[Any] | OpensSessions[R],
+        detector: VideoDetector[S] | OpensSessions[R],
         *,
         budget: Budget | Selector = None,
         options: BudgetOptions | None = None,
@@ -155,15 +155,6 @@ class StreamPool(Iterator[list[R]], Generic[R]):
         self._departed: dict[str, Tally] = {}
         self._lock = threading.Lock()
         self._arrived = threading.Event()
-
-    @property
-    def budget(self) -> Budget | Selector:
-        """What a round may cost, as it was set; None = the default selector."""
-        return self._stepper.budget
-
-    @budget.setter
-    def budget(self, budget: Budget | Selector) -> None:
-        self._stepper.budget = budget
 
     @property
     def names(self) -> tuple[str, ...]:
