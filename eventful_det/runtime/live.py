@@ -15,14 +15,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
 
 import torch
 
 from eventful_det.data.source import VideoFrame
 from eventful_det.detectors.protocol import S
 from eventful_det.detectors.results import Detections, StepResult
-from eventful_det.runtime.control import NetworkStepper, R
+from eventful_det.runtime.control import NetworkStepper
 from eventful_det.runtime.motion import BoxMover, View
 from eventful_det.runtime.scene_cuts import SceneCuts
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
@@ -34,16 +33,15 @@ Detect = Callable[[VideoFrame, Detections | None], StreamResult]
 """Runs the detector on a frame, on which objects are expected in these boxes (pixels of the frame)."""
 
 
-def detector_of(stepper: NetworkStepper[S, StepResult, R], session: StreamSession[S]) -> Detect:
+def detector_of(stepper: NetworkStepper[S, StepResult, StreamResult], session: StreamSession[S]) -> Detect:
     """The steps of a stream, whose session holds no frames and moves no boxes by itself."""
-    own = cast(NetworkStepper[S, StepResult, StreamResult], stepper)  # the results are its sessions'
 
     def detect(frame: VideoFrame, expected: Detections | None) -> StreamResult:
         key = session.begin(frame)
         assert isinstance(key, KeyFrame)
         if expected is not None:
             key = dataclasses.replace(key, expected=session.as_input(expected, frame.image))
-        (result,) = own.step([(session, key)])
+        (result,) = stepper.step([(session, key)])
         return result
 
     return detect
