@@ -125,7 +125,7 @@ def test_a_file_that_changes_is_read_again_and_other_cameras_go_on(
         wait(lambda: "shed" in site.runner.pool.names and "yard" not in site.runner.pool.names)
         wait(lambda: site.frames("shed"))
     offline = [event["camera"] for event in site.events() if event["kind"] == "offline"]
-    assert set(offline) == {"gate", "yard", "shed"}
+    assert {"gate", "yard"} <= set(offline)
 
 
 def test_a_camera_that_is_not_there_is_waited_for(tiny_detector: Detector, tmp_path: Path, film: Path) -> None:
