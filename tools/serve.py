@@ -60,6 +60,7 @@ class Options:
     labels: str | None
     budget: float | int | str
     hold: Count | Literal["auto", "adaptive"]
+    live: bool
     rescore: bool
     track: bool
     short_side: Side | None
@@ -154,8 +155,10 @@ def build_runner(options: Options, network: AnyDetector | Recogniser, sources: S
     gate, hold = build_gate(options.gate), parse_hold(options.hold)
     pool: StreamPool[Any]
     if isinstance(network, Recogniser):
-        if options.track or hold is not None or options.short_side or options.long_side:
-            raise UserError("track, hold, short_side and long_side are for detectors; a recogniser takes none of them")
+        if options.track or options.live or hold is not None or options.short_side or options.long_side:
+            raise UserError(
+                "track, live, hold, short_side and long_side are for detectors; a recogniser takes none of them"
+            )
         gate = actions.own_gate(gate)
         pool = StreamPool(network, budget=gate.selector, rule=gate.rule, timing=True)
     else:
@@ -167,6 +170,7 @@ def build_runner(options: Options, network: AnyDetector | Recogniser, sources: S
             long_side=options.long_side,
             hold=hold,
             timing=True,
+            live=options.live,
         )
     most = max(options.max_streams, len(sources))
     runner = PoolRunner(pool, max_streams=most, track=options.track, rescore=options.rescore)

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from av.packet import Packet
+from av.video import VideoStream
+
 from eventful_det.data.source import public_name
 from eventful_det.data.video import VideoFrame, VideoSource, open_source
 from eventful_det.data.video.decoder import Decoder, VideoFile
@@ -16,7 +19,7 @@ from eventful_det.data.video.live import CapturedFrame, Connection, LiveSource
 from eventful_det.errors import UserError
 from eventful_det.serving.playback import Playback
 
-Tap = Callable[[Any], None]
+Tap = Callable[["Packet[VideoStream]"], None]
 
 
 class _NotYet:

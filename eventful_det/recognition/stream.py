@@ -12,7 +12,7 @@ from eventful_det.gating.selector import Budget, Selector
 from eventful_det.recognition.results import RecogniserStream, RecognitionStep
 from eventful_det.recognition.session import RecognitionResult, RecognitionSession
 from eventful_det.runtime.budget import BudgetOptions
-from eventful_det.runtime.control import NetworkStepper
+from eventful_det.runtime.control import Budgeted, NetworkStepper
 from eventful_det.runtime.session import StreamOptions
 
 
@@ -27,7 +27,7 @@ class StreamingRecogniser(Network[RecogniserStream, RecognitionStep], Protocol):
         """One for a stream."""
 
 
-class RecognitionStream(Iterator[RecognitionResult]):
+class RecognitionStream(Budgeted, Iterator[RecognitionResult]):
     """Iterates over the steps of one source, lazily; `budget` may be set between any two.
 
     Every tubelet gives a result: class probabilities over a sliding window of the last tubelets. The spatial state goes
@@ -68,15 +68,6 @@ class RecognitionStream(Iterator[RecognitionResult]):
         self._session = recogniser.session(name=self._source.name, scene_cuts=scene_cuts)
         self._frames = iter(self._source)
         self._steps = 0
-
-    @property
-    def budget(self) -> Budget | Selector:
-        """What a step may cost, as it was set; None = the default selector."""
-        return self._stepper.budget
-
-    @budget.setter
-    def budget(self, budget: Budget | Selector) -> None:
-        self._stepper.budget = budget
 
     @property
     def state_bytes(self) -> int:

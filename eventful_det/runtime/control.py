@@ -11,15 +11,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eventful_det.data.source import VideoFrame
 from eventful_det.detectors.protocol import AnyRule, CostModel, Network, S, T
-from eventful_det.detectors.results import Detections, StepResult
+from eventful_det.detectors.results import StepResult
 from eventful_det.gating.selector import (
     DEFAULT,
     Budget,
@@ -37,7 +36,7 @@ from eventful_det.gating.selector import (
 from eventful_det.gating.state import State
 from eventful_det.gating.windows import Grid
 from eventful_det.runtime.budget import BudgetOptions, TokenBucket, due_tokens, selector_for
-from eventful_det.runtime.session import KeyFrame, Result, Session, StreamOptions, StreamResult, StreamSession
+from eventful_det.runtime.session import KeyFrame, Result, Session, StreamOptions, StreamResult
 
 _SPIKE = 2.0  # a step is taken to have lasted at most so many times longer than expected
 _FIRST = 0.1  # of the first step that is measured, taken to be spent whatever is recomputed
@@ -258,20 +257,23 @@ class NetworkStepper(Generic[S, T, R]):
             self.clock.observe(load, sum(cost.latency for cost in costs), whole)
 
 
+class Budgeted:
+    """What has a stepper, whose budget may be set between any two steps."""
+
+    _stepper: NetworkStepper[Any, Any, Any]
+
+    @property
+    def budget(self) -> Budget | Selector:
+        """What a frame (of a pool, a round) may cost, as it was set; None = the default selector."""
+        return self._stepper.budget
+
+    @budget.setter
+    def budget(self, budget: Budget | Selector) -> None:
+        self._stepper.budget = budget
+
+
 class Stepper(NetworkStepper[S, StepResult, StreamResult]):
     """That of a detector."""
-
-    def detect(self, session: StreamSession[S], frame: VideoFrame, expected: Detections | None) -> StreamResult:
-        """Run the detector on a frame of a stream, on which objects are expected in these boxes (pixels of the frame).
-
-        The session holds no frames, nor moves boxes by itself.
-        """
-        key = session.begin(frame)
-        assert isinstance(key, KeyFrame)
-        if expected is not None:
-            key = dataclasses.replace(key, expected=session.as_input(expected, frame.image))
-        (result,) = self.step([(session, key)])
-        return result
 
 
 class _Plan(Generic[S, T, R]):

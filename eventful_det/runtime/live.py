@@ -8,29 +8,61 @@ the frames that came meanwhile, in the same thread, and replaces the boxes.
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import torch
 
 from eventful_det.data.source import VideoFrame
 from eventful_det.detectors.results import Detections
+from eventful_det.runtime.control import NetworkStepper
 from eventful_det.runtime.motion import BoxMover, View
 from eventful_det.runtime.scene_cuts import SceneCuts
-from eventful_det.runtime.session import StreamResult
+from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
+
+_SWITCH = 0.0005  # seconds for which a thread holds Python's lock while another one waits
+_NICE = 5  # steps of priority below the thread that shows frames
 
 Detect = Callable[[VideoFrame, Detections | None], StreamResult]
 """Runs the detector on a frame, on which objects are expected in these boxes (pixels of the frame)."""
 
 
+def detector_of(stepper: NetworkStepper[Any, Any, Any], session: StreamSession[Any]) -> Detect:
+    """The steps of a stream, whose session holds no frames and moves no boxes by itself."""
+
+    def detect(frame: VideoFrame, expected: Detections | None) -> StreamResult:
+        key = session.begin(frame)
+        assert isinstance(key, KeyFrame)
+        if expected is not None:
+            key = dataclasses.replace(key, expected=session.as_input(expected, frame.image))
+        (result,) = stepper.step([(session, key)])
+        return cast(StreamResult, result)
+
+    return detect
+
+
+def _step_back() -> None:
+    if sys.platform == "linux":  # elsewhere priorities are those of processes
+        priority = os.getpriority(os.PRIO_PROCESS, 0)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, priority + _NICE))
+
+
 class DetectorThread:
-    """Works for one or more streams in turn; each waits at most once."""
+    """Works for one or more streams in turn; each waits at most once.
+
+    It steps back where frames are shown: Python's lock changes hands after half a millisecond in place of five, in the
+    whole process, and on Linux the thread has a lower priority, the threads of its own included.
+    """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "detector")
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH))
+        self._thread = ThreadPoolExecutor(1, "detector", initializer=_step_back)
         self._lock = threading.Lock()
         self._waiting: deque[LiveBoxes] = deque()
         self._busy = False
@@ -70,7 +102,7 @@ class LiveBoxes:
     """
 
     def __init__(self, detect: Detect, thread: DetectorThread, scene_cuts: bool = True) -> None:
-        self._detect, self._thread = detect, thread
+        self._detect, self.thread = detect, thread
         self._cuts = SceneCuts() if scene_cuts else None
         self._size = (0, 0)  # of the last frame
         self._frames = 0
@@ -113,7 +145,7 @@ class LiveBoxes:
             if self._working:
                 self._since.append(view)
             self._newest = frame
-        self._thread.ask(self)
+        self.thread.ask(self)
         if wait:
             self._answered.wait()
         with self._lock:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 from eventful_det.data.video import Source as Source
@@ -13,14 +12,14 @@ from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, S, VideoDetec
 from eventful_det.errors import UserError
 from eventful_det.gating.selector import Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
-from eventful_det.runtime.control import Stepper
+from eventful_det.runtime.control import Budgeted, Stepper
 from eventful_det.runtime.drift import Drift, DriftMonitor
-from eventful_det.runtime.live import DetectorThread, LiveBoxes
+from eventful_det.runtime.live import DetectorThread, LiveBoxes, detector_of
 from eventful_det.runtime.motion import Hold
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
 
-class Stream(Iterator[StreamResult]):
+class Stream(Budgeted, Iterator[StreamResult]):
     """Iterates over the results of one source, lazily; `budget` may be set between any two frames.
 
     Args:
@@ -77,22 +76,13 @@ class Stream(Iterator[StreamResult]):
         self._monitor: DriftMonitor[Any] | None = None
         if shadow_every:
             self._monitor = DriftMonitor(detector, transform, shadow_every, shadow_score)
-        self._thread = DetectorThread()
-        detect = partial(self._stepper.detect, self._session)
-        self._live = LiveBoxes(detect, self._thread, scene_cuts) if live else None
+        self._live: LiveBoxes | None = None
+        if live:
+            self._live = LiveBoxes(detector_of(self._stepper, self._session), DetectorThread(), scene_cuts)
         self._source = open_source(source)
         self._session.name = self._source.name
         self._frames = iter(self._source)
         self._count = 0
-
-    @property
-    def budget(self) -> Budget | Selector:
-        """What a frame may cost, as it was set; None = the default selector."""
-        return self._stepper.budget
-
-    @budget.setter
-    def budget(self, budget: Budget | Selector) -> None:
-        self._stepper.budget = budget
 
     @property
     def drift(self) -> Drift | None:
@@ -125,6 +115,7 @@ class Stream(Iterator[StreamResult]):
 
     def close(self) -> None:
         """Release the source; iteration ends."""
-        self._thread.close()
+        if self._live is not None:
+            self._live.thread.close()
         self._source.close()
         self._frames = iter(())

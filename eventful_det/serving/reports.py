@@ -102,5 +102,6 @@ _METRICS: tuple[tuple[str, str, str, Callable[[JsonObject], float]], ...] = (
     ("frames_per_second", "gauge", "Of the last 100 frames.", lambda s: s["frames_per_second"]),
     ("frame_seconds", "gauge", "Seconds per frame, mean of the last 100.", lambda s: s["milliseconds"] / 1e3),
     ("frame_age_seconds", "gauge", "Age of the newest frame when it was done.", lambda s: s["frame_age"] or 0.0),
+    ("frame_age_tail_seconds", "gauge", "95th percentile of the last 100 ages.", lambda s: s["age_p95"] or 0.0),
     ("state_bytes", "gauge", "Remembered between frames.", lambda s: s["state_bytes"]),
 )

@@ -29,13 +29,16 @@ from eventful_det.testing.official import OfficialCounts, official_block
 from eventful_det.testing.replay import (
     ABLATIONS,
     TOLERANCE,
-    align,
+    all_agree,
     compare_counts,
-    first_line,
+    print_table,
     recorded_ablation,
     recorded_rule,
     recorded_selector,
     relative_error,
+    replaying,
+    run_cells,
+    verdict,
 )
 from eventful_det.testing.vivit_goldens import VIVIT_FORMAT, check_vivit
 
@@ -175,39 +178,19 @@ def check_file(path: Path) -> bool:
     rows: list[tuple[str, ...]] = []
     notes: dict[str, list[str]] = {}
     for number, run in enumerate(golden.runs, 1):
-        try:
+        with replaying(f"{path}: run {number}"):
             result = check_run(golden, run)
-        except UserError as error:
-            raise UserError(f"{path}: run {number}: {error}") from error
-        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
-            raise UserError(
-                f"{path}: run {number} is malformed ({type(error).__name__}: {first_line(error)})"
-            ) from error
-        policy = run["policy"] or {"name": "-", "value": ""}
-        rows.append(
-            (
-                run["block_class"],
-                str(run["windowed_class"] or "-"),
-                str(_pool(run)),
-                f"{policy['name']} {policy['value']}".strip(),
-                " ".join(name for name, value in run["options"].items() if value) or "-",
-                f"{result.error:.1e}",
-                result.counts,
-                result.indices,
-                "agrees" if result.passed else "DIFFERS",
-            )
-        )
+        names = (run["block_class"], str(run["windowed_class"] or "-"), str(_pool(run)))
+        found = (f"{result.error:.1e}", result.counts, result.indices, verdict(result.passed))
+        rows.append((*names, *run_cells(run), *found))
         for note in result.notes:
             notes.setdefault(note, []).append(str(number))
     steps, streams = golden.inputs.shape[:2]
-    print(f"{path}: {golden.grid[0]} x {golden.grid[1]} tokens, {steps} steps, {streams} stream(s)")
-    print(align([_HEADER, *rows]))
-    print("error: largest ||ours - official|| / ||official|| over steps and streams")
+    title = f"{path}: {golden.grid[0]} x {golden.grid[1]} tokens, {steps} steps, {streams} stream(s)"
+    print_table(title, _HEADER, rows, "over steps and streams")
     for note, numbers in notes.items():
         print(f"{note} (run {', '.join(numbers) if len(numbers) < len(rows) else '1 to ' + numbers[-1]})")
-    agreeing = sum(row[-1] == "agrees" for row in rows)
-    print(f"{agreeing} of {len(rows)} runs agree")
-    return agreeing == len(rows)
+    return all_agree(rows, "runs")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

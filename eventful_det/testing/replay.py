@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
@@ -89,10 +90,44 @@ def compare_counts(
     return f"differ: {','.join(sorted(differing))}" if differing else "equal"
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+@contextmanager
+def replaying(place: str) -> Iterator[None]:
+    """Errors of a malformed recording as one line that names the place.
+
+    Raises:
+        UserError: in place of whatever a value of another kind, shape or name leads to.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise UserError(f"{place} is malformed ({type(error).__name__}: {first})") from error
 
 
-def align(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+def run_cells(run: JsonObject) -> tuple[str, str]:
+    """The policy and the options of a run, for a table."""
+    policy = run["policy"] or {"name": "-", "value": ""}
+    options = " ".join(name for name, value in run.get("options", {}).items() if value)
+    return f"{policy['name']} {policy['value']}".strip(), options or "-"
+
+
+def verdict(agrees: bool) -> str:
+    """The last cell of a row."""
+    return "agrees" if agrees else "DIFFERS"
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> None:
+    """The rows in columns, between a title and what the errors are of."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    print(title)
+    print("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in (header, *rows)))
+    print(f"error: largest ||ours - official|| / ||official|| {note}")
+
+
+def all_agree(rows: Sequence[Sequence[str]], what: str) -> bool:
+    """Print how many rows agree; returns whether all do."""
+    agreeing = sum(row[-1] == verdict(True) for row in rows)
+    print(f"{agreeing} of {len(rows)} {what} agree")
+    return agreeing == len(rows)

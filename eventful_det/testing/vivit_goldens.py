@@ -25,13 +25,16 @@ from eventful_det.testing.goldens import Recorded
 from eventful_det.testing.official import OfficialCounts, official_counts, official_dense
 from eventful_det.testing.replay import (
     TOLERANCE,
-    align,
+    all_agree,
     compare_counts,
-    first_line,
+    print_table,
     recorded_ablation,
     recorded_rule,
     recorded_selector,
     relative_error,
+    replaying,
+    run_cells,
+    verdict,
 )
 
 VIVIT_FORMAT = "eventful-vivit-golden/1"
@@ -269,48 +272,27 @@ def check_vivit(path: Path, data: JsonObject) -> bool:
     Raises:
         UserError: the recording cannot be used.
     """
-    place = "model"
-    try:
+    rows: list[tuple[str, ...]] = []
+    with replaying(f"{path}: model"):
         golden = load_vivit(data)
-        rows: list[tuple[str, ...]] = []
-        for number, recorded in enumerate(data.get("preprocessing", []), 1):
-            place = f"preprocessing {number}"
+    for number, recorded in enumerate(data.get("preprocessing", []), 1):
+        with replaying(f"{path}: preprocessing {number}"):
             difference = check_views(golden, recorded)
-            rows.append(("views", "", "", "", "", f"{difference:.1e}", "", "", _verdict(difference < _VIEWS)))
-        for number, run in enumerate(data["runs"], 1):
-            place = f"run {number}"
+        rows.append(("views", "", "", "", "", f"{difference:.1e}", "", "", verdict(difference < _VIEWS)))
+    for number, run in enumerate(data["runs"], 1):
+        with replaying(f"{path}: run {number}"):
             views = f"{len(run['clips'])} x {run['spatial_views'] * run['temporal_views']}"
             rows.append(_row("clips", run["spatial_class"], run, views, check_run(golden, run)))
-        for number, run in enumerate(data.get("temporal_runs", []), 1):
-            place = f"temporal run {number}"
+    for number, run in enumerate(data.get("temporal_runs", []), 1):
+        with replaying(f"{path}: temporal run {number}"):
             rows.append(_row("windows", run["temporal_class"], run, "", check_temporal_run(golden, run)))
-    except UserError as error:
-        raise UserError(f"{path}: {place}: {error}") from error
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path}: {place} is malformed ({type(error).__name__}: {first_line(error)})") from error
     config = golden.recogniser.config
-    print(f"{path}: {config.grid[0]} x {config.grid[1]} tokens, {config.steps} tubelets of {config.tubelet[0]} frames")
-    print(align([_HEADER, *rows]))
-    print("error: largest ||ours - official|| / ||official|| over steps, streams and outputs; of views, of a pixel")
-    agreeing = sum(row[-1] == "agrees" for row in rows)
-    print(f"{agreeing} of {len(rows)} parts agree")
-    return agreeing == len(rows)
+    title = f"{config.grid[0]} x {config.grid[1]} tokens, {config.steps} tubelets of {config.tubelet[0]} frames"
+    print_table(f"{path}: {title}", _HEADER, rows, "over steps, streams and outputs; of views, of a pixel")
+    return all_agree(rows, "parts")
 
 
 def _row(part: str, name: str, run: JsonObject, views: str, result: Compared) -> tuple[str, ...]:
-    policy = run["policy"] or {"name": "-", "value": ""}
-    return (
-        part,
-        name,
-        f"{policy['name']} {policy['value']}".strip(),
-        views,
-        " ".join(name for name, value in run.get("options", {}).items() if value) or "-",
-        f"{result.error:.1e}",
-        result.counts,
-        Recorded.summary(result.recorders),
-        _verdict(result.passed),
-    )
-
-
-def _verdict(agrees: bool) -> str:
-    return "agrees" if agrees else "DIFFERS"
+    policy, options = run_cells(run)
+    indices = Recorded.summary(result.recorders)
+    return (part, name, policy, views, options, f"{result.error:.1e}", result.counts, indices, verdict(result.passed))

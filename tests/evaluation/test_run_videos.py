@@ -102,15 +102,15 @@ def test_videos_do_not_share_a_budget_of_a_step(tiny_detector: Detector, data: C
         next(run_videos(tiny_detector, data, method, streams=2))
 
 
-@pytest.mark.parametrize("hold", [1, 2])
+@pytest.mark.parametrize(("hold", "budget"), [(1, 0.25), (2, 0.25), (None, 0.05)])
 def test_rescored_runs_equal_what_a_stream_would_have_shown(
-    tiny_detector: Detector, data: CocoVideo, hold: int
+    tiny_detector: Detector, data: CocoVideo, hold: int | None, budget: float
 ) -> None:
-    (run,) = run_methods(tiny_detector, data, [Method("default", 0.25, Rows(), 0.25, hold=hold)])
+    (run,) = run_methods(tiny_detector, data, [Method("default", budget, Rows(), budget, hold=hold)])
     after = run.rescored()
     for old, new, video in zip(run.videos, after.videos, data.videos, strict=True):
         images = [cv2.imread(str(data.image_path(frame)))[..., ::-1].copy() for frame in video.frames]
-        shown = map(Rescorer(), tiny_detector.stream(images, budget=0.25, hold=hold))
+        shown = map(Rescorer(), tiny_detector.stream(images, budget=budget, hold=hold))
         for frame, result in zip(video.frames, shown, strict=True):
             scores = sorted((e["score"] for e in new.results if e["image_id"] == frame.image_id), reverse=True)
             assert scores == pytest.approx(result.detections.scores.tolist(), abs=1e-3)

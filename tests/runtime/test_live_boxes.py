@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -128,6 +130,22 @@ def test_streams_of_a_detector_take_turns() -> None:
     assert order == ["a", "b", "c"]
     may.release(9)
     thread.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities are those of processes")
+def test_the_detector_steps_back_for_those_who_show_frames() -> None:
+    priorities: list[int] = []
+
+    def detect(frame: VideoFrame, expected: Detections | None) -> StreamResult:
+        priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return answer(100, frame.image)
+
+    thread = DetectorThread()
+    show(LiveBoxes(detect, thread), scene(100, 80, 60))
+    thread.close()
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert own < priorities[0] or own == 19, "and nobody else does"
+    assert sys.getswitchinterval() < 0.001
 
 
 def test_what_the_detector_raises_is_raised_where_frames_are_shown() -> None:

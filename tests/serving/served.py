@@ -71,11 +71,12 @@ def serving(
     token: str | None = None,
     max_streams: int = 4,
     track: bool = False,
+    live: bool = False,
     root_path: str = "",
     **options: Any,
 ) -> Iterator[Server]:
     """The application while it runs."""
-    pool = StreamPool(detector, rule=rule, timing=True)
+    pool = StreamPool(detector, rule=rule, timing=True, live=live)
     runner, opener = PoolRunner(pool, max_streams=max_streams, track=track), SourceOpener(**options)
     app = create_app(runner, opener, token=token, hosts=("watch.example",), root_path=root_path)
     with TestClient(app, base_url="http://localhost") as client:

@@ -96,6 +96,26 @@ def test_the_budget_acts_on_the_next_frames(server: Server) -> None:
     assert server.state()["budget"] == "auto"
 
 
+def test_live_frames_do_not_wait_for_the_detector(tiny_detector: Detector, tmp_path: Path, clip: Path) -> None:
+    step = tiny_detector.step
+
+    def slow(*args: Any, **options: Any) -> Any:
+        time.sleep(0.5)
+        return step(*args, **options)
+
+    tiny_detector.step = slow  # type: ignore[method-assign]
+    with serving(tiny_detector, live=True, media=clip.parent) as server:
+        name = server.watch(clip.name)
+        server.wait(lambda s: s["streams"][0]["frames"] >= 30)
+        with server.runner.lock:
+            marks = list(server.runner.views[name].history)
+        detected = sum(mark.cost.total > 0 for mark in marks)
+        assert 1 <= detected < len(marks) / 2, "the others got moved boxes"
+        (stream,) = server.state()["streams"]
+        assert 0 <= stream["age_p95"] < 0.5
+        assert f'eventful_frame_age_tail_seconds{{stream="{name}"}}' in server.client.get("/metrics").text
+
+
 def test_metrics_count_what_was_done(server: Server) -> None:
     name = server.watch("clip.mp4")
     server.wait(lambda s: s["streams"][0]["frames"] >= 5)

@@ -75,6 +75,13 @@ def test_nobody_else_by_accident(options: list[str], message: str) -> None:
         serve.run(config(*options))
 
 
+def test_live_streams_choose_their_key_frames(tiny_detector: Detector) -> None:
+    runner = serve.build_runner(config("live=true"), tiny_detector, [])
+    runner.pool.close()
+    with pytest.raises(UserError, match="leave hold out"):
+        serve.build_runner(config("live=true", "hold=4"), tiny_detector, [])
+
+
 def test_tokens() -> None:
     for host in ("127.0.0.1", "localhost", "::1", "127.8.0.1"):
         assert serve.token_of(config(f"host={host}")) is None

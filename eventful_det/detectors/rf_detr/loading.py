@@ -144,7 +144,7 @@ def _is_rfdetr_file(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             return any(_EMBEDDINGS.encode() in archive.read(name) for name in pickles)
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
         return False
 
 

@@ -144,10 +144,16 @@ def run_videos(
     if method.square:
         transform = transform.squared()
     selector = selector_for(method.budget)
-    if streams > 1 and isinstance(selector.budget, (Gmacs, Latency)):
+    held = method.hold is None and isinstance(method.budget, float)  # as it demands
+    if streams > 1 and (held or isinstance(selector.budget, (Gmacs, Latency))):
         raise UserError(f"a budget of {selector.budget} is one of a step, which videos would share; set streams=1")
     stepper = Stepper(
-        detector, rule=exactly(method.rule), budget=selector, options=None, timing=True, hold=method.hold is None
+        detector,
+        rule=exactly(method.rule),
+        budget=method.budget if held else selector,
+        options=None,
+        timing=True,
+        hold=method.hold is None,
     )
     running: dict[int, _Running[S]] = {}
     sides = (transform.short_side, transform.long_side)

@@ -20,7 +20,6 @@ import threading
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Generic, TypeVar, cast, overload
 
 from eventful_det.data.source import Source
@@ -28,8 +27,8 @@ from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransfor
 from eventful_det.errors import UserError
 from eventful_det.gating.selector import DEFAULT, Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
-from eventful_det.runtime.control import NetworkStepper, Stepper
-from eventful_det.runtime.live import DetectorThread, LiveBoxes
+from eventful_det.runtime.control import Budgeted, NetworkStepper
+from eventful_det.runtime.live import DetectorThread, LiveBoxes, detector_of
 from eventful_det.runtime.motion import Hold
 from eventful_det.runtime.pool.feed import Feed, open_feed
 from eventful_det.runtime.pool.metrics import PoolMetrics, Tally
@@ -66,7 +65,7 @@ class _Member:
     settled: bool = False
 
 
-class StreamPool(Iterator[list[R]], Generic[R]):
+class StreamPool(Budgeted, Iterator[list[R]], Generic[R]):
     """Detects, or recognises, in many streams at once.
 
     Streams may join and leave, and the budget may change, between any two rounds.
@@ -122,7 +121,7 @@ class StreamPool(Iterator[list[R]], Generic[R]):
 
     def __init__(
         self,
-        detector: VideoDetector[Any] | OpensSessions[R],
+        detector: VideoDetector[S] | OpensSessions[R],
         *,
         budget: Budget | Selector = None,
         options: BudgetOptions | None = None,
@@ -142,14 +141,13 @@ class StreamPool(Iterator[list[R]], Generic[R]):
         default = DEFAULT
         if isinstance(detector, OpensSessions):
             default = detector.selector
-            if short_side is not None or long_side is not None:
-                raise UserError("short_side and long_side are for detectors; a recogniser has one size of input")
+            if short_side is not None or long_side is not None or live:
+                raise UserError("short_side, long_side and live are for detectors, not for a recogniser")
         else:
             self._transform = detector.input_transform.with_sides(short_side, long_side)
         self._session("")  # raises where an option is out of its range
         holds = hold is None and self._transform is not None and not live
-        kind: type[NetworkStepper[Any, Any, Any]] = NetworkStepper if self._transform is None else Stepper
-        self._stepper = kind(
+        self._stepper: NetworkStepper[Any, Any, R] = NetworkStepper(
             detector, rule=rule, budget=budget, options=options, timing=timing, hold=holds, default=default
         )
         self._rounds = 0
@@ -157,15 +155,6 @@ class StreamPool(Iterator[list[R]], Generic[R]):
         self._departed: dict[str, Tally] = {}
         self._lock = threading.Lock()
         self._arrived = threading.Event()
-
-    @property
-    def budget(self) -> Budget | Selector:
-        """What a round may cost, as it was set; None = the default selector."""
-        return self._stepper.budget
-
-    @budget.setter
-    def budget(self, budget: Budget | Selector) -> None:
-        self._stepper.budget = budget
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -211,9 +200,9 @@ class StreamPool(Iterator[list[R]], Generic[R]):
             self._departed.pop(unique, None)
             session.name = unique
             boxes = None
-            if self._thread is not None and isinstance(self._stepper, Stepper):
-                detect = partial(self._stepper.detect, cast("StreamSession[Any]", session))
-                boxes = LiveBoxes(detect, self._thread, self._scene_cuts)
+            if self._thread is not None:
+                assert isinstance(session, StreamSession)
+                boxes = LiveBoxes(detector_of(self._stepper, session), self._thread, self._scene_cuts)
             self._members[unique] = _Member(session, feed, Tally(), boxes)
         self._arrived.set()
         return unique
