@@ -28,17 +28,16 @@ from torch import Tensor
 
 from eventful_det.benchmark.timing import Timed, paired_ratios, time_together
 from eventful_det.detectors.protocol import AnyRule, VideoDetector
+from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.engine.backends import ONNXRuntime, OpenVINO, Precision, Torch, import_package
 from eventful_det.engine.detector import CompiledDetector
-from eventful_det.engine.export import export_detector
-from eventful_det.engine.graphs import graphs_of
+from eventful_det.engine.export import export_detector, graphs_of, in_engine
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import Spread
 from eventful_det.evaluation.sweep.summary import jsonable
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.rows import Rows
-from eventful_det.gating.whole_windows import Windows
 from eventful_det.outputs import markdown_table, write_json, write_text
 
 NOTE = (
@@ -62,11 +61,10 @@ def detector_step(detector: VideoDetector[Any], rule: AnyRule, k: int) -> Step:
 
 @contextmanager
 def engines(
-    detector: Detector, case: Case, config: Options, folder: Path
-) -> Iterator[dict[tuple[EngineName, Precision], CompiledDetector]]:
+    detector: Detector | EventfulRFDETR, case: Case, config: Options, folder: Path
+) -> Iterator[dict[tuple[EngineName, Precision], CompiledDetector[Any, Any]]]:
     """The detector in every engine and precision that was asked for and exists."""
-    made: dict[tuple[EngineName, Precision], CompiledDetector] = {}
-    rule = Windows(case.buckets)
+    made: dict[tuple[EngineName, Precision], CompiledDetector[Any, Any]] = {}
     for engine in config.engine or ():
         for precision in config.precision:
             if engine == "onnxruntime" and precision != "float32":
@@ -79,7 +77,7 @@ def engines(
                 if not path.exists():
                     export_detector(detector, path, format=format, size=case.size, buckets=case.buckets)  # type: ignore[arg-type]
                 backend = kind(path, precision, torch.get_num_threads())
-            made[engine, precision] = CompiledDetector(detector.config, case.size, rule, backend)
+            made[engine, precision] = in_engine(detector, case.size, case.buckets, backend)
             made[engine, precision].warm_up()
     yield made
 
@@ -121,13 +119,12 @@ def _infer(request: Any, image: Any, _: Tensor) -> tuple[float, int]:
 def run_case(case: Case, config: Options, folder: Path) -> dict[str, Any]:
     """A case's entry in `results.json`."""
     detector = build_detector(case, config.classes, config.seed)
-    if not isinstance(detector, Detector):
-        raise UserError(f"engine: {case.name} has no engines yet; use a vitdet_*")
     detector.requires_grad_(False)
-    tokens = case.size[0] * case.size[1] // detector.config.patch**2
+    patch = detector.spec.patch
+    tokens = case.size[0] * case.size[1] // patch**2
     k = case.budget(tokens)
     count = config.warm_up + config.repetitions
-    frames = make_frames(case, detector.config.patch, k, count, config.clip, config.seed)
+    frames = make_frames(case, patch, k, count, config.clip, config.seed)
     with engines(detector, case, config, folder) as made:
         steps: dict[str, Step] = {}
         for (engine, precision), compiled in made.items():

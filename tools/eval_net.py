@@ -56,6 +56,7 @@ from eventful_det.data.streams import share_out
 from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.checkpoints.weight_files import DEFAULT, find_weights
 from eventful_det.detectors.rf_detr.loading import is_rf_detr
+from eventful_det.engine.backends import Precision
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import ENOUGH, labelled_frames
 from eventful_det.evaluation.flushes import ap50_since_flush
@@ -91,6 +92,7 @@ class Options:
     gate: dict[str, Any]
     eval: EvalOptions
     weights: str | None
+    precision: Precision | Literal["auto"]
     labels: str | None
     common_classes: bool
     rescore: bool
@@ -192,6 +194,7 @@ def complete_all(config: Options, detector: AnyDetector, data: CocoVideo, method
     """
     about = {
         "weights": weights_hash(config.weights),
+        "precision": config.precision,
         "data": file_hash(config.data.val),
         "detector": repr((detector.names, detector.input_transform)),
         "scene_cuts": config.scene_cuts,
@@ -292,7 +295,7 @@ def evaluate_all(config: Options) -> None:
     build_gate(config.gate)
     data = load_data(config)
     device = choose_device(config.device)
-    detector: AnyDetector = load_detector(config.weights, config.labels).to(device)
+    detector: AnyDetector = load_detector(config.weights, config.labels, precision=config.precision).to(device)
     if config.common_classes:
         data = for_classes(data, detector.names)
     directory = Path(config.output)

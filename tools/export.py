@@ -17,9 +17,9 @@ from typing import ClassVar, Literal
 from common import say
 
 from eventful_det.detectors.checkpoints.files import load_detector
-from eventful_det.detectors.vitdet.detector import Detector
-from eventful_det.engine.detector import MANIFEST
+from eventful_det.engine.detector import CompiledDetector
 from eventful_det.engine.export import export_detector
+from eventful_det.engine.folder import MANIFEST
 from eventful_det.errors import UserError
 from eventful_det.options import Count
 
@@ -41,10 +41,8 @@ class Options:
 def run(config: Options) -> None:
     """Load a detector, write its folder."""
     detector = load_detector(config.weights)
-    if not isinstance(detector, Detector):
-        raise UserError(
-            f"weights={config.weights} is no ViTDet with weights in PyTorch; only such a detector is exported"
-        )
+    if isinstance(detector, CompiledDetector):
+        raise UserError(f"weights={config.weights} is an engine; export the detector that it was made of")
     folder = Path(config.output or f"outputs/engine_{config.format}")
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
         raise UserError(f"output={folder} holds other files than an engine's; give a new folder")

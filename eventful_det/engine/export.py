@@ -12,10 +12,15 @@ from typing import Any
 
 import torch
 
+from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.detector import DIVISOR, Detector
-from eventful_det.engine.backends import SUFFIX, Format, import_package
-from eventful_det.engine.detector import FORMAT, MANIFEST
-from eventful_det.engine.graphs import Graph, graphs_of
+from eventful_det.engine.backends import SUFFIX, Backend, Format, import_package
+from eventful_det.engine.folder import FORMAT, MANIFEST
+from eventful_det.engine.graphs import Graph
+from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig
+from eventful_det.engine.rf_detr_graphs import rf_detr_graphs
+from eventful_det.engine.vitdet import CompiledViTDet
+from eventful_det.engine.vitdet_graphs import vitdet_graphs
 from eventful_det.errors import UserError
 from eventful_det.gating.whole_windows import SHARES, Windows
 from eventful_det.outputs import write_json
@@ -24,7 +29,7 @@ _OPSET = 18
 
 
 def export_detector(
-    detector: Detector,
+    detector: Detector | EventfulRFDETR,
     folder: Path,
     *,
     format: Format = "openvino",
@@ -33,16 +38,16 @@ def export_detector(
 ) -> None:
     """Write the graphs of a detector and a manifest; `load_detector(folder)` reads them.
 
-    One graph serves all numbers of windows; its shapes are set when it is loaded. Weights are written twice, for dense
-    frames and for gated ones.
+    One graph serves all numbers of windows, or of tokens of an RF-DETR; its shapes are set when it is loaded. Weights
+    are written twice, for dense frames and for gated ones.
 
     Args:
         detector: in evaluation mode, on the CPU, in float32.
         folder: made if it is missing; files of an earlier export are replaced.
         format: "openvino" or "onnx".
-        size: (height, width) of the network's input in pixels, multiples of 32; None = for frames of 16:9 in the
-            model's own size.
-        buckets: numbers of windows for gated frames, see `Windows`.
+        size: (height, width) of the network's input in pixels: multiples of 32, or a square of whole windows for an
+            RF-DETR; None = the model's own, of a ViTDet for frames of 16:9.
+        buckets: numbers of windows or tokens for gated frames, see `Windows`.
 
     Raises:
         UserError: the size or the buckets cannot be, the detector is of a kind that no engine knows, or a package that
@@ -50,9 +55,7 @@ def export_detector(
     """
     if detector.spec.dtype != torch.float32 or detector.device.type != "cpu":
         raise UserError("export needs a detector on the CPU in float32; precision is chosen when the engine is loaded")
-    height, width = default_size(detector) if size is None else size
-    if height % DIVISOR or width % DIVISOR or min(height, width) < DIVISOR:
-        raise UserError(f"size=[{height},{width}]: height and width must be multiples of {DIVISOR} pixels")
+    height, width = _checked(detector, default_size(detector) if size is None else size)
     rule = Windows(tuple(buckets))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # a folder without one is no engine, should this be cut short
@@ -63,19 +66,51 @@ def export_detector(
     about = {
         "format": FORMAT,
         "engine": format,
+        "model": "vitdet" if isinstance(detector, Detector) else "rf_detr",
         "size": [height, width],
         "buckets": list(rule.buckets),
-        "config": dataclasses.asdict(detector.config),
+        "config": dataclasses.asdict(detector.config if isinstance(detector, Detector) else RFDETRConfig.of(detector)),
     }
     write_json(folder / MANIFEST, about)
 
 
-def default_size(detector: Detector) -> tuple[int, int]:
-    """(height, width) of inputs made of frames of 16:9."""
+def graphs_of(detector: Detector | EventfulRFDETR, size: tuple[int, int]) -> Iterator[Graph]:
+    """The graphs of a detector for inputs of `size` (height, width) in pixels, in evaluation mode.
+
+    Raises:
+        UserError: the detector is of a kind that no engine knows.
+    """
+    return vitdet_graphs(detector, size) if isinstance(detector, Detector) else rf_detr_graphs(detector, size[0])
+
+
+def in_engine(
+    detector: Detector | EventfulRFDETR, size: tuple[int, int], buckets: Sequence[float | int], backend: Backend
+) -> CompiledViTDet | CompiledRFDETR:
+    """A detector whose graphs for inputs of `size` a backend runs."""
+    if isinstance(detector, Detector):
+        return CompiledViTDet(detector.config, size, Windows(tuple(buckets)), backend)
+    return CompiledRFDETR(RFDETRConfig.of(detector), size[0], tuple(buckets), backend)
+
+
+def default_size(detector: Detector | EventfulRFDETR) -> tuple[int, int]:
+    """(height, width) of inputs: of an RF-DETR the model's own, of a ViTDet those made of frames of 16:9."""
+    if isinstance(detector, EventfulRFDETR):
+        return detector.parts.side, detector.parts.side
     config = detector.config
     short = min(config.short_side, round(config.long_side * 9 / 16))
     height, width = (-(-round(side) // DIVISOR) * DIVISOR for side in (short, short * 16 / 9))
     return height, width
+
+
+def _checked(detector: Detector | EventfulRFDETR, size: tuple[int, int]) -> tuple[int, int]:
+    """The size, if it can be one."""
+    square = isinstance(detector, EventfulRFDETR)
+    step = detector.spec.patch * detector.spec.regions if square else DIVISOR
+    if any(side % step or side < step for side in size):
+        raise UserError(f"size=[{size[0]},{size[1]}]: height and width must be multiples of {step} pixels")
+    if square and size[0] != size[1]:
+        raise UserError(f"size=[{size[0]},{size[1]}]: RF-DETR takes squares; give twice the same")
+    return size
 
 
 def _write_openvino(graph: Graph, path: Path) -> None:

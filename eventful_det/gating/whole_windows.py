@@ -70,8 +70,8 @@ class WindowsState(StreamState):
 class Windows:
     """Whole windows are recomputed, in numbers of a short list.
 
-    A selection of r of N tokens stands for the same share of the windows, rounded to whole ones: those of its first
-    tokens. The number is rounded up to one of the list, and the stalest windows fill up.
+    A selection of r of N tokens stands for as many whole windows as hold no more tokens, at least one: those of its
+    first tokens. The number is rounded up to one of the list, and the stalest windows fill up.
 
     Args:
         buckets: the list: shares of the windows (float) or numbers (int). All of them are always in it.
@@ -98,7 +98,7 @@ class Windows:
         """How many of `count` windows are recomputed when so many of all tokens are selected."""
         if not selected:
             return 0
-        wanted = max(1, round(selected * count / tokens))
+        wanted = max(1, selected * count // tokens)
         return next(size for size in self.sizes(count) if size >= wanted)
 
     def init_stream(self, vit: ViTSpec, grid: Grid) -> WindowsState:
@@ -227,7 +227,7 @@ class Chosen:
 @lru_cache(maxsize=64)
 def bucket_sizes(buckets: tuple[float | int, ...], count: int) -> tuple[int, ...]:
     """See `Windows.sizes`."""
-    numbers = (round(bucket * count) if isinstance(bucket, float) else bucket for bucket in buckets)
+    numbers = (int(bucket * count) if isinstance(bucket, float) else bucket for bucket in buckets)
     return tuple(sorted({min(max(1, number), count) for number in numbers} | {count}))
 
 
@@ -324,7 +324,8 @@ def run_windows(
             o = _attend_windows(qkv, table, within)
         else:
             kv = qkv[:, :, 1:].to(caches[len(new)].dtype)
-            cache = caches[len(new)].index_copy(0, windows, kv)
+            cache = caches[len(new)].clone()
+            cache[windows] = kv  # whole rows are copied by compilers, which take `index_copy` value by value
             new.append(kv)
             o = _attend_frame(qkv[:, :, 0], cache, table, across, tables.inside, grid)
         z = z + block.proj(o.flatten(-2))  # (W, slots, heads, d) to (W, slots, D)

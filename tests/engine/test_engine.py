@@ -17,9 +17,10 @@ from eventful_det.detectors.protocol import AnyRule, VideoDetector
 from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.engine.backends import Torch, quickest_precision
-from eventful_det.engine.detector import MANIFEST, CompiledDetector, CompiledStream, load_engine
-from eventful_det.engine.export import default_size, export_detector
-from eventful_det.engine.graphs import Geometry, graphs_of
+from eventful_det.engine.export import default_size, export_detector, graphs_of
+from eventful_det.engine.folder import MANIFEST, load_engine
+from eventful_det.engine.tiles import Geometry
+from eventful_det.engine.vitdet import CompiledViTDet, ViTDetStream
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
@@ -54,7 +55,7 @@ def clip(count: int, size: tuple[int, int] = SIZE) -> list[Tensor]:
     return frames
 
 
-def assert_same(detector: Detector, engine: CompiledDetector, rule: AnyRule, selector: Selector) -> None:
+def assert_same(detector: Detector, engine: CompiledViTDet, rule: AnyRule, selector: Selector) -> None:
     states = detector.init_state(), engine.init_state()
     for frame in clip(5):
         (ours,) = detector.step([frame], states[0], rule=rule, selector=selector)
@@ -67,8 +68,8 @@ def assert_same(detector: Detector, engine: CompiledDetector, rule: AnyRule, sel
         assert ours.cost.macs["backbone"] == theirs.cost.macs["backbone"] and ours.cost.dense == theirs.cost.dense
 
 
-def in_torch(detector: Detector, rule: Windows = RULE) -> CompiledDetector:
-    return CompiledDetector(detector.config, SIZE, rule, Torch(graphs_of(detector, SIZE)))
+def in_torch(detector: Detector, rule: Windows = RULE) -> CompiledViTDet:
+    return CompiledViTDet(detector.config, SIZE, rule, Torch(graphs_of(detector, SIZE)))
 
 
 @pytest.mark.parametrize("changes", [{}, {"rpn_convs": 2}, {"window": 4, "box_convs": 0}])
@@ -88,7 +89,7 @@ def test_a_folder_is_a_detector(format: str, package: str, tmp_path: Path) -> No
     detector = make_detector()
     export_detector(detector, tmp_path / "engine", format=format, size=SIZE, buckets=RULE.buckets)  # type: ignore[arg-type]
     engine = load_detector(tmp_path / "engine")
-    assert isinstance(engine, CompiledDetector) and engine.rule == RULE and engine.names == ("a", "b")
+    assert isinstance(engine, CompiledViTDet) and engine.rule == RULE and engine.names == ("a", "b")
     for selector in (TopK(8), EVERYTHING):
         assert_same(detector, engine, RULE, selector)
     assert_same(detector, engine, Dense(), EVERYTHING)
@@ -101,15 +102,15 @@ def test_a_folder_is_a_detector(format: str, package: str, tmp_path: Path) -> No
 
 
 def test_streams_pools_and_budgets() -> None:
-    engine: CompiledDetector = in_torch(make_detector())
-    detector: VideoDetector[CompiledStream] = engine
+    engine: CompiledViTDet = in_torch(make_detector())
+    detector: VideoDetector[ViTDetStream] = engine
     film = [(255 * frame.permute(1, 2, 0)).byte().numpy() for frame in clip(6)]
     results = list(engine.stream(film, budget=0.2, scene_cuts=False, timing=True, hold=1))
     assert [r.cost.recomputed for r in results] == [60] + [12] * 5, "a fifth of 15 windows of four tokens"
     assert all(r.cost.latency > 0 for r in results)
     costs = engine.cost_model(RULE)
     prices = costs.macs(engine.grid, torch.arange(60))
-    assert prices[0] < prices[1] == prices[5] < prices[6] == prices[13] < prices[14] == prices[21] < prices[22]
+    assert prices[0] < prices[1] == prices[7] < prices[8] == prices[15] < prices[16] == prices[23] < prices[24]
     budget = Gmacs(float(prices[13]) / 1e9)
     for result in list(engine.stream(film, budget=budget, scene_cuts=False, hold=1))[1:]:
         assert result.cost.total <= prices[13] and result.cost.recomputed == 12
@@ -141,14 +142,14 @@ def test_state_is_the_callers() -> None:
     [
         (lambda engine: engine.step([torch.zeros(3, 97, 160)], engine.init_state()), "does not fit an engine for 96"),
         (lambda engine: engine.step([torch.zeros(3, *SIZE)], engine.init_state(), rule=Paper()), "cannot follow Paper"),
-        (lambda engine: engine.cost_model(Dense()), "windows rule only"),
+        (lambda engine: engine.cost_model(Dense()), "own rule only"),
         (lambda engine: engine.to("cpu").to("cuda"), "runs on CPUs"),
         (lambda _: export_detector(make_detector(), Path("x"), size=(90, 160)), "multiples of 32"),
         (lambda _: list(graphs_of(make_detector(window=0, global_blocks=()), SIZE)), "even number of tokens"),
         (lambda _: list(graphs_of(make_detector(box_stages=3), SIZE)), "cascade"),
     ],
 )
-def test_what_cannot_be_is_one_line(call: Callable[[CompiledDetector], object], message: str) -> None:
+def test_what_cannot_be_is_one_line(call: Callable[[CompiledViTDet], object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         call(in_torch(make_detector()))
 
@@ -183,6 +184,6 @@ def test_sizes_of_frames_of_16_to_9() -> None:
         detector = make_detector(short_side=short, long_side=long)
         assert default_size(detector) == size, config
     film = [np.zeros((360, 640, 3), np.uint8)]
-    engine = CompiledDetector(make_detector().config, (320, 576), RULE, Torch(graphs_of(make_detector(), (320, 576))))
+    engine = CompiledViTDet(make_detector().config, (320, 576), RULE, Torch(graphs_of(make_detector(), (320, 576))))
     (result,) = engine.stream(film)
     assert result.cost.tokens == 720

@@ -61,7 +61,7 @@ def test_numbers_of_windows() -> None:
     rule = Windows((0.25, 0.5, 3))
     assert rule.sizes(45) == (3, 11, 22, 45)
     assert [rule.windows_for(r, 720, 45) for r in (0, 1, 55, 57, 180, 190, 360, 369, 720)] == [
-        *(0, 3, 3, 11, 11, 22, 22, 45, 45),
+        *(0, 3, 3, 3, 11, 11, 22, 45, 45),
     ]
     with pytest.raises(UserError, match="buckets"):
         Windows((0.5, 1.5))

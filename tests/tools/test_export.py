@@ -13,7 +13,7 @@ from running import options_of
 from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.checkpoints.saving import save_detector
 from eventful_det.detectors.vitdet.detector import Detector
-from eventful_det.engine.detector import CompiledDetector
+from eventful_det.engine.vitdet import CompiledViTDet
 from eventful_det.errors import UserError
 
 
@@ -27,7 +27,7 @@ def test_export(tiny_detector: Detector, tmp_path: Path, capsys: pytest.CaptureF
         export.run(options_of("export", *options, f"output={folder}"))
     assert f"{folder}: onnx, 96 x 160 pixels" in capsys.readouterr().out
     engine = load_detector(folder)
-    assert isinstance(engine, CompiledDetector) and engine.size == (96, 160) and engine.rule.buckets == (0.25,)
+    assert isinstance(engine, CompiledViTDet) and engine.size == (96, 160) and engine.rule.buckets == (0.25,)
     with pytest.raises(UserError, match="float32 on CPUs"):
         load_detector(folder, precision="bfloat16")
 

@@ -36,7 +36,9 @@ from eventful_det.detectors.rf_detr.sizes import Name
 from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.engine.backends import Precision, quickest_precision
-from eventful_det.engine.detector import CompiledDetector, is_engine, load_engine
+from eventful_det.engine.folder import is_engine, load_engine
+from eventful_det.engine.rf_detr import CompiledRFDETR
+from eventful_det.engine.vitdet import CompiledViTDet
 from eventful_det.errors import UserError
 
 LAST_LAYER = "roi_heads.box_predictor.*"  # the only one that knows the classes
@@ -86,7 +88,7 @@ def load_detector(
     *,
     precision: Precision | Literal["auto"] = "float32",
     **changes: object,
-) -> Detector | EventfulRFDETR | CompiledDetector:
+) -> Detector | EventfulRFDETR | CompiledViTDet | CompiledRFDETR:
     """A detector ready for inference, on the CPU.
 
     Args:

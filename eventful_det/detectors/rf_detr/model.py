@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,7 +125,7 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
         self.parts: Parts = parts
         self.spec = dataclasses.replace(spec_of(parts.backbone), pixel_std=sum(parts.std) / len(parts.std))
         self.min_score = min_score
-        self._dropped: list[int] = []
+        self.dropped: list[int] = []
         self.register_buffer("pixel_mean", torch.tensor(parts.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(parts.std).view(3, 1, 1), persistent=False)
         self.pixel_mean, self.pixel_std = self.pixel_mean.to(self.device), self.pixel_std.to(self.device)
@@ -148,7 +149,7 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
         if twice := {name for name in names if names.count(name) > 1}:
             raise UserError(f"label map: RF-DETR cannot have two classes named {', '.join(sorted(twice))}")
         self.parts = dataclasses.replace(self.parts, names=names)
-        self._dropped += [names.index(name) for name in dropped]
+        self.dropped += [names.index(name) for name in dropped]
 
     @property
     def input_transform(self) -> InputTransform:
@@ -196,31 +197,39 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
             features = state.feature.T.unflatten(1, grid)[None]  # (1, C, H, W)
             with Float32Sampling() if features.dtype.itemsize < 4 else contextlib.nullcontext():
                 logits, boxes = self.parts.decode(features)
-            stream.detections = self._detections(logits[0], boxes[0], stream.size)
+            stream.detections = best_pairs(
+                logits[0], boxes[0], stream.size, self.min_score, self.parts.clamped, self.dropped
+            )
             watch.lap("decoder")
             macs |= {"projector": projector_macs(projector, sizes), "decoder": everything["decoder"]}
         cost = FrameCost(macs, everything, round(float(update.work.sum())), len(update.work), update.flush)
         assert stream.detections is not None
         return StepResult(stream.detections.clone(), cost, update.work.view(grid))
 
-    def _detections(self, logits: Tensor, boxes: Tensor, size: tuple[int, int]) -> Detections:
-        """The best pairs of a query and a class, as many as there are queries.
 
-        Args:
-            logits: `(Q, K)`.
-            boxes: `(Q, 4)` centre and size, 0 to 1.
-            size: (height, width) in pixels.
-        """
-        scores = logits.float().sigmoid()
-        scores[:, self._dropped] = -1.0
-        scores, best = scores.flatten().sort(descending=True, stable=True)
-        scores, best = scores[: len(logits)], best[: len(logits)]
-        keep = scores >= max(self.min_score, 0.0)
-        scores, best = scores[keep], best[keep]
-        centre, extent = boxes.float()[best // logits.shape[1]].split(2, 1)
-        corners = torch.cat([centre - 0.5 * extent, centre + 0.5 * extent], 1)  # (n, 4)
-        scale = corners.new_tensor([size[1], size[0], size[1], size[0]])
-        corners = corners * scale
-        if self.parts.clamped:
-            corners = torch.minimum(corners.clamp(min=0), scale)
-        return Detections(corners, scores, best % logits.shape[1])
+def best_pairs(
+    logits: Tensor, boxes: Tensor, size: tuple[int, int], min_score: float, clamped: bool, dropped: Sequence[int] = ()
+) -> Detections:
+    """The best pairs of a query and a class, as many as there are queries.
+
+    Args:
+        logits: `(Q, K)`.
+        boxes: `(Q, 4)` centre and size, 0 to 1.
+        size: (height, width) in pixels.
+        min_score: pairs below it are dropped.
+        clamped: whether boxes end at the borders of the frame.
+        dropped: classes that are not reported.
+    """
+    scores = logits.float().sigmoid()
+    scores[:, list(dropped)] = -1.0
+    scores, best = scores.flatten().sort(descending=True, stable=True)
+    scores, best = scores[: len(logits)], best[: len(logits)]
+    keep = scores >= max(min_score, 0.0)
+    scores, best = scores[keep], best[keep]
+    centre, extent = boxes.float()[best // logits.shape[1]].split(2, 1)
+    corners = torch.cat([centre - 0.5 * extent, centre + 0.5 * extent], 1)  # (n, 4)
+    scale = corners.new_tensor([size[1], size[0], size[1], size[0]])
+    corners = corners * scale
+    if clamped:
+        corners = torch.minimum(corners.clamp(min=0), scale)
+    return Detections(corners, scores, best % logits.shape[1])

@@ -38,14 +38,11 @@ def pool_regions(values: Tensor, layout: Layout, boxes: Tensor, canonical_box: f
     y = (y + 1) * (cols + 2)[:, None, None] + (start + 1)[:, None, None]
     cells = y[:, :, None, :, None] + x[:, None, :, None]
     weights = weight_y[:, :, None, :, None] * weight_x[:, None, :, None]
-    used = (weights != 0).flatten(3).flatten(0, 2)
-    counts, taps = used.sum(1), used.flatten().nonzero().squeeze(1)
-    bins = F.embedding_bag(
-        cells.flatten().index_select(0, taps),
+    bins = F.embedding_bag(  # cells of weight 0 are read as well, which is quicker than to leave them out
+        cells.flatten(3).flatten(0, 2),
         values,
-        counts.cumsum(0) - counts,
         mode="sum",
-        per_sample_weights=weights.flatten().index_select(0, taps).to(values.dtype),
+        per_sample_weights=weights.flatten(3).flatten(0, 2).to(values.dtype),
     )
     return bins.view(len(boxes), POOL, POOL, values.shape[1]).permute(0, 3, 1, 2)
 

@@ -1,0 +1,73 @@
+"""The folder of an engine: its manifest, and the detector that it holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from eventful_det.detectors.vitdet.config import ModelConfig
+from eventful_det.engine.backends import ONNXRuntime, OpenVINO, Precision, quickest_precision
+from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig
+from eventful_det.engine.vitdet import CompiledViTDet
+from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
+from eventful_det.gating.whole_windows import Windows
+from eventful_det.options import from_values
+
+MANIFEST, FORMAT = "engine.json", "eventful-det-engine/2"
+_KEYS = {"engine", "model", "size", "buckets", "config"}
+
+
+def load_engine(
+    folder: Path,
+    *,
+    precision: Precision | Literal["auto"] = "float32",
+    threads: int | None = None,
+    warm_up: bool = True,
+) -> CompiledViTDet | CompiledRFDETR:
+    """A detector from a folder that `export_detector` wrote.
+
+    Args:
+        folder: of the engine.
+        precision: in which it computes; "auto" = the quickest here.
+        threads: of the CPU; None = as many as PyTorch uses.
+        warm_up: compile everything now.
+
+    Raises:
+        UserError: the folder holds no engine, or what runs it is not installed.
+    """
+    about = read_manifest(folder)
+    kind: type[OpenVINO] | type[ONNXRuntime] = OpenVINO if about["engine"] == "openvino" else ONNXRuntime
+    if precision == "auto":
+        precision = quickest_precision() if kind is OpenVINO else "float32"
+    (height, width), buckets, backend = about["size"], tuple(about["buckets"]), kind(folder, precision, threads)
+    detector: CompiledViTDet | CompiledRFDETR
+    if about["model"] == "vitdet":
+        config = ModelConfig.from_dict(about["config"])
+        detector = CompiledViTDet(config, (height, width), Windows(buckets), backend)
+    else:
+        detector = CompiledRFDETR(from_values(RFDETRConfig, about["config"], "config"), height, buckets, backend)
+    if warm_up:
+        detector.warm_up()
+    return detector
+
+
+def is_engine(folder: Path) -> bool:
+    """Whether it is the folder of an engine."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> JsonObject:
+    """What is in an engine's folder.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if about["format"] != FORMAT or not set(about) >= _KEYS:
+            raise KeyError("format")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{folder} holds no engine; eventful-det export writes one") from error
+    return dict(about)
