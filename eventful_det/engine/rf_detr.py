@@ -1,4 +1,4 @@
-"""A compiled RF-DETR: selected tokens are recomputed, in numbers of a short list; projector and decoder run in full."""
+"""A compiled RF-DETR: selected tokens are recomputed, in numbers of a short list; the decoder runs in full."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class RFDETRConfig:
         dropped: classes that are not reported.
         vit: sizes of the backbone, see `ViTShape`; windows as `regions`.
         regions: windows along a side.
-        width: C of the feature maps.
-        projector: MACs for one token.
+        width: of what is kept of a token: the projector's first convolution.
+        first, projector: MACs of that convolution and of the whole projector for one token.
         decoder: sizes of the decoder.
     """
 
@@ -53,6 +53,7 @@ class RFDETRConfig:
     vit: JsonObject
     regions: int
     width: int
+    first: int
     projector: int
     decoder: dict[str, int]
 
@@ -70,7 +71,8 @@ class RFDETRConfig:
             dropped=tuple(detector.dropped),
             vit={key: value for key, value in shape.items() if key != "window"},
             regions=detector.spec.regions,
-            width=detector.spec.width,
+            width=2 * parts.projector.hidden,
+            first=parts.projector.first.conv.weight.numel(),
             projector=projector_macs(parts.projector, everywhere(parts.projector, (1, 1))),
             decoder=dict(vars(parts.decoder)),
         )
@@ -142,9 +144,8 @@ class CompiledRFDETR(CompiledDetector[RFDETREngineStream, ChosenTokens]):
             self.step([frame], state, selector=RandomK(count))
 
     def _costs(self) -> BucketCosts:
-        heads = self.dense_macs["projector"]
         sizes = zip((1, *(size + 1 for size in self.sizes)), self.sizes, strict=False)
-        prices = tuple((first, self._backbone_macs(size, False) + heads) for first, size in sizes)
+        prices = tuple((low, self._backbone_macs(size, False) + self._projector_macs(size)) for low, size in sizes)
         return BucketCosts(((0, self._backbone_macs(0, False)), *prices), "decoder", self.dense_macs["decoder"])
 
     def _backbone_macs(self, count: int, flush: bool) -> int:
@@ -155,6 +156,10 @@ class CompiledRFDETR(CompiledDetector[RFDETREngineStream, ChosenTokens]):
         linear = Macs(count * shape.pixels * shape.dim + shape.depth * rows * shape.weights)
         gate = Macs(gate=0 if flush else tokens * shape.pixels)
         return (linear + gate + attention_macs(shape, products, products, rows, self.grid).times(shape.depth)).total
+
+    def _projector_macs(self, count: int) -> int:
+        """MACs when so many tokens are recomputed: all but the first convolution runs in full."""
+        return self.dense_macs["projector"] - (self.grid[0] * self.grid[1] - count) * self.config.first
 
     def _new_stream(self, size: tuple[int, int], dense: bool) -> RFDETREngineStream:
         if dense:
@@ -216,7 +221,9 @@ class CompiledRFDETR(CompiledDetector[RFDETREngineStream, ChosenTokens]):
         watch.lap("backbone")
         self._detect(stream, *self.backend.run("heads", state.output))
         watch.lap("decoder")  # and projector, which is one graph with it
-        return self.dense_macs | {"backbone": self._backbone_macs(len(index), flush)}
+        count = len(index)
+        projector = self._projector_macs(count)
+        return self.dense_macs | {"backbone": self._backbone_macs(count, flush), "projector": projector}
 
     def _detect(self, stream: RFDETREngineStream, logits: Tensor, boxes: Tensor) -> None:
         """Set the detections: the best pairs of a query and a class."""

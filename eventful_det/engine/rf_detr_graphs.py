@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -29,16 +30,18 @@ def check_exportable(spec: ViTSpec) -> None:
 
 
 class BackboneGraph(nn.Module):
-    """The ViT on some tokens: the `Rows` rule with a mask in place of tiles.
+    """The ViT on some tokens, and the projector's first convolution: the `Rows` rule with a mask in place of tiles.
 
     `(patches (r, P), index (r,), caches ...)` to keys and values of each block `(p + r, 2, heads, d)` in rows of its
-    cache, these rows `(p + r,)`, and feature maps `(r, C)`. A cache is `(windows * slots, 2, heads, d)`, window by
-    window, each with its class token first; global blocks have the same order.
+    cache, these rows `(p + r,)`, and what the projector makes of each token by itself, `(r, 2 C')`.
+    A cache is `(windows * slots, 2, heads, d)`, window by window, each with its class token first; global blocks have
+    the same order.
     """
 
     def __init__(self, detector: EventfulRFDETR, grid: Grid) -> None:
         super().__init__()
         self.model, self.spec, device = detector.model, detector.spec, detector.device
+        self.first = detector.parts.projector.first
         spec, windows = self.spec, windows_of(grid, detector.spec.window, device)
         each, tokens = spec.prefix_count // windows.count, torch.arange(grid[0] * grid[1], device=device)
         slots = each + windows.slots
@@ -68,7 +71,7 @@ class BackboneGraph(nn.Module):
             z = z + block.mlp(block.norm2(z))
             if i + 1 in spec.outputs:
                 outputs.append(spec.norm(z)[spec.prefix_count :])
-        return *new, rows, torch.cat(outputs, 1)
+        return *new, rows, _point(self.first, torch.cat(outputs, 1))
 
 
 def _attend(q: Tensor, cache: Tensor, bias: Tensor | None) -> Tensor:
@@ -79,7 +82,7 @@ def _attend(q: Tensor, cache: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class HeadsGraph(nn.Module):
-    """Projector and decoder: feature maps `(N, C)` to logits `(Q, K)` and boxes `(Q, 4)`."""
+    """Decoder, and projector after its first convolution: `(N, 2 C')` to logits `(Q, K)` and boxes `(Q, 4)`."""
 
     def __init__(self, detector: EventfulRFDETR, grid: Grid) -> None:
         super().__init__()
@@ -94,20 +97,26 @@ class HeadsGraph(nn.Module):
 class DenseGraph(nn.Module):
     """The dense network on an image `(1, 3, h, w)`, to logits `(Q, K)` and boxes `(Q, 4)`."""
 
+    positions: Tensor
+
     def __init__(self, detector: EventfulRFDETR, grid: Grid) -> None:
         super().__init__()
         self.spec, self.heads = detector.spec, HeadsGraph(detector, grid)
+        if self.spec.positions is not None:  # compilers would resize them in another way
+            self.register_buffer("positions", self.spec.positions(grid).detach(), persistent=False)
+            self.spec = dataclasses.replace(self.spec, positions=lambda _: self.positions)
+            assert self.spec.prefix_count  # worked out now: no part of the graph
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         tokens, _ = self.spec.dense(image[0])  # (H, W, C)
-        logits, boxes = self.heads(tokens.flatten(0, 1))
+        logits, boxes = self.heads(_point(self.heads.parts.projector.first, tokens.flatten(0, 1)))
         return logits, boxes
 
 
 def project(parts: Parts, tokens: Tensor, grid: Grid) -> Tensor:
-    """The dense projector on feature maps `(N, C)`, to `(N, C')`."""
+    """The dense projector after its first convolution, `(N, 2 C')` to `(N, C)`."""
     projector = parts.projector
-    half, rest = _point(projector.first, tokens).split(projector.hidden, 1)
+    half, rest = tokens.split(projector.hidden, 1)
     maps = [rest]
     for step in projector.inner:
         x = F.conv2d(maps[-1].T.unflatten(1, grid)[None], step.conv.weight, padding=1)
@@ -136,6 +145,7 @@ def rf_detr_graphs(detector: EventfulRFDETR, side: int) -> Iterator[Graph]:
     check_exportable(spec)
     grid = spec.grid(side, side)
     caches = [torch.zeros(cache_of(spec, block, grid)) for block in spec.blocks]
+    hidden = detector.parts.projector.hidden
     yield Graph("dense", DenseGraph(detector, grid).eval(), (torch.zeros(1, 3, side, side),), ((),))
     yield Graph(
         "backbone",
@@ -143,4 +153,4 @@ def rf_detr_graphs(detector: EventfulRFDETR, side: int) -> Iterator[Graph]:
         (torch.zeros(2, spec.shape.pixels), torch.arange(2), *caches),
         ((0,), (0,), *[()] * len(caches)),
     )
-    yield Graph("heads", HeadsGraph(detector, grid).eval(), (torch.zeros(grid[0] * grid[1], spec.width),), ((),))
+    yield Graph("heads", HeadsGraph(detector, grid).eval(), (torch.zeros(grid[0] * grid[1], 2 * hidden),), ((),))
