@@ -139,15 +139,12 @@ def evaluate(
     count = len(segments) if max_clips is None else min(max_clips, len(segments))
     items = [segments.items[i * len(segments) // count] for i in range(count)]
     kinds = [True, False] if views == "both" else [views == "shared"]
+    steps = recogniser.config.steps
     evaluations: list[Evaluation] = []
     with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("clips", total=count * len(kinds))
         for shared in kinds:
-            ways = (
-                list(sweep_ways(shared=shared, steps=recogniser.config.steps))
-                if gate is None
-                else [Way("rule", *gate, shared, hold)]
-            )
+            ways = [Way("rule", *gate, shared, hold)] if gate else list(sweep_ways(shared=shared, steps=steps))
             clips = read_clips(items, recogniser.config, shared)
             evaluations += evaluate_clips(recogniser, clips, ways, lambda _: progress.advance(task))
     rows = [row_of(evaluation, evaluations[0]) for evaluation in evaluations]

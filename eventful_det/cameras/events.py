@@ -220,12 +220,12 @@ class Watcher:
         return events
 
     def _counted(self) -> list[Event]:
-        """How many objects there are, where that changed."""
+        """How many objects there are, where that changed; at first in any case, as others may remember an old count."""
         counts: dict[str | None, Counter[str]] = {place: Counter() for place in (None, *self.camera.zones)}
         for (_, place), here in self._present.items():
             if here.entered:
                 counts[place][here.label] += 1
-        changed = [place for place in counts if counts[place] != self._counts.get(place, Counter())]
+        changed = [place for place in counts if counts[place] != self._counts.get(place)]
         self._counts = counts
         return [
             Event(

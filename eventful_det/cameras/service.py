@@ -312,7 +312,8 @@ class CameraService:
                     self._runner.remove(watched.stream)
                     watched.stream = None
                 self._join(watched)
-            if online != bool(watched.online) or watched.online is None:
+            awaited = watched.online is None and time.monotonic() < watched.again  # it was only just called
+            if online != watched.online and (online or not awaited):
                 watched.online = online
                 if not online:
                     with self._runner.lock:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from eventful_det.data.coco_video import CocoVideo, Frame, Video
-from eventful_det.data.video import VideoFrame, VideoSource, open_source
+from eventful_det.data.video import open_source
 from eventful_det.data.video.pictures import UnreadablePicture, read_image
 from eventful_det.data.video.transforms import Image
 from eventful_det.errors import UserError
@@ -58,6 +58,35 @@ class FrameReader:
         self.close()
 
 
+class ForwardReader(Iterator[Image]):
+    """The frames `(h, w, 3)` uint8 RGB of a video file of a data set, in order.
+
+    Raises:
+        UserError: from where the file is damaged, and behind its last frame: the data set names more. Which frames
+            were lost cannot be told, and labels must not move to other frames.
+
+    Attributes:
+        next: number of the next frame, from 0.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path, self._source, self.next = path, open_source(path), 0
+        self._frames = iter(self._source)
+
+    def __next__(self) -> Image:
+        frame = next(self._frames, None)
+        if frame is None:
+            raise UserError(f"{self._path} has only {self.next} frames, but the data set names more")
+        if self._source.skipped:
+            raise UserError(f"{self._path} is damaged behind frame {self.next - 1}; the rest cannot be used")
+        self.next += 1
+        return frame.image
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._source.close()
+
+
 class _VideoFile:
     """Frames of a video file by their number, decoded in order; those decoded before they are asked for are kept."""
 
@@ -65,9 +94,7 @@ class _VideoFile:
         self._path = path
         self._wanted = {frame.frame_id for frame in video.frames}
         self._decoded: dict[int, Image] = {}
-        self._next = 0
-        self._source: VideoSource | None = None
-        self._frames: Iterator[VideoFrame] | None = None
+        self._reader: ForwardReader | None = None
         self._fault = ""
         self._lock = threading.Lock()
 
@@ -91,24 +118,17 @@ class _VideoFile:
         """Decode the next frame."""
         if self._fault:
             raise UserError(self._fault)
-        if self._frames is None:
-            self._source = open_source(self._path)
-            self._frames = iter(self._source)
-        frame = next(self._frames, None)
-        if frame is None:
-            raise UserError(f"{self._path} has only {self._next} frames, but the data set names more")
-        if self._source is not None and self._source.skipped:
-            # Which frames were lost cannot be told, and labels must not move to other frames.
-            raise UserError(f"{self._path} is damaged behind frame {self._next - 1}; the rest cannot be used")
-        if self._next in self._wanted:
-            self._decoded[self._next] = frame.image
-        self._next += 1
+        self._reader = self._reader or ForwardReader(self._path)
+        number = self._reader.next
+        image = next(self._reader)
+        if number in self._wanted:
+            self._decoded[number] = image
 
     def _release(self) -> None:
         """Let go of the file."""
-        if self._source is not None:
-            self._source.close()
-        self._source = self._frames = None
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
 
     def close(self) -> None:
         """Let go of the file and of the frames that nobody asked for."""

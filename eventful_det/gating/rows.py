@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eventful_det.errors import UserError
 from eventful_det.gating.comparison import Comparison, compare
 from eventful_det.gating.macs import RowsSizes, rows_macs
 from eventful_det.gating.selector import GateInput, Select
@@ -30,6 +29,7 @@ from eventful_det.gating.windows import (
     rotate,
     windows_of,
 )
+from eventful_det.options import Natural, convert_fields
 
 _BIAS_ELEMENTS = 1 << 23  # largest attention bias held at once; longer query lists are cut into pieces
 _CACHE_ELEMENTS = 1 << 22  # keys and values gathered at once; longer tile lists are cut into pieces
@@ -79,18 +79,13 @@ class Rows:
     """
 
     gate: Literal["patches", "embedding"] = "patches"
-    renew_every: int = 0
+    renew_every: Natural = 0
     static: bool | None = None
     cache_dtype: Literal["float16", "bfloat16"] | None = None
     exact: bool = False
 
     def __post_init__(self) -> None:
-        if self.gate not in ("patches", "embedding"):
-            raise UserError(f"Rows: gate must be 'patches' or 'embedding', got {self.gate!r}")
-        if self.renew_every < 0:
-            raise UserError(f"Rows: renew_every must be a number of frames, or 0 for never, got {self.renew_every}")
-        if self.cache_dtype not in (None, "float16", "bfloat16"):
-            raise UserError(f"Rows: cache_dtype must be 'float16', 'bfloat16' or None, got {self.cache_dtype!r}")
+        convert_fields(self, "Rows")
 
     @property
     def layout(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eventful_det.errors import UserError
 from eventful_det.gating.selector import BUDGET_FORMS, DEFAULT, Budget, Gmacs, Latency, Selector, check_budget
+from eventful_det.options import Natural, NonNegative, Share, convert_fields
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,12 @@ class BudgetOptions:
             cost more than the budget. Seconds cannot be kept.
     """
 
-    assured: float = 0.5
-    max_age: int = 0
-    bucket: float = 0.0
+    assured: Share = 0.5
+    max_age: Natural = 0
+    bucket: NonNegative = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.assured <= 1:
-            raise UserError(f"assured must lie in [0, 1], got {self.assured}")
-        if self.max_age < 0:
-            raise UserError(f"max_age must be a number of frames, or 0 for no bound, got {self.max_age}")
-        if not self.bucket >= 0:
-            raise UserError(f"bucket must be a number of steps, 0 or more, got {self.bucket}")
+        convert_fields(self, "")
 
 
 def selector_for(budget: Budget | Selector, assured: float | None = None, default: Selector = DEFAULT) -> Selector:

@@ -15,12 +15,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
 
 import torch
 
 from eventful_det.data.source import VideoFrame
-from eventful_det.detectors.results import Detections
+from eventful_det.detectors.protocol import S
+from eventful_det.detectors.results import Detections, StepResult
 from eventful_det.runtime.control import NetworkStepper
 from eventful_det.runtime.motion import BoxMover, View
 from eventful_det.runtime.scene_cuts import SceneCuts
@@ -33,7 +33,7 @@ Detect = Callable[[VideoFrame, Detections | None], StreamResult]
 """Runs the detector on a frame, on which objects are expected in these boxes (pixels of the frame)."""
 
 
-def detector_of(stepper: NetworkStepper[Any, Any, Any], session: StreamSession[Any]) -> Detect:
+def detector_of(stepper: NetworkStepper[S, StepResult, StreamResult], session: StreamSession[S]) -> Detect:
     """The steps of a stream, whose session holds no frames and moves no boxes by itself."""
 
     def detect(frame: VideoFrame, expected: Detections | None) -> StreamResult:
@@ -42,7 +42,7 @@ def detector_of(stepper: NetworkStepper[Any, Any, Any], session: StreamSession[A
         if expected is not None:
             key = dataclasses.replace(key, expected=session.as_input(expected, frame.image))
         (result,) = stepper.step([(session, key)])
-        return cast(StreamResult, result)
+        return result
 
     return detect
 

@@ -25,7 +25,7 @@ class SceneCuts:
         last: layout `(16, 16, 3)`, zero mean and unit norm, and histogram `(512,)`, unit norm, of the last frame.
     """
 
-    layout: float = 0.75
+    layout: float = 0.8
     colours: float = 0.9
     last: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
@@ -77,6 +78,21 @@ def test_every_frame_of_every_codec(tmp_path: Path, images: list[Image], name: s
     assert all(frame.image.dtype == np.uint8 and frame.image.flags.c_contiguous for frame in frames)
     assert all(difference(f.image, i) < 8 for f, i in zip(frames, images, strict=True))
     assert [f.timestamp for f in frames] == pytest.approx([i / 25 for i in range(FRAMES)], abs=1e-3)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.mkv", "ffv1")])
+def test_frames_go_without_the_garbage_collector(tmp_path: Path, images: list[Image], name: str, codec: str) -> None:
+    """It does not know how large they are, and comes late."""
+    path = encode(tmp_path / name, images, codec)
+    gc.collect()
+    gc.disable()
+    try:
+        with open_source(path) as source:
+            assert sum(1 for _ in source) == FRAMES
+        left = sum(type(thing) is av.VideoFrame for thing in gc.get_objects())
+    finally:
+        gc.enable()
+    assert left <= 2
 
 
 @pytest.mark.parametrize("angle", [90, 180, 270])

@@ -53,7 +53,7 @@ def test_what_is_for_detectors_is_refused() -> None:
     recogniser = small_recogniser()
     with pytest.raises(UserError, match="for detectors"):
         StreamPool(recogniser, hold=2)  # type: ignore[call-overload]
-    with pytest.raises(UserError, match="one size"):
+    with pytest.raises(UserError, match="for detectors"):
         StreamPool(recogniser, short_side=64)  # type: ignore[call-overload]
     with StreamPool(recogniser) as pool, pytest.raises(UserError, match="ignore"):
         pool.add(arrays(8), options=StreamOptions(ignore=(((0.0, 0.0), (1.0, 0.0), (1.0, 1.0)),)))

@@ -13,9 +13,9 @@ from small import moving_clip, small_recogniser
 
 from eventful_det.data.source import VideoFrame
 from eventful_det.errors import UserError
-from eventful_det.gating.convert import AnyRule
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
+from eventful_det.gating.rules import AnyRule
 from eventful_det.gating.selector import Gmacs, LargestError, Latency, Selector, TopK
 from eventful_det.recognition.checkpoints import load_recogniser
 from eventful_det.recognition.config import vivit_tiny

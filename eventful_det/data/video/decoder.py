@@ -192,6 +192,8 @@ class _Painter:
 
     def __init__(self, aspect: float) -> None:
         self._reformatter = VideoReformatter()
+        self._matrix: NDArray[np.int32] | None = None
+        self._rotation: float | None = None  # by which it was found
         self._aspect = aspect if _ASPECTS[0] <= aspect <= _ASPECTS[1] and abs(aspect - 1) > 0.01 else 1.0
         self.stretch = max(self._aspect, 1 / self._aspect)
 
@@ -200,8 +202,11 @@ class _Painter:
         width, height = round(frame.width * max(1, self._aspect)), round(frame.height * max(1, 1 / self._aspect))
         scaled = self._reformatter.reformat(frame, width=width, height=height, format="rgb24")
         image = np.asarray(scaled.to_ndarray(), np.uint8)
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        return np.ascontiguousarray(image if matrix is None else _displayed(image, np.frombuffer(matrix, np.int32)))
+        if frame.rotation != self._rotation:  # asking for more makes a circle, which keeps the frame in memory for long
+            matrix = frame.side_data.get("DISPLAYMATRIX")
+            self._matrix = None if matrix is None else np.frombuffer(bytes(matrix), np.int32)
+            self._rotation = frame.rotation
+        return np.ascontiguousarray(image if self._matrix is None else _displayed(image, self._matrix))
 
 
 def _displayed(image: NDArray[np.uint8], matrix: NDArray[np.int32]) -> NDArray[np.uint8]:

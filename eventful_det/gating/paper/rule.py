@@ -17,6 +17,7 @@ from eventful_det.gating.selector import GateInput, Select
 from eventful_det.gating.spec import Block, ViTSpec
 from eventful_det.gating.state import StreamState, TensorTree, Update
 from eventful_det.gating.windows import Grid
+from eventful_det.options import Count, Natural, convert_fields
 
 
 @dataclass
@@ -66,16 +67,13 @@ class Paper:
     """
 
     ablation: Ablation = "full"
-    pool: int = 1
+    pool: Count = 1
     gate_before_norm: bool = False
     stgt: bool = False
-    keep: int = 0
+    keep: Natural = 0
 
     def __post_init__(self) -> None:
-        if self.ablation not in ("full", "tokenwise", "qk"):
-            raise UserError(f"Paper: ablation must be 'full', 'tokenwise' or 'qk', got {self.ablation!r}")
-        if self.pool < 1:
-            raise UserError(f"Paper: pool must be 1 (no pooling) or more tokens, got {self.pool}")
+        convert_fields(self, "Paper")
 
     @property
     def layout(self) -> tuple[str | int, ...]:

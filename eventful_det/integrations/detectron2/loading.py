@@ -20,8 +20,8 @@ from detectron2.data import transforms as T
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Sampler
 
+from eventful_det.data.frame_reader import ForwardReader
 from eventful_det.data.streams import share_out
-from eventful_det.data.video import open_source
 from eventful_det.data.video.pictures import UnreadablePicture, read_image
 from eventful_det.data.video.transforms import Image, fit_size, resize
 from eventful_det.errors import UserError
@@ -139,25 +139,7 @@ def _read(entry: JsonObject) -> Image:
     return image
 
 
-class _OpenVideo:
-    """A video file that is read forwards."""
-
-    def __init__(self, path: str) -> None:
-        self.source = open_source(path)
-        self._frames, self.next = iter(self.source), 0
-
-    def read(self, number: int) -> Image:
-        """Frame `number`, from `next` on, as `(h, w, 3)` uint8 RGB."""
-        for frame in self._frames:
-            if self.source.skipped:  # which frames were lost cannot be told, and labels must not move to other frames
-                raise UserError(f"{self.source.name} is damaged behind frame {self.next - 1}; the rest cannot be used")
-            self.next += 1
-            if self.next > number:
-                return frame.image
-        raise UserError(f"{self.source.name} has only {self.next} frames, but the data set names more")
-
-
-_open_videos: dict[int, OrderedDict[str, _OpenVideo]] = {}  # by process, so that forked ones open their own
+_open_videos: dict[int, OrderedDict[str, ForwardReader]] = {}  # by process, so that forked ones open their own
 
 
 def _read_video(path: str, number: int) -> Image:
@@ -165,14 +147,12 @@ def _read_video(path: str, number: int) -> Image:
     files = _open_videos.setdefault(os.getpid(), OrderedDict())
     file = files.pop(path, None)
     if file is not None and file.next > number:
-        file.source.close()
+        file.close()
         file = None
-    if file is None:
-        file = _OpenVideo(path)
-    files[path] = file
+    files[path] = file = file or ForwardReader(path)
     if len(files) > _OPEN_VIDEOS:
-        files.popitem(last=False)[1].source.close()
-    return file.read(number)
+        files.popitem(last=False)[1].close()
+    return next(islice(file, number - file.next, None))
 
 
 class VideoSampler(Sampler[int]):

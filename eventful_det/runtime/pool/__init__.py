@@ -24,6 +24,7 @@ from typing import Any, Generic, TypeVar, cast, overload
 
 from eventful_det.data.source import Source
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform, S, VideoDetector
+from eventful_det.detectors.results import StepResult
 from eventful_det.errors import UserError
 from eventful_det.gating.selector import DEFAULT, Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
@@ -202,7 +203,8 @@ class StreamPool(Budgeted, Iterator[list[R]], Generic[R]):
             boxes = None
             if self._thread is not None:
                 assert isinstance(session, StreamSession)
-                boxes = LiveBoxes(detector_of(self._stepper, session), self._thread, self._scene_cuts)
+                stepper = cast(NetworkStepper[Any, StepResult, StreamResult], self._stepper)
+                boxes = LiveBoxes(detector_of(stepper, session), self._thread, self._scene_cuts)
             self._members[unique] = _Member(session, feed, Tally(), boxes)
         self._arrived.set()
         return unique
