@@ -12,6 +12,7 @@ Ctrl-C ends it and removes all uploads. SIGHUP has cameras.yaml read again.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import secrets
@@ -211,6 +212,7 @@ def run(options: Options) -> None:
         if isinstance(network, Recogniser):
             raise UserError(f"{site}: zones and events need a detector, and {options.weights} recognises actions")
         cameras = CameraService(site, runner, network.names)
+        gc.freeze()  # what is there for good, so that collecting the rest takes no time
         for number in (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ():
             signal.signal(number, lambda *_: cameras.ask_to_reload())
     else:

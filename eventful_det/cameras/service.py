@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import threading
@@ -210,6 +211,7 @@ class CameraService:
                 if time.monotonic() - tidied > _TIDY:
                     tidied = time.monotonic()
                     self.library.tidy()
+                    gc.collect()  # frames of PyAV may lie in circles, and by itself this comes late
             except Faults as error:
                 for fault in error.faults:
                     _LOG.error("%s", fault)
