@@ -266,7 +266,7 @@ def test_an_interrupt_leaves_what_was_there(prepare: Main, tree: Path, monkeypat
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("eventful_det.data.coco_video.os.replace", interrupted)
+    monkeypatch.setattr("eventful_det.data.coco_video.records.os.replace", interrupted)
     assert prepare([str(tree), "--workers", "1"]) == 130
     files = {path.name for path in (tree / "annotations").iterdir()}
     assert files == {"imagenet_vid_val.json", "imagenet_vid_val.report.json"}

@@ -326,7 +326,8 @@ def test_camera_that_restarts(weights: str, tmp_path: Path) -> None:
     results = check_run(output)
     assert results["reconnects"] == 1 and results["flushes"] >= 2 and results["dropped"] > 0
     lines = [json.loads(line) for line in (output / "detections.jsonl").read_text().splitlines()]
-    assert all(0 <= line["frame_age"] < 2 for line in lines) and lines[-1]["dropped"] == results["dropped"]
+    assert all(0 <= line["frame_age"] < 2 for line in lines)
+    assert lines[-1]["dropped"] <= results["dropped"], "more may be dropped behind the last line"
     with open_source(output / "annotated.mp4") as video:
         shown = [frame.timestamp for frame in video]
     assert shown == pytest.approx([line["timestamp"] for line in lines], abs=0.05)
