@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ import yaml
 from yaml.error import MarkedYAMLError
 
 from eventful_det.errors import UserError, printable
+from eventful_det.files import written_whole
 from eventful_det.gating.selector import DEFAULT, Focus, Policy
 from eventful_det.options import (
     Count,
@@ -36,7 +38,6 @@ from eventful_det.options import (
     nearest,
     refuse_unknown,
 )
-from eventful_det.outputs import write_text
 from eventful_det.runtime.session import StreamOptions
 
 Place = tuple[Share, Share]
@@ -135,7 +136,7 @@ class Camera(Wanted):
     """
 
     source: str | Annotated[int, Range(0)]
-    fps: Annotated[float, Range(0.001)] | None = None
+    fps: Positive | None = None
     short_side: Annotated[int, Range(32, 16384)] | None = None
     priority: Annotated[float, Range(0.001, 1000)] = 1.0
     policy: Literal["focus", "frugal"] | None = None
@@ -204,13 +205,13 @@ class Webhook:
     def __post_init__(self) -> None:
         try:
             parts = urlsplit(self.url)
-            sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            sound = parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", self.url)
         except ValueError:
             sound = False
-        if not sound or not re.fullmatch(r"[!-~]+", self.url):
-            raise UserError("url must begin with http:// or https:// and a host, without blanks")
-        if "@" in parts.netloc:
-            raise UserError("url must not hold a user; the secret says who calls")
+        if not re.match("https?://", self.url):
+            raise UserError("url must begin with http:// or https://")
+        if not sound:
+            raise UserError("url must name a host, and hold no blanks")
         if len(self.secret) < 16:
             raise UserError("secret must have 16 characters or more")
 
@@ -301,9 +302,13 @@ def edit_regions(path: Path, camera: str, regions: Mapping[str, object], names: 
     """
     text = _text_of(path)
     parse_site(text, path.name, names)
+    path = path.resolve()  # a link stays one
     for key, value in regions.items():
         root: Any = yaml.compose(text, yaml.SafeLoader)
-        node = _child(_child(root, "cameras")[1], camera)[1]
+        try:
+            node = _child(_child(root, "cameras")[1], camera)[1]
+        except KeyError:  # it comes from <<, or is no longer there
+            raise UserError(f"{path.name} has no camera {camera} of its own; edit the file") from None
         written = json.dumps(value)
         try:
             key_node, old = _child(node, key)
@@ -318,7 +323,10 @@ def edit_regions(path: Path, camera: str, regions: Mapping[str, object], names: 
                 raise UserError(f"{camera}: {key} is shared with others in {path.name}; edit the file")
             text = text[: key_node.end_mark.index] + f": {written}" + text[_end(old) :]
     parse_site(text, path.name, names)
-    write_text(path, text)
+    with written_whole(path) as part:
+        part.touch(0o600)
+        shutil.copymode(path, part)  # there may be passwords in it
+        part.write_text(text, encoding="utf-8")
 
 
 def _text_of(path: Path) -> str:

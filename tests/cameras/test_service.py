@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,6 +123,7 @@ def test_a_file_that_changes_is_read_again_and_other_cameras_go_on(
         site.write("cameras:\n  gate: {source: FILM, score: much}\n")
         wait(lambda: "cameras.yaml:2: cameras.gate.score must be a number" in caplog.text)
         assert set(site.service.site.cameras) == {"gate", "yard"}, "a bad file changes nothing"
+        wait(lambda: site.service.health()["cameras"]["yard"] == "online")
         site.write("cameras:\n" + GATE % soft + "  shed: {source: FILM}\n")
         site.service.ask_to_reload()
         wait(lambda: "shed" in site.runner.pool.names and "yard" not in site.runner.pool.names)
@@ -148,3 +152,20 @@ def test_what_cannot_be_had_is_told_at_the_start(tiny_detector: Detector, tmp_pa
     path.write_text("cameras: {}\nfolder: /proc/none")
     with pytest.raises(UserError, match="cannot write to /proc/none"):
         CameraService(path, PoolRunner(StreamPool(tiny_detector)), tiny_detector.names)
+
+
+def test_two_servers_do_not_share_a_folder(tiny_detector: Detector, tmp_path: Path, film: Path) -> None:
+    other = (
+        "import sys; from pathlib import Path; from eventful_det.outputs import owned\n"
+        "with owned(Path(sys.argv[1])): pass"
+    )
+    with running(tiny_detector, tmp_path, film, "cameras: {}\n"):
+        ended = subprocess.run([sys.executable, "-c", other, tmp_path / "cameras"], capture_output=True, text=True)
+        assert ended.returncode and "is in use by process" in ended.stderr
+    assert subprocess.run([sys.executable, "-c", other, tmp_path / "cameras"], check=True)
+
+
+def test_a_file_beside_the_cameras_is_a_source(tiny_detector: Detector, tmp_path: Path, film: Path) -> None:
+    shutil.copy(film, tmp_path / "beside.mp4")
+    with running(tiny_detector, tmp_path, film, "cameras: {gate: {source: beside.mp4}}\n") as site:
+        wait(lambda: site.frames("gate"))
