@@ -88,16 +88,19 @@ class Sink(ABC):
     def _run(self) -> None:
         pause = _PAUSES[0]
         while not self._stopped.is_set():
-            entry = None
             try:
                 entry = self.bookmark.next()
                 if entry is None:
                     self._journal.wait(_IDLE)
                     continue
-                self._deliver(entry.line)
-            except Refused as error:
-                self.refused += 1
-                _LOG.warning("%s: an event was refused: %s", self.name, error)
+                try:
+                    self._deliver(entry.line)
+                except Refused as error:
+                    self.refused += 1
+                    _LOG.warning("%s: an event was refused: %s", self.name, error)
+                else:
+                    self.delivered += 1
+                self.bookmark.advance(entry)
             except Exception as error:  # whatever is wrong there, it is tried again
                 if self._stopped.is_set():
                     return
@@ -107,12 +110,9 @@ class Sink(ABC):
                 self._stopped.wait(pause)
                 pause = min(2 * pause, _PAUSES[1])
                 continue
-            else:
-                self.delivered += 1
             if self.error is not None:
                 _LOG.warning("%s: works again", self.name)
             self.error, pause = None, _PAUSES[0]
-            self.bookmark.advance(entry)
 
 
 class WebhookSink(Sink):
