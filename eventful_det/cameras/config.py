@@ -310,6 +310,8 @@ def edit_regions(path: Path, camera: str, regions: Mapping[str, object], names: 
         except KeyError:  # it comes from <<, or is no longer there
             raise UserError(f"{path.name} has no camera {camera} of its own; edit the file") from None
         written = json.dumps(value)
+        if _VARIABLE.search(written):  # whoever draws must not be told what stands in the environment
+            raise UserError(f"{camera}: {key} must not name variables of the environment")
         try:
             key_node, old = _child(node, key)
         except KeyError:

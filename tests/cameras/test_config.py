@@ -183,6 +183,8 @@ def test_what_cannot_be_exchanged_leaves_the_file_as_it_is(tmp_path: Path) -> No
         edit_regions(path, "a", {"masks": []})
     with pytest.raises(Faults, match="three different points"):
         edit_regions(path, "a", {"zones": {"z": {"polygon": ((0, 0), (1, 1))}}})
+    with pytest.raises(UserError, match="must not name variables"):
+        edit_regions(path, "a", {"zones": {"${PATH}": {"polygon": ((0, 0), (1, 0), (1, 1))}}})
     assert path.read_text() == text
     merged = "cameras:\n  a: &a {source: 0}\n  b:\n    <<: *a\n    source: 1\n"
     edit_regions(write(tmp_path, merged), "b", {"masks": []})
