@@ -84,7 +84,7 @@ class CameraService:
             self.library = Library(folder / "clips", self.site.clips)
             self.journal = Journal(folder / "events", int(1e6 * self.site.journal), self.library.make_room)
         except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+            raise UserError(f"cannot write to {error.filename or folder}: {error.strerror or error}") from error
         self._ours = ExitStack()
         self._ours.enter_context(owned(folder))  # two processes would mix up their events
         self.sinks: dict[str, Sink] = {}

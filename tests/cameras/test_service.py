@@ -169,3 +169,6 @@ def test_a_file_beside_the_cameras_is_a_source(tiny_detector: Detector, tmp_path
     shutil.copy(film, tmp_path / "beside.mp4")
     with running(tiny_detector, tmp_path, film, "cameras: {gate: {source: beside.mp4}}\n") as site:
         wait(lambda: site.frames("gate"))
+        site.runner.max_streams = 1
+        site.write("cameras:\n  gate: {source: beside.mp4}\n  yard: {source: FILM}\n")
+        wait(lambda: "yard" in site.runner.pool.names)  # others may not take the room of a camera
