@@ -45,7 +45,7 @@ Area = tuple[Place, ...]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}")  # of what becomes a topic, a label and a folder
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # in no name, address or password that others take
-_LARGEST = 2**20  # bytes of a file
+_LARGEST = 2**18  # bytes of a file
 _NODES = 100_000  # values in a file, with what aliases repeat
 _POLICIES: dict[str, Policy] = {"focus": DEFAULT.policy, "frugal": Focus(2.0)}
 
@@ -334,7 +334,7 @@ def edit_regions(path: Path, camera: str, regions: Mapping[str, object], names: 
 def _text_of(path: Path) -> str:
     try:
         if path.stat().st_size > _LARGEST:
-            raise UserError(f"{path} has more than {_LARGEST >> 20} MiB; is it a cameras.yaml?")
+            raise UserError(f"{path} has more than {_LARGEST >> 10} KiB; is it a cameras.yaml?")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
@@ -362,6 +362,7 @@ class _Reader:
     def __init__(self) -> None:
         self.faults: list[tuple[int, str]] = []
         self.lines: dict[str, int] = {}  # by dotted name
+        self.hidden: set[int] = set()  # nodes with something from the environment, which no fault may tell
 
     def read(self, text: str) -> Site | None:
         """The site; None with faults."""
@@ -412,6 +413,7 @@ class _Reader:
         size = sizes[id(node)] = 0
         if isinstance(node, yaml.ScalarNode):
             for name in _VARIABLE.findall(node.value):
+                self.hidden.add(id(node))
                 if name not in os.environ:
                     self.faults.append((node.start_mark.line + 1, f"there is no variable {name} in the environment"))
             node.value = _VARIABLE.sub(lambda found: os.environ.get(found[1], ""), node.value)
@@ -425,6 +427,8 @@ class _Reader:
                 twice = [key for i, (key, _) in enumerate(node.value) if key.value in keys[:i]]
                 self.faults += [(key.start_mark.line + 1, f"{key.value} is there twice") for key in twice]
             size = sum(self._prepare(child, sizes) for child in nodes)
+            if any(id(child) in self.hidden for child in nodes):
+                self.hidden.add(id(node))
         if size > _NODES:
             raise MarkedYAMLError(None, None, f"more than {_NODES} values, with aliases", node.start_mark)
         sizes[id(node)] = size + 1
@@ -451,7 +455,7 @@ class _Reader:
                 convert(value, hint, name or "it")
         except UserError as error:
             text = str(error)
-            if name in ("mqtt.password", "webhook.secret", "webhook.url"):
+            if id(node) in self.hidden or name in ("mqtt.password", "webhook.secret", "webhook.url"):
                 text = text.partition(", got ")[0]
             self.faults.append((line, text if text.startswith(name) else f"{name}: {text}"))
         return len(self.faults) == before

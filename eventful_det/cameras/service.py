@@ -277,8 +277,9 @@ class CameraService:
             return self._follow(watched, result)
 
         try:
-            beside = self.path.parent / str(camera.source)
-            place = str(beside) if os.path.exists(beside) else camera.source
+            place = camera.source
+            if isinstance(place, str) and os.path.exists(beside := self.path.parent / place):
+                place = str(beside)
             source = open_camera(place, watched.recorder.packet, camera.fps)
             try:
                 watched.stream = self._runner.add(

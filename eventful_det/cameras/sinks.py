@@ -70,7 +70,7 @@ class Sink(ABC):
         while self.bookmark.behind and self.error is None and time.monotonic() < deadline:
             time.sleep(0.02)
         self._stopped.set()
-        self._thread.join(_PATIENCE + 1)
+        self._thread.join(seconds)  # one that waits for an answer tells the same event again another time
 
     def configure(self, cameras: Mapping[str, Camera]) -> None:
         """Take note of which cameras there are."""

@@ -197,8 +197,8 @@ def test_aliases_cannot_blow_a_file_up(tmp_path: Path) -> None:
         value = f"&a{i} [{value}{f', *a{i - 1}' * 9}]"
     (line,) = faults(tmp_path, f"cameras:\n  a: {{source: 0, fps: {value}}}\n")
     assert line.startswith("cameras.yaml:2: not YAML: more than")
-    path = write(tmp_path, "#" * (2**20 + 1))
-    with pytest.raises(UserError, match="more than 1 MiB"):
+    path = write(tmp_path, "#" * (2**18 + 1))
+    with pytest.raises(UserError, match="more than 256 KiB"):
         read_site(path)
 
 
@@ -233,3 +233,10 @@ def test_an_edited_file_keeps_its_mode_and_its_link(tmp_path: Path) -> None:
     merged = "cameras:\n  <<: {a: {source: 0}}\n"
     with pytest.raises(UserError, match="no camera a of its own"):
         edit_regions(write(tmp_path, merged), "a", {"masks": []})
+
+
+def test_faults_tell_nothing_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATE", "hunter12345678")
+    text = "cameras: {a: {source: 0, fps: '${GATE}', masks: [[['${GATE}', 0], [1, 0], [1, 1]]], hold: '${GATE}'}}\n"
+    found = faults(tmp_path, text + "mqtt: {host: h, port: '${GATE}', prefix: '#${GATE}'}\n")
+    assert len(found) == 4 and "hunter" not in " ".join(found)
