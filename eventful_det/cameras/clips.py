@@ -32,6 +32,7 @@ from eventful_det.errors import UserError
 _COPIED = {"h264", "hevc"}  # codecs that are copied into mp4
 _MEMORY = 64 * 2**20  # bytes of one camera that wait for an event
 _RESERVE = 64 * 2**20  # bytes of the disk that are left free, or a hundredth of it
+_GAP = 3600  # seconds; a longer leap is one of the clock
 _SUFFIXES = {".mp4", ".jpg"}
 _LOG = logging.getLogger(__name__)
 
@@ -336,19 +337,21 @@ class _CopiedClip(_Clip):
         self._out = self._container.add_stream_from_template(stream)
         self._clock: Fraction = stream.time_base
         self._first: int | None = None
-        self._last = -1
+        self._last, self._step = -1, 1
 
     def add(self, item: Any) -> None:
-        """The next packet; the first one has to be a key frame, and times have to grow."""
+        """The next packet; the first one has to be a key frame. Where the camera's clock leaps, it just follows."""
         if self._first is None and not item.key:
             return
         dts = item.dts if item.dts is not None else item.pts
         if dts is None:
             return
         self._first = dts if self._first is None else self._first
-        if dts - self._first <= self._last:
-            return
-        self._last = dts - self._first
+        step = dts - self._first - self._last
+        if not 0 < step * self._clock <= _GAP:
+            self._first += step - self._step
+            step = self._step
+        self._last, self._step = self._last + step, step
         packet = av.Packet(item.data)
         packet.stream, packet.time_base, packet.is_keyframe = self._out, self._clock, item.key
         packet.dts, packet.pts = self._last, (dts if item.pts is None else item.pts) - self._first

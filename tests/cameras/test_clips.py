@@ -262,3 +262,24 @@ def test_a_clock_that_goes_back_overwrites_nothing(tmp_path: Path, monkeypatch: 
     assert (tmp_path / recorder.snapshot(b"one")).read_bytes() == b"one"
     recorder.snapshot(b"two")
     assert sorted(path.read_bytes() for path in tmp_path.rglob("*.jpg")) == [b"one", b"two"]
+
+
+def test_a_camera_whose_clock_and_size_change_stays_in_its_clip(tmp_path: Path, monkeypatch: Any) -> None:
+    parts = []
+    for first, (height, width) in ((0, (64, 96)), (20, (96, 128))):
+        path = tmp_path / f"{first}.ts"
+        with av.open(str(path), "w", format="mpegts") as container:
+            stream = container.add_stream("libx264", rate=10, options={"g": "10", "bf": "0"})
+            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+            for i in range(first, first + 20):
+                grey = np.full((height, width, 3), 40 + 3 * i, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+            container.mux(stream.encode(None))
+        parts.append(path.read_bytes())
+    film = tmp_path / "film.ts"  # its second half begins at 0 again
+    film.write_bytes(b"".join(parts))
+    clip = play(film, Recorder(Library(tmp_path, Clips(before=1.0, after=60.0)), "gate"), monkeypatch, 5)
+    seen = greys(tmp_path / clip)
+    assert abs(seen[-1] - 39) <= 1 and len(seen) == 40 - seen[0]
+    with av.open(str(tmp_path / clip)) as container:
+        assert container.duration is not None and abs(container.duration / 1e6 - len(seen) / 10) < 0.5
