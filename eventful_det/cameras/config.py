@@ -243,6 +243,12 @@ class Site:
     mqtt: Mqtt | None = None
     webhook: Webhook | None = None
 
+    def __post_init__(self) -> None:
+        for name, camera in self.cameras.items():
+            for zone in camera.zones:
+                if (both := f"{name}_zones_{zone}") in self.cameras:  # one sensor of Home Assistant for two
+                    raise UserError(f"a camera must not be called {both}; that is zone {zone} of {name}")
+
 
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name):

@@ -117,6 +117,10 @@ def test_classes_that_the_detector_does_not_know(tmp_path: Path) -> None:
         ("cameras: {a: {source: 0}}\nmqtt: {host: h, prefix: 'a/#'}", "prefix must be a topic"),
         ("cameras: {a: {source: 0}}\nwebhook: {url: 'http://x', secret: short}", "16 characters"),
         ("cameras: {a: {source: ''}}", "source must not be empty"),
+        (
+            "cameras: {a: {source: 0, zones: {b: {polygon: [[0, 0], [1, 0], [1, 1]]}}}, a_zones_b: {source: 1}}",
+            "must not be called a_zones_b",
+        ),
         ("cameras: {a: {source: 0, masks: [[[0, 0], [0.5, 0.5], [1, 1]]]}}", "on one line"),
         ("cameras: {a\0: {source: 0}}", "not YAML: special characters are not allowed"),
         ('cameras: {a: {source: 0}}\nfolder: "a\\0b"', "control character"),
