@@ -205,10 +205,9 @@ def run(options: Options) -> None:
     token, sources = token_of(options), as_list(options.source)
     if options.budget != "auto":
         parse_budget(options.budget)
-    hangup = getattr(signal, "SIGHUP", None)
     if (site := site_of(sources)) is not None:
-        if hangup is not None:
-            signal.signal(hangup, signal.SIG_IGN)  # there is nothing to read again yet
+        for number in (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ():
+            signal.signal(number, signal.SIG_IGN)  # there is nothing to read again yet
         sources = [str(camera.source) for camera in read_site(site).cameras.values()]
     network: AnyDetector | Recogniser
     if actions.recognises(options.task, options.weights):
@@ -223,8 +222,8 @@ def run(options: Options) -> None:
         if isinstance(network, Recogniser):
             raise UserError(f"{site}: zones and events need a detector, and {options.weights} recognises actions")
         cameras = CameraService(site, runner, network.names)
-        if hangup is not None:
-            signal.signal(hangup, lambda *_: cameras.ask_to_reload())
+        for number in (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ():
+            signal.signal(number, lambda *_: cameras.ask_to_reload())
     else:
         for opened in [play(source, public_name(source)) for source in sources]:
             runner.add(opened)
