@@ -39,6 +39,7 @@ from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.motion import parse_hold
 from eventful_det.runtime.pool import StreamPool
+from eventful_det.secrets import mask_secrets
 from eventful_det.serving.app import create_app
 from eventful_det.serving.limits import build_server
 from eventful_det.serving.runner import PoolRunner
@@ -81,6 +82,14 @@ class Options:
     log: Literal["text", "json"]
 
 
+class Lines(logging.Formatter):
+    """Text without secrets, whoever logs it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, or lines of a traceback."""
+        return mask_secrets(super().format(record))
+
+
 class JsonLines(logging.Formatter):
     """A JSON object for each line of the log."""
 
@@ -95,7 +104,7 @@ class JsonLines(logging.Formatter):
 def set_up_log(kind: Literal["text", "json"]) -> None:
     """Log to standard error, from information on for our own modules."""
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines() if kind == "json" else logging.Formatter("%(message)s"))
+    handler.setFormatter(JsonLines() if kind == "json" else Lines("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("eventful_det").setLevel(logging.INFO)
 
@@ -198,6 +207,8 @@ def run(options: Options) -> None:
     if options.budget != "auto":
         parse_budget(options.budget)
     if (site := site_of(sources)) is not None:
+        for number in (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ():
+            signal.signal(number, signal.SIG_IGN)  # there is nothing to read again yet
         sources = [str(camera.source) for camera in read_site(site).cameras.values()]
     network: AnyDetector | Recogniser
     if actions.recognises(options.task, options.weights):

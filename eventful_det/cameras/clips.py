@@ -7,14 +7,13 @@ age, by the room that a camera may take, and whenever the disk is full.
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import logging
 import shutil
 import threading
 import time
 from collections import deque
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +25,14 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from eventful_det.cameras.config import Clips
+from eventful_det.cameras.journal import FULL
 from eventful_det.data.video.writer import OPTIONS, VideoWriter
 from eventful_det.errors import UserError
 
 _COPIED = {"h264", "hevc"}  # codecs that are copied into mp4
 _MEMORY = 64 * 2**20  # bytes of one camera that wait for an event
 _RESERVE = 64 * 2**20  # bytes of the disk that are left free, or a hundredth of it
+_GAP = 3600  # seconds; a longer leap is one of the clock
 _SUFFIXES = {".mp4", ".jpg"}
 _LOG = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ class _File(io.RawIOBase):
             try:
                 return work()
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and self._library.make_room():
+                if error.errno in FULL and self._library.make_room():
                     continue
                 _LOG.warning("%s cannot be written: %s", self.path.name, error.strerror or error)
                 self.failed = True
@@ -201,7 +202,11 @@ class Recorder:
     def packet(self, packet: av.Packet[VideoStream]) -> None:
         """A packet of the camera, in the thread that reads it, while its connection is open."""
         if packet.stream.codec_context.name not in _COPIED or not self.on:
-            self._copies = False
+            if self._stream is not None:  # what comes later has to begin anew
+                with self._lock:
+                    self._finish()
+                    self._copies, self._stream, self._bytes = False, None, 0
+                    self._packets.clear()
             return
         now = time.monotonic()
         with self._lock:
@@ -209,6 +214,7 @@ class Recorder:
                 self._finish()
                 self._stream, self._copies = packet.stream, True
                 self._packets.clear()
+                self._frames.clear()
                 self._bytes = 0
             copied = _Copied(now, bytes(packet), packet.pts, packet.dts, packet.is_keyframe)
             self._packets.append(copied)
@@ -278,8 +284,12 @@ class Recorder:
             self._finish()
 
     def _path(self, kind: str) -> Path:
-        stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S-%f")[:-3]
-        return self._library.folder / self._name / f"{stamp}.{kind}"
+        at = datetime.now(UTC)
+        while True:
+            path = self._library.folder / self._name / f"{at.strftime('%Y-%m-%dT%H-%M-%S-%f')[:-3]}.{kind}"
+            if not path.exists():  # the clock may have gone back
+                return path
+            at += timedelta(milliseconds=1)
 
     def _forget(self, now: float) -> None:
         """Drop packets that no clip needs: from the first key frame on that is late enough, clips can begin there."""
@@ -327,19 +337,21 @@ class _CopiedClip(_Clip):
         self._out = self._container.add_stream_from_template(stream)
         self._clock: Fraction = stream.time_base
         self._first: int | None = None
-        self._last = -1
+        self._last, self._step = -1, 1
 
     def add(self, item: Any) -> None:
-        """The next packet; the first one has to be a key frame, and times have to grow."""
+        """The next packet; the first one has to be a key frame. Where the camera's clock leaps, it just follows."""
         if self._first is None and not item.key:
             return
         dts = item.dts if item.dts is not None else item.pts
         if dts is None:
             return
         self._first = dts if self._first is None else self._first
-        if dts - self._first <= self._last:
-            return
-        self._last = dts - self._first
+        step = dts - self._first - self._last
+        if not 0 < step * self._clock <= _GAP:
+            self._first += step - self._step
+            step = self._step
+        self._last, self._step = self._last + step, step
         packet = av.Packet(item.data)
         packet.stream, packet.time_base, packet.is_keyframe = self._out, self._clock, item.key
         packet.dts, packet.pts = self._last, (dts if item.pts is None else item.pts) - self._first

@@ -13,14 +13,18 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 import yaml
+from yaml.error import MarkedYAMLError
 
 from eventful_det.errors import UserError, printable
+from eventful_det.files import written_whole
 from eventful_det.gating.selector import DEFAULT, Focus, Policy
 from eventful_det.options import (
     Count,
@@ -34,13 +38,15 @@ from eventful_det.options import (
     nearest,
     refuse_unknown,
 )
-from eventful_det.outputs import write_text
 from eventful_det.runtime.session import StreamOptions
 
 Place = tuple[Share, Share]
 Area = tuple[Place, ...]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}")  # of what becomes a topic, a label and a folder
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
+_CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # in no name, address or password that others take
+_LARGEST = 2**18  # bytes of a file
+_NODES = 100_000  # values in a file, with what aliases repeat
 _POLICIES: dict[str, Policy] = {"focus": DEFAULT.policy, "frugal": Focus(2.0)}
 
 
@@ -132,7 +138,7 @@ class Camera(Wanted):
     source: str | Annotated[int, Range(0)]
     fps: Positive | None = None
     short_side: Annotated[int, Range(32, 16384)] | None = None
-    priority: Positive = 1.0
+    priority: Annotated[float, Range(0.001, 1000)] = 1.0
     policy: Literal["focus", "frugal"] | None = None
     hold: Count | Literal["auto", "adaptive"] = "auto"
     masks: tuple[Area, ...] = ()
@@ -145,8 +151,8 @@ class Camera(Wanted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (*self.zones, *self.lines):
-            _check_name(name)
+        if self.source == "":
+            raise UserError("source must not be empty")
         if both := sorted(set(self.zones) & set(self.lines)):
             raise UserError(f"{both[0]} is the name of a zone and of a line; give one of them another")
         for i, mask in enumerate(self.masks):
@@ -175,10 +181,18 @@ class Mqtt:
     discovery: str | None = "homeassistant"
 
     def __post_init__(self) -> None:
+        try:
+            sound = re.fullmatch(r"[\w:.%-]+", self.host) and self.host.encode("idna")
+        except UnicodeError:
+            sound = None
+        if not sound:
+            raise UserError("host must be the name or the address of a computer; port is an option of its own")
+        if self.password is not None and self.user is None:
+            raise UserError("give user as well as password")
         for name in ("prefix", "discovery"):
             topic = getattr(self, name)
-            if topic is not None and not re.fullmatch(r"[\w-]+(/[\w-]+)*", topic):
-                raise UserError(f"{name} must be a topic of letters, digits, - and /, got {topic!r}")
+            if topic is not None and not (len(topic) <= 200 and re.fullmatch(r"[\w-]+(/[\w-]+)*", topic)):
+                raise UserError(f"{name} must be a topic of letters, digits, - and /, 200 at most, got {topic[:99]!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +203,15 @@ class Webhook:
     secret: str = field(repr=False)
 
     def __post_init__(self) -> None:
-        if not re.match(r"https?://[^/]", self.url):
+        try:
+            parts = urlsplit(self.url)
+            sound = parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", self.url)
+        except ValueError:
+            sound = False
+        if not re.match("https?://", self.url):
             raise UserError("url must begin with http:// or https://")
+        if not sound:
+            raise UserError("url must name a host, and hold no blanks")
         if len(self.secret) < 16:
             raise UserError("secret must have 16 characters or more")
 
@@ -217,24 +238,30 @@ class Site:
 
     cameras: dict[str, Camera]
     folder: str = "cameras"
-    journal: Positive = 64.0
+    journal: Annotated[float, Range(0.001, 1e6)] = 64.0
     clips: Clips = Clips()
     mqtt: Mqtt | None = None
     webhook: Webhook | None = None
 
     def __post_init__(self) -> None:
-        for name in self.cameras:
-            _check_name(name)
+        for name, camera in self.cameras.items():
+            for zone in camera.zones:
+                if (both := f"{name}_zones_{zone}") in self.cameras:  # one sensor of Home Assistant for two
+                    raise UserError(f"a camera must not be called {both}; that is zone {zone} of {name}")
 
 
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise UserError(f"a name has letters, digits, - and _ only, 48 at most, got {name!r}")
+        raise UserError(f"a name has letters, digits, - and _ only, 48 at most, got {name[:60]!r}")
 
 
 def _check_polygon(polygon: Area, name: str) -> None:
     if len(set(polygon)) < 3:
         raise UserError(f"{name} needs three different points or more, got {len(set(polygon))}")
+    first, *others = sorted(set(polygon))
+    (x, y), far = first, others[-1]  # the two ends, if all lie on one line
+    if all(abs((far[0] - x) * (b - y) - (far[1] - y) * (a - x)) < 1e-9 for a, b in others):
+        raise UserError(f"all points of {name} lie on one line")
 
 
 class Faults(UserError):
@@ -281,10 +308,16 @@ def edit_regions(path: Path, camera: str, regions: Mapping[str, object], names: 
     """
     text = _text_of(path)
     parse_site(text, path.name, names)
+    path = path.resolve()  # a link stays one
     for key, value in regions.items():
         root: Any = yaml.compose(text, yaml.SafeLoader)
-        node = _child(_child(root, "cameras")[1], camera)[1]
+        try:
+            node = _child(_child(root, "cameras")[1], camera)[1]
+        except KeyError:  # it comes from <<, or is no longer there
+            raise UserError(f"{path.name} has no camera {camera} of its own; edit the file") from None
         written = json.dumps(value)
+        if _VARIABLE.search(written):  # whoever draws must not be told what stands in the environment
+            raise UserError(f"{camera}: {key} must not name variables of the environment")
         try:
             key_node, old = _child(node, key)
         except KeyError:
@@ -298,11 +331,16 @@ def edit_regions(path: Path, camera: str, regions: Mapping[str, object], names: 
                 raise UserError(f"{camera}: {key} is shared with others in {path.name}; edit the file")
             text = text[: key_node.end_mark.index] + f": {written}" + text[_end(old) :]
     parse_site(text, path.name, names)
-    write_text(path, text)
+    with written_whole(path) as part:
+        part.touch(0o600)
+        shutil.copymode(path, part)  # there may be passwords in it
+        part.write_text(text, encoding="utf-8")
 
 
 def _text_of(path: Path) -> str:
     try:
+        if path.stat().st_size > _LARGEST:
+            raise UserError(f"{path} has more than {_LARGEST >> 10} KiB; is it a cameras.yaml?")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
@@ -330,24 +368,25 @@ class _Reader:
     def __init__(self) -> None:
         self.faults: list[tuple[int, str]] = []
         self.lines: dict[str, int] = {}  # by dotted name
+        self.hidden: set[int] = set()  # nodes with something from the environment, which no fault may tell
 
     def read(self, text: str) -> Site | None:
         """The site; None with faults."""
-        loader = yaml.SafeLoader(text)
         try:
+            loader = yaml.SafeLoader(text)
             node = loader.get_single_node()
             if not isinstance(node, yaml.MappingNode):
                 self.faults.append((1, "expected options, with `cameras:` at the left"))
                 return None
-            self._prepare(node, set())
+            self._prepare(node, {})
             values = loader.construct_document(node)
         except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that is none
             mark = getattr(error, "problem_mark", None)
-            problem = getattr(error, "problem", None) or error
+            problem = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
+            if found := re.search(r"(alias|anchor|tag) '", problem):  # it may be a password that was not quoted
+                problem = f"{problem[: found.end() - 2]}; text that begins with & * or ! has to stand in quotes"
             self.faults.append((mark.line + 1 if mark else 1, f"not YAML: {problem}"))
             return None
-        finally:
-            loader.dispose()
         self._check(Site, values, node, "")
         return None if self.faults else from_values(Site, values, "")
 
@@ -360,16 +399,32 @@ class _Reader:
                     line = self.lines.get(f"{where}.{name}", self.lines.get(where, 1))
                     self.faults.append((line, f"{where}: unknown class {name!r}; {nearest(name, names)}"))
 
-    def _prepare(self, node: yaml.Node, seen: set[int]) -> None:
-        """Put variables of the environment in their places; names may be there once."""
-        if id(node) in seen:
-            return
-        seen.add(id(node))
+    def _prepare(self, node: yaml.Node, sizes: dict[int, int]) -> int:
+        """Put variables of the environment in their places; names may be there once.
+
+        Args:
+            node: to look through.
+            sizes: of nodes that were looked at, as aliases lead to them again; 0 while their turn lasts.
+
+        Returns:
+            How many values there are in it, with what aliases repeat.
+
+        Raises:
+            YAMLError: there are too many, or without end.
+        """
+        if id(node) in sizes:
+            if not sizes[id(node)]:
+                raise MarkedYAMLError(None, None, "an alias stands in what it repeats", node.start_mark)
+            return sizes[id(node)]
+        size = sizes[id(node)] = 0
         if isinstance(node, yaml.ScalarNode):
             for name in _VARIABLE.findall(node.value):
+                self.hidden.add(id(node))
                 if name not in os.environ:
                     self.faults.append((node.start_mark.line + 1, f"there is no variable {name} in the environment"))
             node.value = _VARIABLE.sub(lambda found: os.environ.get(found[1], ""), node.value)
+            if _CONTROL.search(node.value):
+                self.faults.append((node.start_mark.line + 1, "text with a line break or a control character"))
         else:
             nodes = node.value
             if isinstance(node, yaml.MappingNode):
@@ -377,8 +432,13 @@ class _Reader:
                 keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
                 twice = [key for i, (key, _) in enumerate(node.value) if key.value in keys[:i]]
                 self.faults += [(key.start_mark.line + 1, f"{key.value} is there twice") for key in twice]
-            for child in nodes:
-                self._prepare(child, seen)
+            size = sum(self._prepare(child, sizes) for child in nodes)
+            if any(id(child) in self.hidden for child in nodes):
+                self.hidden.add(id(node))
+        if size > _NODES:
+            raise MarkedYAMLError(None, None, f"more than {_NODES} values, with aliases", node.start_mark)
+        sizes[id(node)] = size + 1
+        return size + 1
 
     def _check(self, hint: Any, value: Any, node: yaml.Node, name: str) -> bool:
         """Whether a value is as its type says; its faults are kept."""
@@ -392,14 +452,25 @@ class _Reader:
                 if records:
                     self._check_record(records[0], value, children, name)
                 else:
+                    kind = get_args(mappings[0])[1]
                     for key, child in children.items():
-                        self._check(get_args(mappings[0])[1], value[key], child, f"{name}.{key}")
+                        if kind in (Camera, Zone, Line):
+                            self._check_name(key, name)
+                        self._check(kind, value[key], child, f"{name}.{key}")
             else:
                 convert(value, hint, name or "it")
         except UserError as error:
             text = str(error)
+            if id(node) in self.hidden or name in ("mqtt.password", "webhook.secret", "webhook.url"):
+                text = text.partition(", got ")[0]
             self.faults.append((line, text if text.startswith(name) else f"{name}: {text}"))
         return len(self.faults) == before
+
+    def _check_name(self, key: str, name: str) -> None:
+        try:
+            _check_name(key)
+        except UserError as error:
+            self.faults.append((self.lines[f"{name}.{key}"], f"{name}: {error}"))
 
     def _check_record(self, kind: Any, value: Mapping[str, Any], children: dict[str, yaml.Node], name: str) -> None:
         hints = get_type_hints(kind, include_extras=True)

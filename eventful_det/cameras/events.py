@@ -221,12 +221,13 @@ class Watcher:
 
     def _counted(self) -> list[Event]:
         """How many objects there are, where that changed; at first in any case, as others may remember an old count."""
-        counts: dict[str | None, Counter[str]] = {place: Counter() for place in (None, *self.camera.zones)}
+        known = dict.fromkeys((None, *self.camera.zones))
+        counts: dict[str | None, Counter[str]] = {place: Counter() for place in (*known, *self._counts)}
         for (_, place), here in self._present.items():
             if here.entered:
                 counts[place][here.label] += 1
-        changed = [place for place in counts if counts[place] != self._counts.get(place)]
-        self._counts = counts
+        changed = [place for place in counts if counts[place] != self._counts.get(place)]  # 0 in a zone that is gone
+        self._counts = {place: counts[place] for place in known}
         return [
             Event(
                 kind="count",

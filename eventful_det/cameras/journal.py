@@ -7,6 +7,7 @@ restarts, and in no memory. What is older than the journal is long is gone, and 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from eventful_det.files import written_whole
 
 _FILES = 8  # that a full journal is made of
 _WAITING = 1000  # events that wait in memory for a full disk
+FULL = (errno.ENOSPC, errno.EDQUOT)  # errors for which old files may go
 _LOG = logging.getLogger(__name__)
 
 
@@ -110,7 +112,7 @@ class Journal:
                 self._write(self._waiting[0])
             except OSError as error:
                 self._discard_file()
-                if self._make_room():
+                if error.errno in FULL and self._make_room():
                     continue
                 if not self._full:
                     _LOG.warning("events cannot be written: %s", error.strerror or error)
@@ -125,13 +127,14 @@ class Journal:
                 self._file.close()
             if self.end - self._start >= self._size:
                 self._start = self.end
+            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
             self._file = self._path(self._start).open("r+b" if self._path(self._start).exists() else "wb", buffering=0)
             self._file.truncate(self.end - self._start)  # half a line of a process that was killed
             self._file.seek(0, os.SEEK_END)
             for start in self._starts()[:-_FILES]:
                 self._path(start).unlink(missing_ok=True)
         if self._file.write(line) != len(line):
-            raise OSError("the disk is full")
+            raise OSError(errno.ENOSPC, "the disk is full")
         self.end += len(line)
 
     def _discard_file(self) -> None:
@@ -142,7 +145,7 @@ class Journal:
             self._file = None
 
     def _starts(self) -> list[int]:
-        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.jsonl"))
+        return sorted(int(path.stem) for path in self.folder.glob("*.jsonl") if path.stem.isdecimal())
 
     def _path(self, start: int) -> Path:
         return self.folder / f"{start:015d}.jsonl"

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from eventful_det.cameras.sinks import MqttSink, Sink, WebhookSink
 from eventful_det.cameras.source import open_camera
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
+from eventful_det.outputs import owned
 from eventful_det.runtime.motion import parse_hold
 from eventful_det.runtime.pool.metrics import StreamMetrics
 from eventful_det.runtime.regions import Polygon
@@ -83,7 +85,9 @@ class CameraService:
             self.library = Library(folder / "clips", self.site.clips)
             self.journal = Journal(folder / "events", int(1e6 * self.site.journal), self.library.make_room)
         except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+            raise UserError(f"cannot write to {error.filename or folder}: {error.strerror or error}") from error
+        self._ours = ExitStack()
+        self._ours.enter_context(owned(folder))  # two processes would mix up their events
         self.sinks: dict[str, Sink] = {}
         self.counts: Counter[tuple[str, Kind]] = Counter()
         self._cameras: dict[str, _Watched] = {}
@@ -112,6 +116,7 @@ class CameraService:
             for sink in self.sinks.values():
                 sink.close()
             self.journal.close()
+            self._ours.close()
 
     def ask_to_reload(self) -> None:
         """Have the file read again soon; may be called by a signal's handler."""
@@ -215,6 +220,8 @@ class CameraService:
             except Faults as error:
                 for fault in error.faults:
                     _LOG.error("%s", fault)
+            except UserError as error:
+                _LOG.error("%s", error)
             except Exception as error:  # whatever it is, the cameras are watched on
                 _LOG.error("%s: %s", type(error).__name__, error)
 
@@ -272,7 +279,10 @@ class CameraService:
             return self._follow(watched, result)
 
         try:
-            source = open_camera(camera.source, watched.recorder.packet, camera.fps)
+            place = camera.source
+            if isinstance(place, str) and os.path.exists(beside := self.path.parent / place):
+                place = str(beside)
+            source = open_camera(place, watched.recorder.packet, camera.fps)
             try:
                 watched.stream = self._runner.add(
                     OpenedSource(source, watcher.name),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import json
 import logging
+import sys
 import threading
 import time
 import urllib.error
@@ -13,15 +15,27 @@ import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote_to_bytes, urlsplit, urlunsplit
 
 from eventful_det.cameras.config import Camera, Mqtt, Webhook
 from eventful_det.cameras.journal import Bookmark, Journal
 from eventful_det.errors import UserError
+from eventful_det.files import JsonObject
 
 _PAUSES = (1.0, 60.0)  # seconds between two attempts: at first, and at most
 _PATIENCE = 10.0  # seconds for a web server to answer
 _IDLE = 1.0  # seconds after which the journal is looked at again
 _LOG = logging.getLogger(__name__)
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer like any other: urllib would ask there by GET, without the event."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Nowhere."""
+
+
+_WEB = urllib.request.build_opener(_NoRedirect)
 
 
 class Refused(Exception):
@@ -56,7 +70,7 @@ class Sink(ABC):
         while self.bookmark.behind and self.error is None and time.monotonic() < deadline:
             time.sleep(0.02)
         self._stopped.set()
-        self._thread.join(_PATIENCE + 1)
+        self._thread.join(seconds)  # one that waits for an answer tells the same event again another time
 
     def configure(self, cameras: Mapping[str, Camera]) -> None:
         """Take note of which cameras there are."""
@@ -74,30 +88,31 @@ class Sink(ABC):
     def _run(self) -> None:
         pause = _PAUSES[0]
         while not self._stopped.is_set():
-            entry = self.bookmark.next()
-            if entry is None:
-                self._journal.wait(_IDLE)
-                continue
             try:
-                self._deliver(entry.line)
-            except Refused as error:
-                self.refused += 1
-                _LOG.warning("%s: an event was refused: %s", self.name, error)
+                entry = self.bookmark.next()
+                if entry is None:
+                    self._journal.wait(_IDLE)
+                    continue
+                try:
+                    self._deliver(entry.line)
+                except Refused as error:
+                    self.refused += 1
+                    _LOG.warning("%s: an event was refused: %s", self.name, error)
+                else:
+                    self.delivered += 1
+                self.bookmark.advance(entry)
             except Exception as error:  # whatever is wrong there, it is tried again
                 if self._stopped.is_set():
                     return
-                if self.error is None:
+                if self.error != str(error):
                     _LOG.warning("%s: %s; trying again", self.name, error)
                 self.error = str(error)
                 self._stopped.wait(pause)
                 pause = min(2 * pause, _PAUSES[1])
                 continue
-            else:
-                self.delivered += 1
             if self.error is not None:
                 _LOG.warning("%s: works again", self.name)
             self.error, pause = None, _PAUSES[0]
-            self.bookmark.advance(entry)
 
 
 class WebhookSink(Sink):
@@ -110,25 +125,41 @@ class WebhookSink(Sink):
 
     def __init__(self, journal: Journal, options: Webhook) -> None:
         super().__init__(journal)
-        self._options = options
+        self._secret, parts = options.secret, urlsplit(options.url)
+        login, _, host = parts.netloc.rpartition("@")
+        self._url, self._headers = urlunsplit(parts._replace(netloc=host)), {"Content-Type": "application/json"}
+        if login:
+            self._headers["Authorization"] = f"Basic {base64.b64encode(unquote_to_bytes(login)).decode()}"
 
     def _deliver(self, line: bytes) -> None:
         stamp = str(int(time.time()))
-        headers = {
-            "Content-Type": "application/json",
-            "X-Eventful-Id": json.loads(line)["id"],
+        headers = self._headers | {
+            "X-Eventful-Id": _read(line)["id"],
             "X-Eventful-Timestamp": stamp,
-            "X-Eventful-Signature": sign(self._options.secret, stamp, line),
+            "X-Eventful-Signature": sign(self._secret, stamp, line),
         }
-        request = urllib.request.Request(self._options.url, line, headers)
+        request = urllib.request.Request(self._url, line, headers)
         try:
-            with urllib.request.urlopen(request, timeout=_PATIENCE):
+            with _WEB.open(request, timeout=_PATIENCE):
                 pass
         except urllib.error.HTTPError as error:
             error.close()
             if 400 <= error.code < 500 and error.code not in (401, 403, 404, 408, 425, 429):
                 raise Refused(f"status {error.code}") from error
             raise OSError(f"status {error.code}") from error
+
+
+def _read(line: bytes) -> JsonObject:
+    """An event of the journal.
+
+    Raises:
+        Refused: a crash or somebody else left something else there.
+    """
+    try:
+        event: JsonObject = json.loads(line)
+        return event | {"id": event["id"], "camera": event["camera"], "kind": event["kind"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused("the journal holds something that is no event") from error
 
 
 def sign(secret: str, stamp: str, body: bytes) -> str:
@@ -170,6 +201,8 @@ class MqttSink(Sink):
         self._client.will_set(self._topic("status"), "offline", 1, retain=True)
         self._client.reconnect_delay_set(1, int(_PAUSES[1] / 2))
         self._client.on_connect = self._on_connect
+        self._client.on_connect_fail = self._on_connect_fail
+        self._why = ""  # there is no connection
 
     def start(self) -> None:
         """Begin to deliver. A broker that is not there yet is called again."""
@@ -196,7 +229,7 @@ class MqttSink(Sink):
             self._publish({**told, **gone})
 
     def _deliver(self, line: bytes) -> None:
-        event = json.loads(line)
+        event = _read(line)
         camera = event["camera"]
         topics = {self._topic(camera, "event"): (line.decode(), False)}
         if event["kind"] in ("online", "offline"):
@@ -214,15 +247,23 @@ class MqttSink(Sink):
     def _publish_surely(self, topic: str, payload: str, retain: bool) -> None:
         """Publish and wait until the broker has it. Where the connection breaks, paho sends it again on the next."""
         if not self._client.is_connected():
-            raise OSError(f"there is no connection to {self._options.host}:{self._options.port}")
+            raise OSError(f"there is no connection to {self._options.host}:{self._options.port}{self._why}")
         message = self._client.publish(topic, payload, 1, retain)
         while not message.is_published():
             if self._stopped.is_set():
                 raise OSError("stopped before the broker answered")
             time.sleep(0.002 if self._client.is_connected() else 0.2)
 
-    def _on_connect(self, *_: Any) -> None:
+    def _on_connect_fail(self, *_: Any) -> None:
+        """Paho calls it while it handles the exception."""
+        error = sys.exception()
+        self._why = f": {getattr(error, 'strerror', None) or error}" if error else ""
+
+    def _on_connect(self, _: Any, __: Any, ___: Any, reason: Any, *____: Any) -> None:
         """Say again what is retained: the broker may have forgotten it."""
+        if reason.is_failure:
+            self._why = f": {reason}"
+            return
         with self._lock:
             standing = dict(self._standing)
         self._publish({self._topic("status"): "online", **standing})

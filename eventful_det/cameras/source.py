@@ -19,6 +19,7 @@ from eventful_det.data.video.live import CapturedFrame, Connection, LiveSource
 from eventful_det.errors import UserError
 from eventful_det.serving.playback import Playback
 
+_SLOWEST = 1e-4  # frames per second; nobody can wait for much longer
 Tap = Callable[["Packet[VideoStream]"], None]
 
 
@@ -49,6 +50,7 @@ class Thinned(VideoSource):
     live = True
 
     def __init__(self, source: VideoSource, rate: float) -> None:
+        rate = max(rate, _SLOWEST)
         super().__init__(source.name, min(rate, source.fps or rate))
         self._source, self._period = source, 1 / rate
         self._closed = threading.Event()

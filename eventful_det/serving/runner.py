@@ -94,7 +94,8 @@ class PoolRunner:
         Args:
             opened: the stream.
             short_side, hold, options: its own, see `StreamPool.add`.
-            follow: works over its results in place of the usual followers; its objects have ids.
+            follow: works over its results in place of the usual followers; its objects have ids. Such a stream always
+                has room: the server was started for it.
 
         Returns:
             Its unique name.
@@ -109,7 +110,8 @@ class PoolRunner:
             followers = [follow]
         tracked = follow is not None
         with self.lock:
-            self.check_room()
+            if follow is None:
+                self.check_room()
             numbered = (f"{opened.name}-{i}" for i in itertools.count(2))
             free = next(n for n in itertools.chain([opened.name], numbered) if n not in self.views)
             name = self.pool.add(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from servers import HEIGHT, WIDTH, Server, why_not
 
 from eventful_det.cameras.clips import Library, Recorder
 from eventful_det.cameras.config import Clips
+from eventful_det.cameras.events import Event
+from eventful_det.cameras.journal import Journal
 from eventful_det.cameras.source import open_camera
 from eventful_det.data.video.decoder import Decoder
 from eventful_det.data.video.writer import VideoWriter
@@ -213,3 +216,70 @@ def test_the_clip_of_a_camera_plays_even_if_that_dies(kind: str, tmp_path: Path)
             assert container.streams.video[0].codec_context.name == "h264"
             frames = [one.to_ndarray(format="rgb24") for one in container.decode(video=0)]
         assert len(frames) > 25 and frames[0].shape == (HEIGHT, WIDTH, 3)
+
+
+def test_recording_that_is_turned_off_and_on_begins_anew(film: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    recorder, now = Recorder(Library(tmp_path, Clips(before=1.0, after=1.0)), "gate"), 1000.0
+    monkeypatch.setattr("eventful_det.cameras.clips.time.monotonic", lambda: now)
+    decoder, clips = Decoder(str(film)), []
+    decoder.tap = recorder.packet
+    for count, _ in enumerate(decoder.read(lambda *_: None), 1):
+        now += 0.1
+        recorder.frame(np.zeros((64, 96, 3), np.uint8))
+        recorder.on = not 20 < count < 40
+        if count in (19, 45):
+            clips.append(recorder.trigger())
+    recorder.close()
+    decoder.close()
+    first, second = (greys(tmp_path / clip) for clip in clips)
+    assert first[-1] < 30 and second[0] >= 39, "nothing of the time in between"
+    assert second[:-3] == list(range(second[0], second[0] + len(second) - 3)), "copied; nothing else is in it"
+
+
+def test_only_a_full_disk_costs_old_clips(tmp_path: Path, monkeypatch: Any) -> None:
+    library = Library(tmp_path, Clips())
+    old = old_clip(tmp_path, "c", 1)
+    journal = Journal(tmp_path / "events", 10**6, library.make_room)
+    monkeypatch.setattr(journal, "_path", lambda _: tmp_path)  # a folder
+    journal.append(Event(kind="online", camera="gate"))
+    (tmp_path / "yard").write_text("no folder")
+    recorder = Recorder(library, "yard")
+    recorder.snapshot(b"jpeg")
+    clip = recorder.trigger()
+    recorder.frame(np.zeros((64, 96, 3), np.uint8))
+    recorder.close()
+    assert old.exists() and library.lost == 2 and not (tmp_path / clip).exists()
+
+
+def test_a_clock_that_goes_back_overwrites_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    class Stopped:
+        @staticmethod
+        def now(_: Any) -> datetime:
+            return datetime(2026, 1, 1)
+
+    monkeypatch.setattr("eventful_det.cameras.clips.datetime", Stopped)
+    recorder = Recorder(Library(tmp_path, Clips()), "gate")
+    assert (tmp_path / recorder.snapshot(b"one")).read_bytes() == b"one"
+    recorder.snapshot(b"two")
+    assert sorted(path.read_bytes() for path in tmp_path.rglob("*.jpg")) == [b"one", b"two"]
+
+
+def test_a_camera_whose_clock_and_size_change_stays_in_its_clip(tmp_path: Path, monkeypatch: Any) -> None:
+    parts = []
+    for first, (height, width) in ((0, (64, 96)), (20, (96, 128))):
+        path = tmp_path / f"{first}.ts"
+        with av.open(str(path), "w", format="mpegts") as container:
+            stream = container.add_stream("libx264", rate=10, options={"g": "10", "bf": "0"})
+            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+            for i in range(first, first + 20):
+                grey = np.full((height, width, 3), 40 + 3 * i, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+            container.mux(stream.encode(None))
+        parts.append(path.read_bytes())
+    film = tmp_path / "film.ts"  # its second half begins at 0 again
+    film.write_bytes(b"".join(parts))
+    clip = play(film, Recorder(Library(tmp_path, Clips(before=1.0, after=60.0)), "gate"), monkeypatch, 5)
+    seen = greys(tmp_path / clip)
+    assert abs(seen[-1] - 39) <= 1 and len(seen) == 40 - seen[0]
+    with av.open(str(tmp_path / clip)) as container:
+        assert container.duration is not None and abs(container.duration / 1e6 - len(seen) / 10) < 0.5

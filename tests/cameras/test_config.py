@@ -22,7 +22,7 @@ cameras:
     lines:
       door: {start: [0, 0], end: [1, 1]}
   yard: {source: 0}
-mqtt: {host: localhost, password: "${GATE_PASSWORD}"}
+mqtt: {host: localhost, user: me, password: "${GATE_PASSWORD}"}
 """
 
 
@@ -116,6 +116,20 @@ def test_classes_that_the_detector_does_not_know(tmp_path: Path) -> None:
         ("cameras: {a: {source: 0, lines: {x: {start: [0, 0], end: [0, 0]}}}}", "two points"),
         ("cameras: {a: {source: 0}}\nmqtt: {host: h, prefix: 'a/#'}", "prefix must be a topic"),
         ("cameras: {a: {source: 0}}\nwebhook: {url: 'http://x', secret: short}", "16 characters"),
+        ("cameras: {a: {source: ''}}", "source must not be empty"),
+        (
+            "cameras: {a: {source: 0, zones: {b: {polygon: [[0, 0], [1, 0], [1, 1]]}}}, a_zones_b: {source: 1}}",
+            "must not be called a_zones_b",
+        ),
+        ("cameras: {a: {source: 0, masks: [[[0, 0], [0.5, 0.5], [1, 1]]]}}", "on one line"),
+        ("cameras: {a\0: {source: 0}}", "not YAML: special characters are not allowed"),
+        ('cameras: {a: {source: 0}}\nfolder: "a\\0b"', "control character"),
+        ("cameras: {a: {source: 0}}\nmqtt: {host: ''}", "host must be"),
+        ("cameras: {a: {source: 0}}\nmqtt: {host: a..b}", "host must be"),
+        ("cameras: {a: {source: 0}}\nmqtt: {host: h, password: x}", "give user"),
+        ("cameras: {a: {source: 0}}\nwebhook: {url: 'http://x:y/', secret: 0123456789abcdef}", "url must name a host"),
+        ("cameras: {a: {source: 0}}\njournal: 1.0e+308", "journal must be"),
+        ("cameras: &all {a: *all}", "not YAML: an alias stands in what it repeats"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, text: str, fault: str) -> None:
@@ -173,7 +187,60 @@ def test_what_cannot_be_exchanged_leaves_the_file_as_it_is(tmp_path: Path) -> No
         edit_regions(path, "a", {"masks": []})
     with pytest.raises(Faults, match="three different points"):
         edit_regions(path, "a", {"zones": {"z": {"polygon": ((0, 0), (1, 1))}}})
+    with pytest.raises(UserError, match="must not name variables"):
+        edit_regions(path, "a", {"zones": {"${PATH}": {"polygon": ((0, 0), (1, 0), (1, 1))}}})
     assert path.read_text() == text
     merged = "cameras:\n  a: &a {source: 0}\n  b:\n    <<: *a\n    source: 1\n"
     edit_regions(write(tmp_path, merged), "b", {"masks": []})
     assert read_site(path).cameras["b"] == Camera(source=1)
+
+
+def test_aliases_cannot_blow_a_file_up(tmp_path: Path) -> None:
+    value = "&a0 [x, x, x, x, x, x, x, x, x, x]"
+    for i in range(1, 12):
+        value = f"&a{i} [{value}{f', *a{i - 1}' * 9}]"
+    (line,) = faults(tmp_path, f"cameras:\n  a: {{source: 0, fps: {value}}}\n")
+    assert line.startswith("cameras.yaml:2: not YAML: more than")
+    path = write(tmp_path, "#" * (2**18 + 1))
+    with pytest.raises(UserError, match="more than 256 KiB"):
+        read_site(path)
+
+
+def test_every_bad_name_is_told_where_it_stands(tmp_path: Path) -> None:
+    zone = "{polygon: [[0, 0], [1, 0], [1, 1]]}"
+    found = faults(
+        tmp_path, f"cameras:\n  a/b: {{source: 0}}\n  ä: {{source: 0}}\n  c: {{source: 0, zones: {{x y: {zone}}}}}\n"
+    )
+    assert [line.split(": a name")[0] for line in found] == [
+        "cameras.yaml:2: cameras",
+        "cameras.yaml:3: cameras",
+        "cameras.yaml:4: cameras.c.zones",
+    ]
+
+
+@pytest.mark.parametrize(
+    "value", ["12345678", "[hunter12345678]", "*hunter12345678", "!hunter12345678", "&hunter12345678 [x]"]
+)
+@pytest.mark.parametrize("option", ["mqtt:\n  host: h\n  user: me\n  password", "webhook:\n  url: http://x\n  secret"])
+def test_faults_tell_no_secret(tmp_path: Path, option: str, value: str) -> None:
+    (line,) = faults(tmp_path, f"cameras: {{}}\n{option}: {value}\n")
+    assert line.startswith("cameras.yaml:") and "12345678" not in line
+
+
+def test_an_edited_file_keeps_its_mode_and_its_link(tmp_path: Path) -> None:
+    path, link = write(tmp_path, "cameras:\n  a: {source: 0}\n  b: {<<: {source: 1}}\n"), tmp_path / "link.yaml"
+    path.chmod(0o600)
+    link.symlink_to(path)
+    edit_regions(link, "a", {"masks": [((0, 0), (1, 0), (1, 1))]})
+    assert link.is_symlink() and len(read_site(path).cameras["a"].masks) == 1
+    assert path.stat().st_mode & 0o777 == 0o600, "it may hold passwords"
+    merged = "cameras:\n  <<: {a: {source: 0}}\n"
+    with pytest.raises(UserError, match="no camera a of its own"):
+        edit_regions(write(tmp_path, merged), "a", {"masks": []})
+
+
+def test_faults_tell_nothing_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATE", "hunter12345678")
+    text = "cameras: {a: {source: 0, fps: '${GATE}', masks: [[['${GATE}', 0], [1, 0], [1, 1]]], hold: '${GATE}'}}\n"
+    found = faults(tmp_path, text + "mqtt: {host: h, port: '${GATE}', prefix: '#${GATE}'}\n")
+    assert len(found) == 4 and "hunter" not in " ".join(found)

@@ -186,3 +186,12 @@ def test_a_slow_machine_has_to_look_before_somebody_has_left() -> None:
     assert film.told() == [("enter", None, "car"), ("stay", None, "car")]
     film.show()
     assert film.told("leave")
+
+
+def test_a_zone_that_is_taken_away_is_empty() -> None:
+    film = Film(zones={"drive": Zone(polygon=RIGHT)})
+    film.show((1, "car", 0.9, 150, 50), times=3)
+    film.events.clear()
+    film.watcher.camera = Camera(source=0)
+    film.show((1, "car", 0.9, 150, 50), times=3)
+    assert [(e.zone, e.count) for e in film.events if e.kind == "count"] == [("drive", 0)]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,3 +152,23 @@ def test_what_cannot_be_had_is_told_at_the_start(tiny_detector: Detector, tmp_pa
     path.write_text("cameras: {}\nfolder: /proc/none")
     with pytest.raises(UserError, match="cannot write to /proc/none"):
         CameraService(path, PoolRunner(StreamPool(tiny_detector)), tiny_detector.names)
+
+
+def test_two_servers_do_not_share_a_folder(tiny_detector: Detector, tmp_path: Path, film: Path) -> None:
+    other = (
+        "import sys; from pathlib import Path; from eventful_det.outputs import owned\n"
+        "with owned(Path(sys.argv[1])): pass"
+    )
+    with running(tiny_detector, tmp_path, film, "cameras: {}\n"):
+        ended = subprocess.run([sys.executable, "-c", other, tmp_path / "cameras"], capture_output=True, text=True)
+        assert ended.returncode and "is in use by process" in ended.stderr
+    assert subprocess.run([sys.executable, "-c", other, tmp_path / "cameras"], check=True)
+
+
+def test_a_file_beside_the_cameras_is_a_source(tiny_detector: Detector, tmp_path: Path, film: Path) -> None:
+    shutil.copy(film, tmp_path / "beside.mp4")
+    with running(tiny_detector, tmp_path, film, "cameras: {gate: {source: beside.mp4}}\n") as site:
+        wait(lambda: site.frames("gate"))
+        site.runner.max_streams = 1
+        site.write("cameras:\n  gate: {source: beside.mp4}\n  yard: {source: FILM}\n")
+        wait(lambda: "yard" in site.runner.pool.names)  # others may not take the room of a camera

@@ -217,3 +217,51 @@ def test_a_full_disk_makes_events_wait_and_old_clips_go(tmp_path: Path, monkeypa
     full.clear()
     journal.flush()
     assert sum(len(path.read_bytes().splitlines()) for path in tmp_path.glob("*.jsonl")) == 1001
+
+
+def test_what_is_no_event_does_not_stop_the_others(tmp_path: Path) -> None:
+    (tmp_path / "2026-notes.jsonl").write_text("of somebody else\n")
+    journal = Journal(tmp_path, 10**6)
+    happen(journal, 1)
+    journal.close()
+    (path,) = tmp_path.glob("0*.jsonl")
+    path.write_bytes(path.read_bytes() + b"\0\0\0\n[1]\n")  # as after a power cut
+    (tmp_path / "webhook.offset").write_text("0")
+    with receiver([]) as (url, got):
+        sink = WebhookSink(journal := Journal(tmp_path, 10**6), Webhook(url=url, secret=SECRET))
+        sink.start()
+        happen(journal, 1)
+        wait(lambda: not sink.bookmark.behind)
+        sink.close()
+    assert len(got) == sink.delivered == 2 and sink.refused == 2
+
+
+def test_a_redirect_is_not_followed_and_a_user_is_told(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eventful_det.cameras.sinks._PAUSES", (0.05, 0.1))
+    with receiver([302, 307]) as (url, got):
+        sink = WebhookSink(journal, Webhook(url=url.replace("://", "://me:p%40ss@"), secret=SECRET))
+        sink.start()
+        happen(journal, 1)
+        wait(lambda: not sink.bookmark.behind)
+        sink.close()
+    assert [headers["Authorization"] for headers, _ in got] == ["Basic bWU6cEBzcw=="] * 3
+    assert sink.delivered == 1
+
+
+@pytest.mark.parametrize("reason", ["Not authorized", "Connection refused"])
+def test_why_there_is_no_broker_is_told(
+    tmp_path: Path, journal: Journal, caplog: pytest.LogCaptureFixture, reason: str
+) -> None:
+    broker = Broker(tmp_path)
+    broker._config.write_text(broker._config.read_text().replace("anonymous true", "anonymous false"))
+    if reason == "Not authorized":
+        broker.start()
+    sink = MqttSink(journal, Mqtt(host="127.0.0.1", port=broker.port, user="me", password="of nobody"))
+    sink.configure({"gate": CAMERA})
+    sink.start()
+    happen(journal, 1)
+    wait(lambda: reason in caplog.text)
+    assert not sink._client._out_messages, "nothing is kept for a broker that does not let us in"
+    assert "of nobody" not in caplog.text
+    sink.close()
+    broker.kill()
