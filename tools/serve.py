@@ -28,8 +28,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import actions
 from common import AnyDetector, Side, Texts, as_list, build_gate, choose_device, console, open_detector
 
-from eventful_det.cameras.config import read_site
 from eventful_det.cameras.service import CameraService
+from eventful_det.cameras.site_file import read_site
 from eventful_det.data.classes import SYNTHETIC_SHAPES
 from eventful_det.errors import UserError, printable
 from eventful_det.gating.dense import Dense

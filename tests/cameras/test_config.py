@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from eventful_det.cameras.config import Camera, Faults, Limits, Zone, edit_regions, read_site
+from eventful_det.cameras.config import Camera, Limits, Zone
+from eventful_det.cameras.site_file import Faults, edit_regions, read_site
 from eventful_det.errors import UserError
 
 GOOD = """

@@ -8,7 +8,8 @@ from pathlib import Path
 import yaml
 from running import ROOT, options_of
 
-from eventful_det.cameras.config import Site, read_site
+from eventful_det.cameras.config import Site
+from eventful_det.cameras.site_file import read_site
 
 DOCKER = ROOT / "docker"
 

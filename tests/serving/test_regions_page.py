@@ -11,8 +11,8 @@ import pytest
 import served
 from test_page import Keys, Page, page, pytestmark, webdriver  # noqa: F401
 
-from eventful_det.cameras.config import read_site
 from eventful_det.cameras.service import CameraService
+from eventful_det.cameras.site_file import read_site
 from eventful_det.detectors.vitdet.detector import Detector
 
 
