@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any
 
 from eventful_det.data.video import Source, open_source
-from eventful_det.detectors.protocol import Network
 from eventful_det.gating.rules import DEFAULT_RULE, AnyRule
 from eventful_det.gating.selector import Budget, Selector
-from eventful_det.recognition.results import RecogniserStream, RecognitionStep
-from eventful_det.recognition.session import RecognitionResult, RecognitionSession
+from eventful_det.recognition.session import RecognitionResult
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.control import Budgeted, NetworkStepper
-from eventful_det.runtime.session import StreamOptions
-
-
-class StreamingRecogniser(Network[RecogniserStream, RecognitionStep], Protocol):
-    """What a stream knows of a recogniser."""
-
-    @property
-    def selector(self) -> Selector:
-        """What is selected unless it is told."""
-
-    def session(self, *, name: str, scene_cuts: bool, options: StreamOptions | None = None) -> RecognitionSession:
-        """One for a stream."""
+from eventful_det.runtime.session import KeyFrame, OpensSessions
 
 
 class RecognitionStream(Budgeted, Iterator[RecognitionResult]):
@@ -50,7 +37,7 @@ class RecognitionStream(Budgeted, Iterator[RecognitionResult]):
 
     def __init__(
         self,
-        recogniser: StreamingRecogniser,
+        recogniser: OpensSessions[RecognitionResult],
         source: Source,
         *,
         budget: Budget | Selector = None,
@@ -61,7 +48,7 @@ class RecognitionStream(Budgeted, Iterator[RecognitionResult]):
         timing: bool = False,
     ) -> None:
         self.rule, self.max_steps = rule, max_steps
-        self._stepper: NetworkStepper[RecogniserStream, RecognitionStep, RecognitionResult] = NetworkStepper(
+        self._stepper: NetworkStepper[Any, Any, RecognitionResult] = NetworkStepper(
             recogniser, rule=rule, budget=budget, options=options, timing=timing, default=recogniser.selector
         )
         self._source = open_source(source)
@@ -77,11 +64,13 @@ class RecognitionStream(Budgeted, Iterator[RecognitionResult]):
     def __next__(self) -> RecognitionResult:
         if self.max_steps is None or self._steps < self.max_steps:
             for frame in self._frames:
-                key = self._session.begin(frame, dropped=self._source.dropped)
-                if key is not None:
-                    self._steps += 1
-                    (result,) = self._stepper.step([(self._session, key)])
-                    return result
+                result = self._session.begin(frame, dropped=self._source.dropped)
+                if result is None:
+                    continue
+                self._steps += 1
+                if isinstance(result, KeyFrame):
+                    (result,) = self._stepper.step([(self._session, result)])
+                return result
         self.close()
         raise StopIteration
 

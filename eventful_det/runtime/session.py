@@ -192,7 +192,7 @@ class OpensSessions(Network[Any, Any], Protocol[R_co]):
     def selector(self) -> Selector:
         """What is selected unless it is told."""
 
-    def session(self, *, name: str, scene_cuts: bool, options: StreamOptions | None) -> AnySession[R_co]:
+    def session(self, *, name: str, scene_cuts: bool, options: StreamOptions | None = None) -> AnySession[R_co]:
         """One for a stream; see `StreamSession`."""
 
 
