@@ -123,6 +123,7 @@ def evaluate(
     max_clips: int | None = None,
     hold: int = 1,
     views: Literal["shared", "separate", "both"] = "shared",
+    kept: Path | None = None,
 ) -> dict[str, Any]:
     """Accuracy, multiply-adds and time of one rule, or of all ways of a sweep; returns what `results.json` holds.
 
@@ -134,6 +135,7 @@ def evaluate(
         max_clips: look at so many, evenly spread.
         hold: of the one rule, see `recognise`.
         views: whether temporal views share tubelets.
+        kept: see `evaluate_clips`.
     """
     segments = read_segments(data.val, data, recogniser.config.classes)
     count = len(segments) if max_clips is None else min(max_clips, len(segments))
@@ -146,7 +148,7 @@ def evaluate(
         for shared in kinds:
             ways = [Way("rule", *gate, shared, hold)] if gate else list(sweep_ways(shared=shared, steps=steps))
             clips = read_clips(items, recogniser.config, shared)
-            evaluations += evaluate_clips(recogniser, clips, ways, lambda _: progress.advance(task))
+            evaluations += evaluate_clips(recogniser, clips, ways, lambda _: progress.advance(task), kept)
     rows = [row_of(evaluation, evaluations[0]) for evaluation in evaluations]
     text = table_of(rows)
     write_text(directory / "accuracy.md", text)

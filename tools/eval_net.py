@@ -21,6 +21,7 @@ sweep.json, sweep.md, sweep.png and sweep.pdf; or latency_aware.md.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 import sys
@@ -63,7 +64,7 @@ from eventful_det.evaluation.flushes import ap50_since_flush
 from eventful_det.evaluation.latency_aware import Look, cnn_look, detector_look, latency_aware, markdown
 from eventful_det.evaluation.sweep import collect, complete, first, report
 from eventful_det.evaluation.sweep.runs import Method, MethodRun
-from eventful_det.evaluation.sweep.store import ResultStore, file_hash
+from eventful_det.evaluation.sweep.store import ResultStore, code_hash, file_hash
 from eventful_det.evaluation.sweep.summary import Row, jsonable, row_of
 from eventful_det.files import written_whole
 from eventful_det.options import Count, Natural
@@ -315,11 +316,13 @@ def evaluate_recogniser(config: Options) -> None:
     directory, weights = Path(config.output), config.weights or actions.DEFAULT
     gate = None if config.eval.curves is not None else actions.own_gate(build_gate(config.gate))
     recogniser = load_recogniser(weights, temporal_views=config.temporal_views).to(choose_device(config.device))
+    about = {"weights": weights, "data": config.data.val, "threads": torch.get_num_threads()}
+    same = repr((about, weights_hash(weights), code_hash(), recogniser.device, config.temporal_views))
     options: dict[str, Any] = {"max_clips": config.max_videos, "hold": config.eval.hold, "views": config.views}
-    about = {"command": command(), "weights": weights, "data": config.data.val, "threads": torch.get_num_threads()}
+    options["kept"] = directory / "clips" / hashlib.sha256(same.encode()).hexdigest()[:12]
     with owned(directory):
         results = actions.evaluate(recogniser, config.data, gate, directory, **options)
-        write_results(directory, about | results)
+        write_results(directory, {"command": command(), **about, **results})
 
 
 def report_results(
