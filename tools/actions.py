@@ -322,8 +322,7 @@ def convert(
     found = read_recogniser(path)
     recogniser = load_recogniser(path)
     if output.suffix == ".safetensors":
-        kept = {key: value for key, value in found.notes.items() if key not in ("format", "config")}
-        save_recogniser(recogniser, output, dtype or torch.float16, {**kept, **notes})
+        save_recogniser(recogniser, output, dtype or torch.float16, {**found.notes, **notes})
     elif dtype not in (None, torch.float32) or notes:
         raise UserError(f"{output}: dtype and notes are for .safetensors; others hold float32 alone")
     else:

@@ -178,7 +178,8 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
     runs = [evaluate_clips(of, read_clips(segments.items, of.config), ways, kept=kept) for of in (first, other)]
     for whole, later in zip(*runs, strict=True):  # nothing runs anew: the other recogniser was not asked
         assert (whole.times, whole.gmacs, whole.accuracy) == (later.times, later.gmacs, later.accuracy)
-        assert all(torch.equal(a.scores["verb"], b.scores["verb"]) for a, b in zip(whole.scored, later.scored, strict=True))
+        for a, b in zip(whole.scored, later.scored, strict=True):
+            assert a.scores["verb"].equal(b.scores["verb"])
     video(tmp_path / "take" / "a.mp4", 11, 10)
     changed = evaluate_clips(other, read_clips(segments.items, other.config), ways, kept=kept)
     assert changed[0].times[0] != runs[1][0].times[0] and changed[0].times[1] == runs[1][0].times[1]
