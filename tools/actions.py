@@ -13,10 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from common import Data, Gate, console, say, warn
-from rich import box
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from common import Data, Gate, progress_bar, say, show_table, warn
 
 from eventful_det.benchmark.timing import paired_ratios, time_together
 from eventful_det.detectors.checkpoints.weight_files import find_weights
@@ -60,7 +57,6 @@ MODELS = {"vivit_tiny": vivit_tiny, "vivit_b_epic": vivit_b_epic, "vivit_b_k400"
 DEFAULT = "vivit_tiny_synthetic"  # shipped weights
 _GROUPS = 20  # participants that are told apart
 _STEPS = {"vivit_b_epic": (50, 100, 200), "vivit_b_k400": (24, 48, 96)}  # tokens of the paper's tables
-_COLUMNS = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,22 +139,22 @@ def evaluate(
     kinds = [True, False] if views == "both" else [views == "shared"]
     steps = recogniser.config.steps
     evaluations: list[Evaluation] = []
-    with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("clips", total=count * len(kinds))
         for shared in kinds:
             ways = [Way("rule", *gate, shared, hold)] if gate else list(sweep_ways(shared=shared, steps=steps))
             clips = read_clips(items, recogniser.config, shared)
             evaluations += evaluate_clips(recogniser, clips, ways, lambda _: progress.advance(task), kept)
     rows = [row_of(evaluation, evaluations[0]) for evaluation in evaluations]
-    text = table_of(rows)
-    write_text(directory / "accuracy.md", text)
+    cells = cells_of(rows)
+    write_text(directory / "accuracy.md", markdown_table(cells, left=len(rows[0])))
     with written_whole(directory / "accuracy.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     if {"verb", "noun"} <= recogniser.config.classes.keys() and gate is not None:
         write_submission(directory / "test.json", evaluations[0].scored)
-    show_table(text)
+    show_table(cells)
     failed = evaluations[0].failed
     if failed:
         warn(f"{len(failed)} clips could not be read. The first: {next(iter(failed.values()))}")
@@ -185,23 +181,14 @@ def row_of(evaluation: Evaluation, dense: Evaluation) -> dict[str, Any]:
     }
 
 
-def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table."""
+def cells_of(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Rows as lines of text, the header first."""
     header = list(rows[0])
-    return markdown_table(header, [[_text(row[name]) for name in header] for row in rows], left=len(header))
+    return [header, *([_text(row[name]) for name in header] for row in rows)]
 
 
 def _text(value: object) -> str:
     return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def show_table(text: str) -> None:
-    """Print a Markdown table."""
-    header, _, *lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines()]
-    table = Table(*header, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
 
 
 # Training
@@ -250,7 +237,7 @@ def train(config: TrainingConfig, directory: Path, device: torch.device) -> dict
     else:
         samples = VideoClips(recogniser, segments, train.seed)
     settings = RecogniserOptions(**asdict(train), frozen=options.frozen, smoothing=options.smoothing)
-    with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("training", total=train.steps)
 
         def show(step: int, metrics: dict[str, float]) -> None:
@@ -275,7 +262,7 @@ def cache(
 ) -> None:
     """The spatial outputs of all clips, gated; those of an interrupted run are kept."""
     ways = gated_ways(options.budgets)
-    with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("spatial outputs", total=options.clips if segments is None else len(segments))
 
         def show(done: int) -> None:

@@ -21,9 +21,7 @@ from typing import Any
 import torch
 from benchmark_cases import Case, EngineName, Options, cases_of
 from benchmark_methods import build_detector, make_frames, selector_of
-from common import console, say, write_results
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from common import say, show_table, write_results
 from torch import Tensor
 
 from eventful_det.benchmark.timing import Timed, paired_ratios, time_together
@@ -209,8 +207,7 @@ def markdown(about: dict[str, Any], cases: Sequence[dict[str, Any]]) -> str:
         f"`{about['command']}`\n\n{about['machine']}; {about['repetitions']} repetitions. {NOTE} * the fastest dense.\n"
     )
     for case in cases:
-        header, *lines = lines_of(case)
-        text += f"\n## {case['name']}\n\n" + markdown_table(header, lines, left=2)
+        text += f"\n## {case['name']}\n\n" + markdown_table(lines_of(case), left=2)
     return text
 
 
@@ -240,13 +237,7 @@ def bench_engines(config: Options, about: dict[str, Any]) -> None:
 
 def show(case: dict[str, Any]) -> None:
     """Print a case, as much of it as fits on a terminal."""
-    header, *lines = ([line[1], line[0], *line[3:8]] for line in lines_of(case))
-    printed = Table(title=case["name"], box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    for i, title in enumerate(header):
-        printed.add_column(title, justify="right" if i > 1 else "left", no_wrap=True)
-    for line in lines:
-        printed.add_row(*line)
-    console.print(printed)
+    show_table(([line[1], line[0], *line[3:8]] for line in lines_of(case)), case["name"], left=2)
 
 
 def _cpu() -> str:

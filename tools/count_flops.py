@@ -23,9 +23,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import actions
 import torch
-from common import command, console, say, write_results
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from common import command, console, say, show_table, write_results
 
 from eventful_det.data.video.transforms import fit_size
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
@@ -298,22 +296,17 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the tables."""
-    for title, (header, *lines) in tables(rows):
-        table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
-        for i, column in enumerate(header):
-            table.add_column(column, justify="right" if i else "left", no_wrap=True)
-        for line in lines:
-            table.add_row(*line)
-        console.print(table)
+    for title, lines in tables(rows):
+        show_table(lines, title)
     console.print(*notes(rows), sep="\n")
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The tables as Markdown."""
     text = f"`{command()}`\n\n{' '.join(notes(rows))}\n"
-    for title, (header, *lines) in tables(rows):
+    for title, lines in tables(rows):
         text += f"\n## {title}\n\n"
-        text += markdown_table(header, [[cell.strip() for cell in line] for line in lines])
+        text += markdown_table([cell.strip() for cell in line] for line in lines)
     return text
 
 
@@ -333,7 +326,7 @@ def count_recognisers(options: Options) -> None:
     with owned(Path(options.output)):
         write_results(Path(options.output), {"command": command(), "rows": rows})
     for _, group in itertools.groupby(rows, lambda row: row["model"]):
-        actions.show_table(actions.table_of(list(group)))
+        show_table(actions.cells_of(list(group)))
     say("GMACs as the official code counts them: of a step, of a clip with all views, and where views share tubelets.")
 
 

@@ -36,19 +36,22 @@ from typing import Any, Literal
 import actions
 import torch
 import torch.distributed as dist
-from common import AnyDetector, Data, as_list, build_gate, choose_device, command, console, say, warn, write_results
-from eval_methods import EvalOptions, chosen, sweep_methods
-from rich import box
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    track,
+from common import (
+    AnyDetector,
+    Data,
+    as_list,
+    build_gate,
+    choose_device,
+    command,
+    console,
+    progress_bar,
+    say,
+    show_table,
+    warn,
+    write_results,
 )
-from rich.table import Table
+from eval_methods import EvalOptions, chosen, sweep_methods
+from rich.progress import track
 
 from eventful_det.data.coco_video import CocoVideo, load_coco_video
 from eventful_det.data.labelling.remap import for_classes
@@ -118,9 +121,9 @@ def evaluate_single(config: Options, detector: AnyDetector, data: CocoVideo, dir
     scores = run.scores()
     row = row_of(run)
     write_json(directory / "coco_results.json", run.results, indent=None)
-    _show([list(line) for line in zip(*report.table([row]), strict=True) if line[1] != "-"])
+    show_table([list(line) for line in zip(*report.table([row]), strict=True) if line[1] != "-"])
     lines = [[n, report.percent(ap, 1), str(scores.objects_by_class[n])] for n, ap in scores.ap50_by_class.items()]
-    _show([["class", "AP50", "objects"], *lines])
+    show_table([["class", "AP50", "objects"], *lines])
     common = scores.ap50_of_common(ENOUGH)
     say(f"AP50 {report.percent(common, 1)} over the classes with {ENOUGH} or more objects")
     return {
@@ -162,7 +165,7 @@ def evaluate_sweep(config: Options, detector: AnyDetector, data: CocoVideo, dire
         with written_whole(directory / f"sweep.{suffix}") as part:
             report.plot(rows, part, title)
     header, *lines = report.table(rows)
-    _show([list(TERMINAL), *([line[header.index(name)] for name in TERMINAL] for line in lines)])
+    show_table([list(TERMINAL), *([line[header.index(name)] for name in TERMINAL] for line in lines)])
     say(f"plot: {directory / 'sweep.png'}")
     return {"rows": rows, "skipped": _skipped(skipped)}
 
@@ -209,8 +212,7 @@ def complete_all(config: Options, detector: AnyDetector, data: CocoVideo, method
     workers = config.workers if config.workers is not None else 0 if detector.device.type == "cpu" else READERS
     options: dict[str, Any] = {"streams": config.streams, "workers": workers, "scene_cuts": config.scene_cuts}
     frames = sum(len(video.frames) for video in own.videos)
-    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()]
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=rank > 0) as progress:
+    with progress_bar(disable=rank > 0) as progress:
         task = progress.add_task("warming up", total=frames * len(methods))
 
         def advance(method: Method) -> None:
@@ -260,16 +262,6 @@ def _skipped(skipped: dict[int, str]) -> dict[str, Any]:
         first_of_all = next(iter(skipped.values()))
         warn(f"{len(skipped)} frames could not be read; they are in no number. The first: {first_of_all}")
     return {"frames": len(skipped), "reasons": list(skipped.values())[:REASONS]}
-
-
-def _show(cells: list[list[str]]) -> None:
-    header, *lines = cells
-    table = Table(*header, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
 
 
 def load_data(config: Options) -> CocoVideo:
