@@ -28,7 +28,7 @@ from eventful_det.gating.selector import DEFAULT as SELECTOR
 from eventful_det.gating.selector import Selector, TopK
 from eventful_det.options import Count, Natural, NonNegative, Share, from_values, nearest
 from eventful_det.outputs import markdown_table, write_text
-from eventful_det.recognition.accuracy import accuracy, unseen, write_submission
+from eventful_det.recognition.accuracy import Among, accuracy, per_class, tail, unseen, write_submission
 from eventful_det.recognition.checkpoints import (
     is_recogniser,
     load_recogniser,
@@ -40,7 +40,7 @@ from eventful_det.recognition.checkpoints import (
 )
 from eventful_det.recognition.config import RecogniserConfig, vivit_b_epic, vivit_b_k400, vivit_tiny
 from eventful_det.recognition.data.clip_reader import read_clips
-from eventful_det.recognition.data.segments import Segments, read_epic, read_folders
+from eventful_det.recognition.data.segments import Segments, read_column, read_durations, read_epic, read_folders
 from eventful_det.recognition.data.synthetic_actions import ACTIONS, ActionOptions
 from eventful_det.recognition.evaluation import Evaluation, Way, evaluate_clips, sweep_ways
 from eventful_det.recognition.recogniser import Recogniser
@@ -145,7 +145,8 @@ def evaluate(
             ways = [Way("rule", *gate, shared, hold)] if gate else list(sweep_ways(shared=shared, steps=steps))
             clips = read_clips(items, recogniser.config, shared)
             evaluations += evaluate_clips(recogniser, clips, ways, lambda _: progress.advance(task), kept)
-    rows = [row_of(evaluation, evaluations[0]) for evaluation in evaluations]
+    groups = groups_of(data, segments)
+    rows = [row_of(evaluation, evaluations[0], groups) for evaluation in evaluations]
     cells = cells_of(rows)
     write_text(directory / "accuracy.md", markdown_table(cells, left=len(rows[0])))
     with written_whole(directory / "accuracy.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
@@ -158,19 +159,38 @@ def evaluate(
     failed = evaluations[0].failed
     if failed:
         warn(f"{len(failed)} clips could not be read. The first: {next(iter(failed.values()))}")
-    return {"rows": rows, "clips": count - len(failed), "failed": failed}
+    classes = {
+        head: {str(label): asdict(found) for label, found in of.items()}
+        for head, of in per_class(evaluations[0].scored).items()
+    }
+    return {"rows": rows, "clips": count - len(failed), "failed": failed, "first_by_class": classes}
 
 
-def row_of(evaluation: Evaluation, dense: Evaluation) -> dict[str, Any]:
+def groups_of(data: Data, segments: Segments) -> dict[str, Among]:
+    """The segments whose accuracy is told apart: of each of few participants, of unseen ones, of rare classes."""
+    people = sorted({segment.participant for segment in segments.items} - {""})
+    groups = {person: unseen({person}) for person in people if 1 < len(people) <= _GROUPS}
+    if data.unseen is not None:
+        groups["unseen"] = unseen(read_column(data.unseen, "participant_id"))
+    rare = {
+        head: [int(label) for label in read_column(table, head)]
+        for head, table in (("verb", data.tail_verbs), ("noun", data.tail_nouns))
+        if table is not None
+    }
+    if rare:
+        groups["tail"] = tail(rare.get("verb", ()), rare.get("noun", ()))
+    return groups
+
+
+def row_of(evaluation: Evaluation, dense: Evaluation, groups: Mapping[str, Among]) -> dict[str, Any]:
     """A way as a row of a table; percent, GMACs per clip, and milliseconds per clip beside those of the first way."""
     way, scored = evaluation.way, evaluation.scored
     row: dict[str, Any] = {"way": way.name, "views": "shared" if way.shared else "separate"}
     for head, found in evaluation.accuracy.items():
         row |= {f"{head} top-1": round(found.top1, 2), f"{head} top-5": round(found.top5, 2)}
-    people = sorted({item.segment.participant for item in scored} - {""})
-    for person in people if 1 < len(people) <= _GROUPS else []:
-        for head, found in accuracy(scored, unseen({person})).items():
-            row[f"{head} top-1, {person}"] = round(found.top1, 2)
+    for group, among in groups.items():
+        for head, found in accuracy(scored, among).items():
+            row[f"{head} top-1, {group}"] = round(found.top1, 2)
     ratios = [own / other for own, other in zip(evaluation.times, dense.times, strict=True)]
     share = evaluation.gmacs / evaluation.dense_gmacs
     return row | {
@@ -320,8 +340,13 @@ def convert(
     return {"input": source, "format": found.format, "output": str(output), "megabytes": megabytes, "sha256": digest}
 
 
-def count(model: str | None, k: Sequence[int] | None) -> list[dict[str, Any]]:
-    """Operations of published recognisers as the official code counts them, of a step and of a clip; in GMACs."""
+def count(model: str | None, k: Sequence[int] | None, durations: str | None) -> list[dict[str, Any]]:
+    """Operations of published recognisers as the official code counts them, in GMACs: of a step, and of a clip.
+
+    The clip's views are computed each by itself, whatever its length; or they share tubelets, on average over the clips
+    of a table, without one in a clip of twice a view's length.
+    """
+    seconds = None if durations is None else read_durations(durations)
     rows: list[dict[str, Any]] = []
     for name in _STEPS if model is None else [model]:
         config = _config(name)
@@ -332,10 +357,10 @@ def count(model: str | None, k: Sequence[int] | None) -> list[dict[str, Any]]:
             step, clip = (
                 f(config, budget).total / 1e9 for f in (official_vivit.spatial_step, official_vivit.clip_counts)
             )
-            length = config.span * 2  # of a clip whose views overlap by a half or more
-            shared = official_vivit.shared_counts(config, [length], budget) / 1e9
-            entry = {"model": name, "tokens": tokens, "k": budget, "step": step, "clip": clip}
-            rows.append({**entry, f"shared views, {length} frames": shared})
+            lengths = [2 * config.span] if seconds is None else [round(config.fps * length) for length in seconds]
+            shared = official_vivit.shared_counts(config, lengths, budget) / 1e9
+            entry = {"model": name, "tokens": tokens, "k": budget, "clips": len(lengths), "step": step, "clip": clip}
+            rows.append(entry | {"shared views": shared, "shared / clip": shared / clip})
     return rows
 
 

@@ -122,6 +122,9 @@ class Data:
     videos: str | None = None
     verbs: str | None = None
     nouns: str | None = None
+    unseen: str | None = None
+    tail_verbs: str | None = None
+    tail_nouns: str | None = None
     weights: str | None = None
 
 

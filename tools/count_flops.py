@@ -100,6 +100,7 @@ class Options(Wish):
     """What may be asked of the counter; configs/count_flops.yaml explains it."""
 
     task: actions.Task | None
+    durations: str | None
     classes: Count
     assume: Assumptions
     output: str
@@ -322,12 +323,17 @@ def name_of(model: dict[str, Any] | str | None) -> str | None:
 
 def count_recognisers(options: Options) -> None:
     """Count, print and write the table of recognisers."""
-    rows = actions.count(name_of(options.model), None if options.k is None else _list(options.k))
+    rows = actions.count(name_of(options.model), None if options.k is None else _list(options.k), options.durations)
+    note = (
+        "GMACs as the official code counts them, in closed form: of a step; of a clip, each of whose views is computed "
+        "by itself; and of one whose views share their tubelets, on average over clips."
+    )
+    cells = actions.cells_of(rows)
     with owned(Path(options.output)):
-        write_results(Path(options.output), {"command": command(), "rows": rows})
-    for _, group in itertools.groupby(rows, lambda row: row["model"]):
-        show_table(actions.cells_of(list(group)))
-    say("GMACs as the official code counts them: of a step, of a clip with all views, and where views share tubelets.")
+        write_results(Path(options.output), {"command": command(), "note": note, "rows": rows})
+        write_text(Path(options.output) / "count_flops.md", f"`{command()}`\n\n{note}\n\n{markdown_table(cells)}")
+    show_table(cells)
+    say(note)
 
 
 def collect(options: Options) -> list[dict[str, Any]]:
