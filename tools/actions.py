@@ -26,7 +26,7 @@ from eventful_det.gating.rows import Rows
 from eventful_det.gating.rules import AnyRule
 from eventful_det.gating.selector import DEFAULT as SELECTOR
 from eventful_det.gating.selector import Selector, TopK
-from eventful_det.options import Count, Natural, NonNegative, Share, from_values, nearest
+from eventful_det.options import Count, NonNegative, Share, from_values, nearest
 from eventful_det.outputs import markdown_table, write_text
 from eventful_det.recognition.accuracy import Among, accuracy, per_class, tail, unseen, write_submission
 from eventful_det.recognition.checkpoints import (
@@ -48,7 +48,7 @@ from eventful_det.recognition.results import StepCost
 from eventful_det.recognition.session import DEFAULT as RECOGNITION
 from eventful_det.recognition.training.features import FeatureClips, cache_features, cache_views, gated_ways
 from eventful_det.recognition.training.samples import Samples, SyntheticClips, VideoClips
-from eventful_det.recognition.training.trainer import RecogniserOptions, RecogniserTrainer
+from eventful_det.recognition.training.trainer import RecogniserTrainer
 from eventful_det.testing import official_vivit
 from eventful_det.training.options import TrainOptions
 
@@ -68,8 +68,6 @@ class RecognitionOptions:
     clips: Count = 6000
     noise: NonNegative = 0.1
     features: str | None = None
-    frozen: Natural = 0
-    smoothing: Share = 0.0
 
 
 def recognises(task: Task | None, weights: str | None) -> bool:
@@ -256,14 +254,13 @@ def train(config: TrainingConfig, directory: Path, device: torch.device) -> dict
         samples = rendered_clips(recogniser, options, train.seed)
     else:
         samples = VideoClips(recogniser, segments, train.seed)
-    settings = RecogniserOptions(**asdict(train), frozen=options.frozen, smoothing=options.smoothing)
     with progress_bar() as progress:
         task = progress.add_task("training", total=train.steps)
 
         def show(step: int, metrics: dict[str, float]) -> None:
             progress.update(task, completed=step, description=f"loss {metrics['loss']:.3f}")
 
-        trainer = RecogniserTrainer(recogniser, samples, settings, directory, show)
+        trainer = RecogniserTrainer(recogniser, samples, train, directory, show)
         trainer.train()
     return {"steps": trainer.step, "weights": str(directory / "model.safetensors")}
 
