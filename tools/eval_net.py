@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import actions
+import eval_actions
 import torch
 import torch.distributed as dist
 from common import (
@@ -313,7 +314,7 @@ def evaluate_recogniser(config: Options) -> None:
     options: dict[str, Any] = {"max_clips": config.max_videos, "hold": config.eval.hold, "views": config.views}
     options["kept"] = directory / "clips" / hashlib.sha256(same.encode()).hexdigest()[:12]
     with owned(directory):
-        results = actions.evaluate(recogniser, config.data, gate, directory, **options)
+        results = eval_actions.evaluate(recogniser, config.data, gate, directory, **options)
         write_results(directory, {"command": command(), **about, **results})
 
 

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import actions
+import eval_actions
 import torch
 import torch.distributed as dist
+import train_actions
 from common import AnyDetector, Data, Gate, Side, choose_device, command, progress_bar, say, write_results
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -68,7 +70,7 @@ class Options:
     """What may be asked of the training; configs/train_net.yaml explains it."""
 
     task: actions.Task | None = None
-    recognition: actions.RecognitionOptions = actions.RecognitionOptions()
+    recognition: train_actions.RecognitionOptions = train_actions.RecognitionOptions()
     model: dict[str, Any]
     data: Data
     train: TrainOptions
@@ -215,12 +217,13 @@ def train_recogniser(config: Options) -> None:
     """Train a recogniser, evaluate it, and write the results."""
     directory, device = Path(config.output), choose_device(config.device)
     main_process = not dist.is_initialized() or dist.get_rank() == 0
-    results = actions.train(config, directory, device)
+    how = (config.train, config.recognition)
+    results = train_actions.train(config.model, config.start, config.data, *how, directory, device)
     if main_process:
         if config.evaluate:
             recogniser = load_recogniser(results["weights"])
             dense = Gate(Dense(), GATE)
-            results["validation"] = actions.evaluate(recogniser, config.data, dense, directory)["rows"]
+            results["validation"] = eval_actions.evaluate(recogniser, config.data, dense, directory)["rows"]
         write_results(directory, {"command": command(), **results})
 
 

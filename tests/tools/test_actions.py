@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import actions
 import convert_weights
 import count_flops
 import demo
@@ -15,6 +14,7 @@ import pytest
 import torch
 import train_net
 from common import Data
+from eval_actions import groups_of
 from running import ROOT, options_of, run
 
 from eventful_det.errors import UserError
@@ -96,7 +96,7 @@ def test_unseen_participants_and_rare_classes_are_told_apart(tmp_path: Path) -> 
     items = [Segment(name, Path(), labels={"noun": noun}, participant=of) for name, (of, noun) in labels.items()]
     data = Data(root="", val="", unseen=str(tmp_path / "unseen.csv"), tail_nouns=str(tmp_path / "tail.csv"))
     scored = [Scored(item, {"noun": torch.tensor([float(item.name == "a"), 0.5])}) for item in items]  # "c" is wrong
-    groups = actions.groups_of(data, Segments(tuple(items), {}))
+    groups = groups_of(data, Segments(tuple(items), {}))
     found = {name: accuracy(scored, among)["noun"] for name, among in groups.items()}
     assert {name: of.count for name, of in found.items()} == {"P01": 1, "P02": 2, "unseen": 2, "tail": 1}
     assert {name: of.top1 for name, of in found.items()} == {"P01": 100, "P02": 50, "unseen": 50, "tail": 100}
