@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from eventful_det.detectors.checkpoints.pretrained import backbone_tensors
 from eventful_det.detectors.checkpoints.weight_files import (
     compare,
     find_weights,
@@ -240,7 +241,7 @@ def start_from_image(recogniser: Recogniser, path: str | os.PathLike[str]) -> No
     Raises:
         UserError: the file cannot be read, or its ViT has other sizes.
     """
-    tensors = read_tensors(path).tensors
+    tensors = backbone_tensors(str(path))
     config, model = recogniser.config, recogniser.spatial_model
     names = {"norm1": "input_layer_norm", "attn.qkv": "qkv", "attn.proj": "projection"}
     names |= {"norm2": "mlp_layer_norm", "mlp.fc1": "mlp_1", "mlp.fc2": "mlp_2"}

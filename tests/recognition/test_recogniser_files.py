@@ -168,7 +168,7 @@ def test_a_still_tubelet_gives_the_token_of_its_picture(tmp_path: Path) -> None:
     ours = recogniser.embedding(recogniser.tubelets(picture.expand(-1, 2, -1, -1, -1))[0])
     theirs = torch.conv2d(picture[0], timm["patch_embed.proj.weight"], timm["patch_embed.proj.bias"], stride=8)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    with pytest.raises(UserError, match="no ViT for images"):
+    with pytest.raises(UserError, match="no ViT of a known kind"):
         start_from_image(recogniser, _saved(tmp_path / "no.pth", {"x": torch.zeros(1)}))
 
 
