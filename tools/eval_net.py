@@ -59,6 +59,7 @@ from eventful_det.data.labelling.teacher import Teacher
 from eventful_det.data.streams import share_out
 from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.checkpoints.weight_files import DEFAULT, find_weights
+from eventful_det.detectors.hub import local_source
 from eventful_det.detectors.rf_detr.loading import is_rf_detr
 from eventful_det.engine.backends import Precision
 from eventful_det.errors import UserError
@@ -229,6 +230,7 @@ def complete_all(config: Options, detector: AnyDetector, data: CocoVideo, method
 
 def weights_hash(source: str | None) -> str:
     """A hash of what `load_detector` reads; of weights that lie elsewhere, their name."""
+    source = None if source is None else str(local_source(source))
     if source is None or not is_rf_detr(source):
         return file_hash(find_weights(source))
     path = Path(source) / "model.safetensors" if Path(source).is_dir() else Path(source)
