@@ -309,9 +309,11 @@ def evaluate_recogniser(config: Options) -> None:
     """Evaluate a recogniser on clips, then write the results."""
     directory, weights = Path(config.output), config.weights or actions.DEFAULT
     gate = None if config.eval.curves is not None else actions.own_gate(build_gate(config.gate))
-    recogniser = load_recogniser(weights, temporal_views=config.temporal_views).to(choose_device(config.device))
+    recogniser = load_recogniser(weights, temporal_views=config.temporal_views, precision=config.precision).to(
+        choose_device(config.device)
+    )
     about = {"weights": weights, "data": config.data.val, "threads": torch.get_num_threads()}
-    same = repr((about, weights_hash(weights), code_hash(), recogniser.device, config.temporal_views))
+    same = repr((about, weights_hash(weights), code_hash(), recogniser.device, config.temporal_views, config.precision))
     options: dict[str, Any] = {"max_clips": config.max_videos, "hold": config.eval.hold, "views": config.views}
     options["kept"] = directory / "clips" / hashlib.sha256(same.encode()).hexdigest()[:12]
     with owned(directory):
