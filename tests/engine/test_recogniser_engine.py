@@ -29,8 +29,19 @@ def make_recogniser() -> Recogniser:
     torch.manual_seed(0)
     config = RecogniserConfig(
         {"verb": ("take", "put"), "noun": ("tap", "pan", "cup")},
-        **{"dim": 32, "depth": 3, "heads": 2, "mlp": 48, "temporal_depth": 1, "temporal_heads": 4, "temporal_mlp": 40},
-        **{"tubelet": (2, 8, 8), "frames": 6, "size": SIZE, "position_grid": (3, 3), "stride": 1, "fps": 10.0},
+        dim=32,
+        depth=3,
+        heads=2,
+        mlp=48,
+        temporal_depth=1,
+        temporal_heads=4,
+        temporal_mlp=40,
+        tubelet=(2, 8, 8),
+        frames=6,
+        size=SIZE,
+        position_grid=(3, 3),
+        stride=1,
+        fps=10.0,
     )
     recogniser = Recogniser(config).eval().requires_grad_(False)
     for parameter in recogniser.parameters():
