@@ -16,6 +16,7 @@ from common import Data, Gate, say, warn
 from eventful_det.benchmark.timing import paired_ratios, time_together
 from eventful_det.detectors.checkpoints.weight_files import find_weights
 from eventful_det.detectors.rf_detr.loading import is_rf_detr
+from eventful_det.engine.folder import holds_recogniser, is_engine
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
@@ -50,6 +51,8 @@ def recognises(task: Task | None, weights: str | None) -> bool:
     """Whether a tool is to recognise actions: it is told to, or the weights are a recogniser's."""
     if task is not None or weights is None or is_rf_detr(weights):
         return task == "recognition"
+    if is_engine(Path(weights)):
+        return holds_recogniser(Path(weights))
     try:
         path = find_weights(weights)
     except UserError:

@@ -30,7 +30,7 @@ from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.engine.backends import ONNXRuntime, OpenVINO, Precision, Torch, import_package
 from eventful_det.engine.detector import CompiledDetector
-from eventful_det.engine.export import export_detector, graphs_of, in_engine
+from eventful_det.engine.export import export_engine, graphs_of, in_engine
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import Spread
 from eventful_det.evaluation.sweep.summary import jsonable
@@ -73,7 +73,7 @@ def engines(
                 format, kind = ("openvino", OpenVINO) if engine == "openvino" else ("onnx", ONNXRuntime)
                 path = folder / format
                 if not path.exists():
-                    export_detector(detector, path, format=format, size=case.size, buckets=case.buckets)  # type: ignore[arg-type]
+                    export_engine(detector, path, format=format, size=case.size, buckets=case.buckets)  # type: ignore[arg-type]
                 backend = kind(path, precision, torch.get_num_threads())
             made[engine, precision] = in_engine(detector, case.size, case.buckets, backend)
             made[engine, precision].warm_up()

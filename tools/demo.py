@@ -7,6 +7,7 @@
     python tools/demo.py source=rtsp://camera/stream live=true    # boxes on every frame at once, detector in a thread
     python tools/demo.py source=pictures/ gate/policy=threshold gate.policy.threshold=2
     python tools/demo.py source=kitchen.mp4 weights=vivit_tiny_synthetic   # recognise actions
+    python tools/demo.py source=clip.mp4 track=true format=[mot,cvat]   # tracks for other programs
     python tools/demo.py 'source=clips/*.mp4' classes=[person,dog]  # a folder of outputs for each video
 
 Writes annotated.mp4, detections.jsonl (a line per frame), cost.csv, cost.png and results.json. Whatever ends the
@@ -31,6 +32,7 @@ from common import (
     AnyDetector,
     Side,
     Texts,
+    as_list,
     at_least_one,
     build_gate,
     choose_device,
@@ -43,6 +45,7 @@ from common import (
 )
 from demo_files import ActionOutputs, Outputs
 
+from eventful_det.data.layouts.exports import VideoInfo
 from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, home_path, open_source
 from eventful_det.detectors.labels import relabel
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
@@ -64,6 +67,7 @@ from eventful_det.runtime.stream import Stream
 from eventful_det.runtime.tracking import Tracker
 from eventful_det.viz import Caption, budget_text
 
+Format = Literal["mot", "cvat", "yolo", "label_studio", "coco"]
 AHEAD = 2  # frames that are decoded while the detector runs
 
 
@@ -95,6 +99,7 @@ class Options:
     shadow_every: Natural
     rescore: bool
     track: bool
+    format: Format | tuple[Format, ...] | None
     reconnect: NonNegative
     silence: Positive
     compare: bool
@@ -241,7 +246,10 @@ class Run:
     def make_outputs(self) -> Outputs:
         """The files, not yet open."""
         fps = self.source.fps if self.source.fps and 1 <= self.source.fps <= 240 else 25.0
-        return Outputs(self.directory, fps, show=self.options.show, width=self.options.width)
+        options = self.options
+        info = VideoInfo(self.source.name, self.detector.names, fps, options.show)
+        exports = dict.fromkeys(as_list(options.format), info)
+        return Outputs(self.directory, fps, show=options.show, width=options.width, exports=exports)
 
     def _carry(self, results: Iterator[Any], outputs: Outputs) -> None:
         """Take every frame to the files, and show how far they are."""
@@ -341,6 +349,8 @@ def run(options: Options) -> None:
     sources, output = find_sources(at_least_one(options.source, "source")), Path(options.output)
     known: AnyDetector | Recogniser
     if actions.recognises(options.task, options.weights):
+        if options.format is not None:
+            raise UserError("format is for detections; a recogniser of actions writes actions.jsonl")
         known = load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))
     else:
         known = build_detector(options, sources)

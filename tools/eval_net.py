@@ -60,6 +60,7 @@ from eventful_det.data.labelling.teacher import Teacher
 from eventful_det.data.streams import share_out
 from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.checkpoints.weight_files import DEFAULT, find_weights
+from eventful_det.detectors.hub import local_source
 from eventful_det.detectors.rf_detr.loading import is_rf_detr
 from eventful_det.engine.backends import Precision
 from eventful_det.errors import UserError
@@ -230,6 +231,7 @@ def complete_all(config: Options, detector: AnyDetector, data: CocoVideo, method
 
 def weights_hash(source: str | None) -> str:
     """A hash of what `load_detector` reads; of weights that lie elsewhere, their name."""
+    source = None if source is None else str(local_source(source))
     if source is None or not is_rf_detr(source):
         return file_hash(find_weights(source))
     path = Path(source) / "model.safetensors" if Path(source).is_dir() else Path(source)
@@ -308,9 +310,11 @@ def evaluate_recogniser(config: Options) -> None:
     """Evaluate a recogniser on clips, then write the results."""
     directory, weights = Path(config.output), config.weights or actions.DEFAULT
     gate = None if config.eval.curves is not None else actions.own_gate(build_gate(config.gate))
-    recogniser = load_recogniser(weights, temporal_views=config.temporal_views).to(choose_device(config.device))
+    recogniser = load_recogniser(weights, temporal_views=config.temporal_views, precision=config.precision).to(
+        choose_device(config.device)
+    )
     about = {"weights": weights, "data": config.data.val, "threads": torch.get_num_threads()}
-    same = repr((about, weights_hash(weights), code_hash(), recogniser.device, config.temporal_views))
+    same = repr((about, weights_hash(weights), code_hash(), recogniser.device, config.temporal_views, config.precision))
     options: dict[str, Any] = {"max_clips": config.max_videos, "hold": config.eval.hold, "views": config.views}
     options["kept"] = directory / "clips" / hashlib.sha256(same.encode()).hexdigest()[:12]
     with owned(directory):

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from eventful_det.detectors.hub import HubDetector
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.detectors.saliency import token_saliency
@@ -43,7 +44,7 @@ class GatedStream(TensorTree):
 S = TypeVar("S", bound=GatedStream)
 
 
-class GatedDetector(StreamingDetector, nn.Module, Generic[S]):
+class GatedDetector(StreamingDetector, HubDetector, nn.Module, Generic[S]):
     """A `VideoDetector` whose heads follow a gated backbone.
 
     Attributes:

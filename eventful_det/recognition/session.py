@@ -94,9 +94,10 @@ class RecognitionSession:
         options: see `StreamOptions`; regions cannot be ignored.
 
     Attributes:
-        left, variable_macs: have no meaning here: every tubelet is looked at, and costs what is known in advance.
+        auto, left, variable_macs: have no meaning here: every tubelet is looked at, and costs what is known in advance.
     """
 
+    auto = False
     left = 0.0
     variable_macs: float | None = None
 

@@ -6,20 +6,25 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from eventful_det.detectors.checkpoints.key_maps import to_detectron2
-from eventful_det.detectors.checkpoints.weight_files import metadata, rounded, save_tensors
-from eventful_det.detectors.vitdet.detector import Detector
+from eventful_det.detectors.checkpoints.weight_files import FORMAT, HasState, metadata, rounded, save_tensors
+from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
 
-FORMAT = "eventful-det/1"
+
+class SavedDetector(HasState, Protocol):
+    """What is written of a `Detector`, which can save itself and so is not known here."""
+
+    config: ModelConfig
 
 
 def save_detector(
-    detector: Detector,
+    detector: SavedDetector,
     path: str | os.PathLike[str],
     dtype: torch.dtype = torch.float16,
     notes: Mapping[str, str] | None = None,
@@ -37,7 +42,7 @@ def save_detector(
 
 
 def save_detectron2(
-    detector: Detector,
+    detector: SavedDetector,
     path: str | os.PathLike[str],
     dtype: torch.dtype = torch.float32,
     notes: Mapping[str, str] | None = None,

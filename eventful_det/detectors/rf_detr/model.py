@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,7 @@ from eventful_det.gating.macs import dense_macs
 from eventful_det.gating.state import State, Update
 from eventful_det.gating.vit_spec import spec_of
 from eventful_det.gating.windows import Grid
+from eventful_det.outputs import reporting, write_json
 
 
 @dataclass
@@ -162,6 +165,16 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
         """The dense detector on images `(B, 3, h, w)`, RGB in [0, 1]."""
         results = self.step(list(images), self.init_state(len(images)), rule=Dense())
         return [result.detections for result in results]
+
+    def _save_files(self, folder: Path, notes: dict[str, str]) -> None:
+        model: Any = self.model
+        if not hasattr(model, "save_pretrained"):
+            raise UserError("RF-DETR of the package rfdetr has no format for folders; take that of transformers")
+        parts = self.parts
+        with reporting(folder):
+            model.save_pretrained(folder)
+        processing = {"size": {"height": parts.side, "width": parts.side}, "image_mean": parts.mean}
+        write_json(folder / "preprocessor_config.json", {**processing, "image_std": parts.std})
 
     def cost_model(self, rule: AnyRule) -> RFDETRCosts:
         """What frames will cost under a rule.

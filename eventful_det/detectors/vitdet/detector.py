@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eventful_det.detectors.checkpoints.saving import save_detector
 from eventful_det.detectors.gated import GatedDetector, GatedStream, priced_statically
+from eventful_det.detectors.hub import WEIGHTS
 from eventful_det.detectors.protocol import AnyRule, InputTransform
 from eventful_det.detectors.results import Detections
 from eventful_det.detectors.stopwatch import Stopwatch
@@ -108,6 +111,9 @@ class Detector(GatedDetector[DetectorStream]):
             raise UserError("Detector: training needs targets; give them or call .eval() first")
         proposals, losses = self.proposal_generator(levels, sizes, targets)
         return {**losses, **self.roi_heads.losses(levels, proposals, targets)}
+
+    def _save_files(self, folder: Path, notes: dict[str, str]) -> None:
+        save_detector(self, folder / WEIGHTS, self.spec.dtype, notes)
 
     def cost_model(self, rule: AnyRule) -> DetectorCosts:
         """What frames will cost under a rule.
