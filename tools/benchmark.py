@@ -47,7 +47,6 @@ from eventful_det.benchmark.timing import (
     time_together,
 )
 from eventful_det.evaluation.efficiency import Spread
-from eventful_det.evaluation.sweep.summary import jsonable
 from eventful_det.outputs import markdown_table, owned, write_text
 
 NOTE = (
@@ -277,7 +276,7 @@ def bench_cases(config: Options, about: dict[str, Any], code: OfficialCode | Non
     for case in cases:
         results.append(run_case(case, config, code))
         # A run may be cut short.
-        write_results(directory, jsonable(about | {"note": NOTE, "left_out": skipped, "cases": results}))
+        write_results(directory, about | {"note": NOTE, "left_out": skipped, "cases": results})
         write_text(directory / "benchmark.md", markdown(about, results))
         show(results[-1])
 

@@ -33,7 +33,6 @@ from eventful_det.engine.detector import CompiledDetector
 from eventful_det.engine.export import export_engine, graphs_of, in_engine
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import Spread
-from eventful_det.evaluation.sweep.summary import jsonable
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.rows import Rows
 from eventful_det.outputs import markdown_table, write_json, write_text
@@ -226,7 +225,7 @@ def bench_engines(config: Options, about: dict[str, Any]) -> None:
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             results.append(run_case(case, config, Path(folder)))
-        whole = jsonable(about | {"note": NOTE, "left_out": skipped, "cases": results})
+        whole = about | {"note": NOTE, "left_out": skipped, "cases": results}
         write_results(Path(config.output), whole)  # a run may be cut short
         write_text(Path(config.output) / "benchmark.md", markdown(about, results))
         if config.save is not None:

@@ -26,7 +26,6 @@ from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.checkpoints.weight_files import SYNTHETIC
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import Spread
-from eventful_det.evaluation.sweep.summary import jsonable
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Budget
@@ -71,7 +70,7 @@ def bench_streams(config: Options, about: dict[str, Any]) -> None:
     for count in config.streams:
         rows += _bench(detector, budget, clip, count, config)
         results = about | {"budget": str(budget), "clip_frames": len(clip), "streams": rows, "note": NOTE}
-        write_results(Path(config.output), jsonable(results))  # a run may be cut short
+        write_results(Path(config.output), results)  # a run may be cut short
     show_table(_table(rows), left=2)
     console.print(NOTE)
 

@@ -70,7 +70,7 @@ from eventful_det.evaluation.latency_aware import Look, cnn_look, detector_look,
 from eventful_det.evaluation.sweep import collect, complete, first, report
 from eventful_det.evaluation.sweep.runs import Method, MethodRun
 from eventful_det.evaluation.sweep.store import ResultStore, code_hash, file_hash
-from eventful_det.evaluation.sweep.summary import Row, jsonable, row_of
+from eventful_det.evaluation.sweep.summary import Row, row_of
 from eventful_det.files import written_whole
 from eventful_det.options import Count, Natural
 from eventful_det.outputs import owned, write_json, write_text
@@ -160,7 +160,7 @@ def evaluate_sweep(config: Options, detector: AnyDetector, data: CocoVideo, dire
         skipped |= run.skipped
     with written_whole(directory / "sweep.csv") as part:
         report.write_csv(rows, part)
-    write_json(directory / "sweep.json", jsonable(rows))
+    write_json(directory / "sweep.json", rows)
     write_text(directory / "sweep.md", report.markdown(rows))
     title = f"Average precision against cost: {rows[0].videos} videos, {rows[0].frames} frames"
     for suffix in ("png", "pdf"):
@@ -337,7 +337,7 @@ def report_results(
         "machine": f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "note": NOTE,
     }
-    write_results(directory, jsonable(about | results))
+    write_results(directory, about | results)
 
 
 def run(config: Options) -> None:

@@ -42,7 +42,7 @@ from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.config import MODELS, ModelConfig
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.evaluation.sweep.summary import evaluate_detector, jsonable
+from eventful_det.evaluation.sweep.summary import evaluate_detector
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import DEFAULT as GATE
 from eventful_det.options import Count, Positive, from_values, nearest
@@ -250,7 +250,7 @@ def evaluate(data: CocoVideo, path: str, detector: Detector | EventfulRFDETR) ->
         task = progress.add_task("evaluating", total=sum(len(video.frames) for video in data.videos))
         scores = evaluate_detector(cast(AnyDetector, detector.eval()), data, on_frame=lambda _: progress.advance(task))
     say(f"AP50 {100 * scores['ap50']:.1f}, AP {100 * scores['ap']:.1f} on {path}")
-    return jsonable(scores)
+    return scores
 
 
 def make_judge(data: CocoVideo, every: int) -> Callable[[Detector | EventfulRFDETR], dict[str, float]]:

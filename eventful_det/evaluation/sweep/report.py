@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eventful_det.evaluation.sweep.runs import DENSE
-from eventful_det.evaluation.sweep.summary import Row, jsonable
-from eventful_det.outputs import markdown_table
+from eventful_det.evaluation.sweep.summary import Row
+from eventful_det.outputs import as_json, markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,7 +80,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         names = [f.name for f in dataclasses.fields(Row) if not f.name.endswith("_by_class")]
         writer = csv.DictWriter(file, ["method", *(name for name in names if name != "method")], extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(jsonable(row) for row in rows)
+        writer.writerows(map(as_json, rows))
 
 
 def plot(rows: Sequence[Row], path: Path, title: str = "") -> None:
