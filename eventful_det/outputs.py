@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from eventful_det.errors import UserError, printable
 from eventful_det.files import written_whole
@@ -117,7 +116,7 @@ def write_json(path: Path, values: object, indent: int | None = 1) -> None:
     write_text(path, json.dumps(as_json(values), indent=indent) + "\n")
 
 
-def as_json(value: object) -> Any:
+def as_json(value: object) -> object:
     """A value as JSON holds it: dataclasses as objects, `nan` as null, paths as text, and every text `printable`."""
     if isinstance(value, (str, os.PathLike)):
         return printable(str(value))

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from eventful_det.evaluation.sweep.runs import DENSE
 from eventful_det.evaluation.sweep.summary import Row
+from eventful_det.files import JsonObject
 from eventful_det.outputs import as_json, markdown_table
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         names = [f.name for f in dataclasses.fields(Row) if not f.name.endswith("_by_class")]
         writer = csv.DictWriter(file, ["method", *(name for name in names if name != "method")], extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(map(as_json, rows))
+        writer.writerows(cast(list[JsonObject], as_json(rows)))
 
 
 def plot(rows: Sequence[Row], path: Path, title: str = "") -> None:
