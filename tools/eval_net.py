@@ -232,10 +232,12 @@ def complete_all(config: Options, detector: AnyDetector, data: CocoVideo, method
 def weights_hash(source: str | None) -> str:
     """A hash of what `load_detector` reads; of weights that lie elsewhere, their name."""
     source = None if source is None else str(local_source(source))
+    if source is not None and Path(source).is_dir():  # an engine, or as transformers writes them
+        files = sorted(path for path in Path(source).iterdir() if path.is_file())
+        return hashlib.sha256("".join(path.name + file_hash(path) for path in files).encode()).hexdigest()
     if source is None or not is_rf_detr(source):
         return file_hash(find_weights(source))
-    path = Path(source) / "model.safetensors" if Path(source).is_dir() else Path(source)
-    return file_hash(path) if path.is_file() else source
+    return file_hash(source) if Path(source).is_file() else source
 
 
 def gather(config: Options, store: ResultStore, method: Method, data: CocoVideo) -> MethodRun:
