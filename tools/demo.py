@@ -21,10 +21,10 @@ import itertools
 import re
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import actions
 import torch
@@ -102,6 +102,7 @@ class Options:
     format: Format | tuple[Format, ...] | None
     reconnect: NonNegative
     silence: Positive
+    on: Literal["ray"] | None
     compare: bool
     device: str
 
@@ -343,43 +344,84 @@ def print_summary(results: dict[str, Any]) -> None:
         say(path)
 
 
+class Outcome(NamedTuple):
+    """What became of a source: the results of its run, or what was wrong."""
+
+    directory: Path
+    source: str | Path
+    result: dict[str, Any] | UserError
+
+
 def run(options: Options) -> None:
     """Run every source. One that fails does not keep the others from running."""
-    budget = parse_budget(options.budget)
+    parse_budget(options.budget)
     sources, output = find_sources(at_least_one(options.source, "source")), Path(options.output)
-    known: AnyDetector | Recogniser
-    if actions.recognises(options.task, options.weights):
-        if options.format is not None:
-            raise UserError("format is for detections; a recogniser of actions writes actions.jsonl")
-        known = load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))
+    named = dict(zip(name_folders(output, sources), sources, strict=True))
+    if options.on is None:
+        outcomes = run_here(options, build(options, sources), named)
     else:
-        known = build_detector(options, sources)
+        from archive import run_on_ray
+
+        outcomes = run_on_ray(options, named)
     with owned(output):
-        run_all(options, budget, known, dict(zip(name_folders(output, sources), sources, strict=True)))
+        finish(options, outcomes, len(sources))
 
 
-def run_all(
-    options: Options, budget: Budget | None, known: AnyDetector | Recogniser, sources: dict[Path, str | Path]
-) -> None:
-    """Run each source into its folder."""
-    runs: dict[str, Any] = {}
-    failed: list[str] = []
+def build(options: Options, sources: Sequence[str | Path]) -> AnyDetector | Recogniser:
+    """The detector or recogniser that the options ask for."""
+    if not actions.recognises(options.task, options.weights):
+        return build_detector(options, sources)
+    if options.format is not None:
+        raise UserError("format is for detections; a recogniser of actions writes actions.jsonl")
+    return load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))
+
+
+def run_source(
+    options: Options, known: AnyDetector | Recogniser, source: str | Path, directory: Path
+) -> dict[str, Any]:
+    """Run one source into its folder.
+
+    Raises:
+        UserError: the source or the files failed.
+    """
+    budget = parse_budget(options.budget)
+    with open_source(source, ahead=AHEAD, reconnect=options.reconnect, silence=options.silence) as opened:
+        if isinstance(known, Recogniser):
+            return ActionRun(options, budget, known, opened, directory)()
+        return Run(options, budget, known, opened, directory)()
+
+
+def run_here(
+    options: Options, known: AnyDetector | Recogniser, sources: Mapping[Path, str | Path]
+) -> Iterator[Outcome]:
+    """Run one source after the other."""
     for directory, source in sources.items():
         try:
-            with open_source(source, ahead=AHEAD, reconnect=options.reconnect, silence=options.silence) as opened:
-                if isinstance(known, Recogniser):
-                    runs[directory.name] = ActionRun(options, budget, known, opened, directory)()
-                else:
-                    runs[directory.name] = Run(options, budget, known, opened, directory)()
+            yield Outcome(directory, source, run_source(options, known, source, directory))
         except UserError as error:
-            if len(sources) == 1:
-                raise
-            say(f"failed: {error}")
-            failed.append(printable(str(source)))
-    if len(sources) > 1:
+            yield Outcome(directory, source, error)
+
+
+def finish(options: Options, outcomes: Iterable[Outcome], total: int) -> None:
+    """Say what became of each source, and sum up several of them.
+
+    Raises:
+        UserError: some failed.
+    """
+    runs: dict[str, Any] = {}
+    failed: list[str] = []
+    for directory, source, result in outcomes:
+        if not isinstance(result, UserError):
+            runs[directory.name] = result
+            continue
+        if total == 1:
+            raise result
+        say(f"failed: {result}")
+        failed.append(printable(str(source)))
+    if total > 1:
         write_results(Path(options.output), {"command": command(), "runs": runs, "failed": failed})
     if failed:
-        raise UserError(f"{len(failed)} of {len(sources)} sources failed: {', '.join(failed)}")
+        raise UserError(f"{len(failed)} of {total} sources failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
