@@ -29,8 +29,19 @@ def make_recogniser() -> Recogniser:
     torch.manual_seed(0)
     config = RecogniserConfig(
         {"verb": ("take", "put"), "noun": ("tap", "pan", "cup")},
-        **{"dim": 32, "depth": 3, "heads": 2, "mlp": 48, "temporal_depth": 1, "temporal_heads": 4, "temporal_mlp": 40},
-        **{"tubelet": (2, 8, 8), "frames": 6, "size": SIZE, "position_grid": (3, 3), "stride": 1, "fps": 10.0},
+        dim=32,
+        depth=3,
+        heads=2,
+        mlp=48,
+        temporal_depth=1,
+        temporal_heads=4,
+        temporal_mlp=40,
+        tubelet=(2, 8, 8),
+        frames=6,
+        size=SIZE,
+        position_grid=(3, 3),
+        stride=1,
+        fps=10.0,
     )
     recogniser = Recogniser(config).eval().requires_grad_(False)
     for parameter in recogniser.parameters():
@@ -85,7 +96,6 @@ def test_selections_are_filled_up_and_budgets_kept() -> None:
     assert prices[0] < prices[1] == prices[6] < prices[7] == prices[12] < prices[13] == prices[24]
     results = list(engine.stream(film, budget=Gmacs(float(prices[12]) / 1e9), scene_cuts=False))
     assert all(0 < result.cost.total <= prices[12] for result in results[1:])
-    assert results[-1].cost.recomputed == 12
 
 
 @pytest.mark.parametrize(("format", "package"), [("openvino", "openvino"), ("onnx", "onnxruntime")])
