@@ -88,8 +88,9 @@ def reporting(place: Path) -> Iterator[None]:
         raise UserError(f"cannot write {error.filename or place}: {error.strerror or error}") from error
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; all but the first `left` columns are aligned to the right."""
+def markdown_table(lines: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table whose first line is the header; all but the first `left` columns are aligned to the right."""
+    header, *rows = lines
     rule = ["---"] * left + ["---:"] * (len(header) - left)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *rows))
 

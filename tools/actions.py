@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from common import Data, Gate, console, say, warn
-from rich import box
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from common import Data, Gate, progress_bar, say, show_table, warn
 
 from eventful_det.detectors.checkpoints.weight_files import find_weights
 from eventful_det.detectors.rf_detr.loading import is_rf_detr
@@ -22,9 +19,9 @@ from eventful_det.engine.folder import holds_recogniser, is_engine
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
 from eventful_det.gating.selector import DEFAULT as SELECTOR
-from eventful_det.options import Count, Natural, NonNegative, Share, from_values, nearest
+from eventful_det.options import Count, NonNegative, Share, from_values, nearest
 from eventful_det.outputs import markdown_table, write_text
-from eventful_det.recognition.accuracy import accuracy, unseen, write_submission
+from eventful_det.recognition.accuracy import Among, accuracy, per_class, tail, unseen, write_submission
 from eventful_det.recognition.checkpoints import (
     is_recogniser,
     load_recogniser,
@@ -36,14 +33,14 @@ from eventful_det.recognition.checkpoints import (
 )
 from eventful_det.recognition.config import RecogniserConfig, vivit_b_epic, vivit_b_k400, vivit_tiny
 from eventful_det.recognition.data.clip_reader import read_clips
-from eventful_det.recognition.data.segments import Segments, read_epic, read_folders
+from eventful_det.recognition.data.segments import Segments, read_column, read_durations, read_epic, read_folders
 from eventful_det.recognition.data.synthetic_actions import ACTIONS, ActionOptions
 from eventful_det.recognition.evaluation import Evaluation, Way, evaluate_clips, sweep_ways
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.session import DEFAULT as RECOGNITION
 from eventful_det.recognition.training.features import FeatureClips, cache_features, cache_views, gated_ways
 from eventful_det.recognition.training.samples import Samples, SyntheticClips, VideoClips
-from eventful_det.recognition.training.trainer import RecogniserOptions, RecogniserTrainer
+from eventful_det.recognition.training.trainer import RecogniserTrainer
 from eventful_det.testing import official_vivit
 from eventful_det.training.options import TrainOptions
 
@@ -52,7 +49,6 @@ MODELS = {"vivit_tiny": vivit_tiny, "vivit_b_epic": vivit_b_epic, "vivit_b_k400"
 DEFAULT = "vivit_tiny_synthetic"  # shipped weights
 _GROUPS = 20  # participants that are told apart
 _STEPS = {"vivit_b_epic": (50, 100, 200), "vivit_b_k400": (24, 48, 96)}  # tokens of the paper's tables
-_COLUMNS = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +60,6 @@ class RecognitionOptions:
     clips: Count = 6000
     noise: NonNegative = 0.1
     features: str | None = None
-    frozen: Natural = 0
-    smoothing: Share = 0.0
 
 
 def recognises(task: Task | None, weights: str | None) -> bool:
@@ -117,6 +111,7 @@ def evaluate(
     max_clips: int | None = None,
     hold: int = 1,
     views: Literal["shared", "separate", "both"] = "shared",
+    kept: Path | None = None,
 ) -> dict[str, Any]:
     """Accuracy, multiply-adds and time of one rule, or of all ways of a sweep; returns what `results.json` holds.
 
@@ -128,6 +123,7 @@ def evaluate(
         max_clips: look at so many, evenly spread.
         hold: of the one rule, see `recognise`.
         views: whether temporal views share tubelets.
+        kept: see `evaluate_clips`.
     """
     segments = read_segments(data.val, data, recogniser.config.classes)
     count = len(segments) if max_clips is None else min(max_clips, len(segments))
@@ -135,38 +131,58 @@ def evaluate(
     kinds = [True, False] if views == "both" else [views == "shared"]
     steps = recogniser.config.steps
     evaluations: list[Evaluation] = []
-    with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("clips", total=count * len(kinds))
         for shared in kinds:
             ways = [Way("rule", *gate, shared, hold)] if gate else list(sweep_ways(shared=shared, steps=steps))
             clips = read_clips(items, recogniser.config, shared)
-            evaluations += evaluate_clips(recogniser, clips, ways, lambda _: progress.advance(task))
-    rows = [row_of(evaluation, evaluations[0]) for evaluation in evaluations]
-    text = table_of(rows)
-    write_text(directory / "accuracy.md", text)
+            evaluations += evaluate_clips(recogniser, clips, ways, lambda _: progress.advance(task), kept)
+    groups = groups_of(data, segments)
+    rows = [row_of(evaluation, evaluations[0], groups) for evaluation in evaluations]
+    cells = cells_of(rows)
+    write_text(directory / "accuracy.md", markdown_table(cells, left=len(rows[0])))
     with written_whole(directory / "accuracy.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     if {"verb", "noun"} <= recogniser.config.classes.keys() and gate is not None:
         write_submission(directory / "test.json", evaluations[0].scored)
-    show_table(text)
+    show_table(cells)
     failed = evaluations[0].failed
     if failed:
         warn(f"{len(failed)} clips could not be read. The first: {next(iter(failed.values()))}")
-    return {"rows": rows, "clips": count - len(failed), "failed": failed}
+    classes = {
+        head: {str(label): asdict(found) for label, found in of.items()}
+        for head, of in per_class(evaluations[0].scored).items()
+    }
+    return {"rows": rows, "clips": count - len(failed), "failed": failed, "first_by_class": classes}
 
 
-def row_of(evaluation: Evaluation, dense: Evaluation) -> dict[str, Any]:
+def groups_of(data: Data, segments: Segments) -> dict[str, Among]:
+    """The segments whose accuracy is told apart: of each of few participants, of unseen ones, of rare classes."""
+    people = sorted({segment.participant for segment in segments.items} - {""})
+    groups = {person: unseen({person}) for person in people if 1 < len(people) <= _GROUPS}
+    if data.unseen is not None:
+        groups["unseen"] = unseen(read_column(data.unseen, "participant_id"))
+    rare = {
+        head: [int(label) for label in read_column(table, head)]
+        for head, table in (("verb", data.tail_verbs), ("noun", data.tail_nouns))
+        if table is not None
+    }
+    if rare:
+        groups["tail"] = tail(rare.get("verb", ()), rare.get("noun", ()))
+    return groups
+
+
+def row_of(evaluation: Evaluation, dense: Evaluation, groups: Mapping[str, Among]) -> dict[str, Any]:
     """A way as a row of a table; percent, GMACs per clip, and milliseconds per clip beside those of the first way."""
     way, scored = evaluation.way, evaluation.scored
     row: dict[str, Any] = {"way": way.name, "views": "shared" if way.shared else "separate"}
     for head, found in evaluation.accuracy.items():
         row |= {f"{head} top-1": round(found.top1, 2), f"{head} top-5": round(found.top5, 2)}
-    people = sorted({item.segment.participant for item in scored} - {""})
-    for person in people if 1 < len(people) <= _GROUPS else []:
-        for head, found in accuracy(scored, unseen({person})).items():
-            row[f"{head} top-1, {person}"] = round(found.top1, 2)
+    for group, among in groups.items():
+        for head, found in accuracy(scored, among).items():
+            row[f"{head} top-1, {group}"] = round(found.top1, 2)
     ratios = [own / other for own, other in zip(evaluation.times, dense.times, strict=True)]
     share = evaluation.gmacs / evaluation.dense_gmacs
     return row | {
@@ -177,23 +193,14 @@ def row_of(evaluation: Evaluation, dense: Evaluation) -> dict[str, Any]:
     }
 
 
-def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table."""
+def cells_of(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Rows as lines of text, the header first."""
     header = list(rows[0])
-    return markdown_table(header, [[_text(row[name]) for name in header] for row in rows], left=len(header))
+    return [header, *([_text(row[name]) for name in header] for row in rows)]
 
 
 def _text(value: object) -> str:
     return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def show_table(text: str) -> None:
-    """Print a Markdown table."""
-    header, _, *lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines()]
-    table = Table(*header, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
 
 
 # Training
@@ -241,14 +248,13 @@ def train(config: TrainingConfig, directory: Path, device: torch.device) -> dict
         samples = rendered_clips(recogniser, options, train.seed)
     else:
         samples = VideoClips(recogniser, segments, train.seed)
-    settings = RecogniserOptions(**asdict(train), frozen=options.frozen, smoothing=options.smoothing)
-    with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("training", total=train.steps)
 
         def show(step: int, metrics: dict[str, float]) -> None:
             progress.update(task, completed=step, description=f"loss {metrics['loss']:.3f}")
 
-        trainer = RecogniserTrainer(recogniser, samples, settings, directory, show)
+        trainer = RecogniserTrainer(recogniser, samples, train, directory, show)
         trainer.train()
     return {"steps": trainer.step, "weights": str(directory / "model.safetensors")}
 
@@ -267,7 +273,7 @@ def cache(
 ) -> None:
     """The spatial outputs of all clips, gated; those of an interrupted run are kept."""
     ways = gated_ways(options.budgets)
-    with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("spatial outputs", total=options.clips if segments is None else len(segments))
 
         def show(done: int) -> None:
@@ -314,8 +320,7 @@ def convert(
     found = read_recogniser(path)
     recogniser = load_recogniser(path)
     if output.suffix == ".safetensors":
-        kept = {key: value for key, value in found.notes.items() if key not in ("format", "config")}
-        save_recogniser(recogniser, output, dtype or torch.float16, {**kept, **notes})
+        save_recogniser(recogniser, output, dtype or torch.float16, {**found.notes, **notes})
     elif dtype not in (None, torch.float32) or notes:
         raise UserError(f"{output}: dtype and notes are for .safetensors; others hold float32 alone")
     else:
@@ -326,8 +331,13 @@ def convert(
     return {"input": source, "format": found.format, "output": str(output), "megabytes": megabytes, "sha256": digest}
 
 
-def count(model: str | None, k: Sequence[int] | None) -> list[dict[str, Any]]:
-    """Operations of published recognisers as the official code counts them, of a step and of a clip; in GMACs."""
+def count(model: str | None, k: Sequence[int] | None, durations: str | None) -> list[dict[str, Any]]:
+    """Operations of published recognisers as the official code counts them, in GMACs: of a step, and of a clip.
+
+    The clip's views are computed each by itself, whatever its length; or they share tubelets, on average over the clips
+    of a table, without one in a clip of twice a view's length.
+    """
+    seconds = None if durations is None else read_durations(durations)
     rows: list[dict[str, Any]] = []
     for name in _STEPS if model is None else [model]:
         config = config_of(name)
@@ -338,10 +348,10 @@ def count(model: str | None, k: Sequence[int] | None) -> list[dict[str, Any]]:
             step, clip = (
                 f(config, budget).total / 1e9 for f in (official_vivit.spatial_step, official_vivit.clip_counts)
             )
-            length = config.span * 2  # of a clip whose views overlap by a half or more
-            shared = official_vivit.shared_counts(config, [length], budget) / 1e9
-            entry = {"model": name, "tokens": tokens, "k": budget, "step": step, "clip": clip}
-            rows.append({**entry, f"shared views, {length} frames": shared})
+            lengths = [2 * config.span] if seconds is None else [round(config.fps * length) for length in seconds]
+            shared = official_vivit.shared_counts(config, lengths, budget) / 1e9
+            entry = {"model": name, "tokens": tokens, "k": budget, "clips": len(lengths), "step": step, "clip": clip}
+            rows.append(entry | {"shared views": shared, "shared / clip": shared / clip})
     return rows
 
 

@@ -32,10 +32,7 @@ from benchmark_cases import DENSE, PARTS, PEERS, Case, Options, cases_of
 from benchmark_engines import bench_engines
 from benchmark_methods import Method, Step, prepare
 from benchmark_streams import bench_streams
-from common import choose_device, command, console, say, write_results
-from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from common import choose_device, command, console, progress_bar, say, show_table, write_results
 from torch import Tensor
 
 from eventful_det.benchmark.official_code import OfficialCode
@@ -116,9 +113,8 @@ def take_turns(
     def step(method: Method, i: int) -> Step:
         return method.step(frames[i])
 
-    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     # Without a thread that refreshes the bar: it would take time from what is being timed.
-    with Progress(*columns, console=console, auto_refresh=False) as progress:
+    with progress_bar(auto_refresh=False) as progress:
         task = progress.add_task(title, total=config.warm_up + config.repetitions)
         return time_together(
             {name: partial(step, method) for name, method in methods.items()},
@@ -209,21 +205,15 @@ def markdown(about: dict[str, Any], cases: Sequence[dict[str, Any]]) -> str:
     """All cases as Markdown."""
     text = f"`{about['command']}`\n\n{about['machine']}; {about['repetitions']} repetitions. {NOTE}\n"
     for case in cases:
-        header, *lines = table(case["rows"])
         text += f"\n## {case['name']}\n\n{' '.join(case['notes'])}\n\n"
-        text += markdown_table(header, lines, left=2)
+        text += markdown_table(table(case["rows"]), left=2)
     return text
 
 
 def show(case: dict[str, Any]) -> None:
     """Print a case, as much of it as fits on a terminal."""
-    header, *lines = (line[:8] for line in table(case["rows"]))
-    printed = Table(title=case["name"], box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    for i, title in enumerate(header):
-        printed.add_column(title, justify="right" if i > 1 else "left", no_wrap=True)
-    for line in lines:
-        printed.add_row(*line)
-    console.print(printed, *case["notes"], sep="\n")
+    show_table([line[:8] for line in table(case["rows"])], case["name"], left=2)
+    console.print(*case["notes"], sep="\n")
 
 
 def show_profile(title: str, operations: Sequence[Operation], directory: Path) -> None:

@@ -7,6 +7,7 @@
     python tools/demo.py source=rtsp://camera/stream live=true    # boxes on every frame at once, detector in a thread
     python tools/demo.py source=pictures/ gate/policy=threshold gate.policy.threshold=2
     python tools/demo.py source=kitchen.mp4 weights=vivit_tiny_synthetic   # recognise actions
+    python tools/demo.py source=clip.mp4 track=true format=[mot,cvat]   # tracks for other programs
     python tools/demo.py 'source=clips/*.mp4' classes=[person,dog]  # a folder of outputs for each video
 
 Writes annotated.mp4, detections.jsonl (a line per frame), cost.csv, cost.png and results.json. Whatever ends the
@@ -31,19 +32,20 @@ from common import (
     AnyDetector,
     Side,
     Texts,
+    as_list,
     at_least_one,
     build_gate,
     choose_device,
     command,
-    console,
     open_detector,
+    progress_bar,
     say,
     uninterrupted,
     write_results,
 )
 from demo_files import ActionOutputs, Outputs
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from eventful_det.data.layouts.exports import VideoInfo
 from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, home_path, open_source
 from eventful_det.detectors.labels import relabel
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
@@ -65,6 +67,7 @@ from eventful_det.runtime.stream import Stream
 from eventful_det.runtime.tracking import Tracker
 from eventful_det.viz import Caption, budget_text
 
+Format = Literal["mot", "cvat", "yolo", "label_studio", "coco"]
 AHEAD = 2  # frames that are decoded while the detector runs
 
 
@@ -96,6 +99,7 @@ class Options:
     shadow_every: Natural
     rescore: bool
     track: bool
+    format: Format | tuple[Format, ...] | None
     reconnect: NonNegative
     silence: Positive
     compare: bool
@@ -242,19 +246,21 @@ class Run:
     def make_outputs(self) -> Outputs:
         """The files, not yet open."""
         fps = self.source.fps if self.source.fps and 1 <= self.source.fps <= 240 else 25.0
-        return Outputs(self.directory, fps, show=self.options.show, width=self.options.width)
+        options = self.options
+        info = VideoInfo(self.source.name, self.detector.names, fps, options.show)
+        exports = dict.fromkeys(as_list(options.format), info)
+        return Outputs(self.directory, fps, show=options.show, width=options.width, exports=exports)
 
     def _carry(self, results: Iterator[Any], outputs: Outputs) -> None:
         """Take every frame to the files, and show how far they are."""
-        columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")]
         total = min((n for n in (self.source.frames, self.options.max_frames) if n), default=None)
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-            task, began = progress.add_task("", total=total, rate=""), time.perf_counter()
+        with progress_bar() as progress:
+            task, began = progress.add_task("", total=total), time.perf_counter()
             for count, result in enumerate(results, start=1):
                 budget = "dense" if self.stream.rule == Dense() else budget_text(self.stream.budget)
                 outputs.write(result, Caption(budget, self._dense_seconds))
                 rate = count / (time.perf_counter() - began)
-                progress.update(task, completed=count, rate=f"{rate:.1f} frames/s")
+                progress.update(task, completed=count, description=f"{rate:.1f} frames/s")
 
     def _finish(
         self, outputs: Outputs, seconds: float, counts: dict[str, int], stopped: BaseException | None
@@ -343,6 +349,8 @@ def run(options: Options) -> None:
     sources, output = find_sources(at_least_one(options.source, "source")), Path(options.output)
     known: AnyDetector | Recogniser
     if actions.recognises(options.task, options.weights):
+        if options.format is not None:
+            raise UserError("format is for detections; a recogniser of actions writes actions.jsonl")
         known = load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))
     else:
         known = build_detector(options, sources)

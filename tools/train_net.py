@@ -22,10 +22,9 @@ from typing import Any, cast
 import actions
 import torch
 import torch.distributed as dist
-from common import AnyDetector, Data, Gate, Side, choose_device, command, console, say, write_results
+from common import AnyDetector, Data, Gate, Side, choose_device, command, progress_bar, say, write_results
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 from yaml import YAMLError
 
@@ -182,8 +181,7 @@ def train(config: Options) -> None:
     data[0] = assume_absent(load_data(config.data.train, detector.names), config.data.absent)
     validation = load_data(config.data.val, detector.names) if config.evaluate or options.eval_every else None
     samples, objective = build_task(config, data, detector)
-    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()]
-    progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+    progress = progress_bar()
 
     def show(step: int, metrics: dict[str, float]) -> None:
         progress.update(task, completed=step, description=f"loss {metrics['loss']:.3f}")
@@ -245,9 +243,8 @@ def check_same(config: Options, path: Path) -> None:
 
 def evaluate(data: CocoVideo, path: str, detector: Detector | EventfulRFDETR) -> dict[str, Any]:
     """Average precision and more of the dense detector on the validation split."""
-    columns = [TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=sum(len(video.frames) for video in data.videos))
+    with progress_bar() as progress:
+        task = progress.add_task("evaluating", total=sum(len(video.frames) for video in data.videos))
         scores = evaluate_detector(cast(AnyDetector, detector.eval()), data, on_frame=lambda _: progress.advance(task))
     say(f"AP50 {100 * scores['ap50']:.1f}, AP {100 * scores['ap']:.1f} on {path}")
     return jsonable(scores)

@@ -17,6 +17,7 @@ from eventful_det.detectors.checkpoints.weight_files import (
     compare,
     find_weights,
     load_exactly,
+    metadata,
     read_tensors,
     rounded,
     save_tensors,
@@ -226,8 +227,8 @@ def save_recogniser(
         dtype: the weights are rounded to this type.
         notes: more metadata, for example the command that made the weights.
     """
-    notes = {"format": FORMAT, "config": recogniser.config.to_json(), **(notes or {})}
-    save_tensors(path, rounded(recogniser, dtype), notes)
+    about = metadata(notes, format=FORMAT, config=recogniser.config.to_json())
+    save_tensors(path, rounded(recogniser, dtype), about)
 
 
 def save_official(recogniser: Recogniser, path: str | os.PathLike[str]) -> None:

@@ -18,7 +18,6 @@ track id; an object that the network misses once lives on with a lower score.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,6 +30,10 @@ from numpy.typing import NDArray
 from eventful_det.data.video.transforms import fit_size
 from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.paper import Paper
+from eventful_det.gating.rows import Rows
+from eventful_det.gating.rules import AnyRule
 
 Array = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -446,7 +449,7 @@ class KeyFrames:
 
     @staticmethod
     def of(hold: Hold) -> KeyFrames:
-        """What `hold` means: key frames, or the number n of every n-th one; None = every frame.
+        """What `hold` means: key frames, or the number n of every n-th one; None = the product's choice.
 
         Raises:
             UserError: it is none of these.
@@ -454,17 +457,30 @@ class KeyFrames:
         if isinstance(hold, KeyFrames):
             return hold
         if hold is None:
-            return dataclasses.replace(KeyFrames(), every=1)
+            return DEFAULT_HOLD
         if isinstance(hold, bool) or not isinstance(hold, int):
             raise UserError(f"hold must be a number of frames, KeyFrames or None, got {hold!r}")
         return KeyFrames.each(hold)
 
 
+DEFAULT_HOLD = KeyFrames(every=2)
+"""Where nobody says otherwise: every second frame, and every one where boxes cannot be followed."""
+
 Hold = int | KeyFrames | None
-"""On which frames the network runs: every n-th, as `KeyFrames` say, or (None) on as many as the budget allows."""
+"""On which frames the network runs: every n-th, as `KeyFrames` say, or (None) as `DEFAULT_HOLD` and the budget say.
+
+None is every frame where somebody chooses tokens in place of the product: with a `Selector` of one's own, and with the
+rules that are there for comparison (`Dense`, `Paper`, `Rows(exact=True)`).
+"""
 
 HOLDS = ("auto", "adaptive")
-"""Words for `hold` in configs, besides numbers: as the budget allows, and `KeyFrames()`."""
+"""Words for `hold` in configs, besides numbers: None, and `KeyFrames()`."""
+
+
+def hold_for(hold: Hold, rule: AnyRule) -> Hold:
+    """`hold` under a rule."""
+    compares = isinstance(rule, (Dense, Paper)) or (isinstance(rule, Rows) and rule.exact)
+    return 1 if hold is None and compares else hold
 
 
 def parse_hold(value: int | str) -> Hold:

@@ -39,7 +39,8 @@ def logits(recogniser: Recogniser) -> dict[str, Tensor]:
 
 def test_our_own_format_keeps_everything(tmp_path: Path) -> None:
     recogniser = small_recogniser()
-    save_recogniser(recogniser, tmp_path / "own.safetensors", torch.float32, {"command": "test"})
+    notes = {"command": "test", "config": "{}", "format": "?"}
+    save_recogniser(recogniser, tmp_path / "own.safetensors", torch.float32, notes)
     loaded = load_recogniser(tmp_path / "own.safetensors", temporal_views=1)
     assert loaded.config.classes == recogniser.config.classes and loaded.config.temporal_views == 1
     assert read_recogniser(tmp_path / "own.safetensors").notes["command"] == "test"

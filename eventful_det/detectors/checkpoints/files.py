@@ -20,8 +20,8 @@ from eventful_det.detectors.checkpoints.key_maps import (
     from_official,
     is_official,
 )
-from eventful_det.detectors.checkpoints.saving import FORMAT
 from eventful_det.detectors.checkpoints.weight_files import (
+    FORMAT,
     compare,
     find_weights,
     load_exactly,
@@ -29,6 +29,7 @@ from eventful_det.detectors.checkpoints.weight_files import (
     read_tensors,
     without,
 )
+from eventful_det.detectors.hub import local_source
 from eventful_det.detectors.labels import LabelMap, read_labels, relabel
 from eventful_det.detectors.rf_detr.loading import is_rf_detr, load_rf_detr
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
@@ -94,7 +95,8 @@ def load_detector(
     """A detector ready for inference, on the CPU.
 
     Args:
-        source: the name of shipped weights (the default ones if None), or a file: written by `save_detector`; a
+        source: the name of shipped weights (the default ones if None); `owner/name` on the Hugging Face Hub, with
+            `@revision` if need be; a folder written by `save_pretrained`; or a file: written by `save_detector`; a
             ViTDet of detectron2 (`.pkl` of its model zoo, `.pth`); or the official eventful code's conversion of one.
             The format is detected by content. Or the folder of a compiled engine, see `load_engine`, of which of the
             options below `precision` alone holds; or an RF-DETR, see `load_rf_detr`, which has `labels` besides.
@@ -111,6 +113,7 @@ def load_detector(
         UserError: no such file or name; the file is of no known format, damaged, or asks for more than data; keys do
             not fit; or a value is none that the option can have.
     """
+    source = None if source is None else local_source(source)
     if source is not None and (is_engine(Path(source)) or is_rf_detr(source)):
         if allow or classes is not None or changes or (labels is not None and is_engine(Path(source))):
             raise UserError(f"{source}: labels, allow, classes and changes are for ViTDet in PyTorch alone")

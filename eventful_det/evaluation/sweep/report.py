@@ -69,8 +69,7 @@ def _cells(row: Row) -> dict[str, str]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The main columns as a Markdown table; below it, how many frames are in no number."""
-    header, *lines = table(rows)
-    text = markdown_table(header, lines)
+    text = markdown_table(table(rows))
     skipped = max(row.skipped for row in rows)
     return f"{text}\n{skipped} frames could not be read and are in no number.\n" if skipped else text
 
