@@ -315,7 +315,8 @@ def evaluate_recogniser(config: Options) -> None:
     directory, weights = Path(config.output), config.weights or actions.DEFAULT
     gate = None if config.eval.curves is not None else actions.own_gate(build_gate(config.gate))
     recogniser = load_recogniser(weights, temporal_views=config.temporal_views).to(choose_device(config.device))
-    options: dict[str, Any] = {"max_clips": config.max_videos, "hold": config.eval.hold, "views": config.views}
+    hold = 1 if config.eval.hold == "auto" else config.eval.hold  # there are no boxes that could move
+    options: dict[str, Any] = {"max_clips": config.max_videos, "hold": hold, "views": config.views}
     about = {"command": command(), "weights": weights, "data": config.data.val, "threads": torch.get_num_threads()}
     with owned(directory):
         results = actions.evaluate(recogniser, config.data, gate, directory, **options)

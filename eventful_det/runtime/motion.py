@@ -466,7 +466,7 @@ class KeyFrames:
         return KeyFrames.each(hold)
 
 
-DEFAULT_HOLD = KeyFrames(every=2)
+DEFAULT_HOLD = KeyFrames(every=2, quality=0.8)
 """Where nobody says otherwise: every second frame, and every one where boxes cannot be followed."""
 
 Hold = int | KeyFrames | None
