@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import statistics
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from common import Data, Gate, say, warn
 
-from eventful_det.benchmark.timing import paired_ratios, time_together
 from eventful_det.detectors.checkpoints.weight_files import find_weights
 from eventful_det.detectors.rf_detr.loading import is_rf_detr
 from eventful_det.engine.folder import holds_recogniser, is_engine
 from eventful_det.errors import UserError
-from eventful_det.gating.dense import Dense
-from eventful_det.gating.paper import Paper
-from eventful_det.gating.rows import Rows
-from eventful_det.gating.rules import AnyRule
 from eventful_det.gating.selector import DEFAULT as SELECTOR
-from eventful_det.gating.selector import Selector, TopK
 from eventful_det.options import nearest
 from eventful_det.recognition.checkpoints import (
     is_recogniser,
@@ -36,8 +27,6 @@ from eventful_det.recognition.checkpoints import (
 from eventful_det.recognition.config import RecogniserConfig, vivit_b_epic, vivit_b_k400, vivit_tiny
 from eventful_det.recognition.data.segments import Segments, read_durations, read_epic, read_folders
 from eventful_det.recognition.data.synthetic_actions import ACTIONS
-from eventful_det.recognition.recogniser import Recogniser
-from eventful_det.recognition.results import StepCost
 from eventful_det.recognition.session import DEFAULT as RECOGNITION
 from eventful_det.testing import official_vivit
 
@@ -129,7 +118,7 @@ def count(model: str | None, k: Sequence[int] | None, durations: str | None) -> 
     seconds = None if durations is None else read_durations(durations)
     rows: list[dict[str, Any]] = []
     for name in _STEPS if model is None else [model]:
-        config = _config(name)
+        config = config_of(name)
         tokens = config.grid[0] * config.grid[1] + 1  # the class token is one of them
         for budget in (None, *(k or _STEPS.get(name, (tokens // 8, tokens // 4, tokens // 2)))):
             if budget is not None and not 1 <= budget <= tokens:
@@ -144,57 +133,8 @@ def count(model: str | None, k: Sequence[int] | None, durations: str | None) -> 
     return rows
 
 
-# Time
-
-
-def time_steps(model: str, k: int | None, repetitions: int, warm_up: int, seed: int) -> list[dict[str, Any]]:
-    """Time steps of a recogniser with random weights: dense, rows and paper, in float32 and bfloat16, in turns.
-
-    In bfloat16 the weights are held, so that none is converted at a step.
-
-    Args:
-        model: name of the model; it runs on the CPU.
-        k: tokens that a gated step recomputes, class token included; None = an eighth.
-        repetitions, warm_up: timed steps, and steps before them.
-        seed: of weights, frames and order.
-    """
-    torch.manual_seed(seed)
-    recogniser = Recogniser(_config(model)).eval()
-    low = copy.deepcopy(recogniser).bfloat16()
-    config = recogniser.config
-    tokens = config.grid[0] * config.grid[1] + 1
-    count = tokens // 8 if k is None else k
-    chosen, paper = TopK(count - 1), TopK(count)  # Rows always recomputes the class token besides
-    still = torch.rand(config.tubelet[0], config.channels, *config.size)
-    tubelets = [torch.where(torch.rand(config.size) < 0.5, still, torch.rand_like(still)) for _ in range(8)]
-    rules: dict[str, tuple[AnyRule, Selector]]
-    rules = {"dense": (Dense(), SELECTOR), "rows": (Rows(), chosen), "paper": (Paper(), paper)}
-    ways = {f"{name}, {dtype}": (*rule, dtype) for name, rule in rules.items() for dtype in ("float32", "bfloat16")}
-    states = {name: recogniser.init_state() for name in ways}
-
-    def step(name: str, i: int) -> StepCost:
-        rule, selector, dtype = ways[name]
-        network = recogniser if dtype == "float32" else low
-        return network.step([tubelets[i % 8]], states[name], rule=rule, selector=selector)[0].cost
-
-    calls = {name: partial(step, name) for name in ways}
-    timed = time_together(calls, repetitions, warm_up, torch.device("cpu"), seed)
-    seconds = {name: [call.seconds for call in timed[name].calls] for name in ways}
-    dense = [name for name in ways if name.startswith("dense")]
-    quickest = min(dense, key=lambda name: statistics.median(seconds[name]))
-    return [
-        {
-            "way": name,
-            "GMACs": timed[name].calls[-1].result.total / 1e9,
-            "ms": 1e3 * statistics.median(own),
-            "faster than dense, float32": paired_ratios(seconds["dense, float32"], own).median,
-            f"than {quickest}": paired_ratios(seconds[quickest], own).median,
-        }
-        for name, own in seconds.items()
-    ]
-
-
-def _config(model: str) -> RecogniserConfig:
+def config_of(model: str) -> RecogniserConfig:
+    """Of a model by name."""
     if model not in MODELS:
         raise UserError(f"unknown model {model!r}; {nearest(model, MODELS)}")
     return vivit_tiny({"action": ACTIONS}) if model == "vivit_tiny" else MODELS[model]()  # type: ignore[call-arg]

@@ -3,7 +3,7 @@
     python tools/benchmark.py                                    # the cases of configs/benchmark.yaml
     python tools/benchmark.py threads=2 repetitions=31 clip=my.mp4 peer=path/to/eventful-transformer
     python tools/benchmark.py only=672x672 profile=true          # the cases whose name holds "672x672"
-    python tools/benchmark.py recogniser=vivit_b_epic k=50 threads=1   # action recognition
+    python tools/benchmark.py recogniser=vivit_b_epic k=50 engine=[torch,openvino]   # action recognition
     python tools/benchmark.py streams=[1,2,4,8,16] budget=0.25   # many streams: see tools/benchmark_streams.py
     python tools/benchmark.py engine=[torch,openvino]            # engines: see tools/benchmark_engines.py
     python tools/benchmark.py cases='[{model: vitdet_tiny, size: [384,640], what: detector, fraction: 0.125}]'
@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import actions
 import torch
 from benchmark_cases import DENSE, PARTS, PEERS, Case, Options, cases_of
 from benchmark_engines import bench_engines
@@ -243,27 +242,12 @@ def run(config: Options) -> None:
         "seed": config.seed,
     }
     with owned(Path(config.output)):
-        if config.recogniser is not None:
-            bench_recogniser(config, about)
-        elif config.engine is not None:
+        if config.engine is not None or config.recogniser is not None:
             bench_engines(config, about)
         elif config.streams is None:
             bench_cases(config, about, code)
         else:
             bench_streams(config, about)
-
-
-def bench_recogniser(config: Options, about: dict[str, Any]) -> None:
-    """Time steps of a recogniser, print a table and write the results."""
-    name, k = str(config.recogniser), config.k
-    rows = actions.time_steps(name, k, config.repetitions, config.warm_up, config.seed)
-    cells = actions.cells_of(rows)
-    machine = str(about["machine"]).removesuffix(", float32")
-    write_results(Path(config.output), {**about, "machine": machine, "recogniser": name, "k": k, "rows": rows})
-    note = "Medians of steps that take turns; ratios are medians of paired ones. Dense attention is fused."
-    head = f"`{about['command']}`\n\n{machine}; {about['repetitions']} repetitions. {note}"
-    write_text(Path(config.output) / "benchmark.md", f"{head}\n\n{markdown_table(cells, left=len(cells[0]))}")
-    show_table(cells)
 
 
 def bench_cases(config: Options, about: dict[str, Any], code: OfficialCode | None) -> None:

@@ -317,7 +317,8 @@ def evaluate_recogniser(config: Options) -> None:
     )
     about = {"weights": weights, "data": config.data.val, "threads": torch.get_num_threads()}
     same = repr((about, weights_hash(weights), code_hash(), recogniser.device, config.temporal_views, config.precision))
-    options: dict[str, Any] = {"max_clips": config.max_videos, "hold": config.eval.hold, "views": config.views}
+    hold = 1 if config.eval.hold == "auto" else config.eval.hold  # there are no boxes that could move
+    options: dict[str, Any] = {"max_clips": config.max_videos, "hold": hold, "views": config.views}
     options["kept"] = directory / "clips" / hashlib.sha256(same.encode()).hexdigest()[:12]
     with owned(directory):
         results = eval_actions.evaluate(recogniser, config.data, gate, directory, **options)

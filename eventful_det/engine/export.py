@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -16,7 +16,7 @@ from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.detector import DIVISOR, Detector
 from eventful_det.engine.backends import SUFFIX, Backend, Format, Graph, import_package
 from eventful_det.engine.folder import FORMAT, MANIFEST
-from eventful_det.engine.recogniser import recogniser_graphs
+from eventful_det.engine.recogniser import CompiledRecogniser, recogniser_graphs
 from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig, rf_detr_graphs
 from eventful_det.engine.vitdet import CompiledViTDet
 from eventful_det.engine.vitdet_graphs import vitdet_graphs
@@ -92,13 +92,27 @@ def graphs_of(network: Network, size: tuple[int, int]) -> Iterator[Graph]:
     return vitdet_graphs(network, size) if isinstance(network, Detector) else rf_detr_graphs(network, size[0])
 
 
+@overload
 def in_engine(
-    detector: Detector | EventfulRFDETR, size: tuple[int, int], buckets: Sequence[float | int], backend: Backend
-) -> CompiledViTDet | CompiledRFDETR:
-    """A detector whose graphs for inputs of `size` a backend runs."""
-    if isinstance(detector, Detector):
-        return CompiledViTDet(detector.config, size, Windows(tuple(buckets)), backend)
-    return CompiledRFDETR(RFDETRConfig.of(detector), size[0], tuple(buckets), backend)
+    network: Recogniser, size: tuple[int, int], buckets: Sequence[float | int], backend: Backend
+) -> CompiledRecogniser: ...
+
+
+@overload
+def in_engine(
+    network: Detector | EventfulRFDETR, size: tuple[int, int], buckets: Sequence[float | int], backend: Backend
+) -> CompiledViTDet | CompiledRFDETR: ...
+
+
+def in_engine(
+    network: Network, size: tuple[int, int], buckets: Sequence[float | int], backend: Backend
+) -> CompiledViTDet | CompiledRFDETR | CompiledRecogniser:
+    """A network whose graphs for inputs of `size` a backend runs."""
+    if isinstance(network, Recogniser):
+        return CompiledRecogniser(network.config, tuple(buckets), backend)
+    if isinstance(network, Detector):
+        return CompiledViTDet(network.config, size, Windows(tuple(buckets)), backend)
+    return CompiledRFDETR(RFDETRConfig.of(network), size[0], tuple(buckets), backend)
 
 
 def default_size(detector: Network) -> tuple[int, int]:

@@ -76,7 +76,8 @@ class MotionOptions:
         overlap: least intersection over union of a moved box and the detection of its object, of the same class.
         rise, fall: how much of a change of an object's score counts at once, upwards and downwards.
         blend: weight of the detection's box where it becomes one with a moved box.
-        keep: factor of the score of an object that the network does not find again; 0 = it is gone.
+        keep: factor of the score of an object that the network does not find again; 0 = it is gone ...
+        alike: ... as it is where boxes look less than this as they did on the key frame: frames are too far apart.
     """
 
     short_side: int = 160
@@ -89,6 +90,7 @@ class MotionOptions:
     fall: float = 0.4
     blend: float = 0.8
     keep: float = 0.7
+    alike: float = 0.65
 
 
 class Flow(NamedTuple):
@@ -230,9 +232,10 @@ class BoxMover:
             change = new.scores[here] - old.scores[there]
             scores[here] = old.scores[there] + np.where(change > 0, options.rise, options.fall) * change
             boxes[here] += np.float32(1 - options.blend) * (self._clipped(old.boxes[there]) - boxes[here])
-            missed = ~np.isin(np.arange(len(old.scores)), there) & (options.keep * old.scores >= _GONE)
+            keep = np.float32(options.keep if self.quality >= options.alike else 0)
+            missed = ~np.isin(np.arange(len(old.scores)), there) & (keep * old.scores >= _GONE)
             missed &= overlap.max(axis=0, initial=0) < 0.5  # of an object that was found there is one box
-            lost = old.where(missed)._replace(scores=np.float32(options.keep) * old.scores[missed])
+            lost = old.where(missed)._replace(scores=keep * old.scores[missed])
             new = _Objects(
                 np.concatenate([boxes, lost.boxes]),
                 np.concatenate([scores, lost.scores]),
@@ -463,7 +466,7 @@ class KeyFrames:
         return KeyFrames.each(hold)
 
 
-DEFAULT_HOLD = KeyFrames(every=2)
+DEFAULT_HOLD = KeyFrames(every=2, quality=0.8)
 """Where nobody says otherwise: every second frame, and every one where boxes cannot be followed."""
 
 Hold = int | KeyFrames | None

@@ -96,7 +96,6 @@ def test_selections_are_filled_up_and_budgets_kept() -> None:
     assert prices[0] < prices[1] == prices[6] < prices[7] == prices[12] < prices[13] == prices[24]
     results = list(engine.stream(film, budget=Gmacs(float(prices[12]) / 1e9), scene_cuts=False))
     assert all(0 < result.cost.total <= prices[12] for result in results[1:])
-    assert results[-1].cost.recomputed == 12
 
 
 @pytest.mark.parametrize(("format", "package"), [("openvino", "openvino"), ("onnx", "onnxruntime")])
