@@ -37,14 +37,13 @@ from common import (
     build_gate,
     choose_device,
     command,
-    console,
     open_detector,
+    progress_bar,
     say,
     uninterrupted,
     write_results,
 )
 from demo_files import ActionOutputs, Outputs
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from eventful_det.data.layouts.exports import VideoInfo
 from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, home_path, open_source
@@ -255,15 +254,14 @@ class Run:
 
     def _carry(self, results: Iterator[Any], outputs: Outputs) -> None:
         """Take every frame to the files, and show how far they are."""
-        columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")]
         total = min((n for n in (self.source.frames, self.options.max_frames) if n), default=None)
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-            task, began = progress.add_task("", total=total, rate=""), time.perf_counter()
+        with progress_bar() as progress:
+            task, began = progress.add_task("", total=total), time.perf_counter()
             for count, result in enumerate(results, start=1):
                 budget = "dense" if self.stream.rule == Dense() else budget_text(self.stream.budget)
                 outputs.write(result, Caption(budget, self._dense_seconds))
                 rate = count / (time.perf_counter() - began)
-                progress.update(task, completed=count, rate=f"{rate:.1f} frames/s")
+                progress.update(task, completed=count, description=f"{rate:.1f} frames/s")
 
     def _finish(
         self, outputs: Outputs, seconds: float, counts: dict[str, int], stopped: BaseException | None

@@ -23,7 +23,7 @@ from eventful_det.data.video.writer import VideoWriter
 from eventful_det.detectors.results import FrameCost
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
-from eventful_det.outputs import printable_values, reporting
+from eventful_det.outputs import as_json, reporting
 from eventful_det.viz import Caption, annotate, cost_row, plot_cost
 from eventful_det.viz.actions import annotate_action
 
@@ -140,7 +140,7 @@ class Outputs:
         """
         try:
             with written_whole(self.directory / "results.json") as part:
-                part.write_text(json.dumps(printable_values(results), indent=1) + "\n", encoding="utf-8")
+                part.write_text(json.dumps(as_json(results), indent=1) + "\n", encoding="utf-8")
                 for name, _ in EXPORTS.values():
                     _remove(self.directory / name)
                 for name in self._names:

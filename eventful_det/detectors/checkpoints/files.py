@@ -36,13 +36,15 @@ from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.rf_detr.sizes import Name
 from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.detectors.vitdet.detector import Detector
-from eventful_det.engine.backends import Precision, quickest_precision
+from eventful_det.engine.backends import Precision, torch_dtype
 from eventful_det.engine.folder import is_engine, load_engine
+from eventful_det.engine.recogniser import CompiledRecogniser
 from eventful_det.engine.rf_detr import CompiledRFDETR
 from eventful_det.engine.vitdet import CompiledViTDet
 from eventful_det.errors import UserError
 
 LAST_LAYER = "roi_heads.box_predictor.*"  # the only one that knows the classes
+_RECOGNISER = "this is a recogniser of actions, no detector; open it with load_recogniser"
 _LOG = logging.getLogger(__name__)
 
 
@@ -116,10 +118,14 @@ def load_detector(
         if allow or classes is not None or changes or (labels is not None and is_engine(Path(source))):
             raise UserError(f"{source}: labels, allow, classes and changes are for ViTDet in PyTorch alone")
         if is_engine(Path(source)):
-            return load_engine(Path(source), precision=precision)
+            engine = load_engine(Path(source), precision=precision, warm_up=False)
+            if isinstance(engine, CompiledRecogniser):
+                raise UserError(f"{source}: {_RECOGNISER}")
+            engine.warm_up()
+            return engine
         rf_detr = load_rf_detr(source)
         rf_detr.relabel(_labels(labels))
-        return rf_detr.to(_dtype(precision))
+        return rf_detr.to(torch_dtype(precision))
     path = find_weights(source)
     weights = read_weights(path)
     known, tensors = weights.config.classes, weights.tensors
@@ -137,16 +143,11 @@ def load_detector(
         compare(Detector(config).state_dict(), tensors, str(path), allow)
     detector = Detector(config)
     load_exactly(detector, tensors, str(path), allow)
-    return detector.to(_dtype(precision)).eval()
+    return detector.to(torch_dtype(precision)).eval()
 
 
 def _labels(labels: LabelMap | str | os.PathLike[str] | None) -> LabelMap:
     return (labels or {}) if labels is None or isinstance(labels, Mapping) else read_labels(labels)
-
-
-def _dtype(precision: Precision | Literal["auto"]) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, quickest_precision() if precision == "auto" else precision)
-    return dtype
 
 
 def read_weights(path: str | os.PathLike[str]) -> Weights:
@@ -161,7 +162,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
         if notes.get("format") == FORMAT:
             return Weights("eventful_det", _config(notes), tensors, notes)
         if "spatial_model.class_token" in tensors:
-            raise UserError("this is a recogniser of actions, no detector; open it with load_recogniser")
+            raise UserError(_RECOGNISER)
         official = is_official(tensors)
         tensors = from_official(tensors) if official else tensors
         if not any(key.startswith("backbone.net.") for key in tensors):

@@ -205,6 +205,11 @@ def rounded(module: HasState, dtype: torch.dtype) -> dict[str, Tensor]:
     return {key: value.detach().cpu().to(dtype).contiguous() for key, value in module.state_dict().items()}
 
 
+def metadata(notes: Mapping[str, str] | None, **own: str) -> dict[str, str]:
+    """What a weights file says of itself: notes, and `format` and `config`, which no note can be."""
+    return {key: note for key, note in (notes or {}).items() if key not in ("format", "config")} | own
+
+
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
     """Write a safetensors file with a checksum, whole or not at all.
 
