@@ -35,7 +35,7 @@ class Curve:
 class EvalOptions:
     """What to run: one method (configs/eval/single.yaml), or curves (configs/eval/sweep.yaml)."""
 
-    hold: Hold = 1
+    hold: Hold = "auto"
     scale: Scale = 1.0
     square: bool = False
     fractions: tuple[Share, ...] = ()

@@ -22,6 +22,7 @@ from eventful_det.evaluation.detection import Entry, category_ids, coco_results,
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import Selector
 from eventful_det.outputs import markdown_table
+from eventful_det.runtime.motion import Hold
 from eventful_det.runtime.session import StreamResult
 from eventful_det.runtime.stream import Stream
 
@@ -35,11 +36,12 @@ class Row:
 
     Attributes:
         name: of the disturbance.
-        selected: mean share of the tokens selected on frames where nothing else happens, after the first.
+        selected: mean share of the tokens selected on frames where nothing else happens, after the first; all of them
+            are gated.
         most: the largest share of these, flushes left out.
         flushes: of the streams on these frames, by scene cuts.
         ap50_dense: of the dense detector where objects move.
-        ap50: of the gated one.
+        ap50: of the gated one, which holds frames as it does by default.
         macs: multiply-adds of the gated one as a share of the dense one's.
     """
 
@@ -80,9 +82,8 @@ def measure(
     moving: list[FrameCost] = []
     for index in range(videos):
         first = next(render_video(options, seed, index))
-        still += [frame.cost for frame in _run(detector, _befall(repeat(first, frames), name, index), rule, selector)][
-            1:
-        ]
+        same = _befall(repeat(first, frames), name, index)
+        still += [frame.cost for frame in _run(detector, same, rule, selector, hold=1)][1:]
         scene = _befall(render_video(options, seed, index), name, index)
         video = _truth(index, scene)
         truth.append(video)
@@ -111,7 +112,7 @@ def markdown(rows: Sequence[Row]) -> str:
         shares = (f"{100 * value:.1f}" for value in (row.selected, row.most))
         scores = (f"{100 * value:.1f}" for value in (row.ap50_dense, row.ap50))
         lines.append((row.name.replace("_", " "), *shares, str(row.flushes), *scores, f"{100 * row.macs:.0f}"))
-    return markdown_table(_HEADER, lines)
+    return markdown_table([_HEADER, *lines])
 
 
 def _befall(frames: Iterable[SyntheticFrame], name: str, seed: int) -> list[SyntheticFrame]:
@@ -119,10 +120,10 @@ def _befall(frames: Iterable[SyntheticFrame], name: str, seed: int) -> list[Synt
 
 
 def _run(
-    detector: VideoDetector[S], scene: Sequence[SyntheticFrame], rule: AnyRule, selector: Selector
+    detector: VideoDetector[S], scene: Sequence[SyntheticFrame], rule: AnyRule, selector: Selector, hold: Hold = None
 ) -> list[StreamResult]:
     """What comes of each frame."""
-    stream = Stream(detector, np.stack([frame.image for frame in scene]), rule=rule, budget=selector)
+    stream = Stream(detector, np.stack([frame.image for frame in scene]), rule=rule, budget=selector, hold=hold)
     return list(islice(stream, len(scene)))
 
 

@@ -41,7 +41,7 @@ from eventful_det.runtime.session import KeyFrame, Result, Session, StreamOption
 _SPIKE = 2.0  # a step is taken to have lasted at most so many times longer than expected
 _FIRST = 0.1  # of the first step that is measured, taken to be spent whatever is recomputed
 _FLOOR = 1 / 32  # of the tokens may be recomputed however slow the machine is: the detector stays alive
-_WORTH = 0.25  # of the tokens a key frame may recompute where a smaller budget has frames held: fewer are not worth it
+_KEY = cast(float, DEFAULT.budget)  # of the tokens a key frame may recompute, although frames are held to pay for it
 _LONGEST = 64.0  # frames from one key frame to the next, however small the budget is
 _MEMORY = 0.7  # weight of what was known in a running mean
 
@@ -150,14 +150,15 @@ class NetworkStepper(Generic[S, T, R]):
     outside of it, and so are tokens that would grow too old where the budget is too small even for them. Of GMACs the
     variable part of the detector is reckoned at its bound; what it leaves goes to the bucket.
 
+    Of sessions that hold frames as the budget demands (`auto`) a key frame may recompute what the default does, however
+    small the budget is. Frames are held until that is paid for.
+
     Args:
         detector: runs the steps.
         rule: how tokens are recomputed.
         budget: of a step, as for `Stream`; streams share all but a `Selector` that says otherwise.
         options: of the budget. Under a `Selector` that streams do not share, `max_age` alone counts.
         timing: measure the seconds of each part, as a budget in seconds does in any case.
-        hold: as the budget demands: a key frame may recompute a quarter of the tokens in any case, and where that
-            costs more than a share of the tokens, `Gmacs` or `Latency`, frames are held until it is paid for.
         default: what is selected without a budget, and the policy within one.
 
     Raises:
@@ -172,11 +173,9 @@ class NetworkStepper(Generic[S, T, R]):
         budget: Budget | Selector,
         options: BudgetOptions | None,
         timing: bool,
-        hold: bool = False,
         default: Selector = DEFAULT,
     ) -> None:
-        self.detector, self.rule, self.timing, self.hold = detector, rule, timing, hold
-        self.default = default
+        self.detector, self.rule, self.timing, self.default = detector, rule, timing, default
         self.options = options or BudgetOptions()
         self.clock = Clock()
         self.budget = budget
@@ -224,29 +223,27 @@ class NetworkStepper(Generic[S, T, R]):
         if isinstance(plan.selector.budget, Latency):
             plan.remember(results)
         prices = [
-            self._price(setting.budget, key, result, streams / session.options.priority)
+            self._price(setting, key, result, streams / session.options.priority) if session.auto else None
             for (session, key), result in zip(due, results, strict=True)
         ]
         pairs = zip(due, results, prices, strict=True)
         return [session.finish(key, result, price) for (session, key), result, price in pairs]
 
-    def _price(self, budget: Budget | Selector, key: KeyFrame, result: T, streams: float) -> float | None:
-        """What a frame cost in what it might, at least 1; None where frames are not held for the budget's sake."""
-        if isinstance(budget, Selector) and isinstance(budget.budget, (Gmacs, Latency)):
-            budget = budget.budget
-        if not self.hold or not isinstance(budget, (float, Gmacs, Latency)):
+    def _price(self, setting: _Setting, key: KeyFrame, result: T, streams: float) -> float | None:
+        """What a frame cost in what it might; None under a selector of the user's own."""
+        budget, cost, moving = setting.budget, result.cost, 0.0
+        if isinstance(budget, Selector) and budget != self.default:
             return None
-        cost, moving = result.cost, 0.0
-        if isinstance(budget, float):
-            spent, income = cost.recomputed / cost.tokens, budget
-        elif isinstance(budget, Gmacs):
+        if budget is None or isinstance(budget, Selector) or cost.flush:
+            return 0.0  # nothing to pay
+        if isinstance(budget, Gmacs):
             spent, income = cost.total / 1e9, budget.value
-        else:
+        elif isinstance(budget, Latency):
             spent, income, moving = cost.latency, budget.seconds, key.seconds.get("motion", 0.0)
-        if cost.flush:
-            return 1.0  # from outside of the budget
+        else:
+            spent, income = float(cost.recomputed), float(tokens_allowed(budget, cost.tokens))
         income = income / streams - moving  # boxes move on every frame
-        return min(_LONGEST, max(1.0, (spent - moving) / income)) if income > 0 else _LONGEST
+        return min(_LONGEST, (spent - moving) / income) if income > 0 else _LONGEST
 
     def _observe(self, results: Sequence[T]) -> None:
         """Remember how long a step took."""
@@ -288,10 +285,10 @@ class _Plan(Generic[S, T, R]):
         self.priced = isinstance(selector.budget, (Gmacs, Latency))
         self.shared = self.priced or selector.assured is not None
         remembers = self.options.max_age > 0 or (self.shared and self.options.bucket > 0)
-        small = stepper.hold and self.shared and isinstance(selector.budget, float) and selector.budget < _WORTH
+        held = self.shared and any(session.auto for session in self.sessions)
         known = any(key.expected is not None for key in self.keys)
         own = any(session.options != StreamOptions() for session in self.sessions)
-        self.needed = self.priced or remembers or small or known or own
+        self.needed = self.priced or remembers or held or known or own
         self.asked: list[int] = []  # places of the streams that the budget is for: all but those that are flushed
         self.allowance = 0.0  # in tokens or MACs
 
@@ -342,16 +339,14 @@ class _Plan(Generic[S, T, R]):
         if isinstance(budget, Gmacs):
             self.allowance = 1e9 * budget.value
             count = int((self._totals(gates, order) <= self.bucket.limit(self.allowance)).sum()) - 1
-            count = max(count, self._least(tokens))
         else:
             self.allowance = budget * tokens if isinstance(budget, float) else float(tokens_allowed(budget, tokens))
             count = int(self.bucket.limit(self.allowance))
-            count = max(count, self._least(tokens)) if isinstance(budget, float) else count
-        return order.take(max(due, count))
+        return order.take(max(due, count, self._least(gates)))
 
-    def _least(self, tokens: int) -> int:
-        """How many of so many tokens may be recomputed whatever that costs."""
-        return int(_WORTH * tokens) if self.stepper.hold else 0
+    def _least(self, gates: Sequence[GateInput]) -> int:
+        """How many tokens may be recomputed whatever that costs: those of key frames that others pay for."""
+        return int(_KEY * sum(gate.tokens for gate in gates if self.sessions[gate.stream].auto))
 
     def _order(self, gates: Sequence[GateInput]) -> tuple[Merged, int]:
         """The wanted tokens of all streams, those that would grow too old first, and how many these are."""
@@ -372,7 +367,7 @@ class _Plan(Generic[S, T, R]):
         """As many tokens as the machine can do in so many seconds; all of them where that is quicker than some."""
         totals, clock = self._totals(gates, order, expected=True), self.stepper.clock
         tokens = sum(gate.tokens for gate in gates)
-        least = max(self._least(tokens), math.ceil(_FLOOR * tokens))
+        least = max(self._least(gates), math.ceil(_FLOOR * tokens))
         floor = float(totals[min(len(order.index), least)])
         affordable = max(floor, 1e9 * clock.gmacs(len(gates), seconds))
         count = max(due, int((totals <= affordable).sum()) - 1)

@@ -18,7 +18,6 @@ track id; an object that the network misses once lives on with a lower score.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,6 +30,10 @@ from numpy.typing import NDArray
 from eventful_det.data.video.transforms import fit_size
 from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
+from eventful_det.gating.dense import Dense
+from eventful_det.gating.paper import Paper
+from eventful_det.gating.rows import Rows
+from eventful_det.gating.rules import AnyRule
 
 Array = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -73,7 +76,8 @@ class MotionOptions:
         overlap: least intersection over union of a moved box and the detection of its object, of the same class.
         rise, fall: how much of a change of an object's score counts at once, upwards and downwards.
         blend: weight of the detection's box where it becomes one with a moved box.
-        keep: factor of the score of an object that the network does not find again; 0 = it is gone.
+        keep: factor of the score of an object that the network does not find again; 0 = it is gone ...
+        alike: ... as it is where boxes look less than this as they did on the key frame: frames are too far apart.
     """
 
     short_side: int = 160
@@ -86,6 +90,7 @@ class MotionOptions:
     fall: float = 0.4
     blend: float = 0.8
     keep: float = 0.7
+    alike: float = 0.65
 
 
 class Flow(NamedTuple):
@@ -227,9 +232,10 @@ class BoxMover:
             change = new.scores[here] - old.scores[there]
             scores[here] = old.scores[there] + np.where(change > 0, options.rise, options.fall) * change
             boxes[here] += np.float32(1 - options.blend) * (self._clipped(old.boxes[there]) - boxes[here])
-            missed = ~np.isin(np.arange(len(old.scores)), there) & (options.keep * old.scores >= _GONE)
+            keep = np.float32(options.keep if self.quality >= options.alike else 0)
+            missed = ~np.isin(np.arange(len(old.scores)), there) & (keep * old.scores >= _GONE)
             missed &= overlap.max(axis=0, initial=0) < 0.5  # of an object that was found there is one box
-            lost = old.where(missed)._replace(scores=np.float32(options.keep) * old.scores[missed])
+            lost = old.where(missed)._replace(scores=keep * old.scores[missed])
             new = _Objects(
                 np.concatenate([boxes, lost.boxes]),
                 np.concatenate([scores, lost.scores]),
@@ -446,7 +452,7 @@ class KeyFrames:
 
     @staticmethod
     def of(hold: Hold) -> KeyFrames:
-        """What `hold` means: key frames, or the number n of every n-th one; None = every frame.
+        """What `hold` means: key frames, or the number n of every n-th one; None = the product's choice.
 
         Raises:
             UserError: it is none of these.
@@ -454,17 +460,30 @@ class KeyFrames:
         if isinstance(hold, KeyFrames):
             return hold
         if hold is None:
-            return dataclasses.replace(KeyFrames(), every=1)
+            return DEFAULT_HOLD
         if isinstance(hold, bool) or not isinstance(hold, int):
             raise UserError(f"hold must be a number of frames, KeyFrames or None, got {hold!r}")
         return KeyFrames.each(hold)
 
 
+DEFAULT_HOLD = KeyFrames(every=2, quality=0.8)
+"""Where nobody says otherwise: every second frame, and every one where boxes cannot be followed."""
+
 Hold = int | KeyFrames | None
-"""On which frames the network runs: every n-th, as `KeyFrames` say, or (None) on as many as the budget allows."""
+"""On which frames the network runs: every n-th, as `KeyFrames` say, or (None) as `DEFAULT_HOLD` and the budget say.
+
+None is every frame where somebody chooses tokens in place of the product: with a `Selector` of one's own, and with the
+rules that are there for comparison (`Dense`, `Paper`, `Rows(exact=True)`).
+"""
 
 HOLDS = ("auto", "adaptive")
-"""Words for `hold` in configs, besides numbers: as the budget allows, and `KeyFrames()`."""
+"""Words for `hold` in configs, besides numbers: None, and `KeyFrames()`."""
+
+
+def hold_for(hold: Hold, rule: AnyRule) -> Hold:
+    """`hold` under a rule."""
+    compares = isinstance(rule, (Dense, Paper)) or (isinstance(rule, Rows) and rule.exact)
+    return 1 if hold is None and compares else hold
 
 
 def parse_hold(value: int | str) -> Hold:

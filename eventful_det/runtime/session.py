@@ -32,29 +32,23 @@ from eventful_det.runtime.regions import Polygon, ignored_tokens
 from eventful_det.runtime.scene_cuts import SceneCuts
 
 
-@dataclass(frozen=True)
-class StreamResult:
-    """One frame of a stream.
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What is the same in the results of all networks.
 
     Attributes:
-        detections: boxes in pixels of the source frame, scores, labels.
-        names: class names that the labels index.
         frame_index: from 0.
         timestamp: seconds since the start of the source, or None where it has no clock.
         cost: of this frame.
         work: `(H, W)` share of its token-wise work that each token had done, 0 to 1.
         token_size: height and width of a token in pixels of the source frame; the map may reach beyond the frame.
         image: the source frame, `(h, w, 3)` uint8 RGB.
-        held: the detector did not run; the detections are those of an earlier frame, moved with their objects.
+        held: the network did not run on this frame.
         stream: name of the source.
-        frame_age: seconds from the capture of the frame to its detections; None unless the source is live.
+        frame_age: seconds from the capture of the frame to this result; None unless the source is live.
         dropped: frames of a live source that were overtaken by newer ones so far.
-        drift: how the detections compare with dense ones, on frames on which these were made as well.
-        zones: names of those that each detection is in, where there are zones.
     """
 
-    detections: Detections
-    names: tuple[str, ...]
     frame_index: int
     timestamp: float | None
     cost: FrameCost
@@ -65,6 +59,22 @@ class StreamResult:
     stream: str = ""
     frame_age: float | None = None
     dropped: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamResult(Result):
+    """One frame of a stream; for all else see `Result`.
+
+    Attributes:
+        detections: boxes in pixels of the source frame, scores, labels; on a held frame those of an earlier one, moved
+            with their objects.
+        names: class names that the labels index.
+        drift: how the detections compare with dense ones, on frames on which these were made as well.
+        zones: names of those that each detection is in, where there are zones.
+    """
+
+    detections: Detections
+    names: tuple[str, ...]
     drift: Drift | None = None
     zones: tuple[tuple[str, ...], ...] | None = None
 
@@ -112,46 +122,6 @@ class StreamOptions:
             raise UserError(f"priority must be above 0, got {self.priority}")
 
 
-class Result(Protocol):
-    """What is the same in the results of all networks; see `StreamResult`."""
-
-    @property
-    def frame_index(self) -> int:
-        """From 0."""
-
-    @property
-    def timestamp(self) -> float | None:
-        """Seconds since the start of the source, if it has a clock."""
-
-    @property
-    def cost(self) -> FrameCost:
-        """Of the frame."""
-
-    @property
-    def work(self) -> Tensor:
-        """`(H, W)` share of its token-wise work that each token had done."""
-
-    @property
-    def token_size(self) -> tuple[float, float]:
-        """Height and width of a token in pixels of the source frame."""
-
-    @property
-    def image(self) -> NDArray[np.uint8]:
-        """The source frame."""
-
-    @property
-    def stream(self) -> str:
-        """Name of the source."""
-
-    @property
-    def frame_age(self) -> float | None:
-        """Seconds from its capture to this result; None unless the source is live."""
-
-    @property
-    def dropped(self) -> int:
-        """Frames of a live source that were overtaken so far."""
-
-
 T_contra = TypeVar("T_contra", bound=Costed, contravariant=True)
 R_co = TypeVar("R_co", bound=Result, covariant=True)
 
@@ -162,9 +132,10 @@ class Session(Protocol[S, T_contra, R_co]):
     `T_contra` is what a step of the network gives, `R_co` the result of a frame.
 
     Attributes:
-        name, state, options, left, variable_macs: see `StreamSession`.
+        name, state, options, auto, left, variable_macs: see `StreamSession`.
     """
 
+    auto: bool
     name: str
     state: State[S]
     options: StreamOptions
@@ -205,14 +176,15 @@ class StreamSession(Generic[S]):
         name: of the stream.
         scene_cuts: recompute everything when another scene begins.
         hold: see `KeyFrames`, boxes move with their objects between these; or every n-th frame, whatever moves. A scene
-            cut, a new size and a camera that came back make a key frame at once. None = every frame, unless `finish`
-            is told that frames cost more than their budget.
+            cut, a new size and a camera that came back make a key frame at once. None = `DEFAULT_HOLD`, and fewer where
+            `finish` is told that frames cost more than their budget.
         move: False = boxes stand still between key frames (a baseline).
         track: give objects ids, also where the network runs on every frame.
         options: see `StreamOptions`.
 
     Attributes:
         state: what the detector remembers of the stream.
+        auto: nobody said on which frames it runs.
         left: frames until the next regular key frame; it may come earlier, see `KeyFrames`.
         variable_macs: MACs that the variable part of the detector takes on average, see `CostModel`; None = not known.
 
@@ -233,15 +205,16 @@ class StreamSession(Generic[S]):
         options: StreamOptions | None = None,
     ) -> None:
         self.detector, self.transform, self.name, self._move = detector, transform, name, move
-        self.key_frames, self.options = KeyFrames.of(hold), options or StreamOptions()
+        self.auto, self.key_frames, self.options = hold is None, KeyFrames.of(hold), options or StreamOptions()
         self.state = detector.init_state()
         self.variable_macs: float | None = None
         self._cuts = SceneCuts() if scene_cuts else None
         self._last: StreamResult | None = None
-        follow = track or self.key_frames.every > 1 or isinstance(hold, KeyFrames)
-        self._mover = BoxMover() if move and follow else None
+        follow = track or isinstance(hold, KeyFrames) or self.key_frames.every > 1
+        self._mover = BoxMover() if move and follow and not self.auto else None
         self.left = 0.0
-        self._earliest = math.inf  # the network may run before its time when so many are left
+        self._debt = 0.0  # frames that have to pay for the key frames so far
+        self._tolerable = 0.0  # debt at which the network may run before its time
         self._frames = 0
 
     def begin(
@@ -258,7 +231,7 @@ class StreamSession(Generic[S]):
             A key frame, for `finish` after the detector's step; or the result of a held frame.
         """
         began = time.perf_counter()
-        self.left = max(self.left - 1, -1.0)
+        self.left, self._debt = self.left - 1, max(self._debt - 1, -1.0)
         cut = (self._cuts is not None and self._cuts(frame.image)) or frame.resumed
         last = self._last if self._last is not None and self._last.image.shape == frame.image.shape else None
         moving = time.perf_counter()
@@ -301,14 +274,12 @@ class StreamSession(Generic[S]):
             key: the frame.
             step: what the detector made of it.
             price: what the step cost, in what a frame may cost: so many frames, held ones included, pay for it. None =
-                there is no such limit.
+                the tokens are chosen by somebody, and so are the frames: every one unless `hold` says otherwise.
         """
         image = key.frame.image
-        if price is None:
-            self.left, self._earliest = self.key_frames.every, math.inf
-        else:  # what is not paid for yet adds up: on average the budget is kept, however early the network runs
-            self.left += price
-            self._earliest = self.left / 2
+        self._debt += price or 0.0  # on average the budget is kept, however early the network runs
+        self._tolerable = self._debt / 2
+        self.left = 1 if self.auto and price is None else max(self.key_frames.every, self._debt)
         if self._mover is None and self._move and self.left > 1:
             self._mover = BoxMover()
             self._mover.move(image)
@@ -336,7 +307,7 @@ class StreamSession(Generic[S]):
 
     def _is_key_frame(self) -> bool:
         """Whether the detector has to run although the scene goes on: the only place where that is decided."""
-        early = self._mover is not None and self.left <= self._earliest and self.key_frames.early(self._mover)
+        early = self._mover is not None and self._debt <= self._tolerable and self.key_frames.early(self._mover)
         return self.left <= 0 or early
 
     def _hold_boxes(

@@ -15,7 +15,7 @@ from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.control import Budgeted, Stepper
 from eventful_det.runtime.drift import Drift, DriftMonitor
 from eventful_det.runtime.live import DetectorThread, LiveBoxes, detector_of
-from eventful_det.runtime.motion import Hold
+from eventful_det.runtime.motion import Hold, hold_for
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
 
@@ -33,7 +33,7 @@ class Stream(Budgeted, Iterator[StreamResult]):
         short_side, long_side: of the network's input in pixels; the model's own if None.
         scene_cuts: recompute everything when another scene begins.
         hold: run the detector on every n-th frame only, or as `KeyFrames` say, and move its boxes in between. None =
-            on every frame, unless the budget is smaller than what makes a key frame worth its cost.
+            every second one, or fewer where the budget is small; 1 = every frame. See `Hold`.
         shadow_every: also run the dense detector on every n-th frame and report how far the detections of at least
             `shadow_score` drift from its; costs nothing of the budget and is counted nowhere else. 0 = never.
         timing: measure the seconds of each part, for which a GPU is waited for once per frame.
@@ -68,11 +68,9 @@ class Stream(Budgeted, Iterator[StreamResult]):
             raise UserError(f"shadow_every must be a number of frames, or 0 for never, got {shadow_every}")
         self.rule, self.max_frames = rule, max_frames
         transform = detector.input_transform.with_sides(short_side, long_side)
-        cuts, hold = (False, 1) if live else (scene_cuts, hold)  # a live stream looks for cuts on every frame
+        cuts, hold = (False, 1) if live else (scene_cuts, hold_for(hold, rule))  # live streams look for cuts themselves
         self._session: StreamSession[Any] = StreamSession(detector, transform, scene_cuts=cuts, hold=hold)
-        self._stepper: Stepper[Any] = Stepper(
-            detector, rule=rule, budget=budget, options=options, timing=timing, hold=hold is None
-        )
+        self._stepper: Stepper[Any] = Stepper(detector, rule=rule, budget=budget, options=options, timing=timing)
         self._monitor: DriftMonitor[Any] | None = None
         if shadow_every:
             self._monitor = DriftMonitor(detector, transform, shadow_every, shadow_score)

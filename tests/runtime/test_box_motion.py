@@ -148,6 +148,14 @@ def test_an_object_that_the_network_misses_lives_on_for_a_while() -> None:
     assert scores[0] == pytest.approx(0.63, abs=0.01) and scores == sorted(scores, reverse=True) and scores[-1] == 0
 
 
+def test_an_object_that_is_missed_is_gone_where_boxes_cannot_be_followed() -> None:
+    """Frames that are too far apart: what stands in the box is something else."""
+    mover = BoxMover()
+    key(mover, texture(240, 320, 0), found(square_box(100, 100, 60), square_box(200, 60, 50)))
+    now = key(mover, texture(240, 320, 1), found(square_box(20, 150, 60)))
+    assert len(now) == 1
+
+
 def test_a_box_and_its_detection_become_one() -> None:
     """A blink of the score is damped, and so is a jump of the box."""
     mover = BoxMover()

@@ -56,8 +56,8 @@ def images() -> list[NDArray[np.uint8]]:
 
 
 def test_on_a_stream(tiny_detector: Detector, images: list[NDArray[np.uint8]]) -> None:
-    def run(**options: Any) -> Stream:  # random weights are sure of nothing
-        return tiny_detector.stream(images, shadow_score=0.2, **options)
+    def run(hold: int = 1, **options: Any) -> Stream:  # random weights are sure of nothing
+        return tiny_detector.stream(images, shadow_score=0.2, hold=hold, **options)
 
     dense = run(budget=EVERYTHING, shadow_every=4, timing=True)
     assert [r.drift is not None for r in dense] == [False, False, False, True] * 2 + [False]

@@ -30,7 +30,16 @@ def answer(x: float, image: Image) -> StreamResult:
     box = torch.tensor([[x, 80.0, x + 60, 140.0]])
     found = Detections(box, torch.tensor([0.9]), torch.tensor([0]))
     cost = FrameCost({"backbone": 5}, {"backbone": 9}, 1, 4, False)
-    return StreamResult(found, ("square",), 0, None, cost, torch.ones(2, 2), (8, 8), image)
+    return StreamResult(
+        detections=found,
+        names=("square",),
+        frame_index=0,
+        timestamp=None,
+        cost=cost,
+        work=torch.ones(2, 2),
+        token_size=(8, 8),
+        image=image,
+    )
 
 
 class Slow:

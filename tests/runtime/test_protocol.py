@@ -126,7 +126,7 @@ def film(frames: int = 6) -> list[NDArray[np.uint8]]:
 
 def test_streams_and_pools() -> None:
     toy: VideoDetector[ToyState] = Toy()
-    stream = Stream(toy, film(), scene_cuts=False, shadow_every=2, timing=True)
+    stream = Stream(toy, film(), scene_cuts=False, hold=1, shadow_every=2, timing=True)
     results = list(stream)
     assert [r.cost.recomputed for r in results] == [32] + [6] * 5, "two tokens that changed, and two others for each"
     for t, result in enumerate(results):

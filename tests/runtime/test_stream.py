@@ -6,6 +6,7 @@ import itertools
 import time
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from eventful_det.detectors.saliency import token_saliency
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
+from eventful_det.gating.paper import Paper
+from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT, EVERYTHING, Budget, GateInput, Ranking, Selector, TopK
 from eventful_det.runtime.motion import BoxMover
 from eventful_det.runtime.pool import StreamPool
@@ -70,7 +73,7 @@ def test_memory_is_constant(tiny_detector: Detector) -> None:
             alive.append(weakref.ref(frame.image))
             yield frame.image
 
-    stream = tiny_detector.stream(source(), budget=0.2)
+    stream = tiny_detector.stream(source(), budget=0.2, hold=1)
     sizes = []
     for result in stream:
         sizes.append(stream.state_bytes - sum(t.nbytes for t in result.detections.tensors()))
@@ -91,7 +94,8 @@ def test_result_describes_the_frame(tiny_detector: Detector, frames: list[Image]
 
 def test_detections_are_in_pixels_of_the_source(tiny_detector: Detector, frames: list[Image]) -> None:
     doubled = [image.repeat(2, axis=0).repeat(2, axis=1) for image in frames[:2]]
-    for small, large in zip(tiny_detector.stream(frames), tiny_detector.stream(doubled), strict=False):
+    streams = [tiny_detector.stream(images, hold=1) for images in (frames, doubled)]
+    for small, large in zip(*streams, strict=False):
         assert len(small.detections) > 0
         torch.testing.assert_close(large.detections.boxes, 2 * small.detections.boxes)
         assert large.token_size == (32, 32)
@@ -115,12 +119,12 @@ def test_budget_between_frames(tiny_detector: Detector, frames: list[Image]) -> 
 def test_a_budget_is_the_default_policy_within_it(tiny_detector: Detector, frames: list[Image]) -> None:
     """To a stream, a pool and the step itself alike; a budget is a limit, and what nobody wants is not spent."""
     within = DEFAULT.within(0.3)
-    for a, b in zip(tiny_detector.stream(frames, budget=0.3), tiny_detector.stream(frames, budget=within), strict=True):
+    for a, b in zip(*(tiny_detector.stream(frames, budget=one, hold=1) for one in (0.3, within)), strict=True):
         assert equal(a, b)
-    pool = StreamPool(tiny_detector, budget=0.3)
+    pool = StreamPool(tiny_detector, budget=0.3, hold=1)
     pool.add(frames)
     state = tiny_detector.init_state()
-    for (result,), stream in zip(pool, tiny_detector.stream(frames, budget=0.3), strict=True):
+    for (result,), stream in zip(pool, tiny_detector.stream(frames, budget=0.3, hold=1), strict=True):
         image = tiny_detector.input_transform(stream.image)
         (step,) = tiny_detector.step([image], state, selector=within, flush=stream.cost.flush)
         assert equal(result, stream) and torch.equal(step.work, stream.work)
@@ -166,6 +170,34 @@ def test_hold(tiny_detector: Detector, frames: list[Image]) -> None:
     assert cut == [False, True, False, True]
     with pytest.raises(UserError, match="hold"):
         tiny_detector.stream(frames, hold=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "every"),
+    [
+        ({}, 2),
+        ({"budget": 0.25}, 2),
+        ({"budget": TOKENS}, 2),
+        ({"budget": DEFAULT}, 2),
+        ({"hold": 1}, 1),
+        ({"budget": TopK(9)}, 1),
+        ({"rule": Dense()}, 1),
+        ({"rule": Paper()}, 1),
+        ({"rule": Rows(exact=True)}, 1),
+    ],
+)
+def test_every_second_frame_is_a_key_frame_unless_somebody_chooses(
+    options: dict[str, Any], every: int, tiny_detector: Detector, frames: list[Image]
+) -> None:
+    """A budget leaves the choice to the product; a selector, a rule for comparison and `hold` are choices."""
+    held = [result.held for result in tiny_detector.stream(frames[:7], **options)]
+    assert held == [bool(i % every) for i in range(7)]
+
+
+def test_where_boxes_cannot_be_followed_every_frame_is_a_key_frame(tiny_detector: Detector) -> None:
+    """Frames too far apart in time: nothing looks as it did."""
+    unlike = [clip(seed)[0] for seed in range(8)]
+    assert not any(result.held for result in tiny_detector.stream(unlike, scene_cuts=False))
 
 
 def test_streams_do_not_disturb_each_other(tiny_detector: Detector) -> None:

@@ -24,9 +24,10 @@ from eventful_det.evaluation.detection import Entry, category_ids, coco_results
 from eventful_det.evaluation.efficiency import peak_memory, reset_peak_memory
 from eventful_det.evaluation.sweep.runs import Method, MethodRun, VideoRun
 from eventful_det.evaluation.sweep.store import MemoryStore, Store
-from eventful_det.gating.selector import Gmacs, Latency
+from eventful_det.gating.selector import Gmacs, Latency, Selector
 from eventful_det.runtime.budget import selector_for
 from eventful_det.runtime.control import Stepper
+from eventful_det.runtime.motion import hold_for
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
 _WARM_UP = 2  # frames run before anything is timed: one flush, one update
@@ -144,16 +145,16 @@ def run_videos(
     if method.square:
         transform = transform.squared()
     selector = selector_for(method.budget)
-    held = method.hold is None and isinstance(method.budget, float)  # as it demands
-    if streams > 1 and (held or isinstance(selector.budget, (Gmacs, Latency))):
+    hold = hold_for(method.hold, method.rule)
+    paid = hold is None and not isinstance(method.budget, Selector)  # frames are held as the budget demands
+    if streams > 1 and ((paid and method.budget is not None) or isinstance(selector.budget, (Gmacs, Latency))):
         raise UserError(f"a budget of {selector.budget} is one of a step, which videos would share; set streams=1")
     stepper = Stepper(
         detector,
         rule=exactly(method.rule),
-        budget=method.budget if held else selector,
+        budget=method.budget if paid else selector,
         options=None,
         timing=True,
-        hold=method.hold is None,
     )
     running: dict[int, _Running[S]] = {}
     sides = (transform.short_side, transform.long_side)
@@ -162,9 +163,7 @@ def run_videos(
             due: list[tuple[_Running[S], Frame, KeyFrame]] = []
             for item in batch:
                 if item.is_first:
-                    session = StreamSession(
-                        detector, transform, scene_cuts=scene_cuts, hold=method.hold, move=method.move
-                    )
+                    session = StreamSession(detector, transform, scene_cuts=scene_cuts, hold=hold, move=method.move)
                     running[item.slot] = _Running(item.video, session, categories)
                 run = running[item.slot]
                 if item.image is None:

@@ -33,8 +33,7 @@ class Method:
         setting: the budget or the like that the curve varies; None where there is nothing to vary.
         rule: how a frame's tokens are recomputed.
         budget: as for a stream, which every video has for itself.
-        hold: run on every n-th frame only, or as `KeyFrames` say, and move its boxes in between; None = as the budget
-            demands.
+        hold: run on every n-th frame only, or as `KeyFrames` say, and move its boxes in between; None = the default.
         move: False = boxes stand still in between.
         scale: of the network's input, relative to the model's own.
         square: frames are padded to a square, as the official code of Eventful Transformers does.
@@ -58,7 +57,7 @@ class Method:
     @property
     def is_dense(self) -> bool:
         """Whether this is the plain detector: what all others are compared with."""
-        return self.rule == Dense() and self.hold == 1 and self.scale == 1 and not self.square
+        return self.rule == Dense() and self.hold in (None, 1) and self.scale == 1 and not self.square
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@
                 print(result.stream, result.frame_index, len(result.detections))
 
 Every round takes one frame of each stream that has one. The budget is that of a round, and goes where the changes are.
-Where frames are held (`hold`, or a small budget) the streams take turns, so that rounds cost alike.
+Where frames are held, the streams take turns, so that rounds cost alike.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from eventful_det.gating.selector import DEFAULT, Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.control import Budgeted, NetworkStepper
 from eventful_det.runtime.live import DetectorThread, LiveBoxes, detector_of
-from eventful_det.runtime.motion import Hold
+from eventful_det.runtime.motion import Hold, hold_for
 from eventful_det.runtime.pool.feed import Feed, open_feed
 from eventful_det.runtime.pool.metrics import PoolMetrics, Tally
 from eventful_det.runtime.session import (
@@ -83,7 +83,7 @@ class StreamPool(Budgeted, Iterator[list[R]], Generic[R]):
         scene_cuts: recompute all of a stream when another scene begins in it.
         hold: run on every n-th frame of a stream only, or as `KeyFrames` say, and move its boxes in between; a scene
             cut ends that at once. The streams take turns, so that rounds cost alike, and the budget is for those whose
-            turn it is. None = on every frame, unless the budget is smaller than what makes key frames worth their cost.
+            turn it is. None = every second one, or fewer where the budget is small; 1 = every frame. See `Hold`.
         timing: measure the seconds of each part, for which a GPU is waited for once per round.
         live: every frame gets moved boxes at once, while the detector works in a thread, on one stream after the other,
             at its own pace; see `eventful_det.runtime.live`. The budget is that of one frame.
@@ -137,7 +137,7 @@ class StreamPool(Budgeted, Iterator[list[R]], Generic[R]):
         self._detector = detector
         self.rule = rule
         self._thread = DetectorThread() if live else None
-        self._scene_cuts, self._hold = scene_cuts, hold
+        self._scene_cuts, self._hold = scene_cuts, hold_for(hold, rule)
         self._transform: InputTransform | None = None
         default = DEFAULT
         if isinstance(detector, OpensSessions):
@@ -147,9 +147,8 @@ class StreamPool(Budgeted, Iterator[list[R]], Generic[R]):
         else:
             self._transform = detector.input_transform.with_sides(short_side, long_side)
         self._session("")  # raises where an option is out of its range
-        holds = hold is None and self._transform is not None and not live
         self._stepper: NetworkStepper[Any, Any, R] = NetworkStepper(
-            detector, rule=rule, budget=budget, options=options, timing=timing, hold=holds, default=default
+            detector, rule=rule, budget=budget, options=options, timing=timing, default=default
         )
         self._rounds = 0
         self._members: dict[str, _Member] = {}
