@@ -50,6 +50,7 @@ setup(
         "openvino": ["openvino>=2025.0"],  # tools/export.py format=openvino, and its engine
         "onnx": ["onnxruntime>=1.18", "onnx>=1.16"],  # the same for format=onnx
         "hf": ["transformers>=5.3"],  # RF-DETR
+        "hub": ["huggingface_hub>=0.30"],  # weights on the Hugging Face Hub, to and fro
         "teacher": ["onnxruntime>=1.18"],  # tools/pseudo_label.py
         "supervision": ["supervision>=0.26"],  # to_supervision
         # trackers brings opencv-python, which needs libGL; where that is missing: pip install --no-deps trackers

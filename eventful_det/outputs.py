@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -88,8 +90,9 @@ def reporting(place: Path) -> Iterator[None]:
         raise UserError(f"cannot write {error.filename or place}: {error.strerror or error}") from error
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; all but the first `left` columns are aligned to the right."""
+def markdown_table(lines: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table whose first line is the header; all but the first `left` columns are aligned to the right."""
+    header, *rows = lines
     rule = ["---"] * left + ["---:"] * (len(header) - left)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *rows))
 
@@ -105,23 +108,25 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: object, indent: int | None = 1) -> None:
-    """Write a JSON file, whole or not at all, without passwords.
+    """Write a JSON file of what `as_json` makes of values, whole or not at all.
 
     Raises:
         UserError: it cannot be written.
     """
-    write_text(path, json.dumps(printable_values(values), indent=indent) + "\n")
+    write_text(path, json.dumps(as_json(values), indent=indent) + "\n")
 
 
-def printable_values(values: object) -> object:
-    """The same values, nested ones too, with every text `printable`."""
-    if isinstance(values, str):
-        return printable(values)
-    if isinstance(values, dict):
-        return {printable_values(key): printable_values(value) for key, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [printable_values(value) for value in values]
-    return values
+def as_json(value: object) -> object:
+    """A value as JSON holds it: dataclasses as objects, `nan` as null, paths as text, and every text `printable`."""
+    if isinstance(value, (str, os.PathLike)):
+        return printable(str(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {as_json(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def file_names(titles: Iterable[str], reserved: Iterable[str] = ()) -> list[str]:

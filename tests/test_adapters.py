@@ -27,7 +27,16 @@ FOUND = Detections(
 def result(detections: Detections) -> StreamResult:
     cost = FrameCost({"backbone": 4}, {"backbone": 9}, 2, 6, False, {"backbone": 0.5})
     image = np.zeros((90, 120, 3), np.uint8)
-    return StreamResult(detections, NAMES, 4, 0.16, cost, torch.ones(2, 3), (45.0, 40.0), image)
+    return StreamResult(
+        detections=detections,
+        names=NAMES,
+        frame_index=4,
+        timestamp=0.16,
+        cost=cost,
+        work=torch.ones(2, 3),
+        token_size=(45.0, 40.0),
+        image=image,
+    )
 
 
 def test_coco_entries() -> None:

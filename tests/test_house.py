@@ -7,14 +7,18 @@ import os
 import re
 import subprocess
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 import eventful_det
+from eventful_det.detectors.vitdet.detector import Detector
 
 ROOT = Path(eventful_det.__file__).parent
 MODULES = {
@@ -67,6 +71,28 @@ def test_no_import_circle() -> None:
         list(TopologicalSorter(GRAPH).static_order())
     except CycleError as error:
         pytest.fail(f"a circle: {' -> '.join(reversed(error.args[1]))}")
+
+
+def test_chains_of_imports_are_no_longer_than_they_were() -> None:
+    length: dict[str, int] = {}
+    for name in TopologicalSorter(GRAPH).static_order():  # what a module imports comes before it
+        length[name] = 1 + max((length[other] for other in GRAPH.get(name, ())), default=0)
+    assert max(length.values()) <= 23
+
+
+def test_the_way_from_a_stream_to_attention(tiny_detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls and files of ours between `next(stream)` and the attention product."""
+    found: list[list[str]] = []
+
+    def spy(*args: torch.Tensor, **options: object) -> torch.Tensor:
+        frames = [frame.filename for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(ROOT)]
+        found.append(frames)
+        return attention(*args, **options)  # type: ignore[arg-type]
+
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    assert len(list(tiny_detector.stream("synthetic:1", max_frames=2))) == 2
+    assert found and max(map(len, found)) <= 11 and max(len(set(files)) for files in found) <= 5
 
 
 @pytest.mark.parametrize(

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import csv
 import hashlib
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from common import Data, Gate, console, say, warn
-from rich import box
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from common import Data, Gate, say, warn
 
-from eventful_det.benchmark.timing import paired_ratios, time_together
 from eventful_det.detectors.checkpoints.weight_files import find_weights
 from eventful_det.detectors.rf_detr.loading import is_rf_detr
+from eventful_det.engine.folder import holds_recogniser, is_engine
 from eventful_det.errors import UserError
-from eventful_det.files import written_whole
-from eventful_det.gating.dense import Dense
-from eventful_det.gating.paper import Paper
-from eventful_det.gating.rows import Rows
-from eventful_det.gating.rules import AnyRule
 from eventful_det.gating.selector import DEFAULT as SELECTOR
-from eventful_det.gating.selector import Selector, TopK
-from eventful_det.options import Count, Natural, NonNegative, Share, from_values, nearest
-from eventful_det.outputs import markdown_table, write_text
-from eventful_det.recognition.accuracy import accuracy, unseen, write_submission
+from eventful_det.options import nearest
 from eventful_det.recognition.checkpoints import (
     is_recogniser,
     load_recogniser,
@@ -39,47 +23,25 @@ from eventful_det.recognition.checkpoints import (
     save_official,
     save_recogniser,
     save_tadaconv,
-    start_from_image,
 )
 from eventful_det.recognition.config import RecogniserConfig, vivit_b_epic, vivit_b_k400, vivit_tiny
-from eventful_det.recognition.data.clip_reader import read_clips
-from eventful_det.recognition.data.segments import Segments, read_epic, read_folders
-from eventful_det.recognition.data.synthetic_actions import ACTIONS, ActionOptions
-from eventful_det.recognition.evaluation import Evaluation, Way, evaluate_clips, sweep_ways
-from eventful_det.recognition.recogniser import Recogniser
-from eventful_det.recognition.results import StepCost
+from eventful_det.recognition.data.segments import Segments, read_durations, read_epic, read_folders
+from eventful_det.recognition.data.synthetic_actions import ACTIONS
 from eventful_det.recognition.session import DEFAULT as RECOGNITION
-from eventful_det.recognition.training.features import FeatureClips, cache_features, cache_views, gated_ways
-from eventful_det.recognition.training.samples import Samples, SyntheticClips, VideoClips
-from eventful_det.recognition.training.trainer import RecogniserOptions, RecogniserTrainer
 from eventful_det.testing import official_vivit
-from eventful_det.training.options import TrainOptions
 
 Task = Literal["detection", "recognition"]
 MODELS = {"vivit_tiny": vivit_tiny, "vivit_b_epic": vivit_b_epic, "vivit_b_k400": vivit_b_k400}
 DEFAULT = "vivit_tiny_synthetic"  # shipped weights
-_GROUPS = 20  # participants that are told apart
 _STEPS = {"vivit_b_epic": (50, 100, 200), "vivit_b_k400": (24, 48, 96)}  # tokens of the paper's tables
-_COLUMNS = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecognitionOptions:
-    """What training a recogniser needs beside `train`; configs/train_net.yaml explains it."""
-
-    stage: Literal["temporal"] | None = None
-    budgets: tuple[Share, ...] = (1.0, 0.5, 0.25, 0.125)
-    clips: Count = 6000
-    noise: NonNegative = 0.1
-    features: str | None = None
-    frozen: Natural = 0
-    smoothing: Share = 0.0
 
 
 def recognises(task: Task | None, weights: str | None) -> bool:
     """Whether a tool is to recognise actions: it is told to, or the weights are a recogniser's."""
     if task is not None or weights is None or is_rf_detr(weights):
         return task == "recognition"
+    if is_engine(Path(weights)):
+        return holds_recogniser(Path(weights))
     try:
         path = find_weights(weights)
     except UserError:
@@ -111,198 +73,14 @@ def read_segments(path: str, data: Data, classes: Mapping[str, Sequence[str]] | 
     return segments
 
 
-# Evaluation
-
-
-def evaluate(
-    recogniser: Recogniser,
-    data: Data,
-    gate: Gate | None,
-    directory: Path,
-    *,
-    max_clips: int | None = None,
-    hold: int = 1,
-    views: Literal["shared", "separate", "both"] = "shared",
-) -> dict[str, Any]:
-    """Accuracy, multiply-adds and time of one rule, or of all ways of a sweep; returns what `results.json` holds.
-
-    Args:
-        recogniser: in evaluation mode.
-        data: whose validation split is looked at.
-        gate: rule and selector; None = a sweep.
-        directory: of the files.
-        max_clips: look at so many, evenly spread.
-        hold: of the one rule, see `recognise`.
-        views: whether temporal views share tubelets.
-    """
-    segments = read_segments(data.val, data, recogniser.config.classes)
-    count = len(segments) if max_clips is None else min(max_clips, len(segments))
-    items = [segments.items[i * len(segments) // count] for i in range(count)]
-    kinds = [True, False] if views == "both" else [views == "shared"]
-    steps = recogniser.config.steps
-    evaluations: list[Evaluation] = []
-    with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("clips", total=count * len(kinds))
-        for shared in kinds:
-            ways = [Way("rule", *gate, shared, hold)] if gate else list(sweep_ways(shared=shared, steps=steps))
-            clips = read_clips(items, recogniser.config, shared)
-            evaluations += evaluate_clips(recogniser, clips, ways, lambda _: progress.advance(task))
-    rows = [row_of(evaluation, evaluations[0]) for evaluation in evaluations]
-    text = table_of(rows)
-    write_text(directory / "accuracy.md", text)
-    with written_whole(directory / "accuracy.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    if {"verb", "noun"} <= recogniser.config.classes.keys() and gate is not None:
-        write_submission(directory / "test.json", evaluations[0].scored)
-    show_table(text)
-    failed = evaluations[0].failed
-    if failed:
-        warn(f"{len(failed)} clips could not be read. The first: {next(iter(failed.values()))}")
-    return {"rows": rows, "clips": count - len(failed), "failed": failed}
-
-
-def row_of(evaluation: Evaluation, dense: Evaluation) -> dict[str, Any]:
-    """A way as a row of a table; percent, GMACs per clip, and milliseconds per clip beside those of the first way."""
-    way, scored = evaluation.way, evaluation.scored
-    row: dict[str, Any] = {"way": way.name, "views": "shared" if way.shared else "separate"}
-    for head, found in evaluation.accuracy.items():
-        row |= {f"{head} top-1": round(found.top1, 2), f"{head} top-5": round(found.top5, 2)}
-    people = sorted({item.segment.participant for item in scored} - {""})
-    for person in people if 1 < len(people) <= _GROUPS else []:
-        for head, found in accuracy(scored, unseen({person})).items():
-            row[f"{head} top-1, {person}"] = round(found.top1, 2)
-    ratios = [own / other for own, other in zip(evaluation.times, dense.times, strict=True)]
-    share = evaluation.gmacs / evaluation.dense_gmacs
-    return row | {
-        "GMACs": round(evaluation.gmacs, 4),
-        "share of dense": round(share, 4),
-        "ms": round(1e3 * evaluation.seconds, 2),
-        "time of first": round(statistics.median(ratios), 4),
-    }
-
-
-def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table."""
+def cells_of(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Rows as lines of text, the header first."""
     header = list(rows[0])
-    return markdown_table(header, [[_text(row[name]) for name in header] for row in rows], left=len(header))
+    return [header, *([_text(row[name]) for name in header] for row in rows)]
 
 
 def _text(value: object) -> str:
     return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def show_table(text: str) -> None:
-    """Print a Markdown table."""
-    header, _, *lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines()]
-    table = Table(*header, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
-
-
-# Training
-
-
-class TrainingConfig(Protocol):
-    """What training a recogniser knows of the options of tools/train_net.py."""
-
-    @property
-    def model(self) -> dict[str, Any]:
-        """Its name, and sizes that are changed."""
-
-    @property
-    def data(self) -> Data:
-        """A table or a folder per class; `train: synthetic` renders clips as it goes."""
-
-    @property
-    def train(self) -> TrainOptions:
-        """As of detection."""
-
-    @property
-    def recognition(self) -> RecognitionOptions:
-        """What recognition needs beside it."""
-
-    @property
-    def start(self) -> str | None:
-        """Recogniser to start from."""
-
-
-def train(config: TrainingConfig, directory: Path, device: torch.device) -> dict[str, Any]:
-    """Train a recogniser in a directory and return what `results.json` holds."""
-    data, train, options = config.data, config.train, config.recognition
-    synthetic = data.train == "synthetic"
-    if data.train is None:
-        raise UserError("data: there is nothing to train on; give data.train=FOLDER, a table, or synthetic")
-    torch.manual_seed(train.seed)
-    segments = None if synthetic else read_segments(data.train, data, None)
-    recogniser = build(config, {"action": ACTIONS} if segments is None else segments.classes).to(device)
-    samples: Samples
-    if options.stage == "temporal":
-        folder = Path(options.features) if options.features else directory / "features"
-        cache(recogniser.eval(), segments, options, train.seed, folder)
-        samples = FeatureClips(folder, train.seed, options.noise)
-    elif segments is None:
-        samples = rendered_clips(recogniser, options, train.seed)
-    else:
-        samples = VideoClips(recogniser, segments, train.seed)
-    settings = RecogniserOptions(**asdict(train), frozen=options.frozen, smoothing=options.smoothing)
-    with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("training", total=train.steps)
-
-        def show(step: int, metrics: dict[str, float]) -> None:
-            progress.update(task, completed=step, description=f"loss {metrics['loss']:.3f}")
-
-        trainer = RecogniserTrainer(recogniser, samples, settings, directory, show)
-        trainer.train()
-    return {"steps": trainer.step, "weights": str(directory / "model.safetensors")}
-
-
-def rendered_clips(
-    recogniser: Recogniser, options: RecognitionOptions, seed: int, *, keep: bool = True
-) -> SyntheticClips:
-    """Synthetic actions in the size of a recogniser."""
-    height, width = recogniser.config.size
-    actions = ActionOptions(width, height, recogniser.config.span)
-    return SyntheticClips(recogniser, actions, seed, count=options.clips, keep=keep)
-
-
-def cache(
-    recogniser: Recogniser, segments: Segments | None, options: RecognitionOptions, seed: int, folder: Path
-) -> None:
-    """The spatial outputs of all clips, gated; those of an interrupted run are kept."""
-    ways = gated_ways(options.budgets)
-    with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("spatial outputs", total=options.clips if segments is None else len(segments))
-
-        def show(done: int) -> None:
-            progress.update(task, completed=done)
-
-        if segments is None:
-            samples = rendered_clips(recogniser, options, seed, keep=False)
-            cache_views(recogniser, samples, options.clips, folder, ways, seed, show)
-        elif failed := cache_features(recogniser, segments, folder, ways, seed, show):
-            warn(f"{len(failed)} clips could not be read. The first: {next(iter(failed.values()))}")
-
-
-def build(config: TrainingConfig, classes: Mapping[str, Sequence[str]]) -> Recogniser:
-    """The recogniser to train: that of `start`, or one of a model's sizes, its spatial part from `init` if given.
-
-    Raises:
-        UserError: a name is unknown, or sizes do not fit.
-    """
-    if config.start is not None:
-        return load_recogniser(config.start)
-    sizes = dict(config.model)
-    name, init = sizes.pop("name"), sizes.pop("init", None)
-    if name not in MODELS:
-        raise UserError(f"unknown model {name!r}; {nearest(name, MODELS)}")
-    model = MODELS[name]({head: tuple(names) for head, names in classes.items()})
-    recogniser = Recogniser(from_values(RecogniserConfig, {**asdict(model), **sizes}, "model"))
-    if init:
-        start_from_image(recogniser, init)
-    return recogniser
 
 
 # Weights and counts
@@ -320,8 +98,7 @@ def convert(
     found = read_recogniser(path)
     recogniser = load_recogniser(path)
     if output.suffix == ".safetensors":
-        kept = {key: value for key, value in found.notes.items() if key not in ("format", "config")}
-        save_recogniser(recogniser, output, dtype or torch.float16, {**kept, **notes})
+        save_recogniser(recogniser, output, dtype or torch.float16, {**found.notes, **notes})
     elif dtype not in (None, torch.float32) or notes:
         raise UserError(f"{output}: dtype and notes are for .safetensors; others hold float32 alone")
     else:
@@ -332,11 +109,16 @@ def convert(
     return {"input": source, "format": found.format, "output": str(output), "megabytes": megabytes, "sha256": digest}
 
 
-def count(model: str | None, k: Sequence[int] | None) -> list[dict[str, Any]]:
-    """Operations of published recognisers as the official code counts them, of a step and of a clip; in GMACs."""
+def count(model: str | None, k: Sequence[int] | None, durations: str | None) -> list[dict[str, Any]]:
+    """Operations of published recognisers as the official code counts them, in GMACs: of a step, and of a clip.
+
+    The clip's views are computed each by itself, whatever its length; or they share tubelets, on average over the clips
+    of a table, without one in a clip of twice a view's length.
+    """
+    seconds = None if durations is None else read_durations(durations)
     rows: list[dict[str, Any]] = []
     for name in _STEPS if model is None else [model]:
-        config = _config(name)
+        config = config_of(name)
         tokens = config.grid[0] * config.grid[1] + 1  # the class token is one of them
         for budget in (None, *(k or _STEPS.get(name, (tokens // 8, tokens // 4, tokens // 2)))):
             if budget is not None and not 1 <= budget <= tokens:
@@ -344,64 +126,15 @@ def count(model: str | None, k: Sequence[int] | None) -> list[dict[str, Any]]:
             step, clip = (
                 f(config, budget).total / 1e9 for f in (official_vivit.spatial_step, official_vivit.clip_counts)
             )
-            length = config.span * 2  # of a clip whose views overlap by a half or more
-            shared = official_vivit.shared_counts(config, [length], budget) / 1e9
-            entry = {"model": name, "tokens": tokens, "k": budget, "step": step, "clip": clip}
-            rows.append({**entry, f"shared views, {length} frames": shared})
+            lengths = [2 * config.span] if seconds is None else [round(config.fps * length) for length in seconds]
+            shared = official_vivit.shared_counts(config, lengths, budget) / 1e9
+            entry = {"model": name, "tokens": tokens, "k": budget, "clips": len(lengths), "step": step, "clip": clip}
+            rows.append(entry | {"shared views": shared, "shared / clip": shared / clip})
     return rows
 
 
-# Time
-
-
-def time_steps(model: str, k: int | None, repetitions: int, warm_up: int, seed: int) -> list[dict[str, Any]]:
-    """Time steps of a recogniser with random weights: dense, rows and paper, in float32 and bfloat16, in turns.
-
-    In bfloat16 the weights are held, so that none is converted at a step.
-
-    Args:
-        model: name of the model; it runs on the CPU.
-        k: tokens that a gated step recomputes, class token included; None = an eighth.
-        repetitions, warm_up: timed steps, and steps before them.
-        seed: of weights, frames and order.
-    """
-    torch.manual_seed(seed)
-    recogniser = Recogniser(_config(model)).eval()
-    low = copy.deepcopy(recogniser).bfloat16()
-    config = recogniser.config
-    tokens = config.grid[0] * config.grid[1] + 1
-    count = tokens // 8 if k is None else k
-    chosen, paper = TopK(count - 1), TopK(count)  # Rows always recomputes the class token besides
-    still = torch.rand(config.tubelet[0], config.channels, *config.size)
-    tubelets = [torch.where(torch.rand(config.size) < 0.5, still, torch.rand_like(still)) for _ in range(8)]
-    rules: dict[str, tuple[AnyRule, Selector]]
-    rules = {"dense": (Dense(), SELECTOR), "rows": (Rows(), chosen), "paper": (Paper(), paper)}
-    ways = {f"{name}, {dtype}": (*rule, dtype) for name, rule in rules.items() for dtype in ("float32", "bfloat16")}
-    states = {name: recogniser.init_state() for name in ways}
-
-    def step(name: str, i: int) -> StepCost:
-        rule, selector, dtype = ways[name]
-        network = recogniser if dtype == "float32" else low
-        return network.step([tubelets[i % 8]], states[name], rule=rule, selector=selector)[0].cost
-
-    calls = {name: partial(step, name) for name in ways}
-    timed = time_together(calls, repetitions, warm_up, torch.device("cpu"), seed)
-    seconds = {name: [call.seconds for call in timed[name].calls] for name in ways}
-    dense = [name for name in ways if name.startswith("dense")]
-    quickest = min(dense, key=lambda name: statistics.median(seconds[name]))
-    return [
-        {
-            "way": name,
-            "GMACs": timed[name].calls[-1].result.total / 1e9,
-            "ms": 1e3 * statistics.median(own),
-            "faster than dense, float32": paired_ratios(seconds["dense, float32"], own).median,
-            f"than {quickest}": paired_ratios(seconds[quickest], own).median,
-        }
-        for name, own in seconds.items()
-    ]
-
-
-def _config(model: str) -> RecogniserConfig:
+def config_of(model: str) -> RecogniserConfig:
+    """Of a model by name."""
     if model not in MODELS:
         raise UserError(f"unknown model {model!r}; {nearest(model, MODELS)}")
     return vivit_tiny({"action": ACTIONS}) if model == "vivit_tiny" else MODELS[model]()  # type: ignore[call-arg]

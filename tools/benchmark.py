@@ -3,7 +3,7 @@
     python tools/benchmark.py                                    # the cases of configs/benchmark.yaml
     python tools/benchmark.py threads=2 repetitions=31 clip=my.mp4 peer=path/to/eventful-transformer
     python tools/benchmark.py only=672x672 profile=true          # the cases whose name holds "672x672"
-    python tools/benchmark.py recogniser=vivit_b_epic k=50 threads=1   # action recognition
+    python tools/benchmark.py recogniser=vivit_b_epic k=50 engine=[torch,openvino]   # action recognition
     python tools/benchmark.py streams=[1,2,4,8,16] budget=0.25   # many streams: see tools/benchmark_streams.py
     python tools/benchmark.py engine=[torch,openvino]            # engines: see tools/benchmark_engines.py
     python tools/benchmark.py cases='[{model: vitdet_tiny, size: [384,640], what: detector, fraction: 0.125}]'
@@ -27,16 +27,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import actions
 import torch
 from benchmark_cases import DENSE, PARTS, PEERS, Case, Options, cases_of
 from benchmark_engines import bench_engines
 from benchmark_methods import Method, Step, prepare
 from benchmark_streams import bench_streams
-from common import choose_device, command, console, say, write_results
-from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from common import choose_device, command, console, progress_bar, say, show_table, write_results
 from torch import Tensor
 
 from eventful_det.benchmark.official_code import OfficialCode
@@ -50,7 +46,6 @@ from eventful_det.benchmark.timing import (
     time_together,
 )
 from eventful_det.evaluation.efficiency import Spread
-from eventful_det.evaluation.sweep.summary import jsonable
 from eventful_det.outputs import markdown_table, owned, write_text
 
 NOTE = (
@@ -117,9 +112,8 @@ def take_turns(
     def step(method: Method, i: int) -> Step:
         return method.step(frames[i])
 
-    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     # Without a thread that refreshes the bar: it would take time from what is being timed.
-    with Progress(*columns, console=console, auto_refresh=False) as progress:
+    with progress_bar(auto_refresh=False) as progress:
         task = progress.add_task(title, total=config.warm_up + config.repetitions)
         return time_together(
             {name: partial(step, method) for name, method in methods.items()},
@@ -210,21 +204,15 @@ def markdown(about: dict[str, Any], cases: Sequence[dict[str, Any]]) -> str:
     """All cases as Markdown."""
     text = f"`{about['command']}`\n\n{about['machine']}; {about['repetitions']} repetitions. {NOTE}\n"
     for case in cases:
-        header, *lines = table(case["rows"])
         text += f"\n## {case['name']}\n\n{' '.join(case['notes'])}\n\n"
-        text += markdown_table(header, lines, left=2)
+        text += markdown_table(table(case["rows"]), left=2)
     return text
 
 
 def show(case: dict[str, Any]) -> None:
     """Print a case, as much of it as fits on a terminal."""
-    header, *lines = (line[:8] for line in table(case["rows"]))
-    printed = Table(title=case["name"], box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    for i, title in enumerate(header):
-        printed.add_column(title, justify="right" if i > 1 else "left", no_wrap=True)
-    for line in lines:
-        printed.add_row(*line)
-    console.print(printed, *case["notes"], sep="\n")
+    show_table([line[:8] for line in table(case["rows"])], case["name"], left=2)
+    console.print(*case["notes"], sep="\n")
 
 
 def show_profile(title: str, operations: Sequence[Operation], directory: Path) -> None:
@@ -254,27 +242,12 @@ def run(config: Options) -> None:
         "seed": config.seed,
     }
     with owned(Path(config.output)):
-        if config.recogniser is not None:
-            bench_recogniser(config, about)
-        elif config.engine is not None:
+        if config.engine is not None or config.recogniser is not None:
             bench_engines(config, about)
         elif config.streams is None:
             bench_cases(config, about, code)
         else:
             bench_streams(config, about)
-
-
-def bench_recogniser(config: Options, about: dict[str, Any]) -> None:
-    """Time steps of a recogniser, print a table and write the results."""
-    name, k = str(config.recogniser), config.k
-    rows = actions.time_steps(name, k, config.repetitions, config.warm_up, config.seed)
-    text = actions.table_of(rows)
-    machine = str(about["machine"]).removesuffix(", float32")
-    write_results(Path(config.output), {**about, "machine": machine, "recogniser": name, "k": k, "rows": rows})
-    note = "Medians of steps that take turns; ratios are medians of paired ones. Dense attention is fused."
-    head = f"`{about['command']}`\n\n{machine}; {about['repetitions']} repetitions. {note}"
-    write_text(Path(config.output) / "benchmark.md", f"{head}\n\n{text}")
-    actions.show_table(text)
 
 
 def bench_cases(config: Options, about: dict[str, Any], code: OfficialCode | None) -> None:
@@ -287,7 +260,7 @@ def bench_cases(config: Options, about: dict[str, Any], code: OfficialCode | Non
     for case in cases:
         results.append(run_case(case, config, code))
         # A run may be cut short.
-        write_results(directory, jsonable(about | {"note": NOTE, "left_out": skipped, "cases": results}))
+        write_results(directory, about | {"note": NOTE, "left_out": skipped, "cases": results})
         write_text(directory / "benchmark.md", markdown(about, results))
         show(results[-1])
 

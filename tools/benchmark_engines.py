@@ -3,83 +3,100 @@
     python tools/benchmark.py engine=[torch,openvino] precision=[float32,bfloat16] threads=1 clip=my.mp4
     python tools/benchmark.py engine=[torch,compile,openvino,onnxruntime] onnx=yolox_nano.onnx only=shipped
 
+    python tools/benchmark.py recogniser=vivit_b_epic k=50 engine=[torch,openvino] threads=1   # steps of a recogniser
+
 Every engine runs the whole detector, dense and gated; they take turns frame by frame. Ratios are those of one frame,
 against the dense network with the least median in the same precision, whatever its engine. `torch rows` is the default
-rule in eager PyTorch. Decoding, resizing and drawing are not timed; boxes and non-maximum suppression are.
+rule in eager PyTorch. With hold=2 the methods of the default policy are streams, from frame to boxes, with a key frame
+each and with every second frame's boxes moved; a call is of two frames. Otherwise resizing is not timed, either.
+Decoding and drawing are not timed; boxes and non-maximum suppression are.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import actions
 import torch
 from benchmark_cases import Case, EngineName, Options, cases_of
 from benchmark_methods import build_detector, make_frames, selector_of
-from common import console, say, write_results
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from common import say, show_table, write_results
 from torch import Tensor
 
 from eventful_det.benchmark.timing import Timed, paired_ratios, time_together
+from eventful_det.data.video.transforms import Image
 from eventful_det.detectors.protocol import AnyRule, VideoDetector
-from eventful_det.detectors.rf_detr.model import EventfulRFDETR
-from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.engine.backends import ONNXRuntime, OpenVINO, Precision, Torch, import_package
 from eventful_det.engine.detector import CompiledDetector
-from eventful_det.engine.export import export_detector, graphs_of, in_engine
+from eventful_det.engine.export import Network, export_engine, graphs_of, in_engine
+from eventful_det.engine.recogniser import CompiledRecogniser
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import Spread
-from eventful_det.evaluation.sweep.summary import jsonable
 from eventful_det.gating.dense import Dense
+from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.outputs import markdown_table, write_json, write_text
+from eventful_det.recognition.recogniser import Recogniser
+from eventful_det.runtime.stream import Stream
 
 NOTE = (
-    "Time of the whole detector on one frame, in ms. against: the median of the ratios, frame by frame, to the fastest "
+    "Time of the whole network on one frame, in ms. against: the median of the ratios, frame by frame, to the fastest "
     "dense network of the same precision, with their 5th and 95th percentiles; above 1 = faster. MACs: share of those "
     "of the dense network. p95/p50: how even frames are. state: remembered between frames."
 )
+_BEFORE = 2  # calls before those that take turns
 Step = Callable[[Tensor], tuple[float, int]]  # a frame to 1e9 multiply-adds and bytes of state
 
 
-def detector_step(detector: VideoDetector[Any], rule: AnyRule, k: int) -> Step:
-    """A stream of a detector."""
-    state = detector.init_state()
+def step_of(network: VideoDetector[Any] | Recogniser, rule: AnyRule, k: int) -> Step:
+    """A stream of a network."""
+    state: Any = network.init_state()
 
     def run(frame: Tensor) -> tuple[float, int]:
-        (step,) = detector.step([frame], state, rule=rule, selector=selector_of(k))
+        (step,) = network.step([frame], state, rule=rule, selector=selector_of(k))
         return step.cost.total / 1e9, state.nbytes
 
     return run
 
 
-@contextmanager
 def engines(
-    detector: Detector | EventfulRFDETR, case: Case, config: Options, folder: Path
-) -> Iterator[dict[tuple[EngineName, Precision], CompiledDetector[Any, Any]]]:
-    """The detector in every engine and precision that was asked for and exists."""
-    made: dict[tuple[EngineName, Precision], CompiledDetector[Any, Any]] = {}
+    network: Network, size: tuple[int, int], buckets: tuple[float | int, ...], config: Options, folder: Path
+) -> dict[tuple[EngineName, Precision], CompiledDetector[Any, Any] | CompiledRecogniser]:
+    """The network in every engine and precision that was asked for and exists."""
+    made: dict[tuple[EngineName, Precision], CompiledDetector[Any, Any] | CompiledRecogniser] = {}
     for engine in config.engine or ():
         for precision in config.precision:
             if engine == "onnxruntime" and precision != "float32":
                 continue
             if engine in ("torch", "compile"):
-                backend: Any = Torch(graphs_of(detector, case.size), precision, compiled=engine == "compile")
+                backend: Any = Torch(graphs_of(network, size), precision, compiled=engine == "compile")
             else:
                 format, kind = ("openvino", OpenVINO) if engine == "openvino" else ("onnx", ONNXRuntime)
                 path = folder / format
                 if not path.exists():
-                    export_detector(detector, path, format=format, size=case.size, buckets=case.buckets)  # type: ignore[arg-type]
+                    export_engine(network, path, format=format, size=size, buckets=buckets)  # type: ignore[arg-type]
                 backend = kind(path, precision, torch.get_num_threads())
-            made[engine, precision] = in_engine(detector, case.size, case.buckets, backend)
+            made[engine, precision] = in_engine(network, size, buckets, backend)
             made[engine, precision].warm_up()
-    yield made
+    return made
+
+
+def stream_of(detector: VideoDetector[Any], rule: AnyRule, images: Sequence[Image], hold: int, each: int) -> Step:
+    """A stream of a detector, `each` frames at a call, of which every `hold`-th is a key frame."""
+    stream = Stream(detector, images, rule=rule, hold=hold, scene_cuts=False)
+
+    def run(_: Tensor) -> tuple[float, int]:
+        costs = [next(stream).cost.total for _ in range(each)]
+        return sum(costs) / each / 1e9, stream.state_bytes
+
+    return run
 
 
 def cnn_steps(path: Path, config: Options) -> dict[str, Step]:
@@ -124,37 +141,71 @@ def run_case(case: Case, config: Options, folder: Path) -> dict[str, Any]:
     tokens = case.size[0] * case.size[1] // patch**2
     k = case.budget(tokens)
     count = config.warm_up + config.repetitions
-    frames = make_frames(case, patch, k, count, config.clip, config.seed)
-    with engines(detector, case, config, folder) as made:
-        steps: dict[str, Step] = {}
-        for (engine, precision), compiled in made.items():
-            steps[f"{engine} dense {precision}"] = detector_step(compiled, Dense(), k)
-            steps[f"{engine} gated {precision}"] = detector_step(compiled, compiled.rule, k)
-        if ("torch", "float32") in made:
-            steps["torch rows float32"] = detector_step(detector, Rows(), k)
-        if config.onnx is not None:
-            steps |= cnn_steps(Path(config.onnx), config)
-        for step in steps.values():  # whatever is not compiled yet, is compiled now
-            step(frames[0])
-            step(frames[1])
-        timed = time_together(
-            {name: partial(_step, step, frames) for name, step in steps.items()},
-            config.repetitions,
-            config.warm_up,
-            seed=config.seed,
-        )
-    rows = [row for precision in config.precision for row in compare(timed, precision)]
-    return {"name": case.name, "model": case.model, "size": case.size, "k": k, "tokens": tokens, "rows": rows}
+    hold = 1 if k else config.hold
+    frames = make_frames(case, patch, k, hold * (count + (hold > 1) * _BEFORE), config.clip, config.seed)
+    images = [frame.mul(255).round().byte().permute(1, 2, 0).numpy() for frame in frames] if hold > 1 else []
+    steps: dict[str, Step] = {}
+    for (engine, precision), compiled in engines(detector, case.size, case.buckets, config, folder).items():
+        if hold > 1:
+            for name, rule in ("dense", Dense()), ("gated", compiled.rule):
+                steps[f"{engine} {name} {precision}"] = stream_of(compiled, rule, images, 1, hold)
+                steps[f"{engine} {name}, hold {hold} {precision}"] = stream_of(compiled, rule, images, hold, hold)
+            continue
+        steps[f"{engine} dense {precision}"] = step_of(compiled, Dense(), k)
+        steps[f"{engine} gated {precision}"] = step_of(compiled, compiled.rule, k)
+    if hold == 1 and {"torch", "float32"} <= {*(config.engine or ()), *config.precision}:
+        steps["torch rows float32"] = step_of(detector, Rows(), k)
+    if config.onnx is not None:
+        steps |= cnn_steps(Path(config.onnx), config)
+    rows = take_turns(steps, frames, config, hold)
+    name = case.name if hold == 1 else f"{case.name}, streams, {hold} frames at a time"
+    return {"name": name, "model": case.model, "size": case.size, "k": k, "tokens": tokens, "rows": rows}
+
+
+def run_recogniser(name: str, config: Options, folder: Path) -> dict[str, Any]:
+    """The entry of a recogniser's step, random weights, in `results.json`: dense, rows and paper."""
+    torch.manual_seed(config.seed)
+    recogniser = Recogniser(actions.config_of(name)).eval().requires_grad_(False)
+    model = recogniser.config
+    tokens = model.grid[0] * model.grid[1] + 1
+    k = config.k or tokens // 8
+    still = torch.rand(model.tubelet[0], model.channels, *model.size)
+    tubelets = [torch.where(torch.rand(model.size) < 0.5, still, torch.rand_like(still)) for _ in range(8)]
+    steps: dict[str, Step] = {}
+    for precision in config.precision:  # weights are held in it, so that none is converted at a step
+        own = recogniser if precision == "float32" else copy.deepcopy(recogniser).to(getattr(torch, precision))
+        rules: dict[str, AnyRule] = {"dense": Dense(), "rows": Rows(), "paper": Paper()}
+        for rule in rules if config.engine is None or "torch" in config.engine else ():
+            steps[f"torch {rule} {precision}"] = step_of(own, rules[rule], k - (rule == "rows"))  # and the class token
+    compiled = dataclasses.replace(config, engine=tuple(one for one in config.engine or () if one != "torch"))
+    for (engine, precision), other in engines(recogniser, model.size, (k - 1,), compiled, folder).items():
+        steps[f"{engine} dense {precision}"] = step_of(other, Dense(), k)
+        steps[f"{engine} rows {precision}"] = step_of(other, Rows(), k - 1)
+    frames = [tubelets[i % len(tubelets)] for i in range(config.warm_up + config.repetitions)]
+    rows = take_turns(steps, frames, config)
+    return {"name": f"{name} step, k={k}", "model": name, "size": model.size, "k": k, "tokens": tokens, "rows": rows}
+
+
+def take_turns(
+    steps: dict[str, Step], frames: Sequence[Tensor], config: Options, each: int = 1
+) -> list[dict[str, Any]]:
+    """Time all methods on the same frames, `each` of them at a call, and compare those of each precision."""
+    for step in steps.values():  # whatever is not compiled yet, is compiled now
+        for frame in frames[:_BEFORE]:
+            step(frame)
+    calls = {name: partial(_step, step, frames) for name, step in steps.items()}
+    timed = time_together(calls, config.repetitions, config.warm_up, seed=config.seed)
+    return [row for precision in config.precision for row in compare(timed, precision, each)]
 
 
 def _step(step: Step, frames: Sequence[Tensor], i: int) -> tuple[float, int]:
     return step(frames[i])
 
 
-def compare(timed: dict[str, Timed[tuple[float, int]]], precision: Precision) -> list[dict[str, Any]]:
-    """The methods of a precision against the fastest dense one of them."""
+def compare(timed: dict[str, Timed[tuple[float, int]]], precision: Precision, each: int = 1) -> list[dict[str, Any]]:
+    """The methods of a precision against the fastest dense one of them; a call is of `each` frames."""
     own = {name.removesuffix(f" {precision}"): calls for name, calls in timed.items() if name.endswith(precision)}
-    seconds = {name: [call.seconds for call in calls.calls] for name, calls in own.items()}
+    seconds = {name: [call.seconds / each for call in calls.calls] for name, calls in own.items()}
     dense = {name: Spread.of(seconds[name]).median for name in own if name.endswith("dense")}
     fastest = min(dense, key=lambda name: dense[name])
     rows = []
@@ -209,8 +260,7 @@ def markdown(about: dict[str, Any], cases: Sequence[dict[str, Any]]) -> str:
         f"`{about['command']}`\n\n{about['machine']}; {about['repetitions']} repetitions. {NOTE} * the fastest dense.\n"
     )
     for case in cases:
-        header, *lines = lines_of(case)
-        text += f"\n## {case['name']}\n\n" + markdown_table(header, lines, left=2)
+        text += f"\n## {case['name']}\n\n" + markdown_table(lines_of(case), left=2)
     return text
 
 
@@ -218,18 +268,21 @@ def bench_engines(config: Options, about: dict[str, Any]) -> None:
     """Run the cases of whole detectors, print a table of each and write the results."""
     if config.device not in ("auto", "cpu"):
         raise UserError(f"engine={list(config.engine or ())} runs on CPUs; leave device={config.device} out")
-    cases, skipped = cases_of(config)
-    cases = [case for case in cases if case.what == "detector"]
-    if not cases:
+    if config.recogniser is not None:
+        runs, skipped = [partial(run_recogniser, config.recogniser, config)], []
+    else:
+        cases, skipped = cases_of(config)
+        runs = [partial(run_case, case, config) for case in cases if case.what == "detector"]
+    if not runs:
         raise UserError(f"no case of a whole detector is left; see only={config.only}")
     for name in skipped:
         say(f"left out, because it needs clip=...: {name}")
     about = about | {"machine": f"{_cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}"}
     results: list[dict[str, Any]] = []
-    for case in cases:
+    for run in runs:
         with tempfile.TemporaryDirectory() as folder:
-            results.append(run_case(case, config, Path(folder)))
-        whole = jsonable(about | {"note": NOTE, "left_out": skipped, "cases": results})
+            results.append(run(Path(folder)))
+        whole = about | {"note": NOTE, "left_out": skipped, "cases": results}
         write_results(Path(config.output), whole)  # a run may be cut short
         write_text(Path(config.output) / "benchmark.md", markdown(about, results))
         if config.save is not None:
@@ -240,13 +293,7 @@ def bench_engines(config: Options, about: dict[str, Any]) -> None:
 
 def show(case: dict[str, Any]) -> None:
     """Print a case, as much of it as fits on a terminal."""
-    header, *lines = ([line[1], line[0], *line[3:8]] for line in lines_of(case))
-    printed = Table(title=case["name"], box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    for i, title in enumerate(header):
-        printed.add_column(title, justify="right" if i > 1 else "left", no_wrap=True)
-    for line in lines:
-        printed.add_row(*line)
-    console.print(printed)
+    show_table(([line[1], line[0], *line[3:8]] for line in lines_of(case)), case["name"], left=2)
 
 
 def _cpu() -> str:

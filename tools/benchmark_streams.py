@@ -17,10 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_cases import Options
-from common import AnyDetector, choose_device, console, write_results
-from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from common import AnyDetector, choose_device, console, progress_bar, show_table, write_results
 
 from eventful_det.benchmark.timing import Timed, paired_ratios, time_together
 from eventful_det.data.video import open_source
@@ -29,7 +26,6 @@ from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.checkpoints.weight_files import SYNTHETIC
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import Spread
-from eventful_det.evaluation.sweep.summary import jsonable
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Budget
@@ -74,8 +70,9 @@ def bench_streams(config: Options, about: dict[str, Any]) -> None:
     for count in config.streams:
         rows += _bench(detector, budget, clip, count, config)
         results = about | {"budget": str(budget), "clip_frames": len(clip), "streams": rows, "note": NOTE}
-        write_results(Path(config.output), jsonable(results))  # a run may be cut short
-    console.print(_table(rows), NOTE, sep="\n")
+        write_results(Path(config.output), results)  # a run may be cut short
+    show_table(_table(rows), left=2)
+    console.print(NOTE)
 
 
 def _clip(source: str) -> list[Image]:
@@ -102,8 +99,7 @@ def _bench(
     if config.hold != 1:
         methods[f"{DENSE}, hold {config.hold}"] = _pools(detector, None, clip, [count], config.hold)
         methods[f"{POOL}, hold {config.hold}"] = _pools(detector, budget, clip, [count], config.hold)
-    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=console, auto_refresh=False) as progress:
+    with progress_bar(auto_refresh=False) as progress:
         task = progress.add_task(f"{count} streams", total=config.warm_up + config.repetitions)
         timed = time_together(
             methods,
@@ -170,13 +166,12 @@ def _cycles(seconds: Sequence[float], hold: int) -> list[float]:
     return [sum(seconds[i : i + hold]) for i in range(0, len(seconds) - hold + 1, hold)]
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    titles = ("streams", "method", "fps", "GMACs", "of dense", "x dense", "x alone", "p95", "MB")
-    for title in titles:
-        table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(
+def _table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    lines: list[tuple[str, ...]] = [
+        ("streams", "method", "fps", "GMACs", "of dense", "x dense", "x alone", "p95", "MB")
+    ]
+    lines += [
+        (
             str(row["streams"]),
             row["method"],
             f"{row['frames_per_second']:.1f}",
@@ -187,4 +182,6 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['p95_to_median']:.2f}",
             f"{row['state_bytes'] / 1e6:.1f}",
         )
-    return table
+        for row in rows
+    ]
+    return lines

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from eventful_det.detectors.checkpoints.files import load_detector
@@ -119,6 +122,9 @@ class Data:
     videos: str | None = None
     verbs: str | None = None
     nouns: str | None = None
+    unseen: str | None = None
+    tail_verbs: str | None = None
+    tail_nouns: str | None = None
     weights: str | None = None
 
 
@@ -134,6 +140,24 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print a warning."""
     console.print(Text.assemble(("warning:", "yellow"), " ", printable(text)), soft_wrap=True)
+
+
+def progress_bar(*, disable: bool = False, auto_refresh: bool = True) -> Progress:
+    """A bar with a description, how many are done, and the time; without `auto_refresh` no thread of it takes time."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, *times, console=console, disable=disable, auto_refresh=auto_refresh)
+
+
+def show_table(lines: Iterable[Sequence[str]], title: str | None = None, left: int = 1) -> None:
+    """Print a table whose first line is the header; all but the first `left` columns are aligned to the right."""
+    header, *rows = lines
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i < left else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def as_list(texts: Texts | None) -> list[str]:

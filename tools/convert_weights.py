@@ -58,9 +58,8 @@ def run(config: Options) -> None:
     source = find_weights(config.input)
     weights = read_weights(source)
     detector = load_detector(source, allow=as_list(config.allow), **config.model)
-    notes = {key: value for key, value in weights.notes.items() if key not in ("format", "config")}
-    notes |= config.notes
-    (save_detector if ours else save_detectron2)(detector, path, DTYPES[dtype], notes)
+    save = save_detector if ours else save_detectron2
+    save(detector, path, DTYPES[dtype], {**weights.notes, **config.notes})
     left_out = dict.fromkeys(key.rpartition(".")[0] or key for key in weights.left_out)
     if left_out:
         say(f"left out, for a detector of boxes: {', '.join(left_out)}")

@@ -23,9 +23,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import actions
 import torch
-from common import command, console, say, write_results
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from common import command, console, say, show_table, write_results
 
 from eventful_det.data.video.transforms import fit_size
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
@@ -102,6 +100,7 @@ class Options(Wish):
     """What may be asked of the counter; configs/count_flops.yaml explains it."""
 
     task: actions.Task | None
+    durations: str | None
     classes: Count
     assume: Assumptions
     output: str
@@ -298,22 +297,17 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the tables."""
-    for title, (header, *lines) in tables(rows):
-        table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
-        for i, column in enumerate(header):
-            table.add_column(column, justify="right" if i else "left", no_wrap=True)
-        for line in lines:
-            table.add_row(*line)
-        console.print(table)
+    for title, lines in tables(rows):
+        show_table(lines, title)
     console.print(*notes(rows), sep="\n")
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The tables as Markdown."""
     text = f"`{command()}`\n\n{' '.join(notes(rows))}\n"
-    for title, (header, *lines) in tables(rows):
+    for title, lines in tables(rows):
         text += f"\n## {title}\n\n"
-        text += markdown_table(header, [[cell.strip() for cell in line] for line in lines])
+        text += markdown_table([cell.strip() for cell in line] for line in lines)
     return text
 
 
@@ -329,12 +323,17 @@ def name_of(model: dict[str, Any] | str | None) -> str | None:
 
 def count_recognisers(options: Options) -> None:
     """Count, print and write the table of recognisers."""
-    rows = actions.count(name_of(options.model), None if options.k is None else _list(options.k))
+    rows = actions.count(name_of(options.model), None if options.k is None else _list(options.k), options.durations)
+    note = (
+        "GMACs as the official code counts them, in closed form: of a step; of a clip, each of whose views is computed "
+        "by itself; and of one whose views share their tubelets, on average over clips."
+    )
+    cells = actions.cells_of(rows)
     with owned(Path(options.output)):
-        write_results(Path(options.output), {"command": command(), "rows": rows})
-    for _, group in itertools.groupby(rows, lambda row: row["model"]):
-        actions.show_table(actions.table_of(list(group)))
-    say("GMACs as the official code counts them: of a step, of a clip with all views, and where views share tubelets.")
+        write_results(Path(options.output), {"command": command(), "note": note, "rows": rows})
+        write_text(Path(options.output) / "count_flops.md", f"`{command()}`\n\n{note}\n\n{markdown_table(cells)}")
+    show_table(cells)
+    say(note)
 
 
 def collect(options: Options) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@
     python tools/demo.py source=rtsp://camera/stream live=true    # boxes on every frame at once, detector in a thread
     python tools/demo.py source=pictures/ gate/policy=threshold gate.policy.threshold=2
     python tools/demo.py source=kitchen.mp4 weights=vivit_tiny_synthetic   # recognise actions
+    python tools/demo.py source=clip.mp4 track=true format=[mot,cvat]   # tracks for other programs
     python tools/demo.py 'source=clips/*.mp4' classes=[person,dog]  # a folder of outputs for each video
 
 Writes annotated.mp4, detections.jsonl (a line per frame), cost.csv, cost.png and results.json. Whatever ends the
@@ -20,10 +21,10 @@ import itertools
 import re
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import actions
 import torch
@@ -31,19 +32,20 @@ from common import (
     AnyDetector,
     Side,
     Texts,
+    as_list,
     at_least_one,
     build_gate,
     choose_device,
     command,
-    console,
     open_detector,
+    progress_bar,
     say,
     uninterrupted,
     write_results,
 )
 from demo_files import ActionOutputs, Outputs
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from eventful_det.data.layouts.exports import VideoInfo
 from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, home_path, open_source
 from eventful_det.detectors.labels import relabel
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
@@ -65,6 +67,7 @@ from eventful_det.runtime.stream import Stream
 from eventful_det.runtime.tracking import Tracker
 from eventful_det.viz import Caption, budget_text
 
+Format = Literal["mot", "cvat", "yolo", "label_studio", "coco"]
 AHEAD = 2  # frames that are decoded while the detector runs
 
 
@@ -96,8 +99,10 @@ class Options:
     shadow_every: Natural
     rescore: bool
     track: bool
+    format: Format | tuple[Format, ...] | None
     reconnect: NonNegative
     silence: Positive
+    on: Literal["ray"] | None
     compare: bool
     device: str
 
@@ -242,19 +247,21 @@ class Run:
     def make_outputs(self) -> Outputs:
         """The files, not yet open."""
         fps = self.source.fps if self.source.fps and 1 <= self.source.fps <= 240 else 25.0
-        return Outputs(self.directory, fps, show=self.options.show, width=self.options.width)
+        options = self.options
+        info = VideoInfo(self.source.name, self.detector.names, fps, options.show)
+        exports = dict.fromkeys(as_list(options.format), info)
+        return Outputs(self.directory, fps, show=options.show, width=options.width, exports=exports)
 
     def _carry(self, results: Iterator[Any], outputs: Outputs) -> None:
         """Take every frame to the files, and show how far they are."""
-        columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")]
         total = min((n for n in (self.source.frames, self.options.max_frames) if n), default=None)
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-            task, began = progress.add_task("", total=total, rate=""), time.perf_counter()
+        with progress_bar() as progress:
+            task, began = progress.add_task("", total=total), time.perf_counter()
             for count, result in enumerate(results, start=1):
                 budget = "dense" if self.stream.rule == Dense() else budget_text(self.stream.budget)
                 outputs.write(result, Caption(budget, self._dense_seconds))
                 rate = count / (time.perf_counter() - began)
-                progress.update(task, completed=count, rate=f"{rate:.1f} frames/s")
+                progress.update(task, completed=count, description=f"{rate:.1f} frames/s")
 
     def _finish(
         self, outputs: Outputs, seconds: float, counts: dict[str, int], stopped: BaseException | None
@@ -337,41 +344,84 @@ def print_summary(results: dict[str, Any]) -> None:
         say(path)
 
 
+class Outcome(NamedTuple):
+    """What became of a source: the results of its run, or what was wrong."""
+
+    directory: Path
+    source: str | Path
+    result: dict[str, Any] | UserError
+
+
 def run(options: Options) -> None:
     """Run every source. One that fails does not keep the others from running."""
-    budget = parse_budget(options.budget)
+    parse_budget(options.budget)
     sources, output = find_sources(at_least_one(options.source, "source")), Path(options.output)
-    known: AnyDetector | Recogniser
-    if actions.recognises(options.task, options.weights):
-        known = load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))
+    named = dict(zip(name_folders(output, sources), sources, strict=True))
+    if options.on is None:
+        outcomes = run_here(options, build(options, sources), named)
     else:
-        known = build_detector(options, sources)
+        from archive import run_on_ray
+
+        outcomes = run_on_ray(options, named)
     with owned(output):
-        run_all(options, budget, known, dict(zip(name_folders(output, sources), sources, strict=True)))
+        finish(options, outcomes, len(sources))
 
 
-def run_all(
-    options: Options, budget: Budget | None, known: AnyDetector | Recogniser, sources: dict[Path, str | Path]
-) -> None:
-    """Run each source into its folder."""
-    runs: dict[str, Any] = {}
-    failed: list[str] = []
+def build(options: Options, sources: Sequence[str | Path]) -> AnyDetector | Recogniser:
+    """The detector or recogniser that the options ask for."""
+    if not actions.recognises(options.task, options.weights):
+        return build_detector(options, sources)
+    if options.format is not None:
+        raise UserError("format is for detections; a recogniser of actions writes actions.jsonl")
+    return load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))
+
+
+def run_source(
+    options: Options, known: AnyDetector | Recogniser, source: str | Path, directory: Path
+) -> dict[str, Any]:
+    """Run one source into its folder.
+
+    Raises:
+        UserError: the source or the files failed.
+    """
+    budget = parse_budget(options.budget)
+    with open_source(source, ahead=AHEAD, reconnect=options.reconnect, silence=options.silence) as opened:
+        if isinstance(known, Recogniser):
+            return ActionRun(options, budget, known, opened, directory)()
+        return Run(options, budget, known, opened, directory)()
+
+
+def run_here(
+    options: Options, known: AnyDetector | Recogniser, sources: Mapping[Path, str | Path]
+) -> Iterator[Outcome]:
+    """Run one source after the other."""
     for directory, source in sources.items():
         try:
-            with open_source(source, ahead=AHEAD, reconnect=options.reconnect, silence=options.silence) as opened:
-                if isinstance(known, Recogniser):
-                    runs[directory.name] = ActionRun(options, budget, known, opened, directory)()
-                else:
-                    runs[directory.name] = Run(options, budget, known, opened, directory)()
+            yield Outcome(directory, source, run_source(options, known, source, directory))
         except UserError as error:
-            if len(sources) == 1:
-                raise
-            say(f"failed: {error}")
-            failed.append(printable(str(source)))
-    if len(sources) > 1:
+            yield Outcome(directory, source, error)
+
+
+def finish(options: Options, outcomes: Iterable[Outcome], total: int) -> None:
+    """Say what became of each source, and sum up several of them.
+
+    Raises:
+        UserError: some failed.
+    """
+    runs: dict[str, Any] = {}
+    failed: list[str] = []
+    for directory, source, result in outcomes:
+        if not isinstance(result, UserError):
+            runs[directory.name] = result
+            continue
+        if total == 1:
+            raise result
+        say(f"failed: {result}")
+        failed.append(printable(str(source)))
+    if total > 1:
         write_results(Path(options.output), {"command": command(), "runs": runs, "failed": failed})
     if failed:
-        raise UserError(f"{len(failed)} of {len(sources)} sources failed: {', '.join(failed)}")
+        raise UserError(f"{len(failed)} of {total} sources failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,11 +18,12 @@ from common import say
 from numpy.typing import NDArray
 
 from eventful_det.adapters import to_record
+from eventful_det.data.layouts.exports import EXPORTS, VideoInfo, export_detections
 from eventful_det.data.video.writer import VideoWriter
 from eventful_det.detectors.results import FrameCost
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
-from eventful_det.outputs import printable_values, reporting
+from eventful_det.outputs import as_json, reporting
 from eventful_det.viz import Caption, annotate, cost_row, plot_cost
 from eventful_det.viz.actions import annotate_action
 
@@ -39,17 +41,27 @@ class Outputs:
         directory: made if it does not exist; it belongs to this run, see `owned`.
         fps: frames per second of the video, for frames without a time.
         show, width: of the pictures; see `annotate`.
+        exports: formats of `EXPORTS` to write the detections in as well, and what they have to know of the video.
     """
 
     lines = "detections.jsonl"
 
-    def __init__(self, directory: Path, fps: float, *, show: float, width: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        fps: float,
+        *,
+        show: float,
+        width: int,
+        exports: Mapping[str, VideoInfo] | None = None,
+    ) -> None:
         self.directory, self.fps, self.show, self.width = directory, fps, show, width
+        self._exports = dict(exports or {})
         self.frames = 0
         self._history: deque[FrameCost] = deque(maxlen=HISTORY)
         self._results: deque[Any] = deque(maxlen=HISTORY)  # of actions
         self._video_path, self._lines_path, self._table_path, self._plot_path = (
-            _part(directory / n) for n in self._names
+            _part(directory / n) for n in self._names[:4]
         )
         self._open_files = contextlib.ExitStack()
         self._rows: csv.DictWriter[str] | None = None
@@ -99,6 +111,7 @@ class Outputs:
                 self._open_files.close()
                 columns = _read_table(self._table_path)
             self._plot(columns)
+            self._export()
         except BaseException:
             self.discard()
             raise
@@ -112,6 +125,13 @@ class Outputs:
         except ImportError:
             say("no cost.png, which needs matplotlib: python -m pip install matplotlib")
 
+    def _export(self) -> None:
+        for kind, info in self._exports.items():
+            with reporting(self.directory / EXPORTS[kind][0]):
+                target = _part(self.directory / EXPORTS[kind][0])
+                _remove(target)
+                export_detections(self._lines_path, kind, target, info)
+
     def publish(self, results: dict[str, Any]) -> None:
         """Write results.json, and put all files in the places of those of an earlier run.
 
@@ -120,7 +140,9 @@ class Outputs:
         """
         try:
             with written_whole(self.directory / "results.json") as part:
-                part.write_text(json.dumps(printable_values(results), indent=1) + "\n", encoding="utf-8")
+                part.write_text(json.dumps(as_json(results), indent=1) + "\n", encoding="utf-8")
+                for name, _ in EXPORTS.values():
+                    _remove(self.directory / name)
                 for name in self._names:
                     if _part(self.directory / name).exists():
                         os.replace(_part(self.directory / name), self.directory / name)
@@ -132,12 +154,12 @@ class Outputs:
         """Close what can be closed, and remove what was written."""
         with contextlib.suppress(OSError, UserError):
             self._open_files.close()
-        for path in (self._video_path, self._lines_path, self._table_path, self._plot_path):
-            path.unlink(missing_ok=True)
+        for name in self._names:
+            _remove(_part(self.directory / name))
 
     @property
     def _names(self) -> tuple[str, ...]:
-        return "annotated.mp4", self.lines, "cost.csv", "cost.png"
+        return "annotated.mp4", self.lines, "cost.csv", "cost.png", *(EXPORTS[kind][0] for kind in self._exports)
 
     def picture(self, result: Any, caption: Caption) -> NDArray[np.uint8]:
         """What the video shows of a frame."""
@@ -186,6 +208,13 @@ class ActionOutputs(Outputs):
 def _part(path: Path) -> Path:
     """The name of a file that is being written; its suffix stays, so that it can be played."""
     return path.with_suffix(f".part{path.suffix}")
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def _read_table(path: Path) -> dict[str, NDArray[np.float64]]:

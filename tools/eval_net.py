@@ -21,6 +21,7 @@ sweep.json, sweep.md, sweep.png and sweep.pdf; or latency_aware.md.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 import sys
@@ -33,21 +34,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import actions
+import eval_actions
 import torch
 import torch.distributed as dist
-from common import AnyDetector, Data, as_list, build_gate, choose_device, command, console, say, warn, write_results
-from eval_methods import EvalOptions, chosen, sweep_methods
-from rich import box
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    track,
+from common import (
+    AnyDetector,
+    Data,
+    as_list,
+    build_gate,
+    choose_device,
+    command,
+    console,
+    progress_bar,
+    say,
+    show_table,
+    warn,
+    write_results,
 )
-from rich.table import Table
+from eval_methods import EvalOptions, chosen, sweep_methods
+from rich.progress import track
 
 from eventful_det.data.coco_video import CocoVideo, load_coco_video
 from eventful_det.data.labelling.remap import for_classes
@@ -55,6 +60,7 @@ from eventful_det.data.labelling.teacher import Teacher
 from eventful_det.data.streams import share_out
 from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.checkpoints.weight_files import DEFAULT, find_weights
+from eventful_det.detectors.hub import local_source
 from eventful_det.detectors.rf_detr.loading import is_rf_detr
 from eventful_det.engine.backends import Precision
 from eventful_det.errors import UserError
@@ -63,8 +69,8 @@ from eventful_det.evaluation.flushes import ap50_since_flush
 from eventful_det.evaluation.latency_aware import Look, cnn_look, detector_look, latency_aware, markdown
 from eventful_det.evaluation.sweep import collect, complete, first, report
 from eventful_det.evaluation.sweep.runs import Method, MethodRun
-from eventful_det.evaluation.sweep.store import ResultStore, file_hash
-from eventful_det.evaluation.sweep.summary import Row, jsonable, row_of
+from eventful_det.evaluation.sweep.store import ResultStore, code_hash, file_hash
+from eventful_det.evaluation.sweep.summary import Row, row_of
 from eventful_det.files import written_whole
 from eventful_det.options import Count, Natural
 from eventful_det.outputs import owned, write_json, write_text
@@ -117,9 +123,9 @@ def evaluate_single(config: Options, detector: AnyDetector, data: CocoVideo, dir
     scores = run.scores()
     row = row_of(run)
     write_json(directory / "coco_results.json", run.results, indent=None)
-    _show([list(line) for line in zip(*report.table([row]), strict=True) if line[1] != "-"])
+    show_table([list(line) for line in zip(*report.table([row]), strict=True) if line[1] != "-"])
     lines = [[n, report.percent(ap, 1), str(scores.objects_by_class[n])] for n, ap in scores.ap50_by_class.items()]
-    _show([["class", "AP50", "objects"], *lines])
+    show_table([["class", "AP50", "objects"], *lines])
     common = scores.ap50_of_common(ENOUGH)
     say(f"AP50 {report.percent(common, 1)} over the classes with {ENOUGH} or more objects")
     return {
@@ -154,14 +160,14 @@ def evaluate_sweep(config: Options, detector: AnyDetector, data: CocoVideo, dire
         skipped |= run.skipped
     with written_whole(directory / "sweep.csv") as part:
         report.write_csv(rows, part)
-    write_json(directory / "sweep.json", jsonable(rows))
+    write_json(directory / "sweep.json", rows)
     write_text(directory / "sweep.md", report.markdown(rows))
     title = f"Average precision against cost: {rows[0].videos} videos, {rows[0].frames} frames"
     for suffix in ("png", "pdf"):
         with written_whole(directory / f"sweep.{suffix}") as part:
             report.plot(rows, part, title)
     header, *lines = report.table(rows)
-    _show([list(TERMINAL), *([line[header.index(name)] for name in TERMINAL] for line in lines)])
+    show_table([list(TERMINAL), *([line[header.index(name)] for name in TERMINAL] for line in lines)])
     say(f"plot: {directory / 'sweep.png'}")
     return {"rows": rows, "skipped": _skipped(skipped)}
 
@@ -208,8 +214,7 @@ def complete_all(config: Options, detector: AnyDetector, data: CocoVideo, method
     workers = config.workers if config.workers is not None else 0 if detector.device.type == "cpu" else READERS
     options: dict[str, Any] = {"streams": config.streams, "workers": workers, "scene_cuts": config.scene_cuts}
     frames = sum(len(video.frames) for video in own.videos)
-    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()]
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=rank > 0) as progress:
+    with progress_bar(disable=rank > 0) as progress:
         task = progress.add_task("warming up", total=frames * len(methods))
 
         def advance(method: Method) -> None:
@@ -226,10 +231,13 @@ def complete_all(config: Options, detector: AnyDetector, data: CocoVideo, method
 
 def weights_hash(source: str | None) -> str:
     """A hash of what `load_detector` reads; of weights that lie elsewhere, their name."""
+    source = None if source is None else str(local_source(source))
+    if source is not None and Path(source).is_dir():  # an engine, or as transformers writes them
+        files = sorted(path for path in Path(source).iterdir() if path.is_file())
+        return hashlib.sha256("".join(path.name + file_hash(path) for path in files).encode()).hexdigest()
     if source is None or not is_rf_detr(source):
         return file_hash(find_weights(source))
-    path = Path(source) / "model.safetensors" if Path(source).is_dir() else Path(source)
-    return file_hash(path) if path.is_file() else source
+    return file_hash(source) if Path(source).is_file() else source
 
 
 def gather(config: Options, store: ResultStore, method: Method, data: CocoVideo) -> MethodRun:
@@ -259,16 +267,6 @@ def _skipped(skipped: dict[int, str]) -> dict[str, Any]:
         first_of_all = next(iter(skipped.values()))
         warn(f"{len(skipped)} frames could not be read; they are in no number. The first: {first_of_all}")
     return {"frames": len(skipped), "reasons": list(skipped.values())[:REASONS]}
-
-
-def _show(cells: list[list[str]]) -> None:
-    header, *lines = cells
-    table = Table(*header, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
 
 
 def load_data(config: Options) -> CocoVideo:
@@ -314,13 +312,17 @@ def evaluate_recogniser(config: Options) -> None:
     """Evaluate a recogniser on clips, then write the results."""
     directory, weights = Path(config.output), config.weights or actions.DEFAULT
     gate = None if config.eval.curves is not None else actions.own_gate(build_gate(config.gate))
-    recogniser = load_recogniser(weights, temporal_views=config.temporal_views).to(choose_device(config.device))
+    recogniser = load_recogniser(weights, temporal_views=config.temporal_views, precision=config.precision).to(
+        choose_device(config.device)
+    )
+    about = {"weights": weights, "data": config.data.val, "threads": torch.get_num_threads()}
+    same = repr((about, weights_hash(weights), code_hash(), recogniser.device, config.temporal_views, config.precision))
     hold = 1 if config.eval.hold == "auto" else config.eval.hold  # there are no boxes that could move
     options: dict[str, Any] = {"max_clips": config.max_videos, "hold": hold, "views": config.views}
-    about = {"command": command(), "weights": weights, "data": config.data.val, "threads": torch.get_num_threads()}
+    options["kept"] = directory / "clips" / hashlib.sha256(same.encode()).hexdigest()[:12]
     with owned(directory):
-        results = actions.evaluate(recogniser, config.data, gate, directory, **options)
-        write_results(directory, about | results)
+        results = eval_actions.evaluate(recogniser, config.data, gate, directory, **options)
+        write_results(directory, {"command": command(), **about, **results})
 
 
 def report_results(
@@ -338,7 +340,7 @@ def report_results(
         "machine": f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "note": NOTE,
     }
-    write_results(directory, jsonable(about | results))
+    write_results(directory, about | results)
 
 
 def run(config: Options) -> None:

@@ -1,4 +1,4 @@
-"""Compile a detector for CPUs: a folder of graphs for OpenVINO or ONNX Runtime.
+"""Compile a detector or a recogniser for CPUs: a folder of graphs for OpenVINO or ONNX Runtime.
 
     python tools/export.py                                          # the shipped detector, for OpenVINO
     python tools/export.py model=vitdet_tiny_vid format=onnx size=[320,576] buckets=[0.125,0.25,0.5] output=engine
@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import actions
 from common import say
 
 from eventful_det.detectors.checkpoints.files import load_detector
-from eventful_det.engine.detector import CompiledDetector
-from eventful_det.engine.export import export_detector
-from eventful_det.engine.folder import MANIFEST
+from eventful_det.engine.export import Network, export_engine
+from eventful_det.engine.folder import MANIFEST, is_engine
 from eventful_det.errors import UserError
 from eventful_det.options import Count
+from eventful_det.recognition.checkpoints import load_recogniser
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,18 @@ class Options:
 
 
 def run(config: Options) -> None:
-    """Load a detector, write its folder."""
-    detector = load_detector(config.weights)
-    if isinstance(detector, CompiledDetector):
-        raise UserError(f"weights={config.weights} is an engine; export the detector that it was made of")
+    """Load a network, write its folder."""
+    if config.weights is not None and is_engine(Path(config.weights)):
+        raise UserError(f"weights={config.weights} is an engine; export the network that it was made of")
+    network: Network
+    if config.weights is not None and actions.recognises(None, config.weights):
+        network = load_recogniser(config.weights)
+    else:
+        network = load_detector(config.weights)
     folder = Path(config.output or f"outputs/engine_{config.format}")
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
         raise UserError(f"output={folder} holds other files than an engine's; give a new folder")
-    export_detector(detector, folder, format=config.format, size=config.size, buckets=config.buckets)
+    export_engine(network, folder, format=config.format, size=config.size, buckets=config.buckets)
     megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     height, width = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["size"]
     say(f"{folder}: {config.format}, {height} x {width} pixels, {megabytes:.0f} MB; use it as weights={folder}")

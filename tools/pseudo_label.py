@@ -28,9 +28,7 @@ from typing import Any, ClassVar, Literal
 
 import cv2
 import numpy as np
-from common import Texts, as_list, at_least_one, command, console, say, warn, write_results
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from common import Texts, as_list, at_least_one, command, progress_bar, say, show_table, warn, write_results
 
 from eventful_det.data.classes import COCO_NAMES, COCO_TO_VID
 from eventful_det.data.coco_video import CocoVideo, Frame, Video, load_coco_video
@@ -208,10 +206,9 @@ def ask(config: Options, data: CocoVideo, labels: np.ndarray, views: Views, outp
     digest = hashlib.sha256(teacher.path.read_bytes()).hexdigest()
     settings = {"teacher": digest, "input": asdict(prepare), "views": asdict(views), "labels": labels.tolist()}
     answered = Answered(output / "answers.jsonl", json.loads(json.dumps(settings)))
-    columns = [TextColumn("labelling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
     frames = list(data.frames)
-    with Progress(*columns, console=console) as progress:
-        for frame in progress.track(frames):
+    with progress_bar() as progress:
+        for frame in progress.track(frames, description="labelling"):
             if frame.file_name in answered.by_file:
                 continue
             try:
@@ -256,18 +253,18 @@ def label(config: Options, output: Path) -> None:
     data.renumber()
     path = output / "annotations" / "train.json"
     CocoVideo(data.categories, data.videos, data.image_root).save(path)
-    table = Table("class", "real boxes", "labels", "ignored regions")
+    table: list[tuple[str, ...]] = [("class", "real boxes", "labels", "ignored regions")]
     for category, name in data.categories:
         row = [counts[category, kind] for kind in ("real", "pseudo", "ignored")]
         if any(row):
-            table.add_row(name, *map(str, row))
+            table.append((name, *map(str, row)))
     by_class = {
         kind: {name: counts[i, kind] for i, name in data.categories if counts[i, kind]}
         for kind in ("real", "pseudo", "ignored")
     }
     frames = sum(len(video.frames) for video in data.videos)
     write_results(output, {"command": command(), "pictures": frames, "annotations": str(path)} | by_class)
-    console.print(table)
+    show_table(table)
     say(f"{frames} pictures: {path}; next: python tools/train_net.py experiment=distil data.root={output}")
 
 

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import actions
+import eval_actions
 import torch
 import torch.distributed as dist
-from common import AnyDetector, Data, Gate, Side, choose_device, command, console, say, write_results
+import train_actions
+from common import AnyDetector, Data, Gate, Side, choose_device, command, progress_bar, say, write_results
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 from yaml import YAMLError
 
@@ -41,7 +42,7 @@ from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.config import MODELS, ModelConfig
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
-from eventful_det.evaluation.sweep.summary import evaluate_detector, jsonable
+from eventful_det.evaluation.sweep.summary import evaluate_detector
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import DEFAULT as GATE
 from eventful_det.options import Count, Positive, from_values, nearest
@@ -69,7 +70,7 @@ class Options:
     """What may be asked of the training; configs/train_net.yaml explains it."""
 
     task: actions.Task | None = None
-    recognition: actions.RecognitionOptions = actions.RecognitionOptions()
+    recognition: train_actions.RecognitionOptions = train_actions.RecognitionOptions()
     model: dict[str, Any]
     data: Data
     train: TrainOptions
@@ -182,8 +183,7 @@ def train(config: Options) -> None:
     data[0] = assume_absent(load_data(config.data.train, detector.names), config.data.absent)
     validation = load_data(config.data.val, detector.names) if config.evaluate or options.eval_every else None
     samples, objective = build_task(config, data, detector)
-    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()]
-    progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+    progress = progress_bar()
 
     def show(step: int, metrics: dict[str, float]) -> None:
         progress.update(task, completed=step, description=f"loss {metrics['loss']:.3f}")
@@ -217,12 +217,13 @@ def train_recogniser(config: Options) -> None:
     """Train a recogniser, evaluate it, and write the results."""
     directory, device = Path(config.output), choose_device(config.device)
     main_process = not dist.is_initialized() or dist.get_rank() == 0
-    results = actions.train(config, directory, device)
+    how = (config.train, config.recognition)
+    results = train_actions.train(config.model, config.start, config.data, *how, directory, device)
     if main_process:
         if config.evaluate:
             recogniser = load_recogniser(results["weights"])
             dense = Gate(Dense(), GATE)
-            results["validation"] = actions.evaluate(recogniser, config.data, dense, directory)["rows"]
+            results["validation"] = eval_actions.evaluate(recogniser, config.data, dense, directory)["rows"]
         write_results(directory, {"command": command(), **results})
 
 
@@ -245,12 +246,11 @@ def check_same(config: Options, path: Path) -> None:
 
 def evaluate(data: CocoVideo, path: str, detector: Detector | EventfulRFDETR) -> dict[str, Any]:
     """Average precision and more of the dense detector on the validation split."""
-    columns = [TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=sum(len(video.frames) for video in data.videos))
+    with progress_bar() as progress:
+        task = progress.add_task("evaluating", total=sum(len(video.frames) for video in data.videos))
         scores = evaluate_detector(cast(AnyDetector, detector.eval()), data, on_frame=lambda _: progress.advance(task))
     say(f"AP50 {100 * scores['ap50']:.1f}, AP {100 * scores['ap']:.1f} on {path}")
-    return jsonable(scores)
+    return scores
 
 
 def make_judge(data: CocoVideo, every: int) -> Callable[[Detector | EventfulRFDETR], dict[str, float]]:

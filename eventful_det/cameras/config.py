@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from eventful_det.errors import UserError
 from eventful_det.gating.selector import DEFAULT, Focus, Policy
 from eventful_det.options import (
@@ -29,6 +31,8 @@ from eventful_det.runtime.session import StreamOptions
 
 Place = tuple[Share, Share]
 Area = tuple[Place, ...]
+_POINTS = 200  # of a polygon
+_FLAT = 1e-9  # twice the area of a triangle, relative to the frame, that counts as a line
 _POLICIES: dict[str, Policy] = {"focus": DEFAULT.policy, "frugal": Focus(2.0)}
 
 
@@ -233,9 +237,17 @@ class Site:
 
 
 def _check_polygon(polygon: Area, name: str) -> None:
-    if len(set(polygon)) < 3:
-        raise UserError(f"{name} needs three different points or more, got {len(set(polygon))}")
-    first, *others = sorted(set(polygon))
-    (x, y), far = first, others[-1]  # the two ends, if all lie on one line
-    if all(abs((far[0] - x) * (b - y) - (far[1] - y) * (a - x)) < 1e-9 for a, b in others):
+    if not 3 <= len(set(polygon)) <= _POINTS:
+        raise UserError(f"{name} needs 3 to {_POINTS} different points, got {len(set(polygon))}")
+    start = np.array([point for i, point in enumerate(polygon) if point != polygon[i - 1]], np.float64)  # (n, 2)
+    edge, beside = np.roll(start, -1, axis=0) - start, start - start[:, None]  # (n, 2), (edges, points, 2)
+    turn = edge[:, :1] * beside[..., 1] - edge[:, 1:] * beside[..., 0]
+    side = np.where(np.abs(turn) < _FLAT, 0.0, np.sign(turn))  # of each edge, on which each point lies
+    if not side.any():
         raise UserError(f"all points of {name} lie on one line")
+    along = (edge[:, None] * beside).sum(axis=2) / (edge**2).sum(axis=1, keepdims=True)
+    own = np.eye(len(start)) + np.roll(np.eye(len(start)), 1, axis=1)  # the two ends of an edge
+    touched = (side == 0) & (along >= 0) & (along <= 1) & (own == 0)
+    split = side * np.roll(side, -1, axis=1) < 0  # one edge has its ends on two sides of another
+    if touched.any() or (split & split.T).any():
+        raise UserError(f"{name} crosses or touches itself; give its points in the order of its border")

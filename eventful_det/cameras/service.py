@@ -7,6 +7,7 @@ only what changed is exchanged, and a stream begins anew only where its source, 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import logging
@@ -217,7 +218,7 @@ class CameraService:
                 if time.monotonic() - tidied > _TIDY:
                     tidied = time.monotonic()
                     self.library.tidy()
-                    gc.collect()  # frames of PyAV may lie in circles, and by itself this comes late
+                    _give_back()
             except Faults as error:
                 for fault in error.faults:
                     _LOG.error("%s", fault)
@@ -355,6 +356,17 @@ class CameraService:
     def _append(self, event: Event) -> None:
         self.counts[event.camera, event.kind] += 1
         self.journal.append(event)
+
+
+def _give_back() -> None:
+    """Give memory that is free back to the system.
+
+    PyAV's first frame of a video lies in a circle with its side data. And glibc keeps what is freed: frames of changing
+    size and short-lived threads, each with a heap of its own, would leave ever more holes there.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # other systems have other allocators
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _picture(result: StreamResult) -> bytes:

@@ -10,8 +10,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from eventful_det.detectors.hub import HubDetector
 from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule
-from eventful_det.detectors.results import Detections, StepResult
+from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.detectors.saliency import token_saliency
 from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.detectors.streaming import StreamingDetector
@@ -22,6 +23,7 @@ from eventful_det.gating.rules import per_stream, step_streams
 from eventful_det.gating.selector import DEFAULT, Select
 from eventful_det.gating.spec import ViTSpec
 from eventful_det.gating.state import State, StreamState, TensorTree, Update
+from eventful_det.gating.windows import Grid
 
 
 @dataclass
@@ -42,7 +44,7 @@ class GatedStream(TensorTree):
 S = TypeVar("S", bound=GatedStream)
 
 
-class GatedDetector(StreamingDetector, nn.Module, Generic[S]):
+class GatedDetector(StreamingDetector, HubDetector, nn.Module, Generic[S]):
     """A `VideoDetector` whose heads follow a gated backbone.
 
     Attributes:
@@ -136,7 +138,22 @@ class GatedDetector(StreamingDetector, nn.Module, Generic[S]):
         raise NotImplementedError
 
     def _step_heads(self, update: Update, stream: S, dense: bool, watch: Stopwatch) -> StepResult:
-        """Detections from the backbone's update of one stream."""
+        """Detections from the backbone's update of one stream; while nothing changes, those of the frame before."""
+        grid = (update.tokens.shape[0], update.tokens.shape[1])
+        everything = self._dense_macs(grid)
+        macs = {**dict.fromkeys(everything, 0), "backbone": update.macs.total}
+        if dense or update.changed.numel() or stream.detections is None:
+            stream.detections, heads = self._run_heads(update, stream, dense, watch)
+            macs |= heads
+        cost = FrameCost(macs, everything, round(float(update.work.sum())), len(update.work), update.flush)
+        return StepResult(stream.detections.clone(), cost, update.work.view(grid))
+
+    def _dense_macs(self, grid: Grid) -> dict[str, int]:
+        """MACs of the dense detector by part, "backbone" among them."""
+        raise NotImplementedError
+
+    def _run_heads(self, update: Update, stream: S, dense: bool, watch: Stopwatch) -> tuple[Detections, dict[str, int]]:
+        """Detections from the backbone's update of one stream, and the MACs of the heads by part."""
         raise NotImplementedError
 
     def _saliency(self, image: Tensor, stream: S) -> Tensor | None:

@@ -10,6 +10,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -17,9 +18,8 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from eventful_det.engine.graphs import REMEMBERED, Graph
 from eventful_det.errors import UserError
 
 Format = Literal["openvino", "onnx"]
@@ -28,6 +28,27 @@ _GAIN = 1.2  # bfloat16 must be so much quicker, or it is not worth its rounding
 _LOG = logging.getLogger(__name__)
 SUFFIX: dict[Format, str] = {"openvino": ".xml", "onnx": ".onnx"}
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A part to compile.
+
+    Attributes:
+        name: of its file.
+        module: that computes it.
+        example: inputs.
+        free: for each input the dimensions that depend on the number of windows or regions.
+    """
+
+    name: str
+    module: nn.Module
+    example: tuple[Tensor, ...]
+    free: tuple[tuple[int, ...], ...]
+
+
+REMEMBERED = ("backbone", "pyramid")
+"""Graphs whose outputs a stream keeps, in the type of its engine; those of others are float32."""
 
 
 class Backend(ABC):
@@ -198,6 +219,12 @@ def quickest_precision() -> Precision:
     precision: Precision = "bfloat16" if ratio > _GAIN else "float32"
     _LOG.info("precision: %s; products in bfloat16 are %.1f times as quick as in float32", precision, ratio)
     return precision
+
+
+def torch_dtype(precision: Precision | Literal["auto"]) -> torch.dtype:
+    """The type of a network's weights."""
+    dtype: torch.dtype = getattr(torch, quickest_precision() if precision == "auto" else precision)
+    return dtype
 
 
 def _seconds(x: Tensor, weight: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""A detector as a folder of graphs for OpenVINO or ONNX Runtime."""
+"""A network as a folder of graphs for OpenVINO or ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -8,92 +8,117 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.detector import DIVISOR, Detector
-from eventful_det.engine.backends import SUFFIX, Backend, Format, import_package
+from eventful_det.engine.backends import SUFFIX, Backend, Format, Graph, import_package
 from eventful_det.engine.folder import FORMAT, MANIFEST
-from eventful_det.engine.graphs import Graph
-from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig
-from eventful_det.engine.rf_detr_graphs import rf_detr_graphs
+from eventful_det.engine.recogniser import CompiledRecogniser, recogniser_graphs
+from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig, rf_detr_graphs
 from eventful_det.engine.vitdet import CompiledViTDet
 from eventful_det.engine.vitdet_graphs import vitdet_graphs
 from eventful_det.errors import UserError
 from eventful_det.gating.whole_windows import SHARES, Windows
 from eventful_det.outputs import write_json
+from eventful_det.recognition.recogniser import Recogniser
 
 _OPSET = 18
+_MODELS = {"vitdet": Detector, "rf_detr": EventfulRFDETR, "recogniser": Recogniser}
 
 
-def export_detector(
-    detector: Detector | EventfulRFDETR,
+Network = Detector | EventfulRFDETR | Recogniser
+"""What can be compiled."""
+
+
+def export_engine(
+    network: Network,
     folder: Path,
     *,
     format: Format = "openvino",
     size: tuple[int, int] | None = None,
     buckets: Sequence[float | int] = SHARES,
 ) -> None:
-    """Write the graphs of a detector and a manifest; `load_detector(folder)` reads them.
+    """Write the graphs of a detector or a recogniser and a manifest; `load_engine(folder)` reads them.
 
-    One graph serves all numbers of windows, or of tokens of an RF-DETR; its shapes are set when it is loaded. Weights
-    are written twice, for dense frames and for gated ones.
+    One graph serves all numbers of windows, or of tokens of an RF-DETR or a recogniser; its shapes are set when it is
+    loaded. Weights are written twice, for dense frames and for gated ones.
 
     Args:
-        detector: in evaluation mode, on the CPU, in float32.
+        network: in evaluation mode, on the CPU, in float32.
         folder: made if it is missing; files of an earlier export are replaced.
         format: "openvino" or "onnx".
         size: (height, width) of the network's input in pixels: multiples of 32, or a square of whole windows for an
-            RF-DETR; None = the model's own, of a ViTDet for frames of 16:9.
+            RF-DETR; None = the model's own, of a ViTDet for frames of 16:9. A recogniser has no other than its own.
         buckets: numbers of windows or tokens for gated frames, see `Windows`.
 
     Raises:
-        UserError: the size or the buckets cannot be, the detector is of a kind that no engine knows, or a package that
+        UserError: the size or the buckets cannot be, the network is of a kind that no engine knows, or a package that
             this needs is missing.
     """
-    if detector.spec.dtype != torch.float32 or detector.device.type != "cpu":
-        raise UserError("export needs a detector on the CPU in float32; precision is chosen when the engine is loaded")
-    height, width = _checked(detector, default_size(detector) if size is None else size)
+    if network.spec.dtype != torch.float32 or network.device.type != "cpu":
+        raise UserError("export needs a network on the CPU in float32; precision is chosen when the engine is loaded")
+    height, width = _checked(network, default_size(network) if size is None else size)
     rule = Windows(tuple(buckets))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # a folder without one is no engine, should this be cut short
     with torch.no_grad():
-        for graph in graphs_of(detector, (height, width)):
+        for graph in graphs_of(network, (height, width)):
             write = _write_openvino if format == "openvino" else _write_onnx
             write(graph, folder / f"{graph.name}{SUFFIX[format]}")
     about = {
         "format": FORMAT,
         "engine": format,
-        "model": "vitdet" if isinstance(detector, Detector) else "rf_detr",
+        "model": next(name for name, kind in _MODELS.items() if isinstance(network, kind)),
         "size": [height, width],
         "buckets": list(rule.buckets),
-        "config": dataclasses.asdict(detector.config if isinstance(detector, Detector) else RFDETRConfig.of(detector)),
+        "config": dataclasses.asdict(
+            RFDETRConfig.of(network) if isinstance(network, EventfulRFDETR) else network.config
+        ),
     }
     write_json(folder / MANIFEST, about)
 
 
-def graphs_of(detector: Detector | EventfulRFDETR, size: tuple[int, int]) -> Iterator[Graph]:
-    """The graphs of a detector for inputs of `size` (height, width) in pixels, in evaluation mode.
+def graphs_of(network: Network, size: tuple[int, int]) -> Iterator[Graph]:
+    """The graphs of a network for inputs of `size` (height, width) in pixels, in evaluation mode.
 
     Raises:
-        UserError: the detector is of a kind that no engine knows.
+        UserError: the network is of a kind that no engine knows.
     """
-    return vitdet_graphs(detector, size) if isinstance(detector, Detector) else rf_detr_graphs(detector, size[0])
+    if isinstance(network, Recogniser):
+        return recogniser_graphs(network)
+    return vitdet_graphs(network, size) if isinstance(network, Detector) else rf_detr_graphs(network, size[0])
+
+
+@overload
+def in_engine(
+    network: Recogniser, size: tuple[int, int], buckets: Sequence[float | int], backend: Backend
+) -> CompiledRecogniser: ...
+
+
+@overload
+def in_engine(
+    network: Detector | EventfulRFDETR, size: tuple[int, int], buckets: Sequence[float | int], backend: Backend
+) -> CompiledViTDet | CompiledRFDETR: ...
 
 
 def in_engine(
-    detector: Detector | EventfulRFDETR, size: tuple[int, int], buckets: Sequence[float | int], backend: Backend
-) -> CompiledViTDet | CompiledRFDETR:
-    """A detector whose graphs for inputs of `size` a backend runs."""
-    if isinstance(detector, Detector):
-        return CompiledViTDet(detector.config, size, Windows(tuple(buckets)), backend)
-    return CompiledRFDETR(RFDETRConfig.of(detector), size[0], tuple(buckets), backend)
+    network: Network, size: tuple[int, int], buckets: Sequence[float | int], backend: Backend
+) -> CompiledViTDet | CompiledRFDETR | CompiledRecogniser:
+    """A network whose graphs for inputs of `size` a backend runs."""
+    if isinstance(network, Recogniser):
+        return CompiledRecogniser(network.config, tuple(buckets), backend)
+    if isinstance(network, Detector):
+        return CompiledViTDet(network.config, size, Windows(tuple(buckets)), backend)
+    return CompiledRFDETR(RFDETRConfig.of(network), size[0], tuple(buckets), backend)
 
 
-def default_size(detector: Detector | EventfulRFDETR) -> tuple[int, int]:
-    """(height, width) of inputs: of an RF-DETR the model's own, of a ViTDet those made of frames of 16:9."""
+def default_size(detector: Network) -> tuple[int, int]:
+    """(height, width) of inputs: of a ViTDet those made of frames of 16:9, else the model's own."""
+    if isinstance(detector, Recogniser):
+        return detector.config.size
     if isinstance(detector, EventfulRFDETR):
         return detector.parts.side, detector.parts.side
     config = detector.config
@@ -102,8 +127,12 @@ def default_size(detector: Detector | EventfulRFDETR) -> tuple[int, int]:
     return height, width
 
 
-def _checked(detector: Detector | EventfulRFDETR, size: tuple[int, int]) -> tuple[int, int]:
+def _checked(detector: Network, size: tuple[int, int]) -> tuple[int, int]:
     """The size, if it can be one."""
+    if isinstance(detector, Recogniser):
+        if size != detector.config.size:
+            raise UserError(f"size=[{size[0]},{size[1]}]: this recogniser takes views of {detector.config.size} pixels")
+        return size
     square = isinstance(detector, EventfulRFDETR)
     step = detector.spec.patch * detector.spec.regions if square else DIVISOR
     if any(side % step or side < step for side in size):

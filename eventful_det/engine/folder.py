@@ -1,4 +1,4 @@
-"""The folder of an engine: its manifest, and the detector that it holds."""
+"""The folder of an engine: its manifest, and the network that it holds."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Literal
 
 from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.engine.backends import ONNXRuntime, OpenVINO, Precision, quickest_precision
+from eventful_det.engine.recogniser import CompiledRecogniser
 from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig
 from eventful_det.engine.vitdet import CompiledViTDet
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
 from eventful_det.gating.whole_windows import Windows
 from eventful_det.options import from_values
+from eventful_det.recognition.config import RecogniserConfig
 
 MANIFEST, FORMAT = "engine.json", "eventful-det-engine/2"
 _KEYS = {"engine", "model", "size", "buckets", "config"}
@@ -25,8 +27,8 @@ def load_engine(
     precision: Precision | Literal["auto"] = "float32",
     threads: int | None = None,
     warm_up: bool = True,
-) -> CompiledViTDet | CompiledRFDETR:
-    """A detector from a folder that `export_detector` wrote.
+) -> CompiledViTDet | CompiledRFDETR | CompiledRecogniser:
+    """A detector or a recogniser from a folder that `export_engine` wrote.
 
     Args:
         folder: of the engine.
@@ -42,20 +44,27 @@ def load_engine(
     if precision == "auto":
         precision = quickest_precision() if kind is OpenVINO else "float32"
     (height, width), buckets, backend = about["size"], tuple(about["buckets"]), kind(folder, precision, threads)
-    detector: CompiledViTDet | CompiledRFDETR
+    network: CompiledViTDet | CompiledRFDETR | CompiledRecogniser
     if about["model"] == "vitdet":
         config = ModelConfig.from_dict(about["config"])
-        detector = CompiledViTDet(config, (height, width), Windows(buckets), backend)
+        network = CompiledViTDet(config, (height, width), Windows(buckets), backend)
+    elif about["model"] == "recogniser":
+        network = CompiledRecogniser(RecogniserConfig.from_dict(about["config"]), buckets, backend)
     else:
-        detector = CompiledRFDETR(from_values(RFDETRConfig, about["config"], "config"), height, buckets, backend)
+        network = CompiledRFDETR(from_values(RFDETRConfig, about["config"], "config"), height, buckets, backend)
     if warm_up:
-        detector.warm_up()
-    return detector
+        network.warm_up()
+    return network
 
 
 def is_engine(folder: Path) -> bool:
     """Whether it is the folder of an engine."""
     return (folder / MANIFEST).is_file()
+
+
+def holds_recogniser(folder: Path) -> bool:
+    """Whether the engine in a folder recognises actions."""
+    return bool(read_manifest(folder)["model"] == "recogniser")
 
 
 def read_manifest(folder: Path) -> JsonObject:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from eventful_det.detectors.protocol import InputTransform
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR, Stretch, best_pairs
-from eventful_det.detectors.rf_detr.parts import DecoderShape
+from eventful_det.detectors.rf_detr.parts import ConvNorm, DecoderShape, Parts
 from eventful_det.detectors.rf_detr.projector import everywhere, projector_macs
 from eventful_det.detectors.stopwatch import Stopwatch
-from eventful_det.engine.backends import Backend
+from eventful_det.engine.backends import Backend, Graph
 from eventful_det.engine.costs import BucketCosts
 from eventful_det.engine.detector import CompiledDetector, CompiledStream
+from eventful_det.engine.rows import CompiledRows, RowsGraph, for_grid
+from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
-from eventful_det.gating.comparison import compare
-from eventful_det.gating.macs import Macs, ViTShape, attention_macs, dense_macs
+from eventful_det.gating.macs import ViTShape, dense_macs
 from eventful_det.gating.rows import Rows, RowsState
-from eventful_det.gating.selector import GateInput, RandomK, Select
-from eventful_det.gating.whole_windows import bucket_sizes
-from eventful_det.gating.windows import Regions
+from eventful_det.gating.selector import RandomK, Select
+from eventful_det.gating.windows import Grid, Regions
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ class CompiledRFDETR(CompiledDetector[RFDETREngineStream, ChosenTokens]):
 
     def __init__(self, config: RFDETRConfig, side: int, buckets: tuple[float | int, ...], backend: Backend) -> None:
         super().__init__((side, side), config.vit["patch"], (config.mean, config.std), Rows(), backend)
-        self.config, self.shape = config, config.shape
-        self.sizes = bucket_sizes(buckets, self.grid[0] * self.grid[1])
+        self.config = config
+        self.rows = CompiledRows(config.shape, self.grid, buckets, backend, self._unit, config.width)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -130,9 +131,9 @@ class CompiledRFDETR(CompiledDetector[RFDETREngineStream, ChosenTokens]):
     @cached_property
     def dense_macs(self) -> dict[str, int]:
         """MACs of the dense detector on a frame, by part."""
-        tokens = self.grid[0] * self.grid[1]
+        tokens = self.rows.tokens
         return {
-            "backbone": dense_macs(self.shape, self.grid, padded_linear=True).total,
+            "backbone": dense_macs(self.rows.shape, self.grid, padded_linear=True).total,
             "projector": tokens * self.config.projector,
             "decoder": DecoderShape(**self.config.decoder).macs(tokens),
         }
@@ -140,68 +141,25 @@ class CompiledRFDETR(CompiledDetector[RFDETREngineStream, ChosenTokens]):
     def warm_up(self) -> None:
         """Compile what gated frames need, so that no frame has to wait for it."""
         state, frame = self.init_state(), torch.zeros(3, *self.size)
-        for count in self.sizes:
+        for count in self.rows.sizes:
             self.step([frame], state, selector=RandomK(count))
 
     def _costs(self) -> BucketCosts:
-        sizes = zip((1, *(size + 1 for size in self.sizes)), self.sizes, strict=False)
-        prices = tuple((low, self._backbone_macs(size, False) + self._projector_macs(size)) for low, size in sizes)
-        return BucketCosts(((0, self._backbone_macs(0, False)), *prices), "decoder", self.dense_macs["decoder"])
-
-    def _backbone_macs(self, count: int, flush: bool) -> int:
-        """MACs for so many tokens; windows are masks, so all queries meet all keys."""
-        shape, tokens = self.shape, self.grid[0] * self.grid[1]
-        rows = count + shape.prefix if count else 0
-        products = rows * (tokens + shape.prefix)
-        linear = Macs(count * shape.pixels * shape.dim + shape.depth * rows * shape.weights)
-        gate = Macs(gate=0 if flush else tokens * shape.pixels)
-        return (linear + gate + attention_macs(shape, products, products, rows, self.grid).times(shape.depth)).total
+        prices = self.rows.prices(lambda count: self._projector_macs(count) if count else 0)
+        return BucketCosts(prices, "decoder", self.dense_macs["decoder"])
 
     def _projector_macs(self, count: int) -> int:
         """MACs when so many tokens are recomputed: all but the first convolution runs in full."""
-        return self.dense_macs["projector"] - (self.grid[0] * self.grid[1] - count) * self.config.first
+        return self.dense_macs["projector"] - (self.rows.tokens - count) * self.config.first
 
     def _new_stream(self, size: tuple[int, int], dense: bool) -> RFDETREngineStream:
-        if dense:
-            return RFDETREngineStream(size)
-        shape, tokens, dtype = self.shape, self.grid[0] * self.grid[1], self.backend.dtype
-        cache = (tokens + shape.prefix, 2, shape.heads, shape.dim // shape.heads)
-        gate = RowsState(
-            self.rule.layout,
-            self.grid,
-            reference=torch.zeros(tokens, shape.pixels),
-            age=torch.ones(tokens, dtype=torch.int32),
-            caches=[torch.zeros(cache, dtype=dtype) for _ in range(shape.depth)],
-            output=torch.zeros(tokens, self.config.width, dtype=dtype),
-            prefix=None,
-        )
-        return RFDETREngineStream(size, gate)
+        return RFDETREngineStream(size, None if dense else self.rows.init_stream(None, self.grid))
 
     def _choose(
         self, patches: list[Tensor], streams: list[RFDETREngineStream], select: Select, saliency: list[Tensor | None]
     ) -> Sequence[ChosenTokens]:
         states = [stream.gate for stream in streams if stream.gate is not None]
-        gates = []
-        for i, (now, state, weight) in enumerate(zip(patches, states, saliency, strict=True)):
-            if state.frame:
-                error, noise = compare(now, state.reference, 3, self._unit)
-                gates.append(GateInput(error, state.age, state.frame, state.grid, weight, i, noise))
-        asked = [gate.stream for gate in gates]
-        indices = dict(zip(asked, select(gates) if gates else (), strict=True))
-        choices = []
-        for i, (now, state) in enumerate(zip(patches, states, strict=True)):
-            index = self._filled(indices[i], state.age) if i in indices else torch.arange(len(now))
-            state.frame += 1
-            state.age.add_(1).index_fill_(0, index, 1)
-            state.reference.index_copy_(0, index, now.index_select(0, index))
-            choices.append(ChosenTokens(index))
-        return choices
-
-    def _filled(self, index: Tensor, age: Tensor) -> Tensor:
-        """Selected tokens `(r,)`, and the stalest of the others up to the next number that is compiled."""
-        count = next(size for size in (0, *self.sizes) if size >= len(index))
-        stale = age.index_fill(0, index, -1).topk(count - len(index)).indices
-        return torch.cat([index, stale])
+        return [ChosenTokens(index) for index in self.rows.choose(patches, states, select, saliency)]
 
     def _run_dense(self, image: Tensor, stream: RFDETREngineStream, watch: Stopwatch) -> dict[str, int]:
         self._detect(stream, *self.backend.run("dense", image[None]))
@@ -213,20 +171,79 @@ class CompiledRFDETR(CompiledDetector[RFDETREngineStream, ChosenTokens]):
     ) -> dict[str, int]:
         state, index = stream.gate, choice.tokens
         assert state is not None
-        patches = state.reference.index_select(0, index)  # which has just been renewed there
-        *kv, rows, tokens = self.backend.run("backbone", patches, index, *state.caches)
-        for cache, new in zip(state.caches, kv, strict=True):
-            cache.index_copy_(0, rows, new)
-        state.output.index_copy_(0, index, tokens)
+        self.rows.refresh(state, index)
         watch.lap("backbone")
         self._detect(stream, *self.backend.run("heads", state.output))
         watch.lap("decoder")  # and projector, which is one graph with it
         count = len(index)
         projector = self._projector_macs(count)
-        return self.dense_macs | {"backbone": self._backbone_macs(count, flush), "projector": projector}
+        return self.dense_macs | {"backbone": self.rows.macs(count, flush).total, "projector": projector}
 
     def _detect(self, stream: RFDETREngineStream, logits: Tensor, boxes: Tensor) -> None:
         """Set the detections: the best pairs of a query and a class."""
         config = self.config
         limits = config.min_score, config.clamped, config.dropped
         stream.detections = best_pairs(logits, boxes, stream.size, *limits)
+
+
+class HeadsGraph(nn.Module):
+    """Decoder, and projector after its first convolution: `(N, 2 C')` to logits `(Q, K)` and boxes `(Q, 4)`."""
+
+    def __init__(self, detector: EventfulRFDETR, grid: Grid) -> None:
+        super().__init__()
+        self.model, self.parts, self.grid = detector.model, detector.parts, grid
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        features = project(self.parts, tokens, self.grid).T.unflatten(1, self.grid)[None]  # (1, C, H, W)
+        logits, boxes = self.parts.decode(features)
+        return logits[0], boxes[0]
+
+
+class DenseGraph(nn.Module):
+    """The dense network on an image `(1, 3, h, w)`, to logits `(Q, K)` and boxes `(Q, 4)`."""
+
+    def __init__(self, detector: EventfulRFDETR, grid: Grid) -> None:
+        super().__init__()
+        self.spec, self.heads = for_grid(detector.spec, grid), HeadsGraph(detector, grid)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, _ = self.spec.dense(image[0])  # (H, W, C)
+        logits, boxes = self.heads(_point(self.heads.parts.projector.first, tokens.flatten(0, 1)))
+        return logits, boxes
+
+
+def project(parts: Parts, tokens: Tensor, grid: Grid) -> Tensor:
+    """The dense projector after its first convolution, `(N, 2 C')` to `(N, C)`."""
+    projector = parts.projector
+    half, rest = tokens.split(projector.hidden, 1)
+    maps = [rest]
+    for step in projector.inner:
+        x = F.conv2d(maps[-1].T.unflatten(1, grid)[None], step.conv.weight, padding=1)
+        maps.append(step.after(x[0].flatten(1).T))
+    return projector.norm(_point(projector.last, torch.cat([half, *maps[::2]], 1)))
+
+
+def _point(step: ConvNorm, rows: Tensor) -> Tensor:
+    """A 1x1 convolution of cells `(n, C)`."""
+    return step.after(rows @ step.conv.weight.flatten(1).T)
+
+
+def rf_detr_graphs(detector: EventfulRFDETR, side: int) -> Iterator[Graph]:
+    """The graphs of an RF-DETR for square inputs.
+
+    Raises:
+        UserError: its backbone has no windows with a class token each, or rotary or relative positions.
+    """
+    spec, projector = detector.spec, detector.parts.projector
+    if not isinstance(spec.window, Regions) or not spec.prefix_count or spec.rope is not None or spec.shape.rel_pos:
+        raise UserError("an engine needs RF-DETR's own backbone, a windowed DINOv2")
+    grid = spec.grid(side, side)
+    yield Graph("dense", DenseGraph(detector, grid).eval(), (torch.zeros(1, 3, side, side),), ((),))
+
+    def first(rows: Tensor) -> Tensor:
+        """What the projector makes of each token by itself, `(p + r, C)` to `(r, 2 C')`."""
+        return _point(projector.first, rows[spec.prefix_count :])
+
+    yield RowsGraph(detector, spec, grid, first).described()
+    cells = torch.zeros(grid[0] * grid[1], 2 * projector.hidden)
+    yield Graph("heads", HeadsGraph(detector, grid).eval(), (cells,), ((),))

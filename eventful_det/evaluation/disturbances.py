@@ -112,7 +112,7 @@ def markdown(rows: Sequence[Row]) -> str:
         shares = (f"{100 * value:.1f}" for value in (row.selected, row.most))
         scores = (f"{100 * value:.1f}" for value in (row.ap50_dense, row.ap50))
         lines.append((row.name.replace("_", " "), *shares, str(row.flushes), *scores, f"{100 * row.macs:.0f}"))
-    return markdown_table(_HEADER, lines)
+    return markdown_table([_HEADER, *lines])
 
 
 def _befall(frames: Iterable[SyntheticFrame], name: str, seed: int) -> list[SyntheticFrame]:

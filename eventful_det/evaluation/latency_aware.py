@@ -179,4 +179,4 @@ def markdown(rows: Sequence[LatencyRow]) -> str:
         name = f"{row.method}, moved" if row.moved else row.method
         precisions = (f"{100 * value:.1f}" for value in (row.sap50, row.sap))
         lines.append([name, f"{row.fps:g}", *precisions, f"{row.ms:.1f}", f"{100 * row.answered:.0f}"])
-    return markdown_table(("method", "frames/s", "sAP50", "sAP", "ms", "answered %"), lines)
+    return markdown_table([("method", "frames/s", "sAP50", "sAP", "ms", "answered %"), *lines])

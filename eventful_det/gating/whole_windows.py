@@ -336,7 +336,8 @@ def run_windows(
 def _attend_windows(qkv: Tensor, table: Tensor | None, offsets: Tensor | None) -> Tensor:
     """Attention within windows, `(W, slots, 3, heads, d)` to `(W, slots, heads, d)`."""
     slots = qkv.shape[1]
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (W, heads, slots, d) each
+    # Not one permutation of all three: OpenVINO gets that wrong where there are as many slots as heads.
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (W, heads, slots, d) each
     bias = None
     if table is not None and offsets is not None:
         bias = _relative_bias(q, table, offsets, (1, 1)).view(-1, qkv.shape[3], slots, slots)

@@ -16,6 +16,7 @@ from eventful_det.errors import UserError
 from eventful_det.files import written_whole
 from eventful_det.recognition.data.segments import Segment
 
+Among = Callable[[Segment, str], bool]  # whether a segment counts, for a head
 ACTION = "action"  # verb and noun together
 _PAIRS = 100  # actions of a submission
 
@@ -78,7 +79,7 @@ def ranks(scored: Scored) -> dict[str, int]:
     return found
 
 
-def accuracy(scored: Sequence[Scored], among: Callable[[Segment, str], bool] | None = None) -> dict[str, Accuracy]:
+def accuracy(scored: Sequence[Scored], among: Among | None = None) -> dict[str, Accuracy]:
     """Top-1 and top-5 of each head, and of verb and noun together.
 
     Args:
@@ -108,12 +109,12 @@ def per_class(scored: Sequence[Scored]) -> dict[str, dict[int, Accuracy]]:
     return {head: {label: _shares(r) for label, r in sorted(of.items())} for head, of in found.items()}
 
 
-def unseen(participants: Collection[str]) -> Callable[[Segment, str], bool]:
+def unseen(participants: Collection[str]) -> Among:
     """For `accuracy`: segments of some participants, such as those that the training set does not show."""
     return lambda segment, head: segment.participant in participants
 
 
-def tail(verbs: Collection[int], nouns: Collection[int]) -> Callable[[Segment, str], bool]:
+def tail(verbs: Collection[int], nouns: Collection[int]) -> Among:
     """For `accuracy`: segments of rare classes; an action is rare if its verb or its noun is."""
 
     def among(segment: Segment, head: str) -> bool:

@@ -7,19 +7,25 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from eventful_det.detectors.checkpoints.pretrained import backbone_tensors
 from eventful_det.detectors.checkpoints.weight_files import (
     compare,
     find_weights,
     load_exactly,
+    metadata,
     read_tensors,
     rounded,
     save_tensors,
 )
+from eventful_det.engine.backends import Precision, torch_dtype
+from eventful_det.engine.folder import is_engine, load_engine
+from eventful_det.engine.recogniser import CompiledRecogniser
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject, written_whole
 from eventful_det.gating.spec import resize_positions
@@ -37,6 +43,7 @@ from eventful_det.recognition.recogniser import Recogniser
 FORMAT = "eventful-recogniser/1"
 EPIC_VERBS, EPIC_NOUNS = 97, 300
 Format = Literal["eventful_det", "official", "tadaconv", "scenic"]
+_DETECTOR = "this is a detector, no recogniser of actions; open it with load_detector"
 _HEAD_WIDTH = 64  # of attention, in all published ViViTs
 
 
@@ -74,33 +81,43 @@ def load_recogniser(
     *,
     temporal_views: int | None = None,
     spatial_views: int | None = None,
+    precision: Precision | Literal["auto"] = "float32",
 ) -> Recogniser:
-    """A recogniser ready for inference, on the CPU in float32.
+    """A recogniser ready for inference, on the CPU.
 
     Args:
         source: the name of shipped weights, or a file: written by `save_recogniser`; a checkpoint of the official
-            eventful code, of TAdaConv, or of scenic's factorised ViViT. The format is detected by content.
+            eventful code, of TAdaConv, or of scenic's factorised ViViT. The format is detected by content. Or the
+            folder of a compiled engine, see `load_engine`, whose classes cannot be renamed.
         classes: names of each head's classes, for files that number them.
         temporal_views, spatial_views: of a clip; by default as the weights were made for.
+        precision: in which it computes; "auto" = bfloat16 where this CPU is quicker in it.
 
     Raises:
         UserError: no such file or name; the file is of no known format, damaged, or asks for more than data; or keys do
             not fit. Hugging Face's ViViT and VideoMAE are refused: they have no steps.
     """
+    views = {"temporal_views": temporal_views, "spatial_views": spatial_views}
+    changes: dict[str, Any] = {key: count for key, count in views.items() if count is not None}
+    if is_engine(Path(source)):
+        engine = load_engine(Path(source), precision=precision, warm_up=False)
+        if not isinstance(engine, CompiledRecogniser):
+            raise UserError(f"{source}: {_DETECTOR}")
+        if classes is not None:
+            raise UserError(f"{source}: the classes of an engine cannot be renamed; leave them out")
+        engine.config = dataclasses.replace(engine.config, **changes)
+        engine.warm_up()
+        return engine
     path = find_weights(source)
     weights = read_recogniser(path)
-    config = weights.config
-    config = dataclasses.replace(
-        config,
-        classes=config.classes if classes is None else {head: tuple(names) for head, names in classes.items()},
-        temporal_views=config.temporal_views if temporal_views is None else temporal_views,
-        spatial_views=config.spatial_views if spatial_views is None else spatial_views,
-    )
+    if classes is not None:
+        changes["classes"] = {head: tuple(names) for head, names in classes.items()}
+    config = dataclasses.replace(weights.config, **changes)
     with torch.device("meta"):  # takes no memory, however large a damaged config says that the recogniser is
         compare(Recogniser(config).state_dict(), weights.tensors, str(path))
     recogniser = Recogniser(config)
     load_exactly(recogniser, weights.tensors, str(path))
-    return recogniser.eval()
+    return recogniser.to(torch_dtype(precision)).eval()
 
 
 def read_recogniser(path: str | os.PathLike[str]) -> RecogniserWeights:
@@ -117,7 +134,7 @@ def read_recogniser(path: str | os.PathLike[str]) -> RecogniserWeights:
         refuse_others(tensors)
         form = _format(tensors)
         if any(key.startswith("backbone.net.") for key in tensors):
-            raise UserError("this is a detector, no recogniser of actions; open it with load_detector")
+            raise UserError(_DETECTOR)
         if form is None:
             raise UserError(f"this is no recogniser of a known format, but holds {', '.join(list(tensors)[:3])}, ...")
         named = from_scenic(tensors) if form == "scenic" else from_tadaconv(tensors) if form == "tadaconv" else tensors
@@ -211,8 +228,8 @@ def save_recogniser(
         dtype: the weights are rounded to this type.
         notes: more metadata, for example the command that made the weights.
     """
-    notes = {"format": FORMAT, "config": recogniser.config.to_json(), **(notes or {})}
-    save_tensors(path, rounded(recogniser, dtype), notes)
+    about = metadata(notes, format=FORMAT, config=recogniser.config.to_json())
+    save_tensors(path, rounded(recogniser, dtype), about)
 
 
 def save_official(recogniser: Recogniser, path: str | os.PathLike[str]) -> None:
@@ -239,7 +256,7 @@ def start_from_image(recogniser: Recogniser, path: str | os.PathLike[str]) -> No
     Raises:
         UserError: the file cannot be read, or its ViT has other sizes.
     """
-    tensors = read_tensors(path).tensors
+    tensors = backbone_tensors(str(path))
     config, model = recogniser.config, recogniser.spatial_model
     names = {"norm1": "input_layer_norm", "attn.qkv": "qkv", "attn.proj": "projection"}
     names |= {"norm2": "mlp_layer_norm", "mlp.fc1": "mlp_1", "mlp.fc2": "mlp_2"}

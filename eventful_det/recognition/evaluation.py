@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from eventful_det.errors import UserError
@@ -15,6 +20,7 @@ from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rules import DEFAULT_RULE, AnyRule
 from eventful_det.gating.selector import LargestError, RandomOrder, Select, Selector
+from eventful_det.outputs import write_text
 from eventful_det.recognition.accuracy import Accuracy, Scored, accuracy
 from eventful_det.recognition.clips import Clip, recognise
 from eventful_det.recognition.data.clip_reader import read_clips
@@ -101,25 +107,29 @@ def evaluate_clips(
     clips: Iterable[tuple[Segment, Clip | UserError]],
     ways: Sequence[Way],
     on_clip: Callable[[int], None] | None = None,
+    kept: Path | None = None,
 ) -> list[Evaluation]:
-    """See `evaluate`; takes the clips themselves, and runs each in several ways, which take turns clip by clip."""
-    results: list[list[tuple[Scored, StepCost, float]]] = [[] for _ in ways]
+    """See `evaluate`; takes the clips themselves, and runs each in several ways, which take turns clip by clip.
+
+    With a folder `kept`, what came of each clip is kept there, and a killed run goes on where it was. Whoever names the
+    folder sees to it that recogniser and code are the same; ways and videos are looked at here.
+    """
+    results: list[list[_Look]] = [[] for _ in ways]
+    segments = []
     failed = {}
     for done, (segment, clip) in enumerate(clips, 1):
         if isinstance(clip, UserError):
             failed[segment.name] = str(clip)
         else:
-            for way, entries in zip(ways, results, strict=True):
-                options: dict[str, Any] = {"shared": way.shared, "hold": way.hold}
-                seen: Clip = clip
-                if way.one_frame:
-                    view = frame_indices(len(clip), recogniser.config)[0]
-                    seen = _OneFrame(clip, view[len(view) // 2])
-                began = time.perf_counter()
-                result = recognise(recogniser, seen, rule=way.rule, selector=way.selector, **options)
-                seconds = time.perf_counter() - began
-                scored = Scored(segment, {head: logits.cpu() for head, logits in result.logits.items()})
-                entries.append((scored, result.cost, seconds))
+            path = None if kept is None else kept / f"{_key(segment, ways)}.json"
+            looks = None if path is None else _load(path)
+            if looks is None:
+                looks = [_look(recogniser, clip, way) for way in ways]
+                if path is not None:
+                    write_text(path, json.dumps([_plain(look) for look in looks]))
+            segments.append(segment)
+            for look, entries in zip(looks, results, strict=True):
+                entries.append(look)
         if on_clip is not None:
             on_clip(done)
     if not results[0]:
@@ -127,10 +137,52 @@ def evaluate_clips(
         raise UserError(f"no clip can be read: {reason}")
     evaluations = []
     for way, entries in zip(ways, results, strict=True):
-        scores, costs, times = zip(*entries, strict=True)
+        logits, costs, times = zip(*entries, strict=True)
+        scores = tuple(map(Scored, segments, logits))
         macs, dense = sum(cost.total for cost in costs), sum(cost.dense_total for cost in costs)
         evaluations.append(Evaluation(way, scores, failed, macs / 1e9 / len(costs), dense / 1e9 / len(costs), times))
     return evaluations
+
+
+class _Look(NamedTuple):
+    """What came of a clip: logits `(classes,)` of each head, what it cost, and the seconds that took."""
+
+    logits: dict[str, Tensor]
+    cost: StepCost
+    seconds: float
+
+
+def _look(recogniser: Recogniser, clip: Clip, way: Way) -> _Look:
+    if way.one_frame:
+        view = frame_indices(len(clip), recogniser.config)[0]
+        clip = _OneFrame(clip, view[len(view) // 2])
+    began = time.perf_counter()
+    result = recognise(recogniser, clip, rule=way.rule, selector=way.selector, shared=way.shared, hold=way.hold)
+    seconds = time.perf_counter() - began
+    return _Look({head: logits.cpu() for head, logits in result.logits.items()}, result.cost, seconds)
+
+
+def _key(segment: Segment, ways: Sequence[Way]) -> str:
+    """What the results of a clip depend on; its video is known by its place, size and time."""
+    about = segment.video.stat()
+    return hashlib.sha256(repr((segment, about.st_size, about.st_mtime_ns, ways)).encode()).hexdigest()[:32]
+
+
+def _plain(look: _Look) -> tuple[dict[str, list[float]], dict[str, object], float]:
+    """As JSON holds it."""
+    logits = {head: values.tolist() for head, values in look.logits.items()}
+    return logits, dataclasses.asdict(look.cost), look.seconds
+
+
+def _load(path: Path) -> list[_Look] | None:
+    """What was kept of a clip, if anything."""
+    try:
+        return [
+            _Look({head: torch.tensor(values) for head, values in logits.items()}, StepCost(**cost), seconds)
+            for logits, cost, seconds in json.loads(path.read_text())
+        ]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def sweep_ways(parts: Sequence[int] = (2, 4, 8, 16), shared: bool = True, steps: int = 16) -> Iterator[Way]:

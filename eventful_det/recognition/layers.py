@@ -75,7 +75,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens `(B, L, D)`."""
-        q, k, v = self.heads_of(self.input_layer_norm(x)).permute(2, 0, 3, 1, 4)  # (B, heads, L, d) each
+        # Not one permutation of all three: OpenVINO gets that wrong where there are as many tokens as heads.
+        qkv = self.heads_of(self.input_layer_norm(x))  # (B, L, 3, heads, d)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, L, d) each
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, L, D)
         x = x + self.projection(attended)
         return x + self.mlp(self.mlp_layer_norm(x))

@@ -21,45 +21,27 @@ from eventful_det.gating.selector import GateInput, LargestError, Selector
 from eventful_det.gating.state import State
 from eventful_det.recognition.config import RecogniserConfig
 from eventful_det.recognition.data.views import cover, crop_corners
-from eventful_det.recognition.results import RecogniserStream, RecognitionStep, StepCost
+from eventful_det.recognition.results import RecogniserStream, RecognitionStep
 from eventful_det.runtime.scene_cuts import SceneCuts
-from eventful_det.runtime.session import KeyFrame, StreamOptions
+from eventful_det.runtime.session import KeyFrame, Result, StreamOptions
 
 DEFAULT = Selector(LargestError(2.0), 0.35)
 """What is selected where nobody says otherwise: without boxes, what changed most matters most."""
 
 
-@dataclass(frozen=True)
-class RecognitionResult:
+@dataclass(frozen=True, kw_only=True)
+class RecognitionResult(Result):
     """One step of a stream: what happens in the window of tubelets that ends with it.
+
+    The frame is the last of its tubelet; none is held. For all else see `Result`.
 
     Attributes:
         probabilities: of each head, `(classes,)`, on the CPU.
         names: class names of each head.
-        frame_index: of the last frame of the tubelet, from 0.
-        timestamp: of that frame in seconds since the start of the source, or None where it has no clock.
-        cost: of this step.
-        work: `(H, W)` share of its token-wise work that each token had done, 0 to 1.
-        token_size: height and width of a token in pixels of the source frame, in whose middle they lie.
-        image: that frame, `(h, w, 3)` uint8 RGB.
-        held: never; every tubelet is looked at.
-        stream: name of the source.
-        frame_age: seconds from the capture of that frame to this result; None unless the source is live.
-        dropped: frames of a live source that were overtaken by newer ones so far.
     """
 
     probabilities: Mapping[str, Tensor]
     names: Mapping[str, tuple[str, ...]]
-    frame_index: int
-    timestamp: float | None
-    cost: StepCost
-    work: Tensor
-    token_size: tuple[float, float]
-    image: NDArray[np.uint8]
-    held: bool = False
-    stream: str = ""
-    frame_age: float | None = None
-    dropped: int = 0
 
     def top(self, count: int = 5, head: str | None = None) -> list[tuple[str, float]]:
         """The likeliest classes of a head, the first one if None, with their probabilities."""

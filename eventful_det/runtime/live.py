@@ -26,7 +26,6 @@ from eventful_det.runtime.motion import BoxMover, View
 from eventful_det.runtime.scene_cuts import SceneCuts
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
-_SWITCH = 0.0005  # seconds for which a thread holds Python's lock while another one waits
 _NICE = 5  # steps of priority below the thread that shows frames
 
 Detect = Callable[[VideoFrame, Detections | None], StreamResult]
@@ -56,12 +55,10 @@ def _step_back() -> None:
 class DetectorThread:
     """Works for one or more streams in turn; each waits at most once.
 
-    It steps back where frames are shown: Python's lock changes hands after half a millisecond in place of five, in the
-    whole process, and on Linux the thread has a lower priority, the threads of its own included.
+    It steps back where frames are shown: on Linux the thread has a lower priority, the threads of its own included.
     """
 
     def __init__(self) -> None:
-        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH))
         self._thread = ThreadPoolExecutor(1, "detector", initializer=_step_back)
         self._lock = threading.Lock()
         self._waiting: deque[LiveBoxes] = deque()

@@ -33,29 +33,23 @@ from eventful_det.runtime.regions import Polygon, ignored_tokens
 from eventful_det.runtime.scene_cuts import SceneCuts
 
 
-@dataclass(frozen=True)
-class StreamResult:
-    """One frame of a stream.
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What is the same in the results of all networks.
 
     Attributes:
-        detections: boxes in pixels of the source frame, scores, labels.
-        names: class names that the labels index.
         frame_index: from 0.
         timestamp: seconds since the start of the source, or None where it has no clock.
         cost: of this frame.
         work: `(H, W)` share of its token-wise work that each token had done, 0 to 1.
         token_size: height and width of a token in pixels of the source frame; the map may reach beyond the frame.
         image: the source frame, `(h, w, 3)` uint8 RGB.
-        held: the detector did not run; the detections are those of an earlier frame, moved with their objects.
+        held: the network did not run on this frame.
         stream: name of the source.
-        frame_age: seconds from the capture of the frame to its detections; None unless the source is live.
+        frame_age: seconds from the capture of the frame to this result; None unless the source is live.
         dropped: frames of a live source that were overtaken by newer ones so far.
-        drift: how the detections compare with dense ones, on frames on which these were made as well.
-        zones: names of those that each detection is in, where there are zones.
     """
 
-    detections: Detections
-    names: tuple[str, ...]
     frame_index: int
     timestamp: float | None
     cost: FrameCost
@@ -66,6 +60,22 @@ class StreamResult:
     stream: str = ""
     frame_age: float | None = None
     dropped: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamResult(Result):
+    """One frame of a stream; for all else see `Result`.
+
+    Attributes:
+        detections: boxes in pixels of the source frame, scores, labels; on a held frame those of an earlier one, moved
+            with their objects.
+        names: class names that the labels index.
+        drift: how the detections compare with dense ones, on frames on which these were made as well.
+        zones: names of those that each detection is in, where there are zones.
+    """
+
+    detections: Detections
+    names: tuple[str, ...]
     drift: Drift | None = None
     zones: tuple[tuple[str, ...], ...] | None = None
 
@@ -111,46 +121,6 @@ class StreamOptions:
     def __post_init__(self) -> None:
         if not 0 < self.priority < math.inf:
             raise UserError(f"priority must be above 0, got {self.priority}")
-
-
-class Result(Protocol):
-    """What is the same in the results of all networks; see `StreamResult`."""
-
-    @property
-    def frame_index(self) -> int:
-        """From 0."""
-
-    @property
-    def timestamp(self) -> float | None:
-        """Seconds since the start of the source, if it has a clock."""
-
-    @property
-    def cost(self) -> FrameCost:
-        """Of the frame."""
-
-    @property
-    def work(self) -> Tensor:
-        """`(H, W)` share of its token-wise work that each token had done."""
-
-    @property
-    def token_size(self) -> tuple[float, float]:
-        """Height and width of a token in pixels of the source frame."""
-
-    @property
-    def image(self) -> NDArray[np.uint8]:
-        """The source frame."""
-
-    @property
-    def stream(self) -> str:
-        """Name of the source."""
-
-    @property
-    def frame_age(self) -> float | None:
-        """Seconds from its capture to this result; None unless the source is live."""
-
-    @property
-    def dropped(self) -> int:
-        """Frames of a live source that were overtaken so far."""
 
 
 T_contra = TypeVar("T_contra", bound=Costed, contravariant=True)

@@ -104,56 +104,55 @@ def init_backbone(detector: EventfulRFDETR, source: str | os.PathLike[str]) -> N
 
 
 class RFDETRObjective(nn.Module):
-    """What the trainer minimises: `losses` of a detector."""
+    """The losses of `transformers`, weighted as its config says: of classes, boxes and overlaps.
+
+    Args:
+        detector: around a model of `transformers`.
+    """
 
     def __init__(self, detector: EventfulRFDETR) -> None:
         super().__init__()
         self.detector = detector
 
     def forward(self, images: Tensor, targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """See `losses`."""
-        return losses(self.detector, images, targets)
+        """The losses of some images.
 
-
-def losses(detector: EventfulRFDETR, images: Tensor, targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The losses of `transformers`, weighted as its config says: of classes, boxes and overlaps.
-
-    Args:
-        detector: around a model of `transformers`.
-        images: `(B, 3, h, w)`, RGB in [0, 1]; stretched to the detector's square.
-        targets: per image "boxes" `(n, 4)` xyxy in pixels and "labels" `(n,)`. What else they hold is not used: every
-            object has to be labelled.
-    """
-    model: Any = detector.model
-    if type(model).__name__ != "RfDetrForObjectDetection":
-        raise UserError("only RF-DETR of transformers can be trained here; the package rfdetr trains its own")
-    height, width = images.shape[2:]
-    size = detector.input_transform.short_side
-    frames = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
-    found = model.model((frames - detector.pixel_mean) / detector.pixel_std)
-    logits, boxes = model.predict_class_and_boxes(
-        found.intermediate_hidden_states, found.intermediate_reference_points
-    )  # (layers, B, groups x Q, K) and (..., 4)
-    proposed = model.predict_encoder_class_logits(found.enc_outputs_class)
-    truth = [
-        {"class_labels": target["labels"], "boxes": _relative(target["boxes"], width, height)} for target in targets
-    ]
-    config = model.config
-    with torch.autocast(images.device.type, enabled=False):  # logarithms of scores that bfloat16 rounds to 1
-        logits, boxes, proposed = logits.float(), boxes.float(), proposed.float()
-        _, parts, _ = model.loss_function(
-            logits[-1], truth, images.device, boxes[-1], config, logits, boxes, proposed,
-            found.enc_outputs_coord_logits.float(),
-        )  # fmt: skip
-    weights = {
-        "ce": config.class_loss_coefficient,
-        "bbox": config.bbox_loss_coefficient,
-        "giou": config.giou_loss_coefficient,
-    }
-    return {
-        name: weight * torch.stack([loss for key, loss in parts.items() if key.startswith(f"loss_{name}")]).sum()
-        for name, weight in weights.items()
-    }
+        Args:
+            images: `(B, 3, h, w)`, RGB in [0, 1]; stretched to the detector's square.
+            targets: per image "boxes" `(n, 4)` xyxy in pixels and "labels" `(n,)`. What else they hold is not used:
+                every object has to be labelled.
+        """
+        detector = self.detector
+        model: Any = detector.model
+        if type(model).__name__ != "RfDetrForObjectDetection":
+            raise UserError("only RF-DETR of transformers can be trained here; the package rfdetr trains its own")
+        height, width = images.shape[2:]
+        size = detector.input_transform.short_side
+        frames = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
+        found = model.model((frames - detector.pixel_mean) / detector.pixel_std)
+        logits, boxes = model.predict_class_and_boxes(
+            found.intermediate_hidden_states, found.intermediate_reference_points
+        )  # (layers, B, groups x Q, K) and (..., 4)
+        proposed = model.predict_encoder_class_logits(found.enc_outputs_class)
+        truth = [
+            {"class_labels": target["labels"], "boxes": _relative(target["boxes"], width, height)} for target in targets
+        ]
+        config = model.config
+        with torch.autocast(images.device.type, enabled=False):  # logarithms of scores that bfloat16 rounds to 1
+            logits, boxes, proposed = logits.float(), boxes.float(), proposed.float()
+            _, parts, _ = model.loss_function(
+                logits[-1], truth, images.device, boxes[-1], config, logits, boxes, proposed,
+                found.enc_outputs_coord_logits.float(),
+            )  # fmt: skip
+        weights = {
+            "ce": config.class_loss_coefficient,
+            "bbox": config.bbox_loss_coefficient,
+            "giou": config.giou_loss_coefficient,
+        }
+        return {
+            name: weight * torch.stack([loss for key, loss in parts.items() if key.startswith(f"loss_{name}")]).sum()
+            for name, weight in weights.items()
+        }
 
 
 def _relative(boxes: Tensor, width: int, height: int) -> Tensor:

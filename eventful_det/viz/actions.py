@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import cv2
@@ -10,7 +11,7 @@ import torch
 
 from eventful_det.detectors.results import Detections, FrameCost
 from eventful_det.recognition.session import RecognitionResult
-from eventful_det.runtime.session import StreamResult
+from eventful_det.runtime.session import Result, StreamResult
 from eventful_det.viz.frame import class_colour
 from eventful_det.viz.overlay import WIDTH, Caption, annotate
 from eventful_det.viz.text import INK, PAPER, Image, width_of, write
@@ -43,19 +44,10 @@ def annotate_action(
     scale = max(1.0, _SIDE / min(crop.shape[:2]))
     size = round(scale * crop.shape[1]), round(scale * crop.shape[0])
     image = draw_probabilities(np.asarray(cv2.resize(crop, size, interpolation=cv2.INTER_LINEAR), np.uint8), history)
-    frame = StreamResult(
-        detections=Detections(torch.empty(0, 4), torch.empty(0), torch.empty(0, dtype=torch.int64)),
-        names=(),
-        frame_index=result.frame_index,
-        timestamp=result.timestamp,
-        cost=result.cost,
-        work=result.work,
-        token_size=(image.shape[0] / result.work.shape[0], image.shape[1] / result.work.shape[1]),
-        image=image,
-        stream=result.stream,
-        frame_age=result.frame_age,
-        dropped=result.dropped,
-    )
+    token = image.shape[0] / result.work.shape[0], image.shape[1] / result.work.shape[1]
+    nothing = Detections(torch.empty(0, 4), torch.empty(0), torch.empty(0, dtype=torch.int64))
+    common = {field.name: getattr(result, field.name) for field in dataclasses.fields(Result)}
+    frame = StreamResult(**{**common, "image": image, "token_size": token}, detections=nothing, names=())
     return annotate(frame, costs, caption=caption, width=width)
 
 

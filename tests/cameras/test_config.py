@@ -77,7 +77,7 @@ webhook: {url: "ftp://x", secret: "long enough, is it not"}
         "cameras.yaml:8: cameras.gate.zones.drive.polygon[1][1] must be a number from 0 to 1, got 2",
         "cameras.yaml:9: cameras.gate.zones.drive.score must be a number from 0 to 1 or null, got 3",
         "cameras.yaml:10: cameras.yard: give source as well",
-        "cameras.yaml:11: cameras.shed: masks[0] needs three different points or more, got 2",
+        "cameras.yaml:11: cameras.shed: masks[0] needs 3 to 200 different points, got 2",
         "cameras.yaml:15: fps is there twice",
         "cameras.yaml:16: mqtt: unknown option 'prot'; did you mean port?",
         "cameras.yaml:17: webhook: url must begin with http:// or https://",
@@ -123,6 +123,14 @@ def test_classes_that_the_detector_does_not_know(tmp_path: Path) -> None:
             "must not be called a_zones_b",
         ),
         ("cameras: {a: {source: 0, masks: [[[0, 0], [0.5, 0.5], [1, 1]]]}}", "on one line"),
+        (
+            "cameras: {a: {source: 0, zones: {b: {polygon: [[0, 0], [1, 1], [1, 0], [0, 1]]}}}}",  # a bow tie
+            "cameras.a.zones.b: polygon crosses or touches itself",
+        ),
+        (
+            "cameras: {a: {source: 0, masks: [[[0, 0], [1, 0], [0.5, 0], [0, 1]]]}}",  # it doubles back
+            "cameras.a: masks[0] crosses or touches itself",
+        ),
         ("cameras: {a\0: {source: 0}}", "not YAML: special characters are not allowed"),
         ('cameras: {a: {source: 0}}\nfolder: "a\\0b"', "control character"),
         ("cameras: {a: {source: 0}}\nmqtt: {host: ''}", "host must be"),
@@ -136,6 +144,12 @@ def test_classes_that_the_detector_does_not_know(tmp_path: Path) -> None:
 def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, text: str, fault: str) -> None:
     (line,) = faults(tmp_path, text)
     assert line.startswith("cameras.yaml:") and any(part in line for part in fault.split("|"))
+
+
+def test_borders_may_be_hollow_and_closed() -> None:
+    hollow = ((0, 0), (1, 0), (0.5, 0.2), (1, 1), (0, 1), (0.2, 0.5))
+    for polygon in (hollow, hollow[::-1], (*hollow, (0, 0)), ((0, 0), (0, 0), (0.5, 0), (1, 0), (1, 1))):
+        assert Zone(polygon=polygon).polygon == polygon
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -186,7 +200,7 @@ def test_what_cannot_be_exchanged_leaves_the_file_as_it_is(tmp_path: Path) -> No
         edit_regions(path, "b", {"masks": []})
     with pytest.raises(Faults, match="undefined alias"):  # b has them from there
         edit_regions(path, "a", {"masks": []})
-    with pytest.raises(Faults, match="three different points"):
+    with pytest.raises(Faults, match="different points"):
         edit_regions(path, "a", {"zones": {"z": {"polygon": ((0, 0), (1, 1))}}})
     with pytest.raises(UserError, match="must not name variables"):
         edit_regions(path, "a", {"zones": {"${PATH}": {"polygon": ((0, 0), (1, 0), (1, 1))}}})

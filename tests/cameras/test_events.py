@@ -30,7 +30,17 @@ def result(*seen: Seen, held: bool = False, size: float = 10.0) -> StreamResult:
         torch.tensor([track for track, *_ in seen], dtype=torch.long),
     )
     image = np.zeros((100, 200, 3), np.uint8)
-    return StreamResult(found, NAMES, 0, None, COST, torch.zeros(1, 1), (16, 16), image, held)
+    return StreamResult(
+        detections=found,
+        names=NAMES,
+        frame_index=0,
+        timestamp=None,
+        cost=COST,
+        work=torch.zeros(1, 1),
+        token_size=(16, 16),
+        image=image,
+        held=held,
+    )
 
 
 class Film:

@@ -17,7 +17,7 @@ from eventful_det.detectors.protocol import AnyRule, VideoDetector
 from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.engine.backends import Torch, quickest_precision
-from eventful_det.engine.export import default_size, export_detector, graphs_of
+from eventful_det.engine.export import default_size, export_engine, graphs_of
 from eventful_det.engine.folder import MANIFEST, load_engine
 from eventful_det.engine.tiles import Geometry
 from eventful_det.engine.vitdet import CompiledViTDet, ViTDetStream
@@ -87,7 +87,7 @@ def test_a_folder_is_a_detector(format: str, package: str, tmp_path: Path) -> No
     if format == "onnx":
         pytest.importorskip("onnx")
     detector = make_detector()
-    export_detector(detector, tmp_path / "engine", format=format, size=SIZE, buckets=RULE.buckets)  # type: ignore[arg-type]
+    export_engine(detector, tmp_path / "engine", format=format, size=SIZE, buckets=RULE.buckets)  # type: ignore[arg-type]
     engine = load_detector(tmp_path / "engine")
     assert isinstance(engine, CompiledViTDet) and engine.rule == RULE and engine.names == ("a", "b")
     for selector in (TopK(8), EVERYTHING):
@@ -144,7 +144,7 @@ def test_state_is_the_callers() -> None:
         (lambda engine: engine.step([torch.zeros(3, *SIZE)], engine.init_state(), rule=Paper()), "cannot follow Paper"),
         (lambda engine: engine.cost_model(Dense()), "own rule only"),
         (lambda engine: engine.to("cpu").to("cuda"), "runs on CPUs"),
-        (lambda _: export_detector(make_detector(), Path("x"), size=(90, 160)), "multiples of 32"),
+        (lambda _: export_engine(make_detector(), Path("x"), size=(90, 160)), "multiples of 32"),
         (lambda _: list(graphs_of(make_detector(window=0, global_blocks=()), SIZE)), "even number of tokens"),
         (lambda _: list(graphs_of(make_detector(box_stages=3), SIZE)), "cascade"),
     ],

@@ -13,7 +13,7 @@ from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.rf_detr.sizes import random_model
 from eventful_det.engine.backends import Torch
-from eventful_det.engine.export import export_detector, graphs_of, in_engine
+from eventful_det.engine.export import export_engine, graphs_of, in_engine
 from eventful_det.engine.rf_detr import CompiledRFDETR
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
@@ -57,7 +57,7 @@ def assert_same(detector: EventfulRFDETR, engine: CompiledRFDETR, selector: Sele
 def test_the_graphs_compute_what_the_detector_does() -> None:
     detector = make_detector()
     engine = in_engine(detector, (SIDE, SIDE), BUCKETS, Torch(graphs_of(detector, (SIDE, SIDE))))
-    assert isinstance(engine, CompiledRFDETR) and engine.sizes == (16, 32, 64)
+    assert isinstance(engine, CompiledRFDETR) and engine.rows.sizes == (16, 32, 64)
     for selector in (RandomK(16), RandomK(32), EVERYTHING, Threshold(1e9)):
         assert_same(detector, engine, selector)
     assert_same(detector, engine, EVERYTHING, dense=True)
@@ -71,8 +71,8 @@ def test_a_folder_is_a_detector(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     detector = make_detector()
     with pytest.raises(UserError, match="squares"):
-        export_detector(detector, tmp_path, size=(SIDE, 2 * SIDE))
-    export_detector(detector, tmp_path, size=(SIDE, SIDE), buckets=(16,))
+        export_engine(detector, tmp_path, size=(SIDE, 2 * SIDE))
+    export_engine(detector, tmp_path, size=(SIDE, SIDE), buckets=(16,))
     engine = load_detector(tmp_path)
     assert isinstance(engine, CompiledRFDETR) and engine.names == detector.names
     assert_same(detector, engine, RandomK(16))

@@ -21,10 +21,11 @@ from eventful_det.errors import UserError
 from eventful_det.evaluation.sweep import first, report, run_methods
 from eventful_det.evaluation.sweep.runs import Method, MethodRun
 from eventful_det.evaluation.sweep.store import ResultStore
-from eventful_det.evaluation.sweep.summary import Row, evaluate_detector, jsonable, row_of, rows_of
+from eventful_det.evaluation.sweep.summary import Row, evaluate_detector, row_of, rows_of
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import RandomOrder, Selector, TopFraction
+from eventful_det.outputs import as_json
 
 
 def run_method(detector: Detector, data: CocoVideo, method: Method, store: ResultStore | None = None) -> MethodRun:
@@ -162,7 +163,7 @@ def test_report(detector: Detector, data: CocoVideo, tmp_path: Path) -> None:
         lines = list(csv.DictReader(file))
     assert [line["method"] for line in lines] == ["dense", "rows 0.5", "moved boxes 2"]
     assert [float(line["gmacs_total"]) for line in lines] == [row.gmacs_total for row in rows]
-    plain = json.loads(json.dumps(jsonable(rows), allow_nan=False))
+    plain = json.loads(json.dumps(as_json(rows), allow_nan=False))
     undefined = [key for key, value in plain[0].items() if value is None]
     assert set(undefined) > {"ap50_slow"} and math.isnan(rows[0].ap50_slow)
     table = report.markdown(rows).splitlines()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from eventful_det.recognition.config import RecogniserConfig, vivit_b_epic, vivit_b_k400
+from eventful_det.recognition.data.segments import read_durations
 from eventful_det.testing import official_vivit as official
 
 EPIC, K400 = vivit_b_epic(), vivit_b_k400()
@@ -149,13 +149,6 @@ def test_shared_tubelets_by_hand() -> None:
 
 @pytest.mark.skipif(not EPIC_TABLES.is_dir(), reason="needs the annotation tables of EPIC-Kitchens 100")
 def test_shared_tubelets_on_the_durations_of_epic_kitchens() -> None:
-    with (EPIC_TABLES / "EPIC_100_validation.csv").open() as file:
-        spans = [(_seconds(r["stop_timestamp"]) - _seconds(r["start_timestamp"])) for r in csv.DictReader(file)]
-    lengths = [round(30 * span) for span in spans]
+    lengths = [round(30 * seconds) for seconds in read_durations(EPIC_TABLES / "EPIC_100_validation.csv")]
     totals = {k: round(official.shared_counts(EPIC, lengths, k) / 1e12, 3) for k in (None, 200, 100, 50)}
     assert totals == {None: 3.995, 200: 2.245, 100: 1.220, 50: 0.708}
-
-
-def _seconds(text: str) -> float:
-    hours, minutes, seconds = text.split(":")
-    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)

@@ -39,7 +39,8 @@ def logits(recogniser: Recogniser) -> dict[str, Tensor]:
 
 def test_our_own_format_keeps_everything(tmp_path: Path) -> None:
     recogniser = small_recogniser()
-    save_recogniser(recogniser, tmp_path / "own.safetensors", torch.float32, {"command": "test"})
+    notes = {"command": "test", "config": "{}", "format": "?"}
+    save_recogniser(recogniser, tmp_path / "own.safetensors", torch.float32, notes)
     loaded = load_recogniser(tmp_path / "own.safetensors", temporal_views=1)
     assert loaded.config.classes == recogniser.config.classes and loaded.config.temporal_views == 1
     assert read_recogniser(tmp_path / "own.safetensors").notes["command"] == "test"
@@ -167,7 +168,7 @@ def test_a_still_tubelet_gives_the_token_of_its_picture(tmp_path: Path) -> None:
     ours = recogniser.embedding(recogniser.tubelets(picture.expand(-1, 2, -1, -1, -1))[0])
     theirs = torch.conv2d(picture[0], timm["patch_embed.proj.weight"], timm["patch_embed.proj.bias"], stride=8)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    with pytest.raises(UserError, match="no ViT for images"):
+    with pytest.raises(UserError, match="no ViT of a known kind"):
         start_from_image(recogniser, _saved(tmp_path / "no.pth", {"x": torch.zeros(1)}))
 
 

@@ -26,7 +26,8 @@ from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.session import FrameClock
 from eventful_det.recognition.training.features import FeatureClips, cache_features, cache_views, gated_ways
 from eventful_det.recognition.training.samples import SyntheticClips, VideoClips
-from eventful_det.recognition.training.trainer import RecogniserOptions, RecogniserTrainer
+from eventful_det.recognition.training.trainer import RecogniserTrainer
+from eventful_det.training.options import TrainOptions
 
 SMALL = ActionOptions(width=32, height=32, frames=12, noise=0)
 
@@ -164,7 +165,7 @@ def tiny(seed: int = 0) -> Recogniser:
     return Recogniser(dataclasses.replace(vivit_tiny({"action": ACTIONS}), **sizes, **clips))
 
 
-OPTIONS = RecogniserOptions(steps=6, batch=2, warmup=1, lr=3e-3, ema=0.5, amp="float32", checkpoint_every=3)
+OPTIONS = TrainOptions(steps=6, batch=2, warmup=1, lr=3e-3, ema=0.5, amp="float32", checkpoint_every=3)
 
 
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from small import small_config, small_recogniser
 from eventful_det.data.video.writer import VideoWriter
 from eventful_det.errors import UserError
 from eventful_det.recognition.accuracy import Scored, accuracy, best_actions, per_class, tail, unseen, write_submission
-from eventful_det.recognition.data.clip_reader import read_clip, wanted_frames
+from eventful_det.recognition.data.clip_reader import read_clip, read_clips, wanted_frames
 from eventful_det.recognition.data.segments import Segment, read_class_names, read_column, read_epic, read_folders
-from eventful_det.recognition.evaluation import Way, evaluate
+from eventful_det.recognition.evaluation import Way, evaluate, evaluate_clips
 
 EPIC = Path(__file__).parents[2] / ".." / "shared" / "data" / "epic"
 HEADER = "noun_class,narration_id,video_id,start_timestamp,stop_timestamp,start_frame,verb_class,participant_id\n"
@@ -166,6 +166,23 @@ def test_an_evaluation_reports_what_it_could_not_read(tmp_path: Path) -> None:
     result = evaluate(recogniser, segments, Way("default"))
     assert result.accuracy["verb"].count == 1 and list(result.failed) == ["take/b.mp4"]
     assert 0 < result.gmacs < result.dense_gmacs
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
+    for name in "ab":
+        video(tmp_path / "take" / f"{name}.mp4", 12, 10)
+    segments = read_folders(tmp_path, ("take", "put"), head="verb")
+    first, other = (small_recogniser(seed, temporal_views=1, spatial_views=1) for seed in (0, 1))
+    ways, kept = [Way("default"), Way("held", hold=2)], tmp_path / "kept"
+    evaluate_clips(first, read_clips(segments.items[:1], first.config), ways, kept=kept)
+    runs = [evaluate_clips(of, read_clips(segments.items, of.config), ways, kept=kept) for of in (first, other)]
+    for whole, later in zip(*runs, strict=True):  # nothing runs anew: the other recogniser was not asked
+        assert (whole.times, whole.gmacs, whole.accuracy) == (later.times, later.gmacs, later.accuracy)
+        for a, b in zip(whole.scored, later.scored, strict=True):
+            assert a.scores["verb"].equal(b.scores["verb"])
+    video(tmp_path / "take" / "a.mp4", 11, 10)
+    changed = evaluate_clips(other, read_clips(segments.items, other.config), ways, kept=kept)
+    assert changed[0].times[0] != runs[1][0].times[0] and changed[0].times[1] == runs[1][0].times[1]
 
 
 @pytest.mark.skipif(not EPIC.is_dir(), reason="needs the annotation tables of EPIC-Kitchens 100")

@@ -85,7 +85,16 @@ def test_invariants(video: list[list[tuple[float, float, int]]], rise: float, fa
 
 def result(detections: Detections, index: int, side: int = 9) -> StreamResult:
     image = np.zeros((side, side, 3), np.uint8)
-    return StreamResult(detections, ("a", "b", "c"), index, None, COST, torch.ones(1, 1), (16, 16), image)
+    return StreamResult(
+        detections=detections,
+        names=("a", "b", "c"),
+        frame_index=index,
+        timestamp=None,
+        cost=COST,
+        work=torch.ones(1, 1),
+        token_size=(16, 16),
+        image=image,
+    )
 
 
 def test_a_rescorer_gives_the_best_first_and_leaves_the_rest() -> None:

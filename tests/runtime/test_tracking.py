@@ -25,7 +25,14 @@ def frame(index: int, *boxes: tuple[float, float], scores: tuple[float, ...] = (
         torch.zeros(len(boxes), dtype=torch.int64),
     )
     return StreamResult(
-        found, ("thing",), index, index / 25, COST, torch.ones(1, 1), (16, 16), np.zeros((9, 9, 3), np.uint8)
+        detections=found,
+        names=("thing",),
+        frame_index=index,
+        timestamp=index / 25,
+        cost=COST,
+        work=torch.ones(1, 1),
+        token_size=(16, 16),
+        image=np.zeros((9, 9, 3), np.uint8),
     )
 
 

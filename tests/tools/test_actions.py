@@ -11,11 +11,16 @@ import count_flops
 import demo
 import eval_net
 import pytest
+import torch
 import train_net
+from common import Data
+from eval_actions import groups_of
 from running import ROOT, options_of, run
 
 from eventful_det.errors import UserError
+from eventful_det.recognition.accuracy import Scored, accuracy
 from eventful_det.recognition.checkpoints import load_recogniser
+from eventful_det.recognition.data.segments import Segment, Segments
 
 SIZES = ["dim=24", "heads=2", "mlp=32", "temporal_heads=2", "temporal_mlp=32", "depth=1", "temporal_depth=1"]
 SIZES += ["size=[32,32]", "position_grid=[2,2]", "frames=8", "stride=1"]
@@ -84,6 +89,19 @@ def test_cameras_are_told_apart(clips: Path, trained: dict[str, Any], tmp_path: 
     assert {"action top-1, still", "action top-1, pan"} <= row.keys()
 
 
+def test_unseen_participants_and_rare_classes_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "unseen.csv").write_text("participant_id\nP02\n")
+    (tmp_path / "tail.csv").write_text("noun\n1\n")
+    labels = {"a": ("P01", 0), "b": ("P02", 1), "c": ("P02", 0)}
+    items = [Segment(name, Path(), labels={"noun": noun}, participant=of) for name, (of, noun) in labels.items()]
+    data = Data(root="", val="", unseen=str(tmp_path / "unseen.csv"), tail_nouns=str(tmp_path / "tail.csv"))
+    scored = [Scored(item, {"noun": torch.tensor([float(item.name == "a"), 0.5])}) for item in items]  # "c" is wrong
+    groups = groups_of(data, Segments(tuple(items), {}))
+    found = {name: accuracy(scored, among)["noun"] for name, among in groups.items()}
+    assert {name: of.count for name, of in found.items()} == {"P01": 1, "P02": 2, "unseen": 2, "tail": 1}
+    assert {name: of.top1 for name, of in found.items()} == {"P01": 100, "P02": 50, "unseen": 50, "tail": 100}
+
+
 def test_demo_of_actions(clips: Path, trained: dict[str, Any], tmp_path: Path) -> None:
     source = next(clips.rglob("*.mp4"))
     options = [f"source={source}", f"weights={trained['weights']}", "budget=0.5", f"output={tmp_path}", "device=cpu"]
@@ -109,5 +127,12 @@ def test_counts_are_those_of_the_paper(tmp_path: Path) -> None:
     clips = {(row["model"], row["k"]): row["clip"] for row in results_in(tmp_path)["rows"]}
     assert clips["vivit_b_epic", None] == pytest.approx(7122.02, abs=0.01)
     assert clips["vivit_b_epic", 50] == pytest.approx(1358.40, abs=0.01)
+    table = tmp_path / "table.csv"  # of clips of 2 and 4 seconds at 30 frames/s
+    table.write_text("start_timestamp,stop_timestamp\n00:00:01,00:00:03\n00:01:00.5,00:01:04.5\n")
+    options = ["model=vivit_b_epic", "k=50", f"durations={table}", f"output={tmp_path}"]
+    count_flops.run(options_of("count_flops", *options))
+    dense, gated = results_in(tmp_path)["rows"]
+    assert (dense["clips"], dense["clip"], gated["clip"]) == (2, clips["vivit_b_epic", None], clips["vivit_b_epic", 50])
+    assert dense["shared views"] < dense["clip"] and gated["shared views"] < gated["clip"]
     with pytest.raises(UserError, match="whole number of 1 to 401"):
         count_flops.run(options_of("count_flops", "model=vivit_b_epic", "k=500", f"output={tmp_path}"))

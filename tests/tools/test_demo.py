@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from running import ENVIRONMENT, ROOT, options_of
 from servers import Server, why_not
 from videos import Image, damage, encode, encode_change, encode_sound, rotate, truncate
 
+from eventful_det.data.layouts.exports import EXPORTS
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video import VideoFrame, VideoSource, open_source
 from eventful_det.detectors.checkpoints.saving import save_detector
@@ -103,6 +105,44 @@ def test_complete_run_and_failed_start(weights: str, tmp_path: Path) -> None:
     assert process.returncode == 2
     assert stderr.startswith("error: no such file or folder: 'missing.mp4'") and stderr.count("\n") == 1
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_formats_of_other_programs(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out"
+    options = ("source=synthetic:1", f"output={output}")
+    demo.run(config(weights, "max_frames=3", "format=[mot,cvat,yolo,label_studio,coco]", *options))
+    exports = {name for name, _ in EXPORTS.values()}
+    assert {path.name for path in output.iterdir()} == FILES | exports
+    results = json.loads((output / "results.json").read_text())
+    assert {Path(name).name for name in results["files"]} == FILES - {"results.json"} | exports
+    assert len(list((output / "detections.yolo" / "labels").iterdir())) == 3
+
+    demo.run(config(weights, "max_frames=2", "format=yolo", *options))
+    # No file is of another run than the others.
+    assert {path.name for path in output.iterdir()} == FILES | {"detections.yolo"}
+    assert len(list((output / "detections.yolo" / "labels").iterdir())) == 2
+
+    def fill_disk(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(EXPORTS, "mot", (EXPORTS["mot"][0], fill_disk))
+    before = {path for path in output.rglob("*")}
+    with pytest.raises(UserError, match="cannot write .*detections.mot: No space left"):
+        demo.run(config(weights, "max_frames=1", "format=[yolo,mot]", *options))
+    assert {path for path in output.rglob("*")} == before  # all of the run before, nothing of this one
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["format=voc"], "format must be"),
+        (["format=[mot,voc]"], "format must be"),
+        (["weights=vivit_tiny_synthetic", "format=mot"], "format is for detections"),
+    ],
+)
+def test_formats_that_there_are_not(options: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        demo.run(config("source=synthetic:1", f"output={tmp_path}", *options))
 
 
 def test_terminated_run(weights: str, tmp_path: Path) -> None:

@@ -256,3 +256,11 @@ def test_warnings(
         printed = " ".join(capsys.readouterr().out.split())
         assert "every video of" in printed and "import_annotations.py" in printed and "has not one box" in printed
         assert results_of(tmp_path / "run")["rows"][0]["ap50"] is None
+
+
+def test_a_folder_of_weights_has_the_hash_of_its_files(tmp_path: Path) -> None:
+    """An engine, for example: results of another one are not those of this."""
+    (tmp_path / "engine.json").write_text("{}")
+    before = eval_net.weights_hash(str(tmp_path))
+    (tmp_path / "graph.xml").write_text("<net/>")
+    assert eval_net.weights_hash(str(tmp_path)) != before

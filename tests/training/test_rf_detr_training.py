@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from eventful_det import load_detector
 from eventful_det.errors import UserError
 from eventful_det.training.optim import make_optimizer
-from eventful_det.training.rf_detr import init_backbone, losses, tiny
+from eventful_det.training.rf_detr import RFDETRObjective, init_backbone, tiny
 
 pytest.importorskip("transformers")
 pytest.importorskip("scipy")
@@ -38,7 +38,7 @@ def test_losses_are_those_of_transformers_and_fall() -> None:
     optimizer = make_optimizer(detector, 1e-3, 0.05, 0.8)
     totals = []
     for _ in range(8):
-        total = torch.stack(list(losses(detector, images, targets).values())).sum()
+        total = torch.stack(list(RFDETRObjective(detector)(images, targets).values())).sum()
         optimizer.zero_grad()
         total.backward()
         optimizer.step()

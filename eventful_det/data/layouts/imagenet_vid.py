@@ -278,21 +278,27 @@ def _read_frame(source: Source, folder: str, entry: Entry, problems: list[Proble
     if told is not None and told != size:
         report("size_mismatch", xml, f"says {told[0]}x{told[1]}, the image is {size[0]}x{size[1]}")
     frame = Frame(0, image.relative_to(source.tree).as_posix(), *size, labelled=labelled)
+    faults = _annotate(frame, raw, known)
+    if source.subset == "VID":
+        faults += _untangle_tracks(frame)
+    for fault, detail in faults:
+        report(fault, xml, detail)
+    return None if source.subset == "DET" and not frame.annotations else frame
+
+
+def _annotate(frame: Frame, raw: Sequence[RawObject], known: dict[str, int]) -> list[tuple[str, str]]:
+    """Give a frame its boxes; what was wrong with them, kind and detail."""
+    faults = []
     for o in raw:
         if o.wnid not in known:
-            report("unknown_class", xml, f"{o.wnid!r} is none of the {len(known)} categories")
+            faults.append(("unknown_class", f"{o.wnid!r} is none of the {len(known)} categories"))
             continue
-        box, fault = clip_box(o.box, *size)
+        box, fault = clip_box(o.box, frame.width, frame.height)
         if fault:
-            report(fault, xml, f"box {o.box} of {o.wnid} on a {size[0]}x{size[1]} image")
+            faults.append((fault, f"box {o.box} of {o.wnid} on a {frame.width}x{frame.height} image"))
         if box is not None:
             frame.annotations.append(Annotation(known[o.wnid], box, o.track_id, o.occluded, o.generated))
-    if source.subset == "VID":
-        for fault, detail in _untangle_tracks(frame):
-            report(fault, xml, detail)
-    if source.subset == "DET" and not frame.annotations:
-        return None
-    return frame
+    return faults
 
 
 def _untangle_tracks(frame: Frame) -> list[tuple[str, str]]:

@@ -20,8 +20,8 @@ from eventful_det.detectors.checkpoints.key_maps import (
     from_official,
     is_official,
 )
-from eventful_det.detectors.checkpoints.saving import FORMAT
 from eventful_det.detectors.checkpoints.weight_files import (
+    FORMAT,
     compare,
     find_weights,
     load_exactly,
@@ -29,19 +29,22 @@ from eventful_det.detectors.checkpoints.weight_files import (
     read_tensors,
     without,
 )
+from eventful_det.detectors.hub import local_source
 from eventful_det.detectors.labels import LabelMap, read_labels, relabel
 from eventful_det.detectors.rf_detr.loading import is_rf_detr, load_rf_detr
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.rf_detr.sizes import Name
 from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.detectors.vitdet.detector import Detector
-from eventful_det.engine.backends import Precision, quickest_precision
+from eventful_det.engine.backends import Precision, torch_dtype
 from eventful_det.engine.folder import is_engine, load_engine
+from eventful_det.engine.recogniser import CompiledRecogniser
 from eventful_det.engine.rf_detr import CompiledRFDETR
 from eventful_det.engine.vitdet import CompiledViTDet
 from eventful_det.errors import UserError
 
 LAST_LAYER = "roi_heads.box_predictor.*"  # the only one that knows the classes
+_RECOGNISER = "this is a recogniser of actions, no detector; open it with load_recogniser"
 _LOG = logging.getLogger(__name__)
 
 
@@ -92,7 +95,8 @@ def load_detector(
     """A detector ready for inference, on the CPU.
 
     Args:
-        source: the name of shipped weights (the default ones if None), or a file: written by `save_detector`; a
+        source: the name of shipped weights (the default ones if None); `owner/name` on the Hugging Face Hub, with
+            `@revision` if need be; a folder written by `save_pretrained`; or a file: written by `save_detector`; a
             ViTDet of detectron2 (`.pkl` of its model zoo, `.pth`); or the official eventful code's conversion of one.
             The format is detected by content. Or the folder of a compiled engine, see `load_engine`, of which of the
             options below `precision` alone holds; or an RF-DETR, see `load_rf_detr`, which has `labels` besides.
@@ -109,14 +113,19 @@ def load_detector(
         UserError: no such file or name; the file is of no known format, damaged, or asks for more than data; keys do
             not fit; or a value is none that the option can have.
     """
+    source = None if source is None else local_source(source)
     if source is not None and (is_engine(Path(source)) or is_rf_detr(source)):
         if allow or classes is not None or changes or (labels is not None and is_engine(Path(source))):
             raise UserError(f"{source}: labels, allow, classes and changes are for ViTDet in PyTorch alone")
         if is_engine(Path(source)):
-            return load_engine(Path(source), precision=precision)
+            engine = load_engine(Path(source), precision=precision, warm_up=False)
+            if isinstance(engine, CompiledRecogniser):
+                raise UserError(f"{source}: {_RECOGNISER}")
+            engine.warm_up()
+            return engine
         rf_detr = load_rf_detr(source)
         rf_detr.relabel(_labels(labels))
-        return rf_detr.to(_dtype(precision))
+        return rf_detr.to(torch_dtype(precision))
     path = find_weights(source)
     weights = read_weights(path)
     known, tensors = weights.config.classes, weights.tensors
@@ -134,16 +143,11 @@ def load_detector(
         compare(Detector(config).state_dict(), tensors, str(path), allow)
     detector = Detector(config)
     load_exactly(detector, tensors, str(path), allow)
-    return detector.to(_dtype(precision)).eval()
+    return detector.to(torch_dtype(precision)).eval()
 
 
 def _labels(labels: LabelMap | str | os.PathLike[str] | None) -> LabelMap:
     return (labels or {}) if labels is None or isinstance(labels, Mapping) else read_labels(labels)
-
-
-def _dtype(precision: Precision | Literal["auto"]) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, quickest_precision() if precision == "auto" else precision)
-    return dtype
 
 
 def read_weights(path: str | os.PathLike[str]) -> Weights:
@@ -158,7 +162,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
         if notes.get("format") == FORMAT:
             return Weights("eventful_det", _config(notes), tensors, notes)
         if "spatial_model.class_token" in tensors:
-            raise UserError("this is a recogniser of actions, no detector; open it with load_recogniser")
+            raise UserError(_RECOGNISER)
         official = is_official(tensors)
         tensors = from_official(tensors) if official else tensors
         if not any(key.startswith("backbone.net.") for key in tensors):

@@ -6,20 +6,25 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from eventful_det.detectors.checkpoints.key_maps import to_detectron2
-from eventful_det.detectors.checkpoints.weight_files import rounded, save_tensors
-from eventful_det.detectors.vitdet.detector import Detector
+from eventful_det.detectors.checkpoints.weight_files import FORMAT, HasState, metadata, rounded, save_tensors
+from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
 
-FORMAT = "eventful-det/1"
+
+class SavedDetector(HasState, Protocol):
+    """What is written of a `Detector`, which can save itself and so is not known here."""
+
+    config: ModelConfig
 
 
 def save_detector(
-    detector: Detector,
+    detector: SavedDetector,
     path: str | os.PathLike[str],
     dtype: torch.dtype = torch.float16,
     notes: Mapping[str, str] | None = None,
@@ -32,12 +37,12 @@ def save_detector(
         dtype: the weights are rounded to this type.
         notes: more metadata, for example the command that made the weights.
     """
-    metadata = {**(notes or {}), "format": FORMAT, "config": detector.config.to_json()}
-    save_tensors(path, rounded(detector, dtype), metadata)
+    about = metadata(notes, format=FORMAT, config=detector.config.to_json())
+    save_tensors(path, rounded(detector, dtype), about)
 
 
 def save_detectron2(
-    detector: Detector,
+    detector: SavedDetector,
     path: str | os.PathLike[str],
     dtype: torch.dtype = torch.float32,
     notes: Mapping[str, str] | None = None,
@@ -59,7 +64,7 @@ def save_detectron2(
     if path.suffix == ".pkl" and dtype == torch.bfloat16:
         raise UserError(f"{path}: a .pkl holds NumPy arrays, which cannot be bfloat16; use float32 or float16, or .pth")
     tensors = to_detectron2(rounded(detector, dtype))
-    about = {"config": detector.config.to_json(), **(notes or {})}
+    about = metadata(notes, config=detector.config.to_json())
     with written_whole(path) as part:
         if path.suffix == ".pth":
             torch.save({"model": tensors, "eventful_det": about}, part)

@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from eventful_det.detectors.checkpoints.safe_pickle import RefusedError, Storage, read_pickle, stored
+from eventful_det.detectors.hub import WEIGHTS
 from eventful_det.detectors.rf_detr.sizes import NAMES
 from eventful_det.errors import UserError
 from eventful_det.files import written_whole
@@ -35,6 +36,7 @@ _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what PyTorch's files be
 _CHECKSUM = "crc32"  # in the metadata of our safetensors
 
 
+FORMAT = "eventful-det/1"  # of a detector of ours, in the metadata of its safetensors
 DEFAULT = "vitdet_tiny_vid"
 SYNTHETIC = "vitdet_tiny_synthetic"
 
@@ -62,6 +64,8 @@ def find_weights(source: str | os.PathLike[str] | None = None) -> Path:
     """
     source = str(DEFAULT if source is None else source)
     path = Path(source)
+    if path.is_dir():
+        path /= WEIGHTS
     if path.is_file():
         return path
     shipped = Path(str(resources.files("eventful_det"))) / "weights"
@@ -72,6 +76,15 @@ def find_weights(source: str | os.PathLike[str] | None = None) -> Path:
     raise UserError(
         f"no weights {source!r}: neither a file nor one of the shipped names ({names}) nor of {', '.join(NAMES)}"
     )
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is a detector that `save_detector` wrote; its header alone is read."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
 
 
 def read_tensors(path: str | os.PathLike[str]) -> Contents:
@@ -180,9 +193,21 @@ def _named(path: Path, content: Any, read: Callable[[str], bytes]) -> Contents:
     return Contents(tensors, others={} if inner is None else {k: v for k, v in content.items() if k != inner})
 
 
-def rounded(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+class HasState(Protocol):
+    """A module, as far as files know one."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors by name."""
+
+
+def rounded(module: HasState, dtype: torch.dtype) -> dict[str, Tensor]:
     """The state of a module, on the CPU and in a type, as files hold it."""
     return {key: value.detach().cpu().to(dtype).contiguous() for key, value in module.state_dict().items()}
+
+
+def metadata(notes: Mapping[str, str] | None, **own: str) -> dict[str, str]:
+    """What a weights file says of itself: notes, and `format` and `config`, which no note can be."""
+    return {key: note for key, note in (notes or {}).items() if key not in ("format", "config")} | own
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from eventful_det.detectors.checkpoints.weight_files import is_ours
+from eventful_det.detectors.hub import WEIGHTS, fetch
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.rf_detr.sizes import NAMES, SIZES, random_rfdetr
 from eventful_det.errors import UserError
 
-_WEIGHTS = "model.safetensors"
 _EMBEDDINGS = "backbone.0.encoder.encoder.embeddings."  # in the package rfdetr, and in no other checkpoint
 
 
@@ -25,7 +26,8 @@ def is_rf_detr(source: str | os.PathLike[str]) -> bool:
     path = Path(source)
     if path.suffix == ".pth" and not path.is_dir():
         return path.name.startswith("rf-detr") or _is_rfdetr_file(path)
-    return source in NAMES or _folder(path).is_dir()
+    folder = _folder(path)
+    return source in NAMES or (folder.is_dir() and not is_ours(folder / WEIGHTS))
 
 
 def load_rf_detr(source: str | os.PathLike[str], *, min_score: float = 0.05) -> EventfulRFDETR:
@@ -57,8 +59,8 @@ def _transformers_model(source: str | os.PathLike[str]) -> tuple[Any, dict[str, 
     config = _json(folder / "config.json")
     if config is None or not list(folder.glob("*.safetensors")):
         raise UserError(
-            f"{folder} has no {'config.json' if config is None else _WEIGHTS}; a folder of RF-DETR has config.json, "
-            f"preprocessor_config.json and {_WEIGHTS}, see huggingface.co/Roboflow/rf-detr-nano"
+            f"{folder} has no {'config.json' if config is None else WEIGHTS}; a folder of RF-DETR has config.json, "
+            f"preprocessor_config.json and {WEIGHTS}, see huggingface.co/Roboflow/rf-detr-nano"
         )
     if not str(kind := config.get("model_type")).startswith("rf_detr"):
         raise UserError(f"{folder} is no RF-DETR: its config.json is of the model type {kind}, not rf_detr")
@@ -93,20 +95,17 @@ def _transformers_model(source: str | os.PathLike[str]) -> tuple[Any, dict[str, 
 
 def _folder(path: Path) -> Path:
     """The folder of a model, of which the weights file may be given."""
-    return path.parent if path.name == _WEIGHTS and (path.parent / "config.json").is_file() else path
+    return path.parent if path.name == WEIGHTS and (path.parent / "config.json").is_file() else path
 
 
 def _fetched(name: str) -> Path:
     """The folder in the hub's cache, brought up to date where there is a network."""
-    from huggingface_hub import snapshot_download
-
-    repository = f"Roboflow/{name}"
     try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # network, cache, permissions, disk
+        return fetch(f"Roboflow/{name}")
+    except UserError as error:
         raise UserError(
-            f"no weights {name}: fetch config.json, preprocessor_config.json and {_WEIGHTS} of "
-            f"huggingface.co/{repository} into a folder and give its path ({_reason(error)})"
+            f"no weights {name}: {error}; fetch its config.json, preprocessor_config.json and {WEIGHTS} into a folder "
+            "and give the path of that"
         ) from None
 
 

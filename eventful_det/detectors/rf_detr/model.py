@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from eventful_det.data.video.transforms import Image
 from eventful_det.detectors.gated import GatedDetector, GatedStream, priced_statically
 from eventful_det.detectors.labels import LabelMap, renamed
 from eventful_det.detectors.protocol import AnyRule, InputTransform
-from eventful_det.detectors.results import Detections, FrameCost, StepResult
+from eventful_det.detectors.results import Detections
 from eventful_det.detectors.rf_detr.parts import Float32Sampling, Parts, parts_of
 from eventful_det.detectors.rf_detr.projector import (
     ProjectorState,
@@ -31,6 +33,8 @@ from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
 from eventful_det.gating.state import State, Update
 from eventful_det.gating.vit_spec import spec_of
+from eventful_det.gating.windows import Grid
+from eventful_det.outputs import reporting, write_json
 
 
 @dataclass
@@ -162,6 +166,16 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
         results = self.step(list(images), self.init_state(len(images)), rule=Dense())
         return [result.detections for result in results]
 
+    def _save_files(self, folder: Path, notes: dict[str, str]) -> None:
+        model: Any = self.model
+        if not hasattr(model, "save_pretrained"):
+            raise UserError("RF-DETR of the package rfdetr has no format for folders; take that of transformers")
+        parts = self.parts
+        with reporting(folder):
+            model.save_pretrained(folder)
+        processing = {"size": {"height": parts.side, "width": parts.side}, "image_mean": parts.mean}
+        write_json(folder / "preprocessor_config.json", {**processing, "image_std": parts.std})
+
     def cost_model(self, rule: AnyRule) -> RFDETRCosts:
         """What frames will cost under a rule.
 
@@ -177,34 +191,32 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
     def _normalised(self, frame: Tensor) -> Tensor:
         return (frame - self.pixel_mean) / self.pixel_std
 
-    def _step_heads(self, update: Update, stream: RFDETRStream, dense: bool, watch: Stopwatch) -> StepResult:
-        """Detections from the feature maps of one stream."""
-        grid, projector = (update.tokens.shape[0], update.tokens.shape[1]), self.parts.projector
-        everything = {
+    def _dense_macs(self, grid: Grid) -> dict[str, int]:
+        projector = self.parts.projector
+        return {
             "backbone": dense_macs(self.spec.shape, grid, padded_linear=True).total,
             "projector": projector_macs(projector, everywhere(projector, grid)),
-            "decoder": self.parts.decoder.macs(len(update.work)),
+            "decoder": self.parts.decoder.macs(grid[0] * grid[1]),
         }
-        macs = {**dict.fromkeys(everything, 0), "backbone": update.macs.total}
-        if update.changed.numel() or stream.detections is None:
-            changed, state = update.changed, None if dense else stream.projector
-            if state is None:
-                state = init_projector(projector, grid, update.tokens)
-                changed = torch.arange(len(update.work), device=update.tokens.device)
-            sizes = refresh_projector(projector, update.tokens, changed, state)
-            stream.projector = None if dense else state
-            watch.lap("projector")
-            features = state.feature.T.unflatten(1, grid)[None]  # (1, C, H, W)
-            with Float32Sampling() if features.dtype.itemsize < 4 else contextlib.nullcontext():
-                logits, boxes = self.parts.decode(features)
-            stream.detections = best_pairs(
-                logits[0], boxes[0], stream.size, self.min_score, self.parts.clamped, self.dropped
-            )
-            watch.lap("decoder")
-            macs |= {"projector": projector_macs(projector, sizes), "decoder": everything["decoder"]}
-        cost = FrameCost(macs, everything, round(float(update.work.sum())), len(update.work), update.flush)
-        assert stream.detections is not None
-        return StepResult(stream.detections.clone(), cost, update.work.view(grid))
+
+    def _run_heads(
+        self, update: Update, stream: RFDETRStream, dense: bool, watch: Stopwatch
+    ) -> tuple[Detections, dict[str, int]]:
+        grid, projector = (update.tokens.shape[0], update.tokens.shape[1]), self.parts.projector
+        changed, state = update.changed, None if dense else stream.projector
+        if state is None:
+            state = init_projector(projector, grid, update.tokens)
+            changed = torch.arange(len(update.work), device=update.tokens.device)
+        sizes = refresh_projector(projector, update.tokens, changed, state)
+        stream.projector = None if dense else state
+        watch.lap("projector")
+        features = state.feature.T.unflatten(1, grid)[None]  # (1, C, H, W)
+        with Float32Sampling() if features.dtype.itemsize < 4 else contextlib.nullcontext():
+            logits, boxes = self.parts.decode(features)
+        found = best_pairs(logits[0], boxes[0], stream.size, self.min_score, self.parts.clamped, self.dropped)
+        watch.lap("decoder")
+        macs = {"projector": projector_macs(projector, sizes), "decoder": self.parts.decoder.macs(len(update.work))}
+        return found, macs
 
 
 def best_pairs(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eventful_det.detectors.rf_detr.parts import ConvNorm, DecoderShape, Projector
 from eventful_det.detectors.vitdet.cells import cells_run, convolve, layout_of
-from eventful_det.detectors.vitdet.macs import around, convolved, reached
+from eventful_det.detectors.vitdet.macs import around, convolved, ranks, reached
 from eventful_det.gating.macs import RowsCosts, ViTShape
 from eventful_det.gating.state import TensorTree
 from eventful_det.gating.windows import Grid
@@ -123,9 +123,7 @@ class RFDETRCosts:
     def macs(self, grid: Grid, order: Tensor, variable: int | None = None) -> Tensor:
         """See `CostModel.macs`."""
         count, tokens = len(order), grid[0] * grid[1]
-        rank = torch.full((tokens,), count, dtype=torch.int32, device=order.device)
-        rank[order] = torch.arange(count, dtype=torch.int32, device=order.device)
-        rank = rank.view(grid)
+        rank = ranks(grid, order)
         total = RowsCosts(self.shape, self.static).macs(grid, order)
         total = total + self.projector.first.conv.weight.numel() * reached(rank, count)
         for step in self.projector.inner:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eventful_det.detectors.checkpoints.saving import save_detector
 from eventful_det.detectors.gated import GatedDetector, GatedStream, priced_statically
+from eventful_det.detectors.hub import WEIGHTS
 from eventful_det.detectors.protocol import AnyRule, InputTransform
-from eventful_det.detectors.results import Detections, FrameCost, StepResult
+from eventful_det.detectors.results import Detections
 from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.detectors.vitdet.cascade import roi_heads
 from eventful_det.detectors.vitdet.config import ModelConfig
@@ -28,10 +30,10 @@ from eventful_det.detectors.vitdet.macs import DetectorCosts, HeadSizes, HeadWei
 from eventful_det.detectors.vitdet.rpn import ProposalGenerator
 from eventful_det.detectors.vitdet.vitdet import ViTDetBackbone
 from eventful_det.errors import UserError
-from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
 from eventful_det.gating.state import State, Update
 from eventful_det.gating.vit_spec import spec_of
+from eventful_det.gating.windows import Grid
 
 DIVISOR = 32  # sides of the network's input are multiples of the stride of p5
 
@@ -110,6 +112,9 @@ class Detector(GatedDetector[DetectorStream]):
         proposals, losses = self.proposal_generator(levels, sizes, targets)
         return {**losses, **self.roi_heads.losses(levels, proposals, targets)}
 
+    def _save_files(self, folder: Path, notes: dict[str, str]) -> None:
+        save_detector(self, folder / WEIGHTS, self.spec.dtype, notes)
+
     def cost_model(self, rule: AnyRule) -> DetectorCosts:
         """What frames will cost under a rule.
 
@@ -118,12 +123,6 @@ class Detector(GatedDetector[DetectorStream]):
         """
         static = priced_statically(rule, self.device)
         return DetectorCosts(self.spec.shape, self.head_weights, self.config.proposals, static)
-
-    def with_rule(self, rule: AnyRule | None) -> Detector:
-        """The same weights, shared, streaming by another rule; None = dense."""
-        other = copy.copy(self)
-        other.rule = Dense() if rule is None else rule
-        return other
 
     def _batch(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Normalise and pad all images to the size of the largest."""
@@ -147,34 +146,24 @@ class Detector(GatedDetector[DetectorStream]):
     def _normalised(self, frame: Tensor) -> Tensor:
         return self._prepare(frame, frame.shape[-2], frame.shape[-1])
 
-    def _step_heads(self, update: Update, stream: DetectorStream, dense: bool, watch: Stopwatch) -> StepResult:
-        """Detections from the token map of one stream."""
-        grid = (update.tokens.shape[0], update.tokens.shape[1])
-        weights = self.head_weights
-        everything = {
-            "backbone": dense_macs(self.spec.shape, grid).total,
-            **weights.dense(grid, self.config.proposals),
-        }
-        macs = {**dict.fromkeys(everything, 0), "backbone": update.macs.total}
-        if dense:
-            stream.detections, proposals = self._run_heads(update.tokens, stream.size, watch)
-            macs |= weights.dense(grid, proposals)
-        elif update.changed.numel() or stream.detections is None:
-            stream.detections, sizes = self._refresh_heads(update, stream, watch)
-            macs |= weights.macs(sizes)
-        cost = FrameCost(macs, everything, round(float(update.work.sum())), len(update.work), update.flush)
-        assert stream.detections is not None
-        return StepResult(stream.detections.clone(), cost, update.work.view(grid))
+    def _dense_macs(self, grid: Grid) -> dict[str, int]:
+        backbone = dense_macs(self.spec.shape, grid).total
+        return {"backbone": backbone, **self.head_weights.dense(grid, self.config.proposals)}
 
-    def _run_heads(self, tokens: Tensor, size: tuple[int, int], watch: Stopwatch) -> tuple[Detections, int]:
-        """All heads in full, from the token map `(H, W, D)`; also the number of proposals."""
-        levels = self.backbone.pyramid(tokens.permute(2, 0, 1)[None])  # (1, C, h, w) each
+    def _run_heads(
+        self, update: Update, stream: DetectorStream, dense: bool, watch: Stopwatch
+    ) -> tuple[Detections, dict[str, int]]:
+        if not dense:
+            detections, sizes = self._refresh_heads(update, stream, watch)
+            return detections, self.head_weights.macs(sizes)
+        levels = self.backbone.pyramid(update.tokens.permute(2, 0, 1)[None])  # (1, C, h, w) each
         watch.lap("pyramid")
-        proposals, _ = self.proposal_generator(levels, [size])
+        proposals, _ = self.proposal_generator(levels, [stream.size])
         watch.lap("rpn")
-        (detections,) = self.roi_heads.detect(levels, proposals, [size])
+        (detections,) = self.roi_heads.detect(levels, proposals, [stream.size])
         watch.lap("roi")
-        return detections, len(proposals[0])
+        grid = (update.tokens.shape[0], update.tokens.shape[1])
+        return detections, self.head_weights.dense(grid, len(proposals[0]))
 
     def _refresh_heads(
         self, update: Update, stream: DetectorStream, watch: Stopwatch

@@ -141,10 +141,7 @@ class DetectorCosts:
 
     def macs(self, grid: Grid, order: Tensor, variable: int | None = None) -> Tensor:
         """See `CostModel.macs`."""
-        count, tokens = len(order), grid[0] * grid[1]
-        rank = torch.full((tokens,), count, dtype=torch.int32, device=order.device)
-        rank[order] = torch.arange(count, dtype=torch.int32, device=order.device)
-        heads = self.weights.macs(self._sizes(rank.view(grid), count))
+        heads = self.weights.macs(self._sizes(ranks(grid, order), len(order)))
         total = RowsCosts(self.shape, self.static).macs(grid, order) + heads["pyramid"] + heads["rpn"]
         total[1:] += int(heads["roi"].max()) if variable is None else variable
         return total
@@ -179,6 +176,13 @@ class DetectorCosts:
 @lru_cache(maxsize=64)
 def _everything(costs: DetectorCosts, grid: Grid) -> int:
     return int(costs.macs(grid, torch.arange(grid[0] * grid[1]))[-1])
+
+
+def ranks(grid: Grid, order: Tensor) -> Tensor:
+    """`(H, W)` place of each token in an order `(n,)`; n for those that are not in it."""
+    rank = torch.full((grid[0] * grid[1],), len(order), dtype=torch.int32, device=order.device)
+    rank[order] = torch.arange(len(order), dtype=torch.int32, device=order.device)
+    return rank.view(grid)
 
 
 def convolved(rank: Tensor, count: int) -> Tensor:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from eventful_det.evaluation.sweep.runs import DENSE
-from eventful_det.evaluation.sweep.summary import Row, jsonable
-from eventful_det.outputs import markdown_table
+from eventful_det.evaluation.sweep.summary import Row
+from eventful_det.files import JsonObject
+from eventful_det.outputs import as_json, markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,8 +70,7 @@ def _cells(row: Row) -> dict[str, str]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The main columns as a Markdown table; below it, how many frames are in no number."""
-    header, *lines = table(rows)
-    text = markdown_table(header, lines)
+    text = markdown_table(table(rows))
     skipped = max(row.skipped for row in rows)
     return f"{text}\n{skipped} frames could not be read and are in no number.\n" if skipped else text
 
@@ -81,7 +81,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         names = [f.name for f in dataclasses.fields(Row) if not f.name.endswith("_by_class")]
         writer = csv.DictWriter(file, ["method", *(name for name in names if name != "method")], extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(jsonable(row) for row in rows)
+        writer.writerows(cast(list[JsonObject], as_json(rows)))
 
 
 def plot(rows: Sequence[Row], path: Path, title: str = "") -> None:

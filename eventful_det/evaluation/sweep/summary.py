@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
@@ -103,7 +100,7 @@ def evaluate_detector(
         streams, workers, scene_cuts, on_frame: see `complete`.
 
     Returns:
-        The fields of `Row`; undefined numbers are `nan`, see `jsonable`.
+        The fields of `Row`; undefined numbers are `nan`.
 
     Raises:
         UserError: no frame is labelled.
@@ -172,23 +169,6 @@ def row_of(run: MethodRun, dense: MethodRun | None = None) -> Row:
         frames=cost.frames,
         skipped=len(run.skipped),
     )
-
-
-def jsonable(record: object) -> JsonObject:
-    """A dataclass or dictionary as a dictionary: nested ones too, `nan` as None, paths as text."""
-    return cast(JsonObject, _plain(record))
-
-
-def _plain(value: object) -> object:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, os.PathLike) else value
 
 
 def _p95_to_median(macs: Sequence[int]) -> float:

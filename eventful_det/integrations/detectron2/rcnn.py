@@ -21,7 +21,7 @@ from torch import Tensor
 from eventful_det.data.source import VideoFrame
 from eventful_det.detectors.gated import GatedDetector, GatedStream, priced_statically
 from eventful_det.detectors.protocol import AnyRule, InputTransform
-from eventful_det.detectors.results import Detections, FrameCost, StepResult
+from eventful_det.detectors.results import Detections
 from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.detectors.vitdet.incremental import HeadsState
 from eventful_det.detectors.vitdet.macs import DetectorCosts
@@ -34,6 +34,7 @@ from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Budget, Selector
 from eventful_det.gating.state import State, Update
 from eventful_det.gating.vit_spec import spec_of
+from eventful_det.gating.windows import Grid
 from eventful_det.integrations.detectron2.config import eventful_options
 from eventful_det.integrations.detectron2.heads import Heads
 from eventful_det.integrations.video_states import VideoStates
@@ -256,19 +257,20 @@ class EventfulRCNN(GatedDetector[RCNNStream], GeneralizedRCNN):
         divisor = wishes.get("size_divisibility", wishes.get("size_divisiblity", 0))
         return cast(Tensor, ImageList.from_tensors([image], divisor, padding_constraints=wishes).tensor[0])
 
-    def _step_heads(self, update: Update, stream: RCNNStream, dense: bool, watch: Stopwatch) -> StepResult:
-        """The objects on a token map."""
-        grid = (update.tokens.shape[0], update.tokens.shape[1])
-        everything = {"backbone": dense_macs(self.spec.shape, grid).total, **self.heads.dense(grid)}
-        macs = {**dict.fromkeys(everything, 0), "backbone": update.macs.total}
-        if update.changed.numel() or stream.detections is None:
-            found, stream.heads, heads = self.heads(update, stream.heads, stream.size)
-            stream.instances = found
-            stream.detections = Detections(found.pred_boxes.tensor, found.scores, found.pred_classes)
-            macs |= heads
+    def _dense_macs(self, grid: Grid) -> dict[str, int]:
+        return {"backbone": dense_macs(self.spec.shape, grid).total, **self.heads.dense(grid)}
+
+    def _run_heads(
+        self,
+        update: Update,
+        stream: RCNNStream,
+        dense: bool,
+        watch: Stopwatch,  # noqa: ARG002 (the heads know)
+    ) -> tuple[Detections, dict[str, int]]:
+        found, stream.heads, macs = self.heads(update, stream.heads, stream.size)
+        stream.instances = found
         watch.lap("heads")
-        cost = FrameCost(macs, everything, round(float(update.work.sum())), len(update.work), update.flush)
-        return StepResult(stream.detections.clone(), cost, update.work.view(grid))
+        return Detections(found.pred_boxes.tensor, found.scores, found.pred_classes), macs
 
 
 def _forget(model: EventfulRCNN, _: object) -> None:

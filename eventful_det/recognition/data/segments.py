@@ -11,6 +11,7 @@ from pathlib import Path
 from eventful_det.data.video import VIDEO_SUFFIXES
 from eventful_det.errors import UserError
 
+_TIMES = ("start_timestamp", "stop_timestamp")
 EPIC_HEADS = {"verb": "verb_class", "noun": "noun_class"}  # head -> column
 
 
@@ -76,14 +77,12 @@ def read_epic(
     names = {head: read_class_names(path) for head, path in (("verb", verbs), ("noun", nouns)) if path is not None}
     files = _videos_below(Path(videos))
     items, missing, left_out, seen = [], [], 0, set[str]()
-    for place, row in _rows(table, ("narration_id", "video_id", "start_timestamp", "stop_timestamp")):
+    for place, row in _rows(table, ("narration_id", "video_id", *_TIMES)):
         name, video = row["narration_id"], row["video_id"]
         if name in seen:
             raise UserError(f"{place}: narration_id {name} is there twice")
         seen.add(name)
-        start, stop = (_seconds(row[column], place, column) for column in ("start_timestamp", "stop_timestamp"))
-        if stop <= start:
-            raise UserError(f"{place}: stop_timestamp {row['stop_timestamp']} is not after {row['start_timestamp']}")
+        start, stop = _span(row, place)
         labels = {
             head: _class(row[column], place, column, len(names[head]) if head in names else None)
             for head, column in EPIC_HEADS.items()
@@ -101,6 +100,18 @@ def read_epic(
     if not items:
         raise UserError(f"none of the {len(missing)} videos of {table} is below {videos} (first: {missing[0]})")
     return Segments(tuple(items), names, tuple(missing), left_out)
+
+
+def read_durations(table: str | os.PathLike[str]) -> list[float]:
+    """Seconds that the segments of a table of EPIC-Kitchens 100 last; no video is needed.
+
+    Raises:
+        UserError: the file is missing, malformed or empty.
+    """
+    spans = [_span(row, place) for place, row in _rows(table, _TIMES)]
+    if not spans:
+        raise UserError(f"{table} has no rows")
+    return [stop - start for start, stop in spans]
 
 
 def read_folders(root: str | os.PathLike[str], classes: Sequence[str] | None = None, head: str = "action") -> Segments:
@@ -176,6 +187,13 @@ def _rows(table: str | os.PathLike[str], needed: Sequence[str]) -> Iterator[tupl
         raise UserError(f"cannot read {table}: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{table} is no table of comma-separated values ({error})") from None
+
+
+def _span(row: Mapping[str, str], place: str) -> tuple[float, float]:
+    start, stop = (_seconds(row[column], place, column) for column in _TIMES)
+    if stop <= start:
+        raise UserError(f"{place}: stop_timestamp {row['stop_timestamp']} is not after {row['start_timestamp']}")
+    return start, stop
 
 
 def _seconds(text: str, place: str, column: str) -> float:

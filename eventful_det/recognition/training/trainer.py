@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
-from eventful_det.options import Natural, Share
 from eventful_det.recognition.checkpoints import save_recogniser
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.training.features import FeatureClips
@@ -22,19 +20,6 @@ from eventful_det.training.loop import TrainingLoop
 from eventful_det.training.options import TrainOptions
 
 Batch = tuple[Tensor, dict[str, Tensor], Tensor | None]
-
-
-@dataclass(frozen=True)
-class RecogniserOptions(TrainOptions):
-    """How to train a recogniser.
-
-    Attributes:
-        frozen: spatial blocks, from the first on, that stay as they are, and the embedding with them.
-        smoothing: of labels.
-    """
-
-    frozen: Natural = 0
-    smoothing: Share = 0.0
 
 
 class RecogniserTrainer(TrainingLoop[Recogniser, Batch]):
@@ -52,7 +37,7 @@ class RecogniserTrainer(TrainingLoop[Recogniser, Batch]):
         self,
         recogniser: Recogniser,
         samples: Samples,
-        options: RecogniserOptions,
+        options: TrainOptions,
         directory: Path,
         on_step: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
@@ -60,13 +45,8 @@ class RecogniserTrainer(TrainingLoop[Recogniser, Batch]):
         if isinstance(samples, FeatureClips):
             recogniser.embedding.requires_grad_(False)
             recogniser.spatial_model.requires_grad_(False)
-        if options.frozen:
-            below = [recogniser.embedding, recogniser.spatial_model.backbone.position_encoding]
-            for module in [*below, *recogniser.spatial_model.backbone.blocks[: options.frozen]]:
-                module.requires_grad_(False)
-            recogniser.spatial_model.class_token.requires_grad_(False)
         hints = samples.sample(0)[2]
-        loss = _Loss(recogniser, options.smoothing, 0 if hints is None else hints.shape[-1])
+        loss = _Loss(recogniser, 0 if hints is None else hints.shape[-1])
         groups = parameter_groups(recogniser, options)
         if loss.hint is not None:
             groups.append({"params": list(loss.hint.parameters()), "lr": options.lr, "weight_decay": 0.0})
@@ -108,9 +88,9 @@ class RecogniserTrainer(TrainingLoop[Recogniser, Batch]):
 class _Loss(nn.Module):
     """Losses of each head from views `(B, t, c, h, w)`, or from features `(B, V, T', D)` averaged over the views."""
 
-    def __init__(self, recogniser: Recogniser, smoothing: float, hints: int) -> None:
+    def __init__(self, recogniser: Recogniser, hints: int) -> None:
         super().__init__()
-        self.recogniser, self.smoothing = recogniser, smoothing
+        self.recogniser = recogniser
         self.hint = nn.Linear(recogniser.config.dim, hints).to(recogniser.device) if hints else None
 
     def forward(self, x: Tensor, labels: Mapping[str, Tensor], hints: Tensor | None) -> dict[str, Tensor]:
@@ -124,7 +104,7 @@ class _Loss(nn.Module):
             each = self.recogniser.temporal(x.flatten(0, 1))
             logits = {head: values.unflatten(0, x.shape[:2]).mean(1) for head, values in each.items()}
         for head, label in labels.items():
-            losses[head] = F.cross_entropy(logits[head].float(), label, ignore_index=-1, label_smoothing=self.smoothing)
+            losses[head] = F.cross_entropy(logits[head].float(), label, ignore_index=-1)
         main, label = next(iter(labels.items()))
         found = {f"loss_{name}": loss for name, loss in losses.items()}
         return found | {"right": (logits[main].argmax(-1) == label).float().mean()}
@@ -149,7 +129,7 @@ class _Indexed(Dataset[Batch]):
         return torch.stack(views), {h: torch.tensor([each.get(h, -1) for each in named]) for h in known}, together
 
 
-def parameter_groups(recogniser: Recogniser, options: RecogniserOptions) -> list[dict[str, object]]:
+def parameter_groups(recogniser: Recogniser, options: TrainOptions) -> list[dict[str, object]]:
     """Parameters by learning rate and weight decay; each group holds its share of the rate as "lr_scale"."""
     depth = len(recogniser.spatial_model.backbone.blocks)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -1,0 +1,132 @@
+"""detect folder/ on=ray: every video is done once, whatever dies meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import archive
+import demo
+import pytest
+import torch
+from running import options_of
+from videos import encode
+
+from eventful_det.data.synthetic import SceneOptions, render_video
+from eventful_det.detectors.checkpoints.saving import save_detector
+from eventful_det.detectors.vitdet.detector import Detector
+from eventful_det.errors import UserError
+
+FRAMES = 30
+
+
+@pytest.fixture(scope="module")
+def two_workers() -> Iterator[None]:
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(num_cpus=2, object_store_memory=80_000_000, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def command(folder: Path, detector: Detector, *more: str) -> list[str]:
+    save_detector(detector, folder / "tiny.safetensors", torch.float32)
+    clips = folder / "clips"
+    clips.mkdir()
+    options = SceneOptions(width=96, height=64, frames=FRAMES)
+    for seed, name in enumerate(("a", "b")):
+        encode(clips / f"{name}.mp4", [frame.image for frame in render_video(options, seed=seed)])
+    (clips / "broken.mp4").write_bytes(b"no video")
+    return [
+        *("device=cpu", "on=ray", f"source={clips}", f"output={folder / 'out'}"),
+        *(f"weights={folder / 'tiny.safetensors'}", *more),
+    ]
+
+
+class Killer(threading.Thread):
+    """Kills the process that writes the results of a video, once."""
+
+    def __init__(self, lines: Path) -> None:
+        super().__init__(daemon=True)
+        self.lines, self.killed = lines.resolve(), False
+        self.start()
+
+    def run(self) -> None:
+        while not self.killed:
+            time.sleep(0.02)
+            for process in Path("/proc").glob("[0-9]*") if self.lines.exists() else ():
+                if self.writes(process):
+                    os.kill(int(process.name), signal.SIGKILL)
+                    self.killed = True
+
+    def writes(self, process: Path) -> bool:
+        try:
+            return any(Path(os.readlink(file)) == self.lines for file in (process / "fd").iterdir())
+        except OSError:
+            return False
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies(two_workers: None, tiny_detector: Detector, tmp_path: Path) -> None:
+    options = options_of("demo", *command(tmp_path, tiny_detector))
+    out = tmp_path / "out"
+    killer = Killer(out / "a" / "detections.part.jsonl")
+    with pytest.raises(UserError, match=r"1 of 3 sources failed: \S*broken.mp4$"):
+        demo.run(options)
+    assert killer.killed
+    summary = json.loads((out / "results.json").read_text())
+    assert set(summary["runs"]) == {"a", "b"} and len(summary["failed"]) == 1
+    for name in ("a", "b"):
+        assert summary["runs"][name]["frames"] == FRAMES
+        assert len((out / name / "detections.jsonl").read_text().splitlines()) == FRAMES
+
+    # After a kill of everything the same command goes on: what is done stays as it is, what is not is done.
+    (out / "results.json").unlink()
+    (out / "a" / "results.json").unlink()
+    before = (out / "b" / "results.json").stat().st_mtime_ns
+    with pytest.raises(UserError, match=r"1 of 3 sources failed: \S*broken.mp4$"):
+        demo.run(options)
+    assert (out / "b" / "results.json").stat().st_mtime_ns == before
+    assert json.loads((out / "results.json").read_text())["runs"]["a"]["frames"] == FRAMES
+
+
+@pytest.mark.slow
+def test_what_keeps_every_video_from_being_done_is_said_once(
+    two_workers: None, tiny_detector: Detector, tmp_path: Path
+) -> None:
+    options = options_of("demo", *command(tmp_path, tiny_detector, "classes=[elephant]", "max_frames=1"))
+    with pytest.raises(UserError, match="^classes: no class elephant"):
+        demo.run(options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("results", "done"),
+    [
+        ({"command": "detect a.mp4", "stopped": None}, True),
+        ({"command": "detect a.mp4 --budget 0.1", "stopped": None}, False),
+        ({"command": "detect a.mp4", "stopped": "interrupted"}, False),
+        ({"command": "detect a.mp4"}, False),
+        ([], False),
+        (None, False),
+    ],
+)
+def test_done_is_what_the_same_command_brought_to_its_end(
+    results: Any, done: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["detect", "a.mp4"])
+    if results is not None:
+        (tmp_path / "results.json").write_text(json.dumps(results))
+    assert (archive.finished(tmp_path) is not None) == done
+
+
+def test_without_ray(tiny_detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(UserError, match="on=ray needs the package ray: pip install ray"):
+        demo.run(options_of("demo", *command(tmp_path, tiny_detector)))
