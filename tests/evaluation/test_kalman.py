@@ -13,7 +13,7 @@ IMAGE = np.zeros((200, 400, 3), np.uint8)
 
 
 def test_boxes_go_on_as_they_went() -> None:
-    """Seen on every fourth frame, right after the third time; the picture tells nothing. What is missed goes on, too."""
+    """Seen on every fourth frame, right after the third time. What is missed goes on, too."""
     mover = KalmanMover()
     errors = []
     for frame in range(24):
