@@ -191,7 +191,7 @@ def test_soak(tmp_path: Path) -> None:
             except OSError:
                 return {}
 
-        wait(lambda: health().get("online") == 6, 120)
+        wait(lambda: health().get("online") == 6, 600)
         collector, stop, seen = Collector(disk / "events"), threading.Event(), [0]
         collector.start()
         viewer = threading.Thread(target=view, args=(port, stop, seen))
