@@ -94,7 +94,7 @@ def test_complete_run_and_failed_start(weights: str, tmp_path: Path) -> None:
     assert 0 <= results["drift"]["agreement_f1"] <= 1 and results["drift"]["times_faster"] > 0
     line = json.loads((output / "detections.jsonl").read_text().splitlines()[1])
     assert line["size"] == {"height": 256, "width": 384} and line["timestamp"] == 0.04
-    assert line["detections"] and set(line["detections"][0]) == {"box", "score", "label", "name"}
+    assert line["detections"] and set(line["detections"][0]) == {"box", "score", "label", "name", "track_id"}
     assert all(0 <= x <= 384 and 0 <= y <= 256 for d in line["detections"] for x, y in (d["box"][:2], d["box"][2:]))
     assert set(line["cost"]) == {"macs", "dense", "ms", "recomputed", "tokens", "flush"}
     assert line["cost"]["macs"]["total"] == sum(v for k, v in line["cost"]["macs"].items() if k != "total")
