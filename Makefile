@@ -12,7 +12,7 @@ export GIVEN_FRAMES := $(value FRAMES)
 export GIVEN_OUTPUT := $(value OUTPUT)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint format sweep data train clean
+.PHONY: help install demo serve test lint format docs sweep data train clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -43,6 +43,10 @@ lint: install  ## check style and types
 format: install  ## rewrite the code in the house style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+docs: install  ## build the documentation as a site: outputs/site/index.html
+	$(RUN) -m pip install --quiet --editable '.[docs]'
+	$(RUN) docs/build_site.py
 
 .data/synthetic_vid/annotations/imagenet_vid_val.json: | install
 	$(RUN) datasets/make_synthetic_vid.py --output .data/synthetic_vid

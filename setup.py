@@ -51,6 +51,11 @@ setup(
         "onnx": ["onnxruntime>=1.18", "onnx>=1.16"],  # the same for format=onnx
         "hf": ["transformers>=5.3"],  # RF-DETR
         "hub": ["huggingface_hub>=0.30"],  # weights on the Hugging Face Hub, to and fro
+        "ray": ["ray>=2.40"],  # tools/demo.py on=ray: archives of videos on many machines
+        "docs": [
+            "zensical>=0.0.73",  # the site
+            "mkdocstrings-python>=2",  # its API reference, from docstrings
+        ],
         "teacher": ["onnxruntime>=1.18"],  # tools/pseudo_label.py
         "supervision": ["supervision>=0.26"],  # to_supervision
         # trackers brings opencv-python, which needs libGL; where that is missing: pip install --no-deps trackers

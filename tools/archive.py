@@ -74,11 +74,15 @@ def run_on_ray(options: demo.Options, sources: Mapping[Path, str | Path]) -> Ite
     """
     done = [demo.Outcome(d, s, results) for d, s in sources.items() if (results := finished(d)) is not None]
     yield from done
-    waiting = {directory: sources[directory] for directory in sources.keys() - {outcome.directory for outcome in done}}
+    waiting = dict(sources)
+    for outcome in done:
+        del waiting[outcome.directory]
+    if not waiting:
+        return
     columns = [BarColumn(), MofNCompleteColumn(), TextColumn("videos"), TimeElapsedColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=console) as progress, cluster():
         bar = progress.add_task("", total=len(sources), completed=len(done))
-        for outcome in _results(options, waiting) if waiting else ():
+        for outcome in _results(options, waiting):
             result = outcome.result
             if isinstance(result, dict):
                 say(f"{outcome.source}: {result['frames']} frames, {result['share_of_dense']['total']:.0%} of dense")
@@ -141,7 +145,7 @@ def _results(options: demo.Options, sources: Mapping[Path, str | Path]) -> Itera
             try:
                 result = ray.get(task)
             except ray.exceptions.RayError as error:
-                result = UserError(f"{printable(str(sources[directory]))}: its worker died ({_reason(error)})")
+                result = UserError(f"{printable(str(sources[directory]))}: its worker failed ({_reason(error)})")
             hand_out(worker)
             yield demo.Outcome(directory, sources[directory], result)
     except ray.exceptions.RayError as error:
@@ -152,4 +156,6 @@ def _results(options: demo.Options, sources: Mapping[Path, str | Path]) -> Itera
 
 
 def _reason(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """One line of what Ray says: the last of a traceback, the first of anything else."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if "Traceback" in str(error) else 0]

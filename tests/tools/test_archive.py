@@ -23,7 +23,7 @@ from eventful_det.detectors.checkpoints.saving import save_detector
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 
-FRAMES = 30
+FRAMES = 12
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def command(folder: Path, detector: Detector, *more: str) -> list[str]:
         encode(clips / f"{name}.mp4", [frame.image for frame in render_video(options, seed=seed)])
     (clips / "broken.mp4").write_bytes(b"no video")
     return [
-        *("device=cpu", "on=ray", f"source={clips}", f"output={folder / 'out'}"),
+        *("device=cpu", "width=320", "on=ray", f"source={clips}", f"output={folder / 'out'}"),
         *(f"weights={folder / 'tiny.safetensors'}", *more),
     ]
 
