@@ -34,9 +34,7 @@ from eventful_det.benchmark.timing import Timed, paired_ratios, time_together
 from eventful_det.data.video.transforms import Image
 from eventful_det.detectors.protocol import AnyRule, VideoDetector
 from eventful_det.engine.backends import ONNXRuntime, OpenVINO, Precision, Torch, import_package
-from eventful_det.engine.detector import CompiledDetector
 from eventful_det.engine.export import Network, export_engine, graphs_of, in_engine
-from eventful_det.engine.recogniser import CompiledRecogniser
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import Spread
 from eventful_det.gating.dense import Dense
@@ -68,9 +66,9 @@ def step_of(network: VideoDetector[Any] | Recogniser, rule: AnyRule, k: int) -> 
 
 def engines(
     network: Network, size: tuple[int, int], buckets: tuple[float | int, ...], config: Options, folder: Path
-) -> dict[tuple[EngineName, Precision], CompiledDetector[Any, Any] | CompiledRecogniser]:
-    """The network in every engine and precision that was asked for and exists."""
-    made: dict[tuple[EngineName, Precision], CompiledDetector[Any, Any] | CompiledRecogniser] = {}
+) -> dict[tuple[EngineName, Precision], Any]:
+    """The network, now a `CompiledDetector` or `CompiledRecogniser`, in every engine and precision asked for."""
+    made: dict[tuple[EngineName, Precision], Any] = {}
     for engine in config.engine or ():
         for precision in config.precision:
             if engine == "onnxruntime" and precision != "float32":
@@ -268,8 +266,9 @@ def bench_engines(config: Options, about: dict[str, Any]) -> None:
     """Run the cases of whole detectors, print a table of each and write the results."""
     if config.device not in ("auto", "cpu"):
         raise UserError(f"engine={list(config.engine or ())} runs on CPUs; leave device={config.device} out")
+    skipped: list[str] = []
     if config.recogniser is not None:
-        runs, skipped = [partial(run_recogniser, config.recogniser, config)], []
+        runs = [partial(run_recogniser, config.recogniser, config)]
     else:
         cases, skipped = cases_of(config)
         runs = [partial(run_case, case, config) for case in cases if case.what == "detector"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -60,6 +61,7 @@ class Outputs:
         self.frames = 0
         self._history: deque[FrameCost] = deque(maxlen=HISTORY)
         self._results: deque[Any] = deque(maxlen=HISTORY)  # of actions
+        self._work: Any = None  # of the last key frame
         self._video_path, self._lines_path, self._table_path, self._plot_path = (
             _part(directory / n) for n in self._names[:4]
         )
@@ -162,7 +164,10 @@ class Outputs:
         return "annotated.mp4", self.lines, "cost.csv", "cost.png", *(EXPORTS[kind][0] for kind in self._exports)
 
     def picture(self, result: Any, caption: Caption) -> NDArray[np.uint8]:
-        """What the video shows of a frame."""
+        """What the video shows of a frame; of held ones, the tokens of the key frame before."""
+        if result.held:
+            result = dataclasses.replace(result, work=self._work)
+        self._work = result.work
         return annotate(result, self._history, self.show, caption=caption, width=self.width)
 
     def record(self, result: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, cast
 from common import Gate, Texts, build_gate
 
 from eventful_det.errors import UserError
-from eventful_det.evaluation.sweep.runs import Method
+from eventful_det.evaluation.sweep.runs import Method, Move
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import DEFAULT
 from eventful_det.options import Count, NonNegative, Positive, Range, Share, convert
@@ -26,7 +26,7 @@ class Curve:
 
     gate: dict[str, Any] | None = None
     hold: Hold = 1
-    move: bool = True
+    move: Move = "flow"
     vary: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     square: bool = False
 

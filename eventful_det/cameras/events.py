@@ -17,6 +17,7 @@ import torch
 
 from eventful_det.cameras.config import Camera, Line, Place
 from eventful_det.files import JsonObject
+from eventful_det.runtime.motion import MotionOptions
 from eventful_det.runtime.regions import within
 from eventful_det.runtime.session import StreamResult
 
@@ -25,6 +26,8 @@ KINDS: tuple[Kind, ...] = ("enter", "stay", "leave", "cross", "count", "online",
 
 _CONFIRM = 2  # key frames on which an object has to be seen before it counts
 _KEEPS = 2.0  # an object that counts may score so many times less
+_MISSED = 1.01 * MotionOptions().keep  # to which part a score falls where the detector does not find its object
+_STEP = 1.5  # sides of its box that an object may be away from where it was missed
 _CLEAR = 0.01  # of the frame; an object that is nearer to a line has not crossed it yet
 
 
@@ -74,7 +77,6 @@ class Event:
 class _Presence:
     """An object in a zone or in the frame; times are seconds on the clock of the watcher."""
 
-    label: str
     first: float
     last: float
     seen: int = 0  # key frames
@@ -83,18 +85,32 @@ class _Presence:
     stayed: bool = False
 
 
-@dataclass
-class _Path:
-    """An object on its way: its id for others, its last detection, and on which side of each line it was, and where."""
+@dataclass(eq=False)
+class _Object:
+    """One object, whose boxes may be those of one track after the other.
 
+    Attributes:
+        label: its class.
+        id: for others.
+        track, score, box: of its last detection.
+        places: where it is; None = in the frame.
+        sides: of each line, on which one it was, and where.
+    """
+
+    label: str
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    track: int = -1
     score: float = 0.0
     box: tuple[float, ...] = ()
+    places: dict[str | None, _Presence] = field(default_factory=dict)
     sides: dict[str, tuple[bool, Place]] = field(default_factory=dict)
 
 
 class Watcher:
     """Turns the results of one camera, in their order, into events.
+
+    A track that begins near an object that is missed goes on with it: few frames per second make steps that boxes do
+    not overlap over, and a track ends sooner than the camera's patience.
 
     Args:
         name: of the camera.
@@ -104,8 +120,8 @@ class Watcher:
 
     def __init__(self, name: str, camera: Camera, clock: Callable[[], float] = time.monotonic) -> None:
         self.name, self.camera, self._clock = name, camera, clock
-        self._present: dict[tuple[int, str | None], _Presence] = {}
-        self._paths: dict[int, _Path] = {}
+        self._objects: dict[int, _Object] = {}  # by track, of which an object may have several
+        self._scores: dict[int, float] = {}  # of the tracks of the last frame
         self._counts: dict[str | None, Counter[str]] = {}
 
     def __call__(self, result: StreamResult) -> tuple[StreamResult, list[Event]]:
@@ -122,6 +138,9 @@ class Watcher:
         kept: list[int] = []
         zones: list[tuple[str, ...]] = []
         events: list[Event] = []
+        scores = dict(zip(tracks.tolist(), found.scores.tolist(), strict=True))
+        met = {one for track, one in self._objects.items() if scores.get(track, 0) > _MISSED * self._scores[track]}
+        done: set[_Object] = set()  # best boxes come first
         for i, (track, label, score) in enumerate(zip(tracks.tolist(), labels, found.scores.tolist(), strict=True)):
             if masked[i] or (limits := camera.limits(label)) is None:
                 continue
@@ -134,19 +153,23 @@ class Watcher:
             }
             kept.append(i)
             zones.append(tuple(places))
-            if track < 0:
+            if track < 0 or (track not in self._objects and not limits.admit(score, areas[i])):
                 continue
-            path = self._paths.get(track)
+            box = tuple(found.boxes[i].tolist())
+            if track not in self._objects:
+                one = self._objects[track] = self._missing(label, box, met) or _Object(label)
+                met.add(one)
+            one = self._objects[track]
+            if one in done:
+                continue
+            done.add(one)
+            one.track, one.score, one.box = track, score, tuple(round(v, 1) for v in box)
             for place, own in ((None, limits), *places.items()):
-                if path is not None or (place is None and own.admit(score, areas[i])):
-                    path = self._paths.setdefault(track, path or _Path())
-                    sure = own.admit(score, areas[i])
-                    self._see(track, place, label, now, sure, not result.held)
-            if path is not None:
-                path.score, path.box = score, tuple(round(v, 1) for v in found.boxes[i].tolist())
-                events += self._entered(track, now)
-                if (track, None) in self._present and self._present[track, None].entered:
-                    events += self._crossed(track, label, (float(feet[i, 0]), float(feet[i, 1])))
+                self._see(one, place, now, own.admit(score, areas[i]), not result.held)
+            events += self._entered(one, now)
+            if None in one.places and one.places[None].entered:
+                events += self._crossed(one, (float(feet[i, 0]), float(feet[i, 1])))
+        self._scores = scores
         events += self._left(now)
         index = torch.tensor(kept, dtype=torch.long, device=found.boxes.device)
         detections = found.map(lambda values: values[index])
@@ -156,76 +179,93 @@ class Watcher:
         """The camera is watched no longer, or shows nothing: all objects leave."""
         return self._left(math.inf) + self._counted()
 
-    def _see(self, track: int, place: str | None, label: str, now: float, sure: bool, key: bool) -> None:
+    def _missing(self, label: str, box: tuple[float, ...], met: set[_Object]) -> _Object | None:
+        """The object of a class nearest to a box, of those that were not met on this frame; None if none is near."""
+        x1, y1, x2, y2 = box
+
+        def steps(one: _Object) -> float:
+            left, top, right, bottom = one.box
+            way = math.hypot(x1 + x2 - left - right, y1 + y2 - top - bottom) / 2
+            return way / max(right - left, bottom - top, x2 - x1, y2 - y1, 1e-6)
+
+        near = [one for one in self._objects.values() if one.label == label and one not in met and steps(one) < _STEP]
+        return min(near, key=steps, default=None)
+
+    def _see(self, one: _Object, place: str | None, now: float, sure: bool, key: bool) -> None:
         """An object is somewhere; where it has not entered it has to be sure."""
-        here = self._present.get((track, place))
+        here = one.places.get(place)
         if here is None:
             if not sure:
                 return
-            here = self._present[track, place] = _Presence(label, now, now)
+            here = one.places[place] = _Presence(now, now)
         here.last, here.missed = now, 0
         here.seen += sure and key
 
-    def _entered(self, track: int, now: float) -> list[Event]:
+    def _entered(self, one: _Object, now: float) -> list[Event]:
         """What an object that was just seen did."""
         events = []
         for place in (None, *self.camera.zones):
-            here = self._present.get((track, place))
+            here = one.places.get(place)
             if here is None or here.last < now:
                 continue
             if not here.entered and here.seen >= _CONFIRM:
                 here.entered = True
-                events.append(self._event("enter", track, here, place))
+                events.append(self._event("enter", one, place))
             if here.entered and not here.stayed and now - here.first >= self.camera.stay:
                 here.stayed = True
-                events.append(self._event("stay", track, here, place, seconds=round(now - here.first, 1)))
+                events.append(self._event("stay", one, place, seconds=round(now - here.first, 1)))
         return events
 
     def _left(self, now: float) -> list[Event]:
         """Those that were not seen for long; an object that is not in the frame is in no zone."""
         events, camera = [], self.camera
-        for here in self._present.values():
-            here.missed += here.last < now
 
         def is_gone(here: _Presence) -> bool:  # by time, but a slow machine has to have looked
             return now - here.last > camera.gone and (here.missed >= _CONFIRM or now == math.inf)
 
-        gone = {track for (track, place), here in self._present.items() if place is None and is_gone(here)}
-        for (track, place), here in list(self._present.items()):
-            known = place is None or place in camera.zones
-            if known and track not in gone and not is_gone(here):
-                continue
-            del self._present[track, place]
-            if here.entered:
-                events.append(self._event("leave", track, here, place, seconds=round(here.last - here.first, 1)))
-        for track in gone:
-            del self._paths[track]
+        for one in dict.fromkeys(self._objects.values()):
+            for here in one.places.values():
+                here.missed += here.last < now
+            gone = None not in one.places or is_gone(one.places[None])
+            for place, here in list(one.places.items()):
+                known = place is None or place in camera.zones
+                if known and not gone and not is_gone(here):
+                    continue
+                del one.places[place]
+                if here.entered:
+                    events.append(self._event("leave", one, place, seconds=round(here.last - here.first, 1)))
+        self._objects = {
+            track: one
+            for track, one in self._objects.items()
+            if one.places and (track in self._scores or track == one.track)
+        }
+        self._scores = {track: self._scores.get(track, 0.0) for track in self._objects}
         return events
 
-    def _crossed(self, track: int, label: str, foot: Place) -> list[Event]:
+    def _crossed(self, one: _Object, foot: Place) -> list[Event]:
         """Lines that an object crossed since it was last on one side of them for sure."""
-        events, path = [], self._paths[track]
-        here = self._present[track, None]
+        events = []
         for name, line in self.camera.lines.items():
-            if line.classes is not None and label not in line.classes:
+            if line.classes is not None and one.label not in line.classes:
                 continue
             distance = _beside(line, foot)
             if abs(distance) < _CLEAR:
                 continue
-            before = path.sides.get(name)
-            path.sides[name] = distance > 0, foot
+            before = one.sides.get(name)
+            one.sides[name] = distance > 0, foot
             if before is not None and before[0] != (distance > 0) and _meets(line, before[1], foot):
                 way: Literal["in", "out"] = "in" if distance > 0 else "out"
-                events.append(dataclasses.replace(self._event("cross", track, here, None), line=name, direction=way))
+                events.append(dataclasses.replace(self._event("cross", one, None), line=name, direction=way))
         return events
 
     def _counted(self) -> list[Event]:
         """How many objects there are, where that changed; at first in any case, as others may remember an old count."""
         known = dict.fromkeys((None, *self.camera.zones))
         counts: dict[str | None, Counter[str]] = {place: Counter() for place in (*known, *self._counts)}
-        for (_, place), here in self._present.items():
-            if here.entered:
-                counts[place][here.label] += 1
+        for one in set(self._objects.values()):
+            for place, here in one.places.items():
+                if here.entered:
+                    counts[place][one.label] += 1
         changed = [place for place in counts if counts[place] != self._counts.get(place)]  # 0 in a zone that is gone
         self._counts = {place: counts[place] for place in known}
         return [
@@ -239,16 +279,15 @@ class Watcher:
             for place in changed
         ]
 
-    def _event(self, kind: Kind, track: int, here: _Presence, place: str | None, seconds: float | None = None) -> Event:
-        path = self._paths[track]
+    def _event(self, kind: Kind, one: _Object, place: str | None, seconds: float | None = None) -> Event:
         return Event(
             kind=kind,
             camera=self.name,
             zone=place,
-            object=path.id,
-            label=here.label,
-            score=round(path.score, 3),
-            box=path.box,
+            object=one.id,
+            label=one.label,
+            score=round(one.score, 3),
+            box=one.box,
             seconds=seconds,
         )
 

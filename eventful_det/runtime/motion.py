@@ -195,11 +195,7 @@ class BoxMover:
         self._restless = moved.restless if self._restless is None else self._restless
         self.novelty = max(0.0, moved.restless - self._restless)
         scores = np.where(moved.followed, before.scores, np.float32(self.options.decay) * before.scores)
-        after = before._replace(boxes=moved.boxes * np.float32(scale), scores=scores)
-        # As they are: what is cut off at the border comes back with its object.
-        left = _areas(self._clipped(after.boxes)) >= self.options.inside * _areas(after.boxes)
-        order = np.argsort(-scores, kind="stable")
-        self._objects = after.where(order[left[order]])
+        self._objects = self._staying(before._replace(boxes=moved.boxes * np.float32(scale), scores=scores))
 
     def boxes(self) -> Detections:
         """The boxes on the last frame, best first, in its pixels."""
@@ -248,6 +244,12 @@ class BoxMover:
         new.tracks[nameless] = np.arange(self._next_track, self._next_track + len(nameless))
         self._next_track += len(nameless)
         return new
+
+    def _staying(self, objects: _Objects) -> _Objects:
+        """Those that did not leave the frame, as they are: what is cut off at its border comes back with its object."""
+        left = _areas(self._clipped(objects.boxes)) >= self.options.inside * _areas(objects.boxes)
+        order = np.argsort(-objects.scores, kind="stable")
+        return objects.where(order[left[order]])
 
     def _clipped(self, boxes: Array) -> Array:
         height, width = self._size

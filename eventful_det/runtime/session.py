@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -178,7 +179,7 @@ class StreamSession(Generic[S]):
         hold: see `KeyFrames`, boxes move with their objects between these; or every n-th frame, whatever moves. A scene
             cut, a new size and a camera that came back make a key frame at once. None = `DEFAULT_HOLD`, and fewer where
             `finish` is told that frames cost more than their budget.
-        move: False = boxes stand still between key frames (a baseline).
+        mover: makes what moves boxes between key frames; None = they stand still (a baseline).
         track: give objects ids, also where the network runs on every frame.
         options: see `StreamOptions`.
 
@@ -200,18 +201,18 @@ class StreamSession(Generic[S]):
         name: str = "",
         scene_cuts: bool = True,
         hold: Hold = 1,
-        move: bool = True,
+        mover: Callable[[], BoxMover] | None = BoxMover,
         track: bool = False,
         options: StreamOptions | None = None,
     ) -> None:
-        self.detector, self.transform, self.name, self._move = detector, transform, name, move
+        self.detector, self.transform, self.name, self._new_mover = detector, transform, name, mover
         self.auto, self.key_frames, self.options = hold is None, KeyFrames.of(hold), options or StreamOptions()
         self.state = detector.init_state()
         self.variable_macs: float | None = None
         self._cuts = SceneCuts() if scene_cuts else None
         self._last: StreamResult | None = None
-        follow = track or isinstance(hold, KeyFrames) or self.key_frames.every > 1
-        self._mover = BoxMover() if move and follow and not self.auto else None
+        follow = track or isinstance(hold, KeyFrames) or (hold or 1) > 1  # or when the first frame is held
+        self._mover = mover() if mover is not None and follow else None
         self.left = 0.0
         self._debt = 0.0  # frames that have to pay for the key frames so far
         self._tolerable = 0.0  # debt at which the network may run before its time
@@ -280,8 +281,8 @@ class StreamSession(Generic[S]):
         self._debt += price or 0.0  # on average the budget is kept, however early the network runs
         self._tolerable = self._debt / 2
         self.left = 1 if self.auto and price is None else max(self.key_frames.every, self._debt)
-        if self._mover is None and self._move and self.left > 1:
-            self._mover = BoxMover()
+        if self._mover is None and self._new_mover is not None and self.left > 1:
+            self._mover = self._new_mover()
             self._mover.move(image)
         detections = self.transform.restore(step.detections, image)
         return self._next(

@@ -17,6 +17,7 @@ from eventful_det.files import JsonObject
 from eventful_det.gating.selector import GateInput, LargestError, Selector
 from eventful_det.gating.spec import Block, relative_table
 from eventful_det.gating.windows import Grid, Side
+from eventful_det.testing.replay import pair
 
 FORMAT = "eventful-golden/1"
 
@@ -133,14 +134,14 @@ def load_golden(path: Path, data: JsonObject) -> Golden:
 
 def _build(data: JsonObject) -> Golden:
     config, weights, inputs, runs = data["config"], data["state_dict"], data["inputs"], data["runs"]
-    grid = _pair(config["input_size"])
+    grid = pair(config["input_size"])
     if inputs.ndim != 4 or inputs.shape[2:] != (grid[0] * grid[1], config["dim"]) or not inputs.numel():
         raise UserError(f"inputs of shape {tuple(inputs.shape)} do not fit {grid[0]} x {grid[1]} tokens")
     if not isinstance(runs, list) or not runs:
         raise UserError("no runs")
     side = 0
     if config["window_indices"]:
-        sides = set(_pair(config["window_size"]))
+        sides = set(pair(config["window_size"]))
         if len(sides) > 1:
             raise UserError(f"windows must be square, got {config['window_size']}")
         side = sides.pop()
@@ -153,18 +154,11 @@ def _build(data: JsonObject) -> Golden:
     return Golden(
         grid=grid,
         blocks=blocks,
-        positions=weights["position_encoding.encoding"][0].unflatten(0, _pair(config["position_encoding_size"])),
+        positions=weights["position_encoding.encoding"][0].unflatten(0, pair(config["position_encoding_size"])),
         inputs=inputs,
         runs=runs,
         notes=[note] if resized else [],
     )
-
-
-def _pair(size: int | Sequence[int]) -> Grid:
-    if isinstance(size, int):
-        return size, size
-    rows, cols = size
-    return int(rows), int(cols)
 
 
 def _block(weights: dict[str, Tensor], i: int, heads: int, window: int, grid: Grid) -> Block:

@@ -14,6 +14,7 @@ from eventful_det.files import JsonObject
 from eventful_det.gating.macs import Ablation
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.selector import EVERYTHING, Selector, Threshold, TopFraction, TopK
+from eventful_det.gating.windows import Grid
 from eventful_det.testing.official import OfficialCounts
 
 TOLERANCE = 1e-4  # largest accepted relative error
@@ -88,6 +89,12 @@ def compare_counts(
             if value - getattr(surplus, kind) != official.get(kind, 0) and kind not in skipped
         }
     return f"differ: {','.join(sorted(differing))}" if differing else "equal"
+
+
+def pair(size: int | Sequence[int]) -> Grid:
+    """A size as the official code writes it, one number for both sides or two."""
+    rows, cols = (size, size) if isinstance(size, int) else size
+    return int(rows), int(cols)
 
 
 @contextmanager

@@ -21,12 +21,14 @@ from eventful_det.recognition.config import RecogniserConfig, numbered
 from eventful_det.recognition.data.views import average, cut_views
 from eventful_det.recognition.layers import SubModel
 from eventful_det.recognition.recogniser import Recogniser
+from eventful_det.testing import official_vivit
 from eventful_det.testing.goldens import Recorded
-from eventful_det.testing.official import OfficialCounts, official_counts, official_dense
+from eventful_det.testing.official import OfficialCounts, official_counts
 from eventful_det.testing.replay import (
     TOLERANCE,
     all_agree,
     compare_counts,
+    pair,
     print_table,
     recorded_ablation,
     recorded_rule,
@@ -123,7 +125,7 @@ def load_vivit(data: JsonObject) -> VivitGolden:
             temporal_depth=temporal["depth"],
             temporal_heads=temporal["heads"],
             temporal_mlp=_hidden(weights, "temporal_model"),
-            position_grid=_pair(spatial["position_encoding_size"]),
+            position_grid=pair(spatial["position_encoding_size"]),
             tubelet=cast(tuple[int, int, int], tuple(config["tubelet_shape"])),
             **_clip_options(config),
         )
@@ -134,11 +136,6 @@ def load_vivit(data: JsonObject) -> VivitGolden:
 
 def _hidden(weights: dict[str, Tensor], model: str) -> int:
     return weights[f"{model}.backbone.blocks.0.mlp_1.weight"].shape[0]
-
-
-def _pair(size: int | Sequence[int]) -> Grid:
-    rows, cols = (size, size) if isinstance(size, int) else size
-    return int(rows), int(cols)
 
 
 def _clip_options(config: JsonObject) -> JsonObject:
@@ -206,21 +203,13 @@ def check_run(golden: VivitGolden, run: JsonObject) -> Compared:
     clips = torch.stack([average(part) for part in logits.unflatten(0, (-1, count))]).softmax(-1)
     for ours, name in ((temporal, "temporal"), (logits, "logits"), (clips, "output")):
         errors.append(relative_error(ours, run[name]))
-    shape: ViTShape = model.temporal_model.shape
-    one = official_dense_window(shape, model.temporal_model.grid)
-    differing.add(_compare_total([one] * len(views), run["temporal_counts"]))
-    classes, dim = model.classifier.weight.shape
-    differing.add(_compare_total([OfficialCounts(linear=classes * dim, bias=classes)] * len(views), run["head_counts"]))
+    differing.add(_compare_total(official_vivit.temporal_window(model.config), len(views), run["temporal_counts"]))
+    differing.add(_compare_total(official_vivit.head(model.config), len(views), run["head_counts"]))
     return Compared(max(errors), _worst(differing), recorders)
 
 
-def official_dense_window(shape: ViTShape, grid: Grid) -> OfficialCounts:
-    """A dense step of a sub-model, the position of its class token included."""
-    return official_dense(shape, grid) + OfficialCounts(add=shape.dim)
-
-
-def _compare_total(ours: Sequence[OfficialCounts], theirs: dict[str, int]) -> str:
-    return compare_counts([sum(ours, OfficialCounts())], [theirs], OfficialCounts(), set())
+def _compare_total(ours: OfficialCounts, number: int, theirs: dict[str, int]) -> str:
+    return compare_counts([official_vivit.times(ours, number)], [theirs], OfficialCounts(), set())
 
 
 def _worst(verdicts: set[str]) -> str:

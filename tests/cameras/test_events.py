@@ -95,6 +95,38 @@ def test_an_object_that_flickers_stays_the_same() -> None:
     assert film.told() == [("enter", None, "car")], "it was never sure of the person"
 
 
+def test_an_object_in_long_steps_is_one_although_each_frame_begins_a_track() -> None:
+    """Two frames per second: boxes do not overlap, and the mover lets the old ones stand for a while."""
+    film = Film(gone=1.0, lines={"door": Line(start=(0.5, 1.0), end=(0.5, 0.0))})
+    for step in range(12):
+        film.now += 0.4
+        left = [(step - k, "person", 0.9 * 0.7**k, 20 + 12 * (step - k), 50) for k in range(min(step, 4) + 1)]
+        film.show(*left)  # type: ignore[arg-type]
+    assert film.told() == [("enter", None, "person")] and len(film.watcher._objects) <= 5
+    assert [e.direction for e in film.events if e.kind == "cross"] == ["in"], "what was left behind crosses nothing"
+    assert [e.count for e in film.events if e.kind == "count"] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("away", "x", "label", "same"),
+    [(8, 55, "car", True), (30, 55, "car", False)] + [(8, 80, "car", False), (8, 55, "person", False)],
+)
+def test_what_comes_back_within_the_camera_s_patience_is_the_same(away: int, x: int, label: str, same: bool) -> None:
+    film = Film(gone=1.0)
+    film.show((1, "car", 0.9, 50, 50), times=3)
+    film.show(times=away)
+    film.show((2, label, 0.9, x, 50), times=3)
+    assert len({e.object for e in film.events if e.object}) == 2 - same
+    assert len(film.told("enter")) == 2 - same
+
+
+def test_who_comes_beside_another_is_another() -> None:
+    film = Film()
+    film.show((1, "car", 0.9, 50, 50), times=3)
+    film.show((1, "car", 0.8, 50, 50), (2, "car", 0.9, 56, 50), times=3)
+    assert film.told() == [("enter", None, "car")] * 2
+
+
 def test_zones_tell_who_is_in_them_by_where_it_stands() -> None:
     film = Film(zones={"right": Zone(polygon=RIGHT, classes=("car",), score=0.8)}, gone=0.5)
     film.show((1, "car", 0.9, 20, 50), (2, "person", 0.9, 150, 50), times=3)
@@ -183,7 +215,7 @@ def test_nothing_is_remembered_of_who_left() -> None:
     for track in range(50):
         film.show((track, "car", 0.9, 150, 50), times=3)
     film.show(times=10)
-    assert not film.watcher._present and not film.watcher._paths
+    assert not film.watcher._objects and not film.watcher._scores
 
 
 def test_a_slow_machine_has_to_look_before_somebody_has_left() -> None:

@@ -157,7 +157,7 @@ def test_video_files_are_run_like_their_frames(tiny_detector: Detector, data: Co
             writer.write(cv2.imread(str(data.image_path(frame)))[..., ::-1].copy())
     clip = dataclasses.replace(video, file_name="clip.mp4")
     CocoVideo(data.categories, [clip], tmp_path).save(tmp_path / "clip.json")
-    expected = [r.detections for r in tiny_detector.stream(tmp_path / "clip.mp4", budget=0.25)]
+    expected = [r.detections for r in tiny_detector.stream(tmp_path / "clip.mp4", budget=0.25, hold=1)]
     (run,) = run_methods(tiny_detector, load_coco_video(tmp_path / "clip.json"), METHODS[1:2], streams=2, workers=2)
     found = {f.image_id: d for f, d in zip(video.frames, expected, strict=True)}
     assert run.results == coco_results(found, [1, 2, 3]) and run.results

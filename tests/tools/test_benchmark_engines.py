@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import benchmark
+import numpy as np
 import pytest
 import torch
 from benchmark_engines import compare, markdown
 from running import options_of
+from videos import encode
 
 from eventful_det.benchmark.timing import Call, Timed
 from eventful_det.errors import UserError
@@ -56,6 +58,27 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row["against"] == "torch dense" for row in case["rows"])
     assert 0 < rows["float32", "torch gated"]["macs_share"] < 0.95 < rows["float32", "torch dense"]["macs_share"]
     assert (tmp_path / "out/benchmark.md").is_file() and torch.get_num_threads() == 1
+
+
+def test_with_hold_streams_are_timed_some_frames_at_a_time(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (10, 64, 96, 3), np.uint8)
+    film = encode(tmp_path / "film.mp4", list(frames))
+    case = CASE.replace("fraction: 0.25", "changes: clip")
+    options = ("engine=[torch]", "repetitions=2", "warm_up=1", "threads=1", "hold=2", f"clip={film}")
+    benchmark.run(options_of("benchmark", *options, f"cases=[{case}]", f"output={tmp_path / 'out'}"))
+    (found,) = json.loads((tmp_path / "out/results.json").read_text())["cases"]
+    rows = {row["method"]: row for row in found["rows"]}
+    assert list(rows) == ["torch dense", "torch dense, hold 2", "torch gated", "torch gated, hold 2"]
+    assert rows["torch dense, hold 2"]["gmacs"] == pytest.approx(rows["torch dense"]["gmacs"] / 2)
+    assert rows["torch dense"]["against"] == "torch dense"
+
+
+def test_steps_of_a_recogniser(tmp_path: Path) -> None:
+    options = ("repetitions=1", "warm_up=1", "threads=1", "recogniser=vivit_tiny", "k=5")
+    benchmark.run(options_of("benchmark", *options, f"output={tmp_path / 'out'}"))
+    (found,) = json.loads((tmp_path / "out/results.json").read_text())["cases"]
+    assert [row["method"] for row in found["rows"]] == ["torch dense", "torch rows", "torch paper"]
+    assert found["k"] == 5 and found["rows"][1]["macs_share"] < 0.3
 
 
 def test_mistakes() -> None:

@@ -22,15 +22,17 @@ from eventful_det.detectors.results import FrameCost
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import Entry, category_ids, coco_results
 from eventful_det.evaluation.efficiency import peak_memory, reset_peak_memory
-from eventful_det.evaluation.sweep.runs import Method, MethodRun, VideoRun
+from eventful_det.evaluation.kalman import KalmanMover
+from eventful_det.evaluation.sweep.runs import Method, MethodRun, Move, VideoRun
 from eventful_det.evaluation.sweep.store import MemoryStore, Store
 from eventful_det.gating.selector import Gmacs, Latency, Selector
 from eventful_det.runtime.budget import selector_for
 from eventful_det.runtime.control import Stepper
-from eventful_det.runtime.motion import hold_for
+from eventful_det.runtime.motion import BoxMover, hold_for
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
 _WARM_UP = 2  # frames run before anything is timed: one flush, one update
+MOVERS: dict[Move, Callable[[], BoxMover] | None] = {"flow": BoxMover, "kalman": KalmanMover, "none": None}
 _TURN = 4  # videos per stream that a method runs before it is the turn of the next
 
 
@@ -163,7 +165,9 @@ def run_videos(
             due: list[tuple[_Running[S], Frame, KeyFrame]] = []
             for item in batch:
                 if item.is_first:
-                    session = StreamSession(detector, transform, scene_cuts=scene_cuts, hold=hold, move=method.move)
+                    session = StreamSession(
+                        detector, transform, scene_cuts=scene_cuts, hold=hold, mover=MOVERS[method.move]
+                    )
                     running[item.slot] = _Running(item.video, session, categories)
                 run = running[item.slot]
                 if item.image is None:

@@ -7,6 +7,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from eventful_det.data.coco_video import CocoVideo, Video
 from eventful_det.detectors.protocol import AnyRule
@@ -21,6 +22,8 @@ from eventful_det.runtime.motion import Hold
 from eventful_det.runtime.rescoring import Objects, Rescoring, rescore
 
 DENSE = "dense"  # the curve that all others are compared with
+Move = Literal["flow", "kalman", "none"]
+"""How boxes move between key frames."""
 SESSION = uuid.uuid4().hex  # of this process; times are compared only within one
 
 
@@ -34,7 +37,7 @@ class Method:
         rule: how a frame's tokens are recomputed.
         budget: as for a stream, which every video has for itself.
         hold: run on every n-th frame only, or as `KeyFrames` say, and move its boxes in between; None = the default.
-        move: False = boxes stand still in between.
+        move: by the image, at constant velocity, or not at all.
         scale: of the network's input, relative to the model's own.
         square: frames are padded to a square, as the official code of Eventful Transformers does.
     """
@@ -44,7 +47,7 @@ class Method:
     rule: AnyRule = Dense()
     budget: Budget | Selector = None
     hold: Hold = 1
-    move: bool = True
+    move: Move = "flow"
     scale: float = 1.0
     square: bool = False
 
