@@ -102,7 +102,7 @@ def test_two_processes_agree_with_one(options: list[str], tmp_path: Path) -> Non
 
 def test_sweep(evaluate_with: Callable[..., None], tmp_path: Path) -> None:
     fewer = ["eval.fractions=[0.5,0.125]", "eval.thresholds=[3]", "eval.curves.moved_boxes.vary.hold=[2]"]
-    extra = ["~eval.curves.paper", "+eval.curves.patient={gate:{rule:rows,renew_every:2},vary:{hold:[2]}}"]
+    extra = ["~eval.curves.paper", "+eval.curves.patient={move:kalman,gate:{rule:rows,renew_every:2},vary:{hold:[2]}}"]
     evaluate_with("eval=sweep", *fewer, *extra, "max_videos=1", "max_frames=3")
     rows = results_of(tmp_path / "run")["rows"]
     names = [row["method"] for row in rows]
