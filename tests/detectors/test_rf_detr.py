@@ -203,7 +203,7 @@ def test_a_still_frame_and_a_saved_state(tmp_path: Path) -> None:
 
 def test_streams_pools_and_budgets() -> None:
     detector = EventfulRFDETR(small("transformers"))
-    results = list(detector.stream(images(), budget=0.25))
+    results = list(detector.stream(images(), budget=0.25, hold=1))
     assert [result.frame_index for result in results] == [0, 1, 2, 3]
     assert all(0 < result.cost.recomputed <= 16 for result in results[1:])
     dense = results[0].cost.dense_total

@@ -198,7 +198,7 @@ def test_a_small_budget_has_frames_held_and_is_kept_on_average(
     dense = next(tiny_detector.stream(images)).cost.dense_total
     results = list(tiny_detector.stream(images, budget=Gmacs(share * dense / 1e9), scene_cuts=False))[1:]
     spent = np.array([result.cost.total / dense for result in results])
-    assert spent.mean() <= 1.1 * share
+    assert spent.sum() <= share * len(spent) + 2 * spent.max(), "ahead by two key frames at most"
     assert spent.mean() > 0.5 * min(share, 0.3), "and it is used"
     keys = [result for result in results if not result.held]
     assert np.median([result.cost.recomputed for result in keys]) >= 15, "what the default takes of the 60 tokens"
