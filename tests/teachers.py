@@ -28,11 +28,12 @@ def yolox_teacher(path: Path, classes: int = 2) -> Path:
     constants = {
         "first": np.array([0]), "grid": np.array([1, 64, 1]), "grey": np.float32([255]),
         "none": np.zeros((1, CELLS - 64, 1), np.float32), "classes": probability,
+        "average": np.full((1, 1, 8, 8), 1 / 64, np.float32),
         "boxes": np.tile(np.float32([0.5, 0.5, 0, 0]), (1, CELLS, 1)),
     }  # fmt: skip
     nodes = [
         helper.make_node("Gather", ["images", "first"], ["blue"], axis=1),
-        helper.make_node("AveragePool", ["blue"], ["mean"], kernel_shape=[8, 8], strides=[8, 8]),
+        helper.make_node("Conv", ["blue", "average"], ["mean"], strides=[8, 8]),
         helper.make_node("Reshape", ["mean", "grid"], ["cells"]),
         helper.make_node("Div", ["cells", "grey"], ["sure"]),
         helper.make_node("Concat", ["sure", "none"], ["objectness"], axis=1),

@@ -66,7 +66,8 @@ from eventful_det.engine.backends import Precision
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import ENOUGH, labelled_frames
 from eventful_det.evaluation.flushes import ap50_since_flush
-from eventful_det.evaluation.latency_aware import Look, cnn_look, detector_look, latency_aware, markdown
+from eventful_det.evaluation.latency_aware import detector_look, latency_aware, markdown
+from eventful_det.evaluation.small_cnn import Look, cnn_look, run_cnn
 from eventful_det.evaluation.sweep import collect, complete, first, report
 from eventful_det.evaluation.sweep.runs import Method, MethodRun
 from eventful_det.evaluation.sweep.store import ResultStore, code_hash, file_hash
@@ -158,6 +159,9 @@ def evaluate_sweep(config: Options, detector: AnyDetector, data: CocoVideo, dire
         run = reference if method is dense and reference else gather(config, store, method, data)
         rows.append(row_of(run, reference))
         skipped |= run.skipped
+    if config.eval.small_cnn is not None:
+        cnn = Teacher(config.eval.small_cnn, threads=torch.get_num_threads())
+        rows += [row_of(run_cnn(cnn, run.data, detector.names, hold), reference) for hold in (1, 2, 4, 8)]
     with written_whole(directory / "sweep.csv") as part:
         report.write_csv(rows, part)
     write_json(directory / "sweep.json", rows)

@@ -13,32 +13,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from torch import Tensor
-from torchvision.ops import batched_nms
-
-from eventful_det.data.classes import COCO_NAMES, COCO_TO_VID
 from eventful_det.data.coco_video import CocoVideo
 from eventful_det.data.frame_reader import FrameReader
-from eventful_det.data.labelling.teacher import Teacher
 from eventful_det.data.source import VideoFrame
 from eventful_det.data.video.transforms import Image
 from eventful_det.detectors.protocol import S, VideoDetector
 from eventful_det.detectors.results import Detections
-from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import Entry, category_ids, coco_results, evaluate
+from eventful_det.evaluation.small_cnn import Look
 from eventful_det.evaluation.sweep.runs import Method
 from eventful_det.outputs import markdown_table
 from eventful_det.runtime.control import Stepper
 from eventful_det.runtime.motion import BoxMover
 from eventful_det.runtime.session import KeyFrame, StreamSession
 
-_NMS = 0.55  # overlap from which two answers of a CNN are one object
 _TICK = 1e-9  # seconds that rounding may take
-
-Look = Callable[[Image], tuple[Detections, float]]
-"""Detects in the next frame that it is given, and tells how many seconds that took."""
 
 
 @dataclass(frozen=True)
@@ -114,30 +103,6 @@ def detector_look(detector: VideoDetector[S], method: Method) -> Look:
         assert isinstance(key, KeyFrame)
         (result,) = stepper.step([(session, key)])
         return result.detections.to("cpu"), time.perf_counter() - began
-
-    return look
-
-
-def cnn_look(cnn: Teacher, names: Sequence[str]) -> Look:
-    """A COCO-trained ONNX detector, its classes those of `names` that it knows.
-
-    Raises:
-        UserError: it knows none of them.
-    """
-    ours = [COCO_TO_VID.get(name, name) for name in COCO_NAMES]
-    labels = np.array([names.index(name) if name in names else -1 for name in ours], np.int64)
-    if (labels < 0).all():
-        raise UserError(f"{cnn.path} knows none of the classes of the weights")
-
-    def look(image: Image) -> tuple[Detections, float]:
-        began = time.perf_counter()
-        answers = cnn(image)
-        answers.labels = labels[answers.labels]
-        answers = answers.where(answers.labels >= 0)
-        values: list[Tensor] = [torch.from_numpy(v) for v in (answers.boxes, answers.scores, answers.labels)]
-        kept = batched_nms(values[0], values[1].float(), values[2], _NMS)
-        found = Detections(values[0][kept], values[1][kept].float(), values[2][kept])
-        return found, time.perf_counter() - began
 
     return look
 
