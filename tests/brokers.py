@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 mqtt = pytest.importorskip("paho.mqtt.client", reason="paho-mqtt is not installed")
+KEEP = "persistence true\nautosave_on_changes true\nautosave_interval 1\npersistence_location {folder}/\n"
 MOSQUITTO = shutil.which("mosquitto") or shutil.which("/usr/sbin/mosquitto")
 
 
@@ -36,7 +37,8 @@ class Broker:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port: int = free.getsockname()[1]
         self._config = folder / "mosquitto.conf"
-        self._config.write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\n{more}")
+        # Started by root it would become the user mosquitto, who may not write here: then it keeps nothing.
+        self._config.write_text(f"user root\nlistener {self.port} 127.0.0.1\nallow_anonymous true\n{more}")
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

@@ -246,7 +246,7 @@ class _Reader:
         for key, child in children.items():
             try:
                 refuse_unknown({key: None}, hints, name)
-                sound &= self._check(hints[key], value[key], child, f"{name}.{key}".strip("."))
+                sound &= self._check(hints[key], value[key], child, _dotted(name, key))
             except UserError as error:
                 self.faults.append((child.start_mark.line + 1, str(error)))
         if sound:
@@ -260,7 +260,7 @@ class _Reader:
             if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
                 raise UserError(f"{name}: the name {getattr(key, 'value', 'of a group')!r} has to stand in quotes")
             found[key.value] = child
-            self.lines[f"{name}.{key.value}".strip(".")] = line
+            self.lines[_dotted(name, key.value)] = line
         return found
 
 
@@ -272,6 +272,10 @@ def _wanted(site: Site) -> Iterator[tuple[str, dict[str, Limits] | tuple[str, ..
             yield f"cameras.{name}.zones.{zone}", one.classes
         for line, other in camera.lines.items():
             yield f"cameras.{name}.lines.{line}", other.classes
+
+
+def _dotted(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
 
 
 def _check_name(name: str) -> None:

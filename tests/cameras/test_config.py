@@ -110,6 +110,7 @@ def test_classes_that_the_detector_does_not_know(tmp_path: Path) -> None:
         ("cameras: 3", "cameras must be a group of options"),
         ("cameras: {1: {source: 0}}", "'1' has to stand in quotes"),
         ("cameras: {'a/b': {source: 0}}", "a name has letters, digits, - and _ only"),
+        ("cameras: {'.a.': {source: 0}}", "a name has letters, digits, - and _ only"),
         ("cameras: {a: {source: -1}}", "source must be"),
         ("cameras: {a: {source: 0, hold: often}}", "hold must be"),
         ("cameras: {a: {source: 0, min_area: 0.5, max_area: 0.1}}", "min_area must be at most max_area"),

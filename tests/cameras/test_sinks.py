@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brokers import Broker, Subscriber, wait
+from brokers import KEEP, Broker, Subscriber, wait
 
 from eventful_det.cameras.config import Camera, Mqtt, Webhook, Zone
 from eventful_det.cameras.events import Event
@@ -98,6 +98,27 @@ def test_a_broker_that_is_killed_gets_all_events_when_it_is_back(journal: Journa
     late.close()
     sink.close()
     subscriber.close()
+
+
+def test_a_broker_that_keeps_what_it_has_loses_no_event_when_it_is_killed(journal: Journal, tmp_path: Path) -> None:
+    """Whoever subscribed is known to it afterwards, and gets what came meanwhile."""
+    broker, kept = Broker(tmp_path, KEEP.format(folder=tmp_path)), tmp_path / "mosquitto.db"
+    broker.start()
+    Subscriber(broker.port, "eventful/+/event").close()
+    sink = MqttSink(journal, Mqtt(host="127.0.0.1", port=broker.port))
+    sink.start()
+    try:
+        event = Event(kind="enter", camera="gate")
+        journal.append(event)
+        wait(lambda: kept.exists() and event.id.encode() in kept.read_bytes())
+        broker.kill()
+        broker.start()
+        subscriber = Subscriber(broker.port, "none")
+        wait(lambda: [told["id"] for told in subscriber.events("gate")] == [event.id])
+        subscriber.close()
+    finally:
+        sink.close()
+        broker.kill()
 
 
 def test_events_that_a_process_could_not_deliver_come_after_its_next_start(tmp_path: Path, broker: Broker) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,29 @@ def test_mot_is_a_sequence_of_the_challenge(tmp_path: Path) -> None:
     rows = (folder / "gt" / "gt.txt").read_text().splitlines()
     assert rows == ["2,5,1.00,1.00,10.00,20.00,0.9,3,1", "2,-1,1.00,1.00,10.00,20.00,0.9,3,1"]
     assert "seqLength=2" in (folder / "seqinfo.ini").read_text().splitlines()
+
+
+@pytest.mark.parametrize("kind", ["mot", "cvat", "yolo"])
+def test_names_of_classes_are_a_line_each(tmp_path: Path, kind: str) -> None:
+    """Else whatever comes after them is read as another class, or not at all."""
+    info = VideoInfo("a.mp4", ("two\nlines", "\x01\ud800", "dog"), 25.0)
+    line = {"frame_index": 0, "size": {"height": HEIGHT, "width": WIDTH}}
+    found = [{"box": [0, 0, 10, 20], "score": 0.9, "label": label} for label in range(3)]
+    (tmp_path / "lines").write_text(json.dumps({**line, "detections": found}))
+    target = tmp_path / EXPORTS[kind][0]
+    export_detections(tmp_path / "lines", kind, target, info)
+    labels = {"mot": target / "gt" / "gt.txt", "cvat": target, "yolo": target / "labels"}[kind]
+    data, _ = import_annotations(labels, media=pictures(tmp_path / "img1", ["a_1"]))
+    assert [name for frame in contents(data) for name, *_ in frame] == ["two lines", "\ufffd\ufffd", "dog"]
+
+
+def test_a_full_disk_is_an_error_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(_: str) -> sqlite3.Connection:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    with pytest.raises(OSError, match="disk is full, for temporary files"):
+        export(tmp_path, [[]], "cvat")
 
 
 def test_long_videos_need_no_memory(tmp_path: Path) -> None:

@@ -91,6 +91,14 @@ def test_folders(tiny_detector: Detector, tmp_path: Path) -> None:
         EventfulRFDETR.from_pretrained(folder)
 
 
+def test_a_damaged_folder_is_told_of_as_what_it_is(tiny_detector: Detector, tmp_path: Path) -> None:
+    tiny_detector.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"model.safetensors is not a readable safetensors file"):
+        load_detector(tmp_path)
+
+
 def test_the_card_can_be_read_by_the_hub_and_is_not_overwritten(tiny_detector: Detector, tmp_path: Path) -> None:
     tiny_detector.save_pretrained(tmp_path, NOTES)
     card = (tmp_path / "README.md").read_text()

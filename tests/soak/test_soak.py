@@ -28,7 +28,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from brokers import Broker, Subscriber, wait
+from brokers import KEEP, Broker, Subscriber, wait
 from running import ENVIRONMENT, ROOT
 from servers import Server, why_not
 
@@ -41,7 +41,6 @@ SECONDS = float(os.environ.get("EVENTFUL_SOAK", "20"))
 LONG = 600.0  # seconds from which on memory is judged
 SLOPE = 1.0  # megabytes in 10 minutes that memory may grow
 DISK = 6  # megabytes of the disk for clips
-KEEP = "persistence true\nautosave_on_changes true\nautosave_interval 1\npersistence_location {folder}/\n"
 SIZES = ((192, 128, 25), (128, 192, 10), (256, 144, 15), (160, 160, 5), (320, 180, 12))  # width, height, rate
 SECRET = "a secret of a few words"
 

@@ -27,11 +27,12 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape, quoteattr
 
+from eventful_det.errors import printable
 from eventful_det.files import JsonObject
 from eventful_det.outputs import file_names
 
@@ -82,9 +83,16 @@ def export_detections(lines: Path, kind: str, target: Path, info: VideoInfo) -> 
         kind: one of `EXPORTS`.
         target: the file or folder, which must not be there yet.
         info: of the video.
+
+    Raises:
+        OSError: something cannot be written.
     """
-    with lines.open(encoding="utf-8") as file:
-        EXPORTS[kind][1](map(json.loads, file), target, info)
+    info = replace(info, classes=tuple(printable(name) for name in info.classes))  # a line each; XML takes no others
+    try:
+        with lines.open(encoding="utf-8") as file:
+            EXPORTS[kind][1](map(json.loads, file), target, info)
+    except sqlite3.Error as error:
+        raise OSError(f"{error}, for temporary files") from error
 
 
 def _write_mot(lines: Lines, folder: Path, info: VideoInfo) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from eventful_det.detectors.checkpoints.weight_files import is_ours
+from eventful_det.detectors.checkpoints.weight_files import is_ours, read_tensors
 from eventful_det.detectors.hub import WEIGHTS, fetch
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.rf_detr.sizes import NAMES, SIZES, random_rfdetr
@@ -57,6 +57,8 @@ def _transformers_model(source: str | os.PathLike[str]) -> tuple[Any, dict[str, 
         raise UserError("RF-DETR needs the package transformers: pip install 'transformers>=5'") from None
     folder = _fetched(str(source)) if source in NAMES else _folder(Path(source))
     config = _json(folder / "config.json")
+    if config is None and (folder / WEIGHTS).is_file():
+        read_tensors(folder / WEIGHTS)  # may be a detector of ours that is damaged: then this says so
     if config is None or not list(folder.glob("*.safetensors")):
         raise UserError(
             f"{folder} has no {'config.json' if config is None else WEIGHTS}; a folder of RF-DETR has config.json, "
