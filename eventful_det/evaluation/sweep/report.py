@@ -22,16 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, told apart by colour-blind readers and in grey print; markers tell the same again.
-_STYLES = (
-    ("#0072B2", "o"),
-    ("#56B4E9", "D"),
-    ("#D55E00", "s"),
-    ("#999999", "v"),
-    ("#009E73", "^"),
-    ("#CC79A7", "p"),
-    ("#E69F00", "<"),
-    ("#000000", "h"),
-)
+_COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#999999", "#009E73", "#CC79A7", "#E69F00", "#000000")
+_MARKERS = "oDsv^p<hX"  # one more than there are colours, so that no two of many curves look alike
 _CLOSE = 0.02  # "as good as dense" is drawn as a band of two points
 _DEPTH = 0.3  # how far below dense the picture reaches at most
 _PANELS = ("backbone, GMACs per frame", "whole detector, GMACs per frame", "time per frame, ms")
@@ -95,7 +87,8 @@ def plot(rows: Sequence[Row], path: Path, title: str = "") -> None:
 
     figure = Figure(figsize=(13.5, 5.4), dpi=160, layout="constrained")
     curves = list(dict.fromkeys(row.curve for row in rows if row.curve != DENSE))
-    styles = dict(zip(curves, itertools.cycle(_STYLES)))
+    colours, markers = itertools.cycle(_COLOURS), itertools.cycle(_MARKERS)
+    styles = {curve: (next(colours), next(markers)) for curve in curves}
     dense = next((row for row in rows if row.curve == DENSE), None)
     labelled = any(math.isfinite(row.ap50) for row in rows)
     precision = attrgetter("ap50" if labelled else "agreement50")
