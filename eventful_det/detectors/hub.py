@@ -16,7 +16,7 @@ from eventful_det.outputs import write_text
 
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
-_REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
+_REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?!.*\.\.)(\w[\w./-]*))?", re.ASCII)
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".pkl", ".bin", ".onnx")
 _FILES = ["*.json", "*.safetensors", CARD]
 

@@ -148,6 +148,13 @@ def test_a_folder_or_file_comes_before_the_hub(tiny_detector: Detector, hub: Fak
         load_detector("runs/mine.safetensors")  # a file, and no name of the Hub
 
 
+@pytest.mark.parametrize("revision", ["../../x", "a/../../x", "/etc/hostname", ".", "-x"])
+def test_a_revision_does_not_lead_out_of_the_cache(revision: str, hub: FakeHub) -> None:
+    """The Hub's client reads the file of that name."""
+    with pytest.raises(UserError, match="neither a file"):
+        load_detector(f"me/tiny@{revision}")
+
+
 @pytest.mark.parametrize("name", ["me/none", "me/none@main"])
 def test_what_cannot_be_fetched(name: str, hub: FakeHub) -> None:
     with pytest.raises(UserError) as error:
