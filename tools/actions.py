@@ -38,10 +38,12 @@ _STEPS = {"vivit_b_epic": (50, 100, 200), "vivit_b_k400": (24, 48, 96)}  # token
 
 def recognises(task: Task | None, weights: str | None) -> bool:
     """Whether a tool is to recognise actions: it is told to, or the weights are a recogniser's."""
-    if task is not None or weights is None or is_rf_detr(weights):
+    if task is not None or weights is None:
         return task == "recognition"
-    if is_engine(Path(weights)):
+    if is_engine(Path(weights)):  # asked first: any folder may be one of RF-DETR
         return holds_recogniser(Path(weights))
+    if is_rf_detr(weights):
+        return False
     try:
         path = find_weights(weights)
     except UserError:

@@ -216,7 +216,9 @@ class Run:
             UserError: the source or the files failed.
             KeyboardInterrupt: someone wanted it to stop.
         """
-        first = next(self._results)  # the outputs of an earlier run stay until the source has proved to work
+        first = next(self._results, None)  # the outputs of an earlier run stay until the source has proved to work
+        if first is None:
+            raise UserError(f"{self.source.name}: too short; a step takes two or more frames of one scene")
         self._dense_seconds = self.time_dense(first)
         outputs = self.make_outputs()
         began, stopped = time.perf_counter(), None
@@ -371,8 +373,10 @@ def build(options: Options, sources: Sequence[str | Path]) -> AnyDetector | Reco
     """The detector or recogniser that the options ask for."""
     if not actions.recognises(options.task, options.weights):
         return build_detector(options, sources)
-    if options.format is not None:
-        raise UserError("format is for detections; a recogniser of actions writes actions.jsonl")
+    boxes = ("labels", "classes", "short_side", "long_side", "live", "shadow_every", "track", "format", "compare")
+    given = [name for name in boxes if getattr(options, name)] + ["hold"] * (options.hold != "auto")
+    if given:
+        raise UserError(f"{', '.join(given)}: for detectors; a recogniser of actions has no boxes")
     return load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))
 
 

@@ -314,6 +314,8 @@ def evaluate_all(config: Options) -> None:
 
 def evaluate_recogniser(config: Options) -> None:
     """Evaluate a recogniser on clips, then write the results."""
+    if given := [name for name in ("labels", "common_classes", "rescore", "max_frames") if getattr(config, name)]:
+        raise UserError(f"{', '.join(given)}: for detectors; a recogniser of actions sees whole clips and no boxes")
     directory, weights = Path(config.output), config.weights or actions.DEFAULT
     gate = None if config.eval.curves is not None else actions.own_gate(build_gate(config.gate))
     recogniser = load_recogniser(weights, temporal_views=config.temporal_views, precision=config.precision).to(

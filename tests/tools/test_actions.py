@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import actions
 import convert_weights
 import count_flops
+import cv2
 import demo
 import eval_net
+import numpy as np
 import pytest
 import torch
 import train_net
@@ -17,6 +20,7 @@ from common import Data
 from eval_actions import groups_of
 from running import ROOT, options_of, run
 
+from eventful_det.engine.folder import FORMAT, MANIFEST
 from eventful_det.errors import UserError
 from eventful_det.recognition.accuracy import Scored, accuracy
 from eventful_det.recognition.checkpoints import load_recogniser
@@ -110,6 +114,27 @@ def test_demo_of_actions(clips: Path, trained: dict[str, Any], tmp_path: Path) -
     assert [line["frame_index"] for line in lines] == [1, 3, 5, 7]
     assert all(len(line["classes"]["action"]) == 5 for line in lines)
     assert results_in(tmp_path)["frames"] == 4 and (tmp_path / "annotated.mp4").stat().st_size > 0
+
+
+def test_demo_says_that_a_video_is_too_short_for_a_step(trained: dict[str, Any], tmp_path: Path) -> None:
+    picture = tmp_path / "one.png"
+    cv2.imwrite(str(picture), np.zeros((32, 32, 3), np.uint8))
+    options = [f"source={picture}", f"weights={trained['weights']}", f"output={tmp_path / 'out'}", "device=cpu"]
+    with pytest.raises(UserError, match="too short"):
+        demo.run(options_of("demo", *options))
+
+
+def test_options_for_detectors_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="rescore, max_frames: for detectors"):
+        options = ["data=actions", "rescore=true", "max_frames=4", f"output={tmp_path}"]
+        eval_net.run(options_of("eval_net", *options))
+
+
+def test_the_folder_of_an_engine_is_known_as_a_recogniser(tmp_path: Path) -> None:
+    for model in ("recogniser", "vitdet"):
+        about = {"format": FORMAT, "model": model, "engine": "openvino", "size": 32, "buckets": 1, "config": 0}
+        (tmp_path / MANIFEST).write_text(json.dumps(about))
+        assert actions.recognises(None, str(tmp_path)) == (model == "recogniser")
 
 
 @pytest.mark.parametrize("names", ["official", "tadaconv"])

@@ -137,7 +137,8 @@ def test_formats_of_other_programs(weights: str, tmp_path: Path, monkeypatch: py
     [
         (["format=voc"], "format must be"),
         (["format=[mot,voc]"], "format must be"),
-        (["weights=vivit_tiny_synthetic", "format=mot"], "format is for detections"),
+        (["weights=vivit_tiny_synthetic", "format=mot", "hold=2"], "format, hold: for detectors"),
+        (["weights=vivit_tiny_synthetic", "live=true"], "live: for detectors"),
     ],
 )
 def test_formats_that_there_are_not(options: list[str], message: str, tmp_path: Path) -> None:
