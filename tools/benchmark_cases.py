@@ -66,7 +66,7 @@ class Case:
     fraction: Share | None = None
     changes: Changes = "synthetic"
     methods: tuple[str, ...] | None = None
-    buckets: tuple[float | int, ...] = SHARES
+    buckets: tuple[int | float, ...] = SHARES
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

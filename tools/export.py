@@ -35,7 +35,7 @@ class Options:
     weights: str | None
     format: Literal["openvino", "onnx"]
     size: tuple[Count, Count] | None
-    buckets: tuple[float | int, ...]
+    buckets: tuple[int | float, ...]
     output: str | None
 
 

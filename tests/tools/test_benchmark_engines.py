@@ -9,12 +9,14 @@ import benchmark
 import numpy as np
 import pytest
 import torch
+from benchmark_cases import Case
 from benchmark_engines import compare, markdown
 from running import options_of
 from videos import encode
 
 from eventful_det.benchmark.timing import Call, Timed
 from eventful_det.errors import UserError
+from eventful_det.options import from_values
 
 SMALL = "{dim: 48, depth: 4, heads: 3, global_blocks: [1,3], channels: 16, box_fc: [64], proposals: 20}"
 CASE = f"{{model: vitdet_tiny, size: [64,96], fraction: 0.25, buckets: [0.25], config: {SMALL}}}"
@@ -86,3 +88,10 @@ def test_mistakes() -> None:
         benchmark.run(options_of("benchmark", "engine=[torch]", "only=backbone 672"))
     with pytest.raises(UserError, match="engine"):
         options_of("benchmark", "engine=[fast]")
+
+
+def test_a_bucket_of_two_windows_is_a_number_and_no_share() -> None:
+    case = from_values(Case, {"model": "vitdet_tiny", "size": [64, 64], "fraction": 0.5, "buckets": [2, 0.25]}, "case")
+    assert [type(bucket) for bucket in case.buckets] == [int, float]
+    options = options_of("export", "weights=vitdet_tiny_vid", "buckets=[2,0.25]")
+    assert [type(bucket) for bucket in options.buckets] == [int, float]
