@@ -233,7 +233,7 @@ def test_it_is_a_video_detector() -> None:
     """Our own streams run on it, and find what its inference finds."""
     images = [x["image"].permute(1, 2, 0).to(torch.uint8).numpy() for x in video(4)]
     model = eventful(budget=0.3, short_side=96, long_side=160, names=SMALL.classes)
-    streamed = list(model.stream(images, budget=0.3))
+    streamed = list(model.stream(images, budget=0.3, hold=1))
     inputs = [{"image": torch.from_numpy(x).permute(2, 0, 1)} for x in images]
     found = run(model, [x | {"video_id": 0, "frame_id": i} for i, x in enumerate(inputs)])
     for ours, theirs in zip(streamed, found, strict=True):
