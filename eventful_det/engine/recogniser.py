@@ -14,7 +14,6 @@ from eventful_det.engine.costs import BucketCosts
 from eventful_det.engine.rows import CompiledRows, RowsGraph, for_grid
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
-from eventful_det.gating.macs import dense_macs
 from eventful_det.gating.rules import DEFAULT_RULE, AnyRule, Rule, step_streams
 from eventful_det.gating.selector import DEFAULT, RandomK, Select
 from eventful_det.gating.spec import ViTSpec
@@ -118,21 +117,9 @@ class _CompiledDense(Dense):
 
     recogniser: CompiledRecogniser
 
-    def step(
-        self,
-        vit: ViTSpec,
-        frames: Sequence[Tensor],
-        states: Sequence[StreamState],
-        select: Select,
-        saliency: Sequence[Tensor | None],
-    ) -> list[Update]:
-        updates = []
-        for frame, state in zip(frames, states, strict=True):
-            flush, state.frame = state.frame == 0, state.frame + 1
-            index = torch.arange(state.grid[0] * state.grid[1])
-            tokens, macs = torch.zeros(*state.grid, 0), dense_macs(vit.shape, state.grid)
-            updates.append(Update(tokens, self.recogniser._dense(frame), index, torch.ones(len(index)), flush, macs))
-        return updates
+    def _run(self, vit: ViTSpec, frame: Tensor) -> tuple[Tensor, Tensor | None]:
+        grid = vit.grid(*frame.shape[-2:])
+        return torch.zeros(*grid, 0), self.recogniser._dense(frame)  # of the tokens nothing is asked
 
 
 class DenseGraph(nn.Module):

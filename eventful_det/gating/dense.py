@@ -40,8 +40,12 @@ class Dense:
         updates = []
         for frame, state in zip(frames, states, strict=True):
             flush, state.frame = state.frame == 0, state.frame + 1
-            tokens, prefix = vit.dense(frame)
+            tokens, prefix = self._run(vit, frame)
             index = torch.arange(state.grid[0] * state.grid[1], device=tokens.device)
             macs = dense_macs(vit.shape, state.grid, padded_linear=True)
             updates.append(Update(tokens, prefix, index, torch.ones(len(index), device=index.device), flush, macs))
         return updates
+
+    def _run(self, vit: ViTSpec, frame: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens `(H, W, C)` and prefix tokens of a frame; an engine has a graph for them."""
+        return vit.dense(frame)
