@@ -113,6 +113,7 @@ def test_classes_that_the_detector_does_not_know(tmp_path: Path) -> None:
         ("cameras: {'.a.': {source: 0}}", "a name has letters, digits, - and _ only"),
         ("cameras: {a: {source: -1}}", "source must be"),
         ("cameras: {a: {source: 0, hold: often}}", "hold must be"),
+        ("cameras: {a: {source: 0, record: 1}}", "record must be true or false, got 1"),
         ("cameras: {a: {source: 0, min_area: 0.5, max_area: 0.1}}", "min_area must be at most max_area"),
         ("cameras: {a: {source: 0, min_area: 0.5, classes: {car: {max_area: 0.1}}}}", "min_area must be at most"),
         ("cameras: {a: {source: 0, lines: {x: {start: [0, 0], end: [0, 0]}}}}", "two points"),
