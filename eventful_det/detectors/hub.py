@@ -86,7 +86,9 @@ class HubDetector:
             raise UserError(f"{source} is a {type(detector).__name__}, no {cls.__name__}; open it with load_detector")
         return detector
 
-    def save_pretrained(self: _Saving, folder: str | os.PathLike[str], notes: Mapping[str, object] | None = None) -> None:
+    def save_pretrained(
+        self: _Saving, folder: str | os.PathLike[str], notes: Mapping[str, object] | None = None
+    ) -> None:
         """Write weights and a model card into a folder, for `from_pretrained`. A card that is there stays.
 
         Args:
