@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -187,3 +188,12 @@ def test_the_console_command_works_anywhere(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a b/results.json").is_file()
+
+
+@pytest.mark.parametrize("tool", ["demo", "serve"])
+def test_a_missing_library_for_ids_is_told_before_anything_is_loaded(
+    tool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackers", None)
+    with pytest.raises(UserError, match="track ids need the trackers library"):
+        importlib.import_module(tool).run(options_of(tool, "track=true", "weights=none.safetensors"))
