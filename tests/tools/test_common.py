@@ -103,7 +103,7 @@ def test_switches(text: str) -> None:
         ("train_net", "mix=[{", "mix must be a list, each a group of options"),
         ("demo", "--output", "--output needs a value"),
         ("serve", "port=abc", "port must be a whole number from 0 to 65535, got 'abc'"),
-        ("serve", "expose=2", "expose must be true or false, got 2"),
+        ("serve", "expose=2", "expose must be true or false, got '2'"),
         ("serve", "upload_mb=0", "upload_mb must be a number above 0"),
         ("convert_weights", "dtype=int8", "dtype must be 'float32' or 'float16' or 'bfloat16'"),
         ("convert_weights", "notes=5", "notes must be a group of options"),
