@@ -200,6 +200,8 @@ class CameraService:
             lines += [f'eventful_sink_{key}{{sink="{name}"}} {value}' for name, value in values.items()]
         lines += _metric("lost_files_total", "counter", "Clips and snapshots that could not be written.")
         lines.append(f"eventful_lost_files_total {self.library.lost}")
+        lines += _metric("lost_events_total", "counter", "Events that no disk took, and too many for memory.")
+        lines.append(f"eventful_lost_events_total {self.journal.lost}")
         return "\n".join(lines) + "\n"
 
     def _run(self) -> None:

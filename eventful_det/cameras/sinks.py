@@ -294,7 +294,7 @@ class MqttSink(Sink):
                 occupied = {"name": f"{label} occupancy", "state_topic": topic, "device_class": "occupancy"}
                 occupied |= {"value_template": "{{ 'ON' if value_json.count > 0 else 'OFF' }}"}
                 for kind, entity in (("sensor", count), ("binary_sensor", occupied)):
-                    identity = {"unique_id": f"{key}_{kind}", "object_id": f"{key}_{kind}"}
+                    identity = {"unique_id": f"{key}_{kind}", "default_entity_id": f"{kind}.{key}_{kind}"}
                     found[f"{self._options.discovery}/{kind}/{key}/config"] = json.dumps(
                         {**entity, **identity, **shared}
                     )

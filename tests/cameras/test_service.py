@@ -94,6 +94,7 @@ def test_cameras_of_a_file_tell_what_happens(tiny_detector: Detector, tmp_path: 
         text = site.client.get("/metrics", headers=headers).text
         assert 'eventful_camera_online{camera="gate"} 1' in text
         assert f'eventful_events_total{{camera="gate",kind="online"}} {site.service.counts["gate", "online"]}' in text
+        assert "eventful_lost_events_total 0" in text
     events = site.events()
     enter = next(event for event in events if event["kind"] == "enter")
     assert enter["camera"] == "gate" and enter["class"] in tiny_detector.names and len(enter["box"]) == 4

@@ -58,6 +58,9 @@ def test_events_reach_a_broker_and_home_assistant_finds_the_cameras(journal: Jou
     wait(lambda: subscriber.newest("homeassistant/binary_sensor/eventful_yard/config"))
     found = json.loads(subscriber.newest("homeassistant/sensor/eventful_gate_zones_drive/config") or "")
     assert found["state_topic"] == "eventful/gate/zones/drive/count" and found["unique_id"]
+    assert found["default_entity_id"] == "sensor.eventful_gate_zones_drive_sensor" and "object_id" not in found, (
+        "gone since 2026.4"
+    )
     assert {one["topic"] for one in found["availability"]} == {"eventful/status", "eventful/gate/status"}
     sink.configure({"gate": CAMERA})  # the yard is withdrawn
     wait(lambda: subscriber.newest("homeassistant/binary_sensor/eventful_yard/config") == "")
