@@ -207,6 +207,18 @@ def test_images_of_cvat(tmp_path: Path, layout: str) -> None:
     assert all(frame.annotations[0].box == (1, 2, 9, 30) for frame in data.frames)
 
 
+def test_pictures_that_happen_to_lie_beside_the_labels_are_no_frames(tmp_path: Path) -> None:
+    """As in the folder of a run, with cost.png and a film that has the boxes drawn in."""
+    path = write_labels(tmp_path, "cvat_xml")
+    cv2.imwrite(str(tmp_path / "cost.png"), np.zeros((9, 9), np.uint8))
+    write_frames(tmp_path, "cvat_xml", True).rename(tmp_path / "annotated.mp4")
+    with pytest.raises(UserError, match="no pictures and no video beside the labels"):
+        import_annotations(path)
+    write_frames(tmp_path, "cvat_xml", True)
+    data, problems = import_annotations(path)
+    assert not problems and sorted(content(data)) == sorted(OBJECTS)
+
+
 def test_what_cannot_be_imported_is_said_in_one_line(tmp_path: Path) -> None:
     yolo = write_labels(tmp_path / "a/labels", "yolo")
     for change, message in (

@@ -159,11 +159,11 @@ def _find_media(path: Path, labels: VideoLabels) -> Path:
     up = base.parent
     folders = [twin, base / "img1", base / "images", up / "img1", up / "images", up / "JPEGImages", base, up]
     for folder in folders:
-        pictures = list(_files(folder, IMAGE_SUFFIXES))
-        if any(labels.first is not None or picture.stem in labels.marks for picture in pictures):
+        numbered = labels.first is not None and folder not in (base, up)  # any picture may lie beside the labels
+        if any(numbered or picture.stem in labels.marks for picture in _files(folder, IMAGE_SUFFIXES)):
             return folder
     for folder in (base, up):
-        videos = list(_files(folder, VIDEO_SUFFIXES))
+        videos = [video for video in _files(folder, VIDEO_SUFFIXES) if video.name != "annotated.mp4"]  # has boxes in it
         named = [video for video in videos if any(name.startswith(video.stem) for name in (base.name, *labels.marks))]
         if len(videos) == 1 or len(named) == 1:
             return (named or videos)[0]
