@@ -4,12 +4,6 @@ from setuptools import find_namespace_packages, setup
 
 PLOTS = ["matplotlib>=3.8"]  # cost.png of detect, plots of sweeps
 TRAIN = ["tensorboard>=2.15"]  # training curves
-SERVE = [
-    "fastapi>=0.115",  # routes, validation and their tests
-    "uvicorn>=0.30",  # the HTTP server
-    "websockets>=13",  # pictures to the browser, over one connection for all streams
-]
-CAMERAS = ["paho-mqtt>=2"]  # events to MQTT brokers, and so to Home Assistant
 CONFIGS = [
     "eventful_det.configs",
     *(f"eventful_det.configs.{folder}" for folder in find_namespace_packages("configs", exclude=["detectron2*"])),
@@ -35,6 +29,10 @@ setup(
         "safetensors>=0.4",  # weights without pickle
         "pyyaml>=6",  # names of classes beside labels of YOLO
         "rich>=13",  # progress bars and tables
+        "fastapi>=0.115",  # routes of the page, validation and their tests
+        "uvicorn>=0.30",  # the HTTP server
+        "websockets>=13",  # pictures to the browser, over one connection for all streams
+        "paho-mqtt>=2",  # events to MQTT brokers, and so to Home Assistant
     ],
     extras_require={
         "fast": ["faster-coco-eval>=1.6"],  # average precision in half the time
@@ -45,8 +43,6 @@ setup(
         # detectron2 is not on PyPI; docs/detectron2.md has the commands that install it
         "plots": PLOTS,
         "train": TRAIN,
-        "serve": SERVE,
-        "cameras": [*SERVE, *CAMERAS],  # eventful-det serve cameras.yaml
         "openvino": ["openvino>=2025.0"],  # tools/export.py format=openvino, and its engine
         "onnx": ["onnxruntime>=1.18", "onnx>=1.16"],  # the same for format=onnx
         "hf": ["transformers>=5.3"],  # RF-DETR
@@ -63,8 +59,6 @@ setup(
         "dev": [
             *PLOTS,
             *TRAIN,
-            *SERVE,
-            *CAMERAS,
             "pytest>=8",  # tests
             "pytest-xdist>=3",  # tests on all cores
             "hypothesis>=6",  # property tests of index arithmetic
