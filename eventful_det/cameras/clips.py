@@ -335,6 +335,8 @@ class _CopiedClip(_Clip):
         super().__init__(file)
         self._container: Any = av.open(file, "w", format="mp4", options=OPTIONS)
         self._out = self._container.add_stream_from_template(stream)
+        if stream.codec_context.name == "hevc":
+            self._out.codec_context.codec_tag = "hvc1"  # Apple's players take no other
         self._clock: Fraction = stream.time_base
         self._first: int | None = None
         self._last, self._step = -1, 1

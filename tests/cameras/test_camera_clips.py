@@ -67,6 +67,24 @@ def test_a_clip_is_copied_from_the_key_frame_before_the_event_on(film: Path, tmp
         assert container.streams.video[0].start_time == 0
 
 
+def test_a_clip_of_hevc_plays_on_apple(tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "film.mp4"
+    try:
+        with av.open(str(path), "w") as container:
+            stream: Any = container.add_stream("libx265", rate=10, options={"x265-params": "log-level=none:keyint=5"})
+            stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+            for i in range(30):
+                frame = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 40 + 3 * i, np.uint8), "rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    except av.error.EncoderNotFoundError:
+        pytest.skip("no encoder for HEVC")
+    clip = play(path, Recorder(Library(tmp_path, Clips(before=1.0, after=1.0)), "gate"), monkeypatch, 15)
+    with av.open(str(tmp_path / clip)) as copied:
+        assert copied.streams.video[0].codec_context.codec_tag == "hvc1"
+        assert sum(1 for _ in copied.decode(video=0)) >= 15
+
+
 def test_memory_stays_bounded_without_events(film: Path, tmp_path: Path, monkeypatch: Any) -> None:
     recorder = Recorder(Library(tmp_path, Clips(before=1.0)), "gate")
     play(film, recorder, monkeypatch, -1)
