@@ -20,7 +20,9 @@ from eventful_det.detectors.vitdet.detector import Detector
 def file(clip: Path, tmp_path: Path) -> Path:
     path = tmp_path / "cameras.yaml"
     zone = "{polygon: [[0, 0], [1, 0], [1, 1]], score: 0.25}"
-    path.write_text(f"# mine\ncameras:\n  gate:\n    source: {clip}\n    zones:\n      old: {zone}\n")
+    path.write_text(
+        f"# mine\ncameras:\n  gate:\n    source: {clip}\n    zones:\n      old: {zone}\n  other: {{source: 99}}\n"
+    )
     return path
 
 
@@ -64,8 +66,13 @@ def test_masks_and_zones_are_drawn_and_saved(page: Page, file: Path) -> None:  #
     page.until(lambda: "zone drive, 3 points" in page.text("#shapes"))
     assert "79 % from the left, 75 % from the top; zone drive, 3 points" in page.text("#told")
 
-    page.find("#save").click()
+    page.find("#camera").send_keys("other")
+    page.until(lambda: "is not saved" in page.text("#told"))
+    assert page.find("#camera").get_attribute("value") == "gate", "what is drawn is not dropped"
+
+    page.find("#save").send_keys(Keys.ENTER)
     page.until(lambda: "Saved" in page.text("#told"))
+    assert page.driver.switch_to.active_element.get_attribute("id") == "save", "the keyboard stays where it was"
     gate = read_site(file).cameras["gate"]
     (mask,) = gate.masks
     assert [value for point in mask for value in point] == pytest.approx([0.1, 0.1, 0.5, 0.1, 0.5, 0.9], abs=0.01)
