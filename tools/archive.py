@@ -1,6 +1,6 @@
 """Many recorded videos on many machines, by Ray: one video a task, the weights once per worker.
 
-Ray keeps the queue and starts dead workers anew; here is what is to be done with a video, and what became of it. The
+Ray starts workers and finds places for them; here is what is to be done with a video, and what became of it. The
 package, the videos and the output folder have to be at the same place on all machines.
 """
 
@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,16 +120,19 @@ def _results(options: demo.Options, sources: Mapping[Path, str | Path]) -> Itera
     make: Any = ray.remote(
         num_gpus=int(gpu),
         num_cpus=1,
-        max_restarts=-1,
-        max_task_retries=ATTEMPTS - 1,
         runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}},  # where the tools are
     )(Worker)
-    workers = [make.remote(options, list(sources.values()), sys.argv) for _ in range(min(places, len(sources)))]
-    waiting, tasks = deque(sources.items()), {}
+
+    def new_worker() -> Any:
+        return make.remote(options, list(sources.values()), sys.argv)
+
+    workers = [new_worker() for _ in range(min(places, len(sources)))]
+    waiting, tasks, attempts = deque(sources.items()), {}, Counter[Path]()
 
     def hand_out(worker: Any) -> None:
         if waiting:
             directory, source = waiting.popleft()
+            attempts[directory] += 1
             # Other machines have other working directories.
             path = source.resolve() if isinstance(source, Path) else source
             tasks[worker.detect.remote(path, directory.resolve())] = worker, directory
@@ -142,12 +145,19 @@ def _results(options: demo.Options, sources: Mapping[Path, str | Path]) -> Itera
         while tasks:
             (task,), _ = ray.wait(list(tasks), num_returns=1)
             worker, directory = tasks.pop(task)
+            source = sources[directory]
             try:
                 result = ray.get(task)
             except ray.exceptions.RayError as error:
-                result = UserError(f"{printable(str(sources[directory]))}: its worker failed ({_reason(error)})")
+                result = UserError(f"{printable(str(source))}: its worker failed ({_reason(error)})")
+                ray.kill(worker)  # Ray's own retries are lost on a worker that is still starting anew
+                workers[workers.index(worker)] = worker = new_worker()
+                if attempts[directory] < ATTEMPTS:
+                    waiting.appendleft((directory, source))
+                    hand_out(worker)
+                    continue
             hand_out(worker)
-            yield demo.Outcome(directory, sources[directory], result)
+            yield demo.Outcome(directory, source, result)
     except ray.exceptions.RayError as error:
         raise UserError(f"on=ray: the workers cannot begin ({_reason(error)})") from None
     finally:

@@ -115,7 +115,14 @@ def test_the_card_can_be_read_by_the_hub_and_is_not_overwritten(tiny_detector: D
 
 
 def test_notes_may_be_any_values(tiny_detector: Detector, tmp_path: Path) -> None:
-    tiny_detector.save_pretrained(tmp_path, {"epochs": 3, "datasets": ["mine", "yours"]})
+    tiny_detector.save_pretrained(
+        tmp_path,
+        {
+            "epochs": 3,
+            1: 2,  # type: ignore[dict-item]
+            "datasets": ["mine", "yours"],
+        },
+    )
     assert read_weights(tmp_path / "model.safetensors").notes["epochs"] == "3"
     _, head, body = (tmp_path / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(head)["datasets"] == ["mine", "yours"] and "- epochs: 3" in body

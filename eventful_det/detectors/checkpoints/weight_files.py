@@ -207,7 +207,7 @@ def rounded(module: HasState, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def metadata(notes: Mapping[str, object] | None, **own: str) -> dict[str, str]:
     """What a weights file says of itself: notes as text, and `format` and `config`, which no note can be."""
-    return {key: str(note) for key, note in (notes or {}).items() if key not in ("format", "config")} | own
+    return {str(key): str(note) for key, note in (notes or {}).items() if key not in ("format", "config")} | own
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
