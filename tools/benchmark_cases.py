@@ -29,6 +29,7 @@ OURS, PEERS = (DENSE, *GATED), ("peer_dense", "peer")
 TIMM = "timm:"  # before the name of a backbone of timm
 USUAL = (DENSE, "rows", "paper")  # of a case that names no methods
 EngineName = Literal["torch", "compile", "openvino", "onnxruntime"]
+Arithmetic = Literal["float32", "bfloat16", "int8"]
 Changes = Literal["synthetic", "clip", "still"]
 PARTS = {"backbone": ("backbone",), "detector": ("backbone", "heads", "total")}
 
@@ -46,7 +47,7 @@ class Options:
     peer: str | None
     only: str | None
     engine: tuple[EngineName, ...] | None
-    precision: tuple[Literal["float32", "bfloat16"], ...]
+    precision: tuple[Arithmetic, ...]
     onnx: str | None
     save: str | None
     streams: tuple[Count, ...] | None

@@ -62,9 +62,7 @@ def run(config: Options) -> None:
         images = None
         if config.calibrate is not None:
             images = (frame.image for frame in stack.enter_context(open_source(config.calibrate)))
-        export_engine(
-            network, folder, format=config.format, size=config.size, buckets=config.buckets, calibrate=images
-        )
+        export_engine(network, folder, format=config.format, size=config.size, buckets=config.buckets, calibrate=images)
     megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     height, width = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["size"]
     say(f"{folder}: {config.format}, {height} x {width} pixels, {megabytes:.0f} MB; use it as weights={folder}")

@@ -17,7 +17,7 @@ from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.detector import DIVISOR, Detector
 from eventful_det.engine.backends import SUFFIX, Backend, Format, Graph, import_package
 from eventful_det.engine.folder import FORMAT, MANIFEST
-from eventful_det.engine.int8 import Recorder, quantise
+from eventful_det.engine.int8 import Recorder, calibration_frames, quantise
 from eventful_det.engine.recogniser import CompiledRecogniser, recogniser_graphs
 from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig, rf_detr_graphs
 from eventful_det.engine.vitdet import CompiledViTDet
@@ -68,22 +68,23 @@ def export_engine(
     rule = Windows(tuple(buckets))
     if calibrate is not None and (format != "openvino" or isinstance(network, Recogniser)):
         raise UserError("int8 is for detectors in OpenVINO; leave precision and calibrate out")
+    frames = None if calibrate is None else calibration_frames(calibrate)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # a folder without one is no engine, should this be cut short
     with torch.no_grad():
         for graph in graphs_of(network, (height, width)):
             write = _write_openvino if format == "openvino" else _write_onnx
             write(graph, folder / f"{graph.name}{SUFFIX[format]}")
-    if calibrate is not None and not isinstance(network, Recogniser):
+    if frames is not None and not isinstance(network, Recogniser):
         recorder = Recorder(folder)
-        quantise(in_engine(network, (height, width), rule.buckets, recorder), recorder, folder, calibrate)
+        quantise(in_engine(network, (height, width), rule.buckets, recorder), recorder, folder, frames)
     about = {
         "format": FORMAT,
         "engine": format,
         "model": next(name for name, kind in _MODELS.items() if isinstance(network, kind)),
         "size": [height, width],
         "buckets": list(rule.buckets),
-        "precision": "float32" if calibrate is None else "int8",
+        "precision": "float32" if frames is None else "int8",
         "config": dataclasses.asdict(
             RFDETRConfig.of(network) if isinstance(network, EventfulRFDETR) else network.config
         ),

@@ -35,23 +35,17 @@ class Recorder(OpenVINO):
         return super().run(name, *inputs)
 
 
-def quantise(detector: VideoDetector[Any], recorder: Recorder, folder: Path, images: Iterable[Image]) -> None:
+def quantise(detector: VideoDetector[Any], recorder: Recorder, folder: Path, frames: Sequence[Image]) -> None:
     """Replace the graphs of a folder by their like in int8.
 
     Args:
         detector: in the engine of the folder, run by `recorder`.
         recorder: see there.
         folder: with the graphs for OpenVINO.
-        images: `(h, w, 3)` uint8 RGB: a video, of which some frames are taken, dense and gated.
-
-    Raises:
-        UserError: there is no image, or NNCF is not installed.
+        frames: `(h, w, 3)` uint8 RGB, which are run dense and gated.
     """
     nncf: Any = import_package("nncf")
     nncf.set_log_level(logging.ERROR)
-    frames = spread(images, _FRAMES)
-    if not frames:
-        raise UserError("calibrate: the video has no frame; give another")
     for rule in (None, Dense()):
         for _ in detector.stream(frames, rule=rule, scene_cuts=False, hold=1):
             pass
@@ -63,14 +57,19 @@ def quantise(detector: VideoDetector[Any], recorder: Recorder, folder: Path, ima
             graph = nncf.quantize(
                 core.read_model(path), data, subset_size=len(inputs), model_type=nncf.ModelType.TRANSFORMER
             )
-        weights = path.with_suffix(".bin")
-        import_package("openvino").save_model(graph, path.with_suffix(".new.xml"), compress_to_fp16=False)
-        path.with_suffix(".new.bin").replace(weights)  # not over those that are being read
-        path.with_suffix(".new.xml").replace(path)
+        new = path.with_suffix(".new.xml")  # not over the weights that are being read
+        import_package("openvino").save_model(graph, new, compress_to_fp16=False)
+        new.with_suffix(".bin").replace(path.with_suffix(".bin"))
+        new.replace(path)
 
 
-def spread(images: Iterable[Image], least: int) -> Sequence[Image]:
-    """At least so many images where there are, evenly spread, and fewer than twice as many."""
+def calibration_frames(images: Iterable[Image], least: int = _FRAMES) -> list[Image]:
+    """At least so many images where there are, evenly spread, and fewer than twice as many.
+
+    Raises:
+        UserError: there is none, or NNCF is not installed.
+    """
+    import_package("nncf")
     kept: list[Image] = []
     stride = 1
     for i, image in enumerate(images):
@@ -78,4 +77,6 @@ def spread(images: Iterable[Image], least: int) -> Sequence[Image]:
             kept.append(image)
         if len(kept) == 2 * least:
             kept, stride = kept[::2], 2 * stride
+    if not kept:
+        raise UserError("calibrate: the video has no frame; give another")
     return kept
