@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.comparison import compare
+from eventful_det.gating.gate import compare, select_tokens
 from eventful_det.gating.macs import Macs, ViTShape, attention_macs
 from eventful_det.gating.rows import compute_dtype
-from eventful_det.gating.selector import GateInput, Select
+from eventful_det.gating.selector import Select
 from eventful_det.gating.spec import ViTSpec
-from eventful_det.gating.state import StreamState, TensorTree, Update
+from eventful_det.gating.state import GatedState, TensorTree, Update
 from eventful_det.gating.windows import Grid, Side, windows_of
 from eventful_det.gating.windows import Windows as Places
 
@@ -48,21 +48,14 @@ class WindowTables(TensorTree):
 
 
 @dataclass
-class WindowsState(StreamState):
+class WindowsState(GatedState):
     """State of one stream under `Windows`.
 
     Attributes:
-        reference: `(N, P)` patches last let through.
-        age: `(N,)` frames since each token was let through.
         caches: per global block the keys and values `(windows, slots, 2, heads, d)`.
-        output: `(N, D)` the last computed output of every token.
         tables: worked out at a flush.
     """
 
-    reference: Tensor
-    age: Tensor
-    caches: list[Tensor]
-    output: Tensor
     tables: WindowTables | None = None
 
 
@@ -150,7 +143,7 @@ class Windows:
         channels: int,
         unit: float,
     ) -> list[Chosen]:
-        """The only decision of the frame: the windows of each stream, whose tokens then count as renewed.
+        """The windows of each stream, whose tokens then count as renewed.
 
         Args:
             compared: patches `(N, P)` of each stream.
@@ -159,20 +152,15 @@ class Windows:
             side: of a window.
             channels, unit: as for `compare`.
         """
-        gates = []
-        for stream, (now, state, weight) in enumerate(zip(compared, states, saliency, strict=True)):
-            if state.frame:
-                error, noise = compare(now, state.reference, channels, unit, now.device.type != "cpu")
-                gates.append(GateInput(error, state.age, state.frame, state.grid, weight, stream, noise))
-        asked = [gate.stream for gate in gates]
-        indices = dict(zip(asked, select(gates) if gates else (), strict=True))
+        static = any(now.device.type != "cpu" for now in compared)
+        gate = partial(compare, channels=channels, unit=unit, static=static)
+        flushes = [state.frame == 0 for state in states]
+        indices = select_tokens(gate, compared, states, flushes, select, saliency)
         choices = []
         for stream, (now, state) in enumerate(zip(compared, states, strict=True)):
             places = windows_of(state.grid, side, now.device)
             chosen = Chosen.of(places, self._windows(indices.get(stream), state.age, places))
-            state.frame += 1
-            state.age.add_(1).index_fill_(0, chosen.tokens, 1)
-            state.reference.index_copy_(0, chosen.tokens, now.index_select(0, chosen.tokens).to(state.reference.dtype))
+            state.let_through(chosen.tokens, now.index_select(0, chosen.tokens))
             choices.append(chosen)
         return choices
 
@@ -387,14 +375,7 @@ def update_of(shape: ViTShape, state: WindowsState, chosen: Chosen, tokens: Tens
     """What a frame of the `Windows` rule hands on; outputs `(W, slots, D)` are kept if there are any."""
     if tokens is not None:
         state.output.index_copy_(0, chosen.tokens, chosen.inside(tokens).to(state.output.dtype))
-    return Update(
-        tokens=state.output.unflatten(0, state.grid),
-        prefix=None,
-        changed=chosen.tokens,
-        work=torch.zeros(len(state.age), device=state.age.device).index_fill_(0, chosen.tokens, 1.0),
-        flush=flush,
-        macs=windows_macs(shape, state.grid, len(chosen.windows), everything=flush),
-    )
+    return state.update(chosen.tokens, flush, windows_macs(shape, state.grid, len(chosen.windows), everything=flush))
 
 
 @lru_cache(maxsize=256)

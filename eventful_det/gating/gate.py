@@ -1,11 +1,15 @@
-"""What changed at each token, apart from light and noise."""
+"""The gate: what changed at each token, apart from light and noise, and which tokens are selected."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from eventful_det.gating.selector import GateInput, Select
+from eventful_det.gating.state import GatedState
 
 _FITS = 6  # rounds of the robust fit of light
 _BETTER = 0.5  # light has changed if it leaves less than this of the change of the median token
@@ -25,6 +29,32 @@ class Comparison(NamedTuple):
 
     error: Tensor
     noise: Tensor | None = None
+
+
+def select_tokens(
+    compare: Callable[[Tensor, Tensor], Comparison],
+    compared: Sequence[Tensor],
+    states: Sequence[GatedState],
+    full: Sequence[bool],
+    select: Select,
+    saliency: Sequence[Tensor | None],
+) -> dict[int, Tensor]:
+    """The only decision of a frame: the tokens `(r,)` of each stream that is not recomputed in full.
+
+    Args:
+        compare: tokens and their reference, see the function of this name.
+        compared: `(N, P)` tokens of each stream.
+        states: of the streams; their references take on the light of the frame.
+        full: streams that are recomputed in full.
+        select: selects the tokens.
+        saliency: `(N,)` of each stream, see `GateInput`; or None.
+    """
+    gates = []
+    for stream, (now, state, weight) in enumerate(zip(compared, states, saliency, strict=True)):
+        if not full[stream]:
+            error, noise = compare(now, state.reference)
+            gates.append(GateInput(error, state.age, state.frame, state.grid, weight, stream, noise))
+    return dict(zip([gate.stream for gate in gates], select(gates) if gates else (), strict=True))
 
 
 def compare(
