@@ -13,7 +13,7 @@ from eventful_det.detectors.vitdet.detector import DIVISOR
 from eventful_det.errors import UserError
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
-from eventful_det.gating.whole_windows import SHARES
+from eventful_det.gating.whole_windows.rule import SHARES
 from eventful_det.options import Count, Range, Seed, Share, from_values
 
 DENSE = "dense"  # what all other methods are compared with

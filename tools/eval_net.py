@@ -75,7 +75,7 @@ from eventful_det.files import written_whole
 from eventful_det.options import Count, Natural
 from eventful_det.outputs import owned, write_json, write_text
 from eventful_det.recognition.checkpoints import load_recogniser
-from eventful_det.runtime.motion import parse_hold
+from eventful_det.runtime.motion.key_frames import parse_hold
 
 READERS = 4  # threads that read frames ahead for a GPU; on a CPU they would take time from what is measured
 REASONS = 20  # of skipped frames that results.json quotes

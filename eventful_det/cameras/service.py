@@ -30,7 +30,7 @@ from eventful_det.cameras.source import open_camera
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
 from eventful_det.outputs import owned
-from eventful_det.runtime.motion import parse_hold
+from eventful_det.runtime.motion.key_frames import parse_hold
 from eventful_det.runtime.pool.metrics import StreamMetrics
 from eventful_det.runtime.regions import Polygon
 from eventful_det.runtime.session import StreamResult

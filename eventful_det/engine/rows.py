@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eventful_det.engine.backends import Backend, Graph
-from eventful_det.gating.gate import compare, select_tokens
+from eventful_det.gating.comparison import compare
+from eventful_det.gating.gate import select_tokens
 from eventful_det.gating.macs import Macs, ViTShape, attention_macs
 from eventful_det.gating.rows import RowsState
 from eventful_det.gating.selector import Select
 from eventful_det.gating.spec import ViTSpec
 from eventful_det.gating.state import Update
-from eventful_det.gating.whole_windows import bucket_sizes
+from eventful_det.gating.whole_windows.rule import bucket_sizes
 from eventful_det.gating.windows import Grid, windows_of
 
 _NO_KEY = -1e9  # bias of a key in another window

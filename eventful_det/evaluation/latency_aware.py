@@ -23,7 +23,7 @@ from eventful_det.evaluation.detection import Entry, category_ids, coco_results,
 from eventful_det.evaluation.sweep.runs import Method
 from eventful_det.outputs import markdown_table
 from eventful_det.runtime.control import Stepper
-from eventful_det.runtime.motion import BoxMover
+from eventful_det.runtime.motion.boxes import BoxMover
 from eventful_det.runtime.session import KeyFrame, StreamSession
 
 _TICK = 1e-9  # seconds that rounding may take

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eventful_det.gating.gate import Comparison, compare, select_tokens
+from eventful_det.gating.comparison import Comparison, compare
+from eventful_det.gating.gate import GatedState, select_tokens
 from eventful_det.gating.macs import RowsSizes, rows_macs
 from eventful_det.gating.selector import Select
 from eventful_det.gating.spec import Block, ViTSpec
-from eventful_det.gating.state import GatedState, Update
+from eventful_det.gating.state import Update
 from eventful_det.gating.windows import (
     Grid,
     Side,

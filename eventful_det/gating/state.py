@@ -82,36 +82,6 @@ class StreamState(TensorTree):
 
 
 @dataclasses.dataclass
-class GatedState(StreamState):
-    """State of one stream under a rule with one gate per frame.
-
-    Attributes:
-        reference: `(N, P)` patches or `(N, D)` embeddings last let through.
-        age: `(N,)` frames since each token was let through.
-        caches: keys and values of blocks, in the form of the rule.
-        output: `(N, C)` the last computed output of every token.
-        prefix: `(p, C)` the same of the prefix tokens, or None.
-    """
-
-    reference: Tensor
-    age: Tensor
-    caches: list[Tensor]
-    output: Tensor
-    prefix: Tensor | None = None
-
-    def let_through(self, index: Tensor, rows: Tensor) -> None:
-        """Take in the tokens `(r,)` of a frame: what is compared of them, `(r, P or D)`, becomes their reference."""
-        self.frame += 1
-        self.age.add_(1).index_fill_(0, index, 1)
-        self.reference.index_copy_(0, index, rows.to(self.reference.dtype))
-
-    def update(self, index: Tensor, flush: bool, macs: Macs) -> Update:
-        """What a frame hands on whose tokens `(r,)` were recomputed."""
-        work = torch.zeros(len(self.age), device=self.age.device).index_fill_(0, index, 1.0)
-        return Update(self.output.unflatten(0, self.grid), self.prefix, index, work, flush, macs)
-
-
-@dataclasses.dataclass
 class State(TensorTree, Generic[S]):
     """The states of B streams that share model calls; each stream has its own, or None before its first frame."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from eventful_det.gating.gate import token_errors
+from eventful_det.gating.comparison import token_errors
 from eventful_det.gating.selector import GateInput, Select
 from eventful_det.gating.state import TensorTree
 

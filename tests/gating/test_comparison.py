@@ -9,8 +9,8 @@ import torch
 from networks import sam
 from torch import Tensor
 
+from eventful_det.gating.comparison import adopt_light, compare
 from eventful_det.gating.convert import EventfulViT, eventify
-from eventful_det.gating.gate import adopt_light, compare
 from eventful_det.gating.rows import Rows, RowsState
 from eventful_det.gating.selector import Focus, GateInput, Selector
 from eventful_det.gating.state import State
