@@ -20,10 +20,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from eventful_det.cameras.clips import Library, Recorder
+from eventful_det.cameras.clips import Recorder
 from eventful_det.cameras.config import Site
 from eventful_det.cameras.events import KINDS, Event, Kind, Watcher
 from eventful_det.cameras.journal import Journal
+from eventful_det.cameras.library import Library
 from eventful_det.cameras.sinks import MqttSink, Sink, WebhookSink
 from eventful_det.cameras.site_file import Faults, edit_regions, read_site
 from eventful_det.cameras.source import open_camera
