@@ -60,7 +60,7 @@ from eventful_det.recognition.checkpoints import load_recogniser
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.stream import RecognitionStream
 from eventful_det.runtime.budget import BudgetOptions, parse_budget
-from eventful_det.runtime.motion import parse_hold
+from eventful_det.runtime.motion.key_frames import parse_hold
 from eventful_det.runtime.rescoring import Rescorer
 from eventful_det.runtime.session import StreamResult
 from eventful_det.runtime.stream import Stream

@@ -37,7 +37,7 @@ from eventful_det.options import Count, Positive, Range
 from eventful_det.recognition.checkpoints import load_recogniser
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.runtime.budget import parse_budget
-from eventful_det.runtime.motion import parse_hold
+from eventful_det.runtime.motion.key_frames import parse_hold
 from eventful_det.runtime.pool import StreamPool
 from eventful_det.runtime.tracking import Tracker
 from eventful_det.secrets import mask_secrets

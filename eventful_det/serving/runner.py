@@ -14,7 +14,7 @@ from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import Selector
 from eventful_det.runtime.budget import parse_budget
-from eventful_det.runtime.motion import Hold
+from eventful_det.runtime.motion.key_frames import Hold
 from eventful_det.runtime.pool import StreamPool
 from eventful_det.runtime.rescoring import Rescorer
 from eventful_det.runtime.session import StreamOptions
