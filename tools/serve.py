@@ -18,6 +18,7 @@ import logging
 import secrets
 import signal
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import actions
-from common import AnyDetector, Side, Texts, as_list, build_gate, choose_device, console, open_detector
+from common import AnyDetector, Side, Texts, as_list, build_gate, choose_device, open_detector
 
 from eventful_det.cameras.service import CameraService
 from eventful_det.cameras.site_file import read_site
@@ -96,10 +97,20 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
-        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         text = record.getMessage() + (f": {record.exc_info[1]!r}" if record.exc_info else "")
-        line = {"time": at, "level": record.levelname.lower(), "logger": record.name, "message": printable(text)}
-        return json.dumps(line)
+        return json_line(record.created, record.levelname.lower(), record.name, printable(text))
+
+
+def json_line(at: float, level: str, logger: str, message: str) -> str:
+    """A line of the log."""
+    stamp = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
+    return json.dumps({"time": stamp, "level": level, "logger": logger, "message": message})
+
+
+def announce(address: str, kind: Literal["text", "json"]) -> str:
+    """What tells people where to look; its token is not masked."""
+    text = f"watch at {address} (Ctrl-C ends)"
+    return text if kind == "text" else json_line(time.time(), "info", "eventful_det.serve", text)
 
 
 def set_up_log(kind: Literal["text", "json"]) -> None:
@@ -236,7 +247,7 @@ def run(options: Options) -> None:
     app = create_app(runner, opener, token=token, hosts=names, root_path=options.root_path, cameras=cameras)
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"http://{host}:{port.getsockname()[1]}/" + (f"?token={token}" if token else "")
-    console.print(f"watch at {address} (Ctrl-C ends)", soft_wrap=True)
+    print(announce(address, options.log), flush=True)
     build_server(app).run(sockets=[port])
 
 

@@ -59,6 +59,11 @@ def test_from_start_to_ctrl_c(tiny_detector: Detector, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("eventful_det-*"))
 
 
+def test_the_first_line_is_json_as_well() -> None:
+    address = "http://127.0.0.1:1/?token=abcdefghijklmnop"
+    assert json.loads(serve.announce(address, "json"))["message"] == f"watch at {address} (Ctrl-C ends)"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
