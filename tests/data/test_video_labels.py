@@ -215,7 +215,7 @@ def test_pictures_that_happen_to_lie_beside_the_labels_are_no_frames(tmp_path: P
     with pytest.raises(UserError, match="no pictures and no video beside the labels"):
         import_annotations(path)
     write_frames(tmp_path, "cvat_xml", True)
-    data, problems = import_annotations(path)
+    data, problems = import_annotations(tmp_path)  # as CVAT's archive is unpacked
     assert not problems and sorted(content(data)) == sorted(OBJECTS)
 
 
@@ -236,7 +236,7 @@ def test_what_cannot_be_imported_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.xml").write_text("<html/>")
     (tmp_path / "empty.txt").touch()
     for name, message in (
-        ("empty", "holds neither .xml"),
+        ("empty", "holds no files of a known layout"),
         ("x.xml", "no XML file of CVAT"),
         ("gone.txt", "cannot read"),
         ("empty.txt", "holds no labels of the layout mot"),

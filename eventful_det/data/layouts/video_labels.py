@@ -22,8 +22,8 @@ _NUMBER = re.compile(r"(.*?)(\d{1,15})$", re.ASCII)
 
 LAYOUTS = (*COCO_LAYOUTS, *READERS)
 _INSIDE = (
-    ("mot", "gt/gt.txt"), ("mot", "gt.txt"), ("voc", "*.xml"), ("voc", "Annotations/*.xml"),
-    ("yolo", "labels/*.txt"), ("yolo", "*.txt"),
+    ("mot", "gt/gt.txt"), ("mot", "gt.txt"), ("cvat_xml", "annotations.xml"), ("voc", "*.xml"),
+    ("voc", "Annotations/*.xml"), ("yolo", "labels/*.txt"), ("yolo", "*.txt"),
 )  # fmt: skip
 
 
@@ -56,7 +56,9 @@ def import_annotations(
         raise UserError(f"{path} is of the layout {layout}, which does not say which frames are key frames")
     labels = READERS[layout](path, classes)
     if not labels.classes or not (labels.marks or (labels.first is not None and not labels.problems)):
-        raise UserError(f"{path} holds no labels of the layout {layout}")
+        raise UserError(
+            f"{path} holds no labels of the layout {layout}, or no object and no name of a class (--classes)"
+        )
     place = _find_media(path, labels) if media is None else media
     if place.is_dir():
         videos, root = _with_pictures(labels, place), place
@@ -73,8 +75,8 @@ def _detect(path: Path, wanted: str | None) -> tuple[str, Path]:
         for layout, pattern in _INSIDE:
             found = next(path.glob(pattern), None)
             if found is not None and wanted in (layout, None):
-                return layout, found if layout == "mot" else found.parent
-        raise UserError(f"{path} holds neither .xml files (VOC) nor .txt files (YOLO); known are {', '.join(LAYOUTS)}")
+                return layout, found.parent if "*" in pattern else found
+        raise UserError(f"{path} holds no files of {wanted or 'a known layout'}; known are {', '.join(LAYOUTS)}")
     layouts = {".txt": "mot", ".csv": "mot", ".xml": "cvat_xml"}
     return wanted or layouts.get(path.suffix.lower(), "coco"), path
 
