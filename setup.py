@@ -4,6 +4,12 @@ from setuptools import find_namespace_packages, setup
 
 PLOTS = ["matplotlib>=3.8"]  # cost.png of detect, plots of sweeps
 TRAIN = ["tensorboard>=2.15"]  # training curves
+SERVE = [
+    "fastapi>=0.115",  # routes, validation and their tests
+    "uvicorn>=0.30",  # the HTTP server
+    "websockets>=13",  # pictures to the browser, over one connection for all streams
+]
+CAMERAS = ["paho-mqtt>=2"]  # events to MQTT brokers, and so to Home Assistant
 CONFIGS = [
     "eventful_det.configs",
     *(f"eventful_det.configs.{folder}" for folder in find_namespace_packages("configs", exclude=["detectron2*"])),
@@ -29,10 +35,6 @@ setup(
         "safetensors>=0.4",  # weights without pickle
         "pyyaml>=6",  # names of classes beside labels of YOLO
         "rich>=13",  # progress bars and tables
-        "fastapi>=0.115",  # routes of the page, validation and their tests
-        "uvicorn>=0.30",  # the HTTP server
-        "websockets>=13",  # pictures to the browser, over one connection for all streams
-        "paho-mqtt>=2",  # events to MQTT brokers, and so to Home Assistant
     ],
     extras_require={
         "fast": ["faster-coco-eval>=1.6"],  # average precision in half the time
@@ -43,6 +45,8 @@ setup(
         # detectron2 is not on PyPI; docs/detectron2.md has the commands that install it
         "plots": PLOTS,
         "train": TRAIN,
+        "serve": SERVE,
+        "cameras": [*SERVE, *CAMERAS],  # eventful-det serve cameras.yaml
         "openvino": ["openvino>=2025.0"],  # tools/export.py format=openvino, and its engine
         "int8": ["openvino>=2025.0", "nncf>=2.18"],  # the same with precision=int8
         "onnx": ["onnxruntime>=1.18", "onnx>=1.16"],  # the same for format=onnx
@@ -60,6 +64,8 @@ setup(
         "dev": [
             *PLOTS,
             *TRAIN,
+            *SERVE,
+            *CAMERAS,
             "pytest>=8",  # tests
             "pytest-xdist>=3",  # tests on all cores
             "hypothesis>=6",  # property tests of index arithmetic

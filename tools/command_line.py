@@ -50,7 +50,7 @@ COMMANDS = {
     "label": "pseudo_label",
 }
 _PAGE = "fastapi uvicorn websockets"
-_PACKAGES = {"cv2": "opencv-python-headless", "paho": "paho-mqtt"} | dict.fromkeys(_PAGE.split(), _PAGE)  # by module
+_PACKAGES = {"cv2": "opencv-python-headless", "fastapi": _PAGE, "uvicorn": _PAGE, "websockets": _PAGE}  # by module
 _SWITCH = ("true", "yes", "on", "1", "false", "no", "off", "0")
 _BARE = {"-m", "--multirun", "-i", "--info", "--hydra-help", "--resolve"}  # flags of Hydra
 _WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-cn", "--config-name", "-cd", "--config-dir"}

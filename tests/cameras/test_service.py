@@ -21,7 +21,7 @@ from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
 from eventful_det.runtime.pool import StreamPool
 
-pytest.importorskip("fastapi", reason="fastapi is not installed")
+pytest.importorskip("fastapi", reason="fastapi is not installed (pip install 'eventful_det[serve]')")
 pytest.importorskip("httpx2", reason="httpx2, which FastAPI's TestClient needs, is not installed")
 
 from brokers import wait

@@ -35,7 +35,7 @@ from servers import Server, why_not
 from eventful_det.data.synthetic import SceneOptions, render_video
 from eventful_det.data.video.writer import VideoWriter
 
-pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed (pip install 'eventful_det[cameras]')")
 
 SECONDS = float(os.environ.get("EVENTFUL_SOAK", "20"))
 LONG = 600.0  # seconds from which on memory is judged
