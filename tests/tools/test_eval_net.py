@@ -167,6 +167,10 @@ def test_errors_are_one_line(options: list[str], tree: Path, tmp_path: Path) -> 
             r"foreign\.json: annotations\[\d+\] \(id \d+\) has category_id 31; expected the id of a listed category",
         ),
         (["data.val={tmp}/youtube.json"], r"youtube\.json: images is missing"),
+        (["temporal_views=2"], "temporal_views: for recognisers"),
+        (["eval.fps=[10]", "eval.only=dense"], "eval.only, eval.fps: for curves"),
+        (["eval=sweep", "eval.hold=4", "gate=paper"], "eval.hold, gate: each curve has its own"),
+        (["eval=latency", "streams=2"], "streams: not for latencies"),
     ],
 )
 def test_errors(

@@ -99,7 +99,7 @@ def complete(
         on_frame: called after every frame of every method, those done before included.
 
     Raises:
-        UserError: the detector knows other classes, or a number is out of its range.
+        UserError: the detector knows other classes or cannot run in one of the ways, or a number is out of its range.
     """
     category_ids(data, detector.names)
     if streams < 1:
@@ -113,7 +113,10 @@ def complete(
     missing = [_missing(data, method, store) for method in methods]
     for method, videos in zip(methods, missing, strict=True):
         if videos:
-            list(run(first(data, streams, _WARM_UP), method, None))
+            try:
+                list(run(first(data, streams, _WARM_UP), method, None))
+            except UserError as error:
+                raise UserError(f"{method.name}: {error}") from error
     for turn in _turns(data, streams):
         for method, videos in zip(methods, missing, strict=True):
             if on_frame is not None:
