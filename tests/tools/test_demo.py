@@ -138,7 +138,7 @@ def test_formats_of_other_programs(weights: str, tmp_path: Path, monkeypatch: py
         (["format=voc"], "format must be"),
         (["format=[mot,voc]"], "format must be"),
         (["weights=vivit_tiny_synthetic", "format=mot", "hold=2"], "hold, format: for detectors"),
-        (["weights=vivit_tiny_synthetic", "rescore=true"], "rescore: for detectors"),
+        (["weights=vivit_tiny_synthetic", "rescore=false"], "rescore: for detectors"),
         (["weights=vivit_tiny_synthetic", "live=true"], "live: for detectors"),
     ],
 )
