@@ -48,6 +48,7 @@ setup(
         "serve": SERVE,
         "cameras": [*SERVE, *CAMERAS],  # eventful-det serve cameras.yaml
         "openvino": ["openvino>=2025.0"],  # tools/export.py format=openvino, and its engine
+        "int8": ["openvino>=2025.0", "nncf>=2.18"],  # the same with precision=int8
         "onnx": ["onnxruntime>=1.18", "onnx>=1.16"],  # the same for format=onnx
         "hf": ["transformers>=5.3"],  # RF-DETR
         "hub": ["huggingface_hub>=0.30"],  # weights on the Hugging Face Hub, to and fro
@@ -80,6 +81,7 @@ setup(
             "onnxruntime>=1.18",  # as in teacher
             "onnx>=1.16",  # a tiny teacher, made by the tests
             "openvino>=2025.0",  # as in openvino
+            "nncf>=2.18",  # as in int8
             "nbclient>=0.10",  # runs the notebook
             "ipykernel>=6.29",  # the notebook's Python
         ],

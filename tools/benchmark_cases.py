@@ -13,15 +13,23 @@ from eventful_det.detectors.vitdet.detector import DIVISOR
 from eventful_det.errors import UserError
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
-from eventful_det.gating.whole_windows.rule import SHARES
+from eventful_det.gating.whole_windows.cuda_graphs import CapturedWindows
+from eventful_det.gating.whole_windows.rule import SHARES, Windows
 from eventful_det.options import Count, Range, Seed, Share, from_values
 
 DENSE = "dense"  # what all other methods are compared with
-GATED: dict[str, AnyRule] = {"rows": Rows(), "paper": Paper(), "rows_half": Rows(cache_dtype="float16")}
+GATED: dict[str, AnyRule] = {
+    "rows": Rows(),
+    "paper": Paper(),
+    "rows_half": Rows(cache_dtype="float16"),
+    "windows": Windows(),
+    "windows_graph": CapturedWindows(),
+}
 OURS, PEERS = (DENSE, *GATED), ("peer_dense", "peer")
 TIMM = "timm:"  # before the name of a backbone of timm
 USUAL = (DENSE, "rows", "paper")  # of a case that names no methods
 EngineName = Literal["torch", "compile", "openvino", "onnxruntime"]
+Arithmetic = Literal["float32", "bfloat16", "int8"]
 Changes = Literal["synthetic", "clip", "still"]
 PARTS = {"backbone": ("backbone",), "detector": ("backbone", "heads", "total")}
 
@@ -39,7 +47,7 @@ class Options:
     peer: str | None
     only: str | None
     engine: tuple[EngineName, ...] | None
-    precision: tuple[Literal["float32", "bfloat16"], ...]
+    precision: tuple[Arithmetic, ...]
     onnx: str | None
     save: str | None
     streams: tuple[Count, ...] | None

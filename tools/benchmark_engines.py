@@ -3,12 +3,14 @@
     python tools/benchmark.py engine=[torch,openvino] precision=[float32,bfloat16] threads=1 clip=my.mp4
     python tools/benchmark.py engine=[torch,compile,openvino,onnxruntime] onnx=yolox_nano.onnx only=shipped
 
+    python tools/benchmark.py engine=[openvino] precision=[bfloat16,int8] only=shipped clip=my.mp4   # int8: needs nncf
     python tools/benchmark.py recogniser=vivit_b_epic k=50 engine=[torch,openvino] threads=1   # steps of a recogniser
 
-Every engine runs the whole detector, dense and gated; they take turns frame by frame. Ratios are those of one frame,
-against the dense network with the least median in the same precision, whatever its engine. `torch rows` is the default
-rule in eager PyTorch. With hold=2 the methods of the default policy are streams, from frame to boxes, with a key frame
-each and with every second frame's boxes moved; a call is of two frames. Otherwise resizing is not timed, either.
+Every engine runs the whole detector, dense and gated; those of a precision take turns frame by frame. Ratios are those
+of one frame, against the dense network with the least median in the same precision, whatever its engine. `torch rows
+float32` is the default rule in eager PyTorch; it stands beside every precision, and has ratios of its own. With hold=2
+the methods of the default policy are streams, from frame to boxes, with a key frame each and with every second frame's
+boxes moved; a call is of two frames. Otherwise resizing is not timed, either.
 Decoding and drawing are not timed; boxes and non-maximum suppression are.
 """
 
@@ -25,7 +27,7 @@ from typing import Any
 
 import actions
 import torch
-from benchmark_cases import Case, EngineName, Options, cases_of
+from benchmark_cases import Arithmetic, Case, EngineName, Options, cases_of
 from benchmark_methods import build_detector, make_frames, selector_of
 from common import say, show_table, write_results
 from torch import Tensor
@@ -33,7 +35,15 @@ from torch import Tensor
 from eventful_det.benchmark.timing import Timed, paired_ratios, time_together
 from eventful_det.data.video.transforms import Image
 from eventful_det.detectors.protocol import AnyRule, VideoDetector
-from eventful_det.engine.backends import ONNXRuntime, OpenVINO, Precision, Torch, import_package
+from eventful_det.engine.backends import (
+    Backend,
+    Format,
+    ONNXRuntime,
+    OpenVINO,
+    Torch,
+    import_package,
+    quickest_precision,
+)
 from eventful_det.engine.export import Network, export_engine, graphs_of, in_engine
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import Spread
@@ -47,8 +57,16 @@ from eventful_det.runtime.stream import Stream
 NOTE = (
     "Time of the whole network on one frame, in ms. against: the median of the ratios, frame by frame, to the fastest "
     "dense network of the same precision, with their 5th and 95th percentiles; above 1 = faster. MACs: share of those "
-    "of the dense network. p95/p50: how even frames are. state: remembered between frames."
+    "of the dense network. p95/p50: how even frames are. state: remembered between frames. against rows: the same ratio to "
+    "the default rule in eager PyTorch in float32."
 )
+ROWS = "torch rows float32"
+_KNOWN: dict[EngineName, tuple[Arithmetic, ...]] = {
+    "torch": ("float32", "bfloat16"),
+    "compile": ("float32", "bfloat16"),
+    "openvino": ("float32", "bfloat16", "int8"),
+    "onnxruntime": ("float32",),
+}
 _BEFORE = 2  # calls before those that take turns
 Step = Callable[[Tensor], tuple[float, int]]  # a frame to 1e9 multiply-adds and bytes of state
 
@@ -65,24 +83,36 @@ def step_of(network: VideoDetector[Any] | Recogniser, rule: AnyRule, k: int) -> 
 
 
 def engines(
-    network: Network, size: tuple[int, int], buckets: tuple[float | int, ...], config: Options, folder: Path
-) -> dict[tuple[EngineName, Precision], Any]:
-    """The network, now a `CompiledDetector` or `CompiledRecogniser`, in every engine and precision asked for."""
-    made: dict[tuple[EngineName, Precision], Any] = {}
+    network: Network,
+    size: tuple[int, int],
+    buckets: tuple[float | int, ...],
+    config: Options,
+    precision: Arithmetic,
+    images: Sequence[Image],
+    folder: Path,
+) -> dict[EngineName, Any]:
+    """The network, now a `CompiledDetector` or `CompiledRecogniser`, in every engine that knows the precision.
+
+    Images are what int8 is calibrated on.
+    """
+    made: dict[EngineName, Any] = {}
     for engine in config.engine or ():
-        for precision in config.precision:
-            if engine == "onnxruntime" and precision != "float32":
-                continue
-            if engine in ("torch", "compile"):
-                backend: Any = Torch(graphs_of(network, size), precision, compiled=engine == "compile")
-            else:
-                format, kind = ("openvino", OpenVINO) if engine == "openvino" else ("onnx", ONNXRuntime)
-                path = folder / format
-                if not path.exists():
-                    export_engine(network, path, format=format, size=size, buckets=buckets)  # type: ignore[arg-type]
-                backend = kind(path, precision, torch.get_num_threads())
-            made[engine, precision] = in_engine(network, size, buckets, backend)
-            made[engine, precision].warm_up()
+        if precision not in _KNOWN[engine]:
+            continue
+        backend: Backend
+        if precision != "int8" and engine in ("torch", "compile"):
+            backend = Torch(graphs_of(network, size), precision, compiled=engine == "compile")
+        else:
+            format: Format = "openvino" if engine == "openvino" else "onnx"
+            path = folder / ("int8" if precision == "int8" else format)
+            if not path.exists():
+                calibrate = images if precision == "int8" else None
+                export_engine(network, path, format=format, size=size, buckets=buckets, calibrate=calibrate)
+            kind = OpenVINO if engine == "openvino" else ONNXRuntime
+            rest = quickest_precision() if precision == "int8" else precision  # of what is not in int8
+            backend = kind(path, rest, torch.get_num_threads())
+        made[engine] = in_engine(network, size, buckets, backend)  # type: ignore[arg-type]
+        made[engine].warm_up()
     return made
 
 
@@ -97,7 +127,7 @@ def stream_of(detector: VideoDetector[Any], rule: AnyRule, images: Sequence[Imag
     return run
 
 
-def cnn_steps(path: Path, config: Options) -> dict[str, Step]:
+def cnn_steps(path: Path, config: Options, precision: Arithmetic) -> dict[str, Step]:
     """A network of the user's in ONNX, on inputs of its own size, without what follows it."""
     steps: dict[str, Step] = {}
     ort = import_package("onnxruntime")
@@ -113,16 +143,16 @@ def cnn_steps(path: Path, config: Options) -> dict[str, Step]:
         session.run(None, {entry.name: image})
         return 0.0, 0
 
-    if "onnxruntime" in (config.engine or ()) and "float32" in config.precision:
-        steps[f"{path.stem} onnxruntime float32"] = by_onnxruntime
-    for precision in config.precision if "openvino" in (config.engine or ()) else ():
+    if "onnxruntime" in (config.engine or ()) and precision == "float32":
+        steps[f"{path.stem} onnxruntime"] = by_onnxruntime
+    if "openvino" in (config.engine or ()) and precision != "int8":
         hints = {
             "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
         }
         request = import_package("openvino").Core().compile_model(str(path), "CPU", hints).create_infer_request()
-        steps[f"{path.stem} openvino {precision}"] = partial(_infer, request, image)
+        steps[f"{path.stem} openvino"] = partial(_infer, request, image)
     return steps
 
 
@@ -141,21 +171,24 @@ def run_case(case: Case, config: Options, folder: Path) -> dict[str, Any]:
     count = config.warm_up + config.repetitions
     hold = 1 if k else config.hold
     frames = make_frames(case, patch, k, hold * (count + (hold > 1) * _BEFORE), config.clip, config.seed)
-    images = [frame.mul(255).round().byte().permute(1, 2, 0).numpy() for frame in frames] if hold > 1 else []
-    steps: dict[str, Step] = {}
-    for (engine, precision), compiled in engines(detector, case.size, case.buckets, config, folder).items():
-        if hold > 1:
+    images = [frame.mul(255).round().byte().permute(1, 2, 0).numpy() for frame in frames]
+    rows: list[dict[str, Any]] = []
+    for precision in config.precision:  # one after the other: engines of all of them would need too much memory
+        steps: dict[str, Step] = {}
+        made = engines(detector, case.size, case.buckets, config, precision, images, folder)
+        for engine, compiled in made.items():
             for name, rule in ("dense", Dense()), ("gated", compiled.rule):
-                steps[f"{engine} {name} {precision}"] = stream_of(compiled, rule, images, 1, hold)
-                steps[f"{engine} {name}, hold {hold} {precision}"] = stream_of(compiled, rule, images, hold, hold)
-            continue
-        steps[f"{engine} dense {precision}"] = step_of(compiled, Dense(), k)
-        steps[f"{engine} gated {precision}"] = step_of(compiled, compiled.rule, k)
-    if hold == 1 and {"torch", "float32"} <= {*(config.engine or ()), *config.precision}:
-        steps["torch rows float32"] = step_of(detector, Rows(), k)
-    if config.onnx is not None:
-        steps |= cnn_steps(Path(config.onnx), config)
-    rows = take_turns(steps, frames, config, hold)
+                if hold > 1:
+                    steps[f"{engine} {name}"] = stream_of(compiled, rule, images, 1, hold)
+                    steps[f"{engine} {name}, hold {hold}"] = stream_of(compiled, rule, images, hold, hold)
+                else:
+                    steps[f"{engine} {name}"] = step_of(compiled, rule, k)
+        if hold == 1 and made and "torch" in (config.engine or ()):
+            steps[ROWS] = step_of(detector, Rows(), k)
+        if made and config.onnx is not None:
+            steps |= cnn_steps(Path(config.onnx), config, precision)
+        if made:
+            rows += take_turns(steps, frames, config, precision, hold)
     name = case.name if hold == 1 else f"{case.name}, streams, {hold} frames at a time"
     return {"name": name, "model": case.model, "size": case.size, "k": k, "tokens": tokens, "rows": rows}
 
@@ -169,46 +202,48 @@ def run_recogniser(name: str, config: Options, folder: Path) -> dict[str, Any]:
     k = config.k or tokens // 8
     still = torch.rand(model.tubelet[0], model.channels, *model.size)
     tubelets = [torch.where(torch.rand(model.size) < 0.5, still, torch.rand_like(still)) for _ in range(8)]
-    steps: dict[str, Step] = {}
+    frames = [tubelets[i % len(tubelets)] for i in range(config.warm_up + config.repetitions)]
+    compiled = dataclasses.replace(config, engine=tuple(one for one in config.engine or () if one != "torch"))
+    rows: list[dict[str, Any]] = []
     for precision in config.precision:  # weights are held in it, so that none is converted at a step
+        if precision == "int8":
+            raise UserError("precision=int8 is for detectors; leave it out for a recogniser")
         own = recogniser if precision == "float32" else copy.deepcopy(recogniser).to(getattr(torch, precision))
         rules: dict[str, AnyRule] = {"dense": Dense(), "rows": Rows(), "paper": Paper()}
+        steps: dict[str, Step] = {}
         for rule in rules if config.engine is None or "torch" in config.engine else ():
-            steps[f"torch {rule} {precision}"] = step_of(own, rules[rule], k - (rule == "rows"))  # and the class token
-    compiled = dataclasses.replace(config, engine=tuple(one for one in config.engine or () if one != "torch"))
-    for (engine, precision), other in engines(recogniser, model.size, (k - 1,), compiled, folder).items():
-        steps[f"{engine} dense {precision}"] = step_of(other, Dense(), k)
-        steps[f"{engine} rows {precision}"] = step_of(other, Rows(), k - 1)
-    frames = [tubelets[i % len(tubelets)] for i in range(config.warm_up + config.repetitions)]
-    rows = take_turns(steps, frames, config)
+            steps[f"torch {rule}"] = step_of(own, rules[rule], k - (rule == "rows"))  # and the class token
+        for engine, other in engines(recogniser, model.size, (k - 1,), compiled, precision, (), folder).items():
+            steps[f"{engine} dense"] = step_of(other, Dense(), k)
+            steps[f"{engine} rows"] = step_of(other, Rows(), k - 1)
+        rows += take_turns(steps, frames, config, precision)
     return {"name": f"{name} step, k={k}", "model": name, "size": model.size, "k": k, "tokens": tokens, "rows": rows}
 
 
 def take_turns(
-    steps: dict[str, Step], frames: Sequence[Tensor], config: Options, each: int = 1
+    steps: dict[str, Step], frames: Sequence[Tensor], config: Options, precision: Arithmetic, each: int = 1
 ) -> list[dict[str, Any]]:
-    """Time all methods on the same frames, `each` of them at a call, and compare those of each precision."""
+    """Time methods of a precision on the same frames, `each` of them at a call, and compare them."""
     for step in steps.values():  # whatever is not compiled yet, is compiled now
         for frame in frames[:_BEFORE]:
             step(frame)
     calls = {name: partial(_step, step, frames) for name, step in steps.items()}
-    timed = time_together(calls, config.repetitions, config.warm_up, seed=config.seed)
-    return [row for precision in config.precision for row in compare(timed, precision, each)]
+    return compare(time_together(calls, config.repetitions, config.warm_up, seed=config.seed), precision, each)
 
 
 def _step(step: Step, frames: Sequence[Tensor], i: int) -> tuple[float, int]:
     return step(frames[i])
 
 
-def compare(timed: dict[str, Timed[tuple[float, int]]], precision: Precision, each: int = 1) -> list[dict[str, Any]]:
+def compare(own: dict[str, Timed[tuple[float, int]]], precision: Arithmetic, each: int = 1) -> list[dict[str, Any]]:
     """The methods of a precision against the fastest dense one of them; a call is of `each` frames."""
-    own = {name.removesuffix(f" {precision}"): calls for name, calls in timed.items() if name.endswith(precision)}
     seconds = {name: [call.seconds / each for call in calls.calls] for name, calls in own.items()}
     dense = {name: Spread.of(seconds[name]).median for name in own if name.endswith("dense")}
     fastest = min(dense, key=lambda name: dense[name])
     rows = []
     for name, calls in own.items():
         time, ratio = Spread.of(seconds[name]), paired_ratios(seconds[fastest], seconds[name])
+        to_rows = paired_ratios(seconds[ROWS], seconds[name]).median if ROWS in own else None
         gmacs = sum(call.result[0] for call in calls.calls) / len(calls.calls)
         whole = sum(call.result[0] for call in own[fastest].calls) / len(own[fastest].calls)
         rows.append(
@@ -225,6 +260,7 @@ def compare(timed: dict[str, Timed[tuple[float, int]]], precision: Precision, ea
                 "faster_p5": ratio.p5,
                 "faster_p95": ratio.p95,
                 "time_share": 1 / ratio.median,
+                "faster_than_rows": to_rows,
                 "state_bytes": calls.calls[-1].result[1],
             }
         )
@@ -233,7 +269,8 @@ def compare(timed: dict[str, Timed[tuple[float, int]]], precision: Precision, ea
 
 def lines_of(case: dict[str, Any]) -> list[list[str]]:
     """A case as text; the first line holds the titles."""
-    lines = [["precision", "method", "GMACs", "MACs %", "p50 ms", "p95/p50", "against (p5-p95)", "time %", "state MB"]]
+    titles = ["precision", "method", "GMACs", "MACs %", "p50 ms", "p95/p50", "against (p5-p95)", "time %"]
+    lines = [[*titles, "against rows", "state MB"]]
     for row in case["rows"]:
         known = row["gmacs"] is not None
         lines.append(
@@ -246,6 +283,7 @@ def lines_of(case: dict[str, Any]) -> list[list[str]]:
                 f"{row['p95_over_p50']:.2f}",
                 f"{row['faster']:.2f} ({row['faster_p5']:.2f}-{row['faster_p95']:.2f})",
                 f"{100 * row['time_share']:.1f}",
+                "-" if row["faster_than_rows"] is None else f"{row['faster_than_rows']:.2f}",
                 f"{row['state_bytes'] / 1e6:.1f}",
             ]
         )

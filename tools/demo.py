@@ -358,6 +358,8 @@ class Outcome(NamedTuple):
 def run(options: Options) -> None:
     """Run every source. One that fails does not keep the others from running."""
     parse_budget(options.budget)
+    if options.track:
+        Tracker()  # tells now what is missing
     sources, output = find_sources(at_least_one(options.source, "source")), Path(options.output)
     named = dict(zip(name_folders(output, sources), sources, strict=True))
     if options.on is None:

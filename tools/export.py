@@ -2,6 +2,7 @@
 
     python tools/export.py                                          # the shipped detector, for OpenVINO
     python tools/export.py model=vitdet_tiny_vid format=onnx size=[320,576] buckets=[0.125,0.25,0.5] output=engine
+    python tools/export.py precision=int8 calibrate=my.mp4          # int8, which needs pip install nncf
     eventful-det detect video.mp4 --weights engine                  # then use the folder as weights
 
 Needs `pip install eventful-det[openvino]` or `[onnx]`. Frames are resized and padded to the size; see docs/engine.md.
@@ -9,6 +10,7 @@ Needs `pip install eventful-det[openvino]` or `[onnx]`. Frames are resized and p
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import ClassVar, Literal
 import actions
 from common import say
 
+from eventful_det.data.video import open_source
 from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.engine.export import Network, export_engine
 from eventful_det.engine.folder import MANIFEST, is_engine
@@ -36,6 +39,8 @@ class Options:
     format: Literal["openvino", "onnx"]
     size: tuple[Count, Count] | None
     buckets: tuple[int | float, ...]
+    precision: Literal["float32", "int8"]
+    calibrate: str | None
     output: str | None
 
 
@@ -43,6 +48,8 @@ def run(config: Options) -> None:
     """Load a network, write its folder."""
     if config.weights is not None and is_engine(Path(config.weights)):
         raise UserError(f"weights={config.weights} is an engine; export the network that it was made of")
+    if (config.precision == "int8") != (config.calibrate is not None):
+        raise UserError("int8 is calibrated on a video: give both precision=int8 and calibrate=my.mp4, or neither")
     network: Network
     if config.weights is not None and actions.recognises(None, config.weights):
         network = load_recogniser(config.weights)
@@ -51,7 +58,11 @@ def run(config: Options) -> None:
     folder = Path(config.output or f"outputs/engine_{config.format}")
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
         raise UserError(f"output={folder} holds other files than an engine's; give a new folder")
-    export_engine(network, folder, format=config.format, size=config.size, buckets=config.buckets)
+    with contextlib.ExitStack() as stack:
+        images = None
+        if config.calibrate is not None:
+            images = (frame.image for frame in stack.enter_context(open_source(config.calibrate)))
+        export_engine(network, folder, format=config.format, size=config.size, buckets=config.buckets, calibrate=images)
     megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     height, width = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["size"]
     say(f"{folder}: {config.format}, {height} x {width} pixels, {megabytes:.0f} MB; use it as weights={folder}")

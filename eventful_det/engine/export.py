@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 
+from eventful_det.data.video.transforms import Image
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.detector import DIVISOR, Detector
 from eventful_det.engine.backends import SUFFIX, Backend, Format, Graph, import_package
 from eventful_det.engine.folder import FORMAT, MANIFEST
+from eventful_det.engine.int8 import Recorder, calibration_frames, quantise
 from eventful_det.engine.recogniser import CompiledRecogniser, recogniser_graphs
 from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig, rf_detr_graphs
 from eventful_det.engine.vitdet import CompiledViTDet
@@ -40,6 +42,7 @@ def export_engine(
     format: Format = "openvino",
     size: tuple[int, int] | None = None,
     buckets: Sequence[float | int] = SHARES,
+    calibrate: Iterable[Image] | None = None,
 ) -> None:
     """Write the graphs of a detector or a recogniser and a manifest; `load_engine(folder)` reads them.
 
@@ -53,6 +56,7 @@ def export_engine(
         size: (height, width) of the network's input in pixels: multiples of 32, or a square of whole windows for an
             RF-DETR; None = the model's own, of a ViTDet for frames of 16:9. A recogniser has no other than its own.
         buckets: numbers of windows or tokens for gated frames, see `Windows`.
+        calibrate: frames of a video, `(h, w, 3)` uint8 RGB; layers are then int8. Of detectors, for OpenVINO.
 
     Raises:
         UserError: the size or the buckets cannot be, the network is of a kind that no engine knows, or a package that
@@ -62,18 +66,25 @@ def export_engine(
         raise UserError("export needs a network on the CPU in float32; precision is chosen when the engine is loaded")
     height, width = _checked(network, default_size(network) if size is None else size)
     rule = Windows(tuple(buckets))
+    if calibrate is not None and (format != "openvino" or isinstance(network, Recogniser)):
+        raise UserError("int8 is for detectors in OpenVINO; leave precision and calibrate out")
+    frames = None if calibrate is None else calibration_frames(calibrate)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # a folder without one is no engine, should this be cut short
     with torch.no_grad():
         for graph in graphs_of(network, (height, width)):
             write = _write_openvino if format == "openvino" else _write_onnx
             write(graph, folder / f"{graph.name}{SUFFIX[format]}")
+    if frames is not None and not isinstance(network, Recogniser):
+        recorder = Recorder(folder)
+        quantise(in_engine(network, (height, width), rule.buckets, recorder), recorder, folder, frames)
     about = {
         "format": FORMAT,
         "engine": format,
         "model": next(name for name, kind in _MODELS.items() if isinstance(network, kind)),
         "size": [height, width],
         "buckets": list(rule.buckets),
+        "precision": "float32" if frames is None else "int8",
         "config": dataclasses.asdict(
             RFDETRConfig.of(network) if isinstance(network, EventfulRFDETR) else network.config
         ),

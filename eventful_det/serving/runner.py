@@ -36,9 +36,6 @@ class PoolRunner:
         track: give objects ids.
         rescore: judge boxes by the last frames, not by one alone.
 
-    Raises:
-        UserError: there is no library for ids.
-
     Attributes:
         views: by name, in the order of joining; hold `lock` to read them.
         on_round: called in the runner's thread after every round.
@@ -47,8 +44,6 @@ class PoolRunner:
     def __init__(self, pool: AnyPool, *, max_streams: int = 16, track: bool = False, rescore: bool = False) -> None:
         self.pool: StreamPool[Any] = pool
         self.max_streams, self.track, self.rescore = max_streams, track, rescore
-        if track:
-            Tracker()  # tells now what is missing
         self.lock = threading.Lock()
         self.views: dict[str, StreamView] = {}
         self.on_round: Callable[[], None] = lambda: None

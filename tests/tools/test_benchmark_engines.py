@@ -29,19 +29,20 @@ def timed(*milliseconds: float, gmacs: float = 1.0) -> Timed[tuple[float, int]]:
 
 def test_ratios_are_to_the_fastest_dense_of_the_precision() -> None:
     methods = {
-        "torch dense float32": timed(100, 110, 120, gmacs=4),
-        "openvino dense float32": timed(50, 60, 40, gmacs=4),
-        "openvino gated float32": timed(10, 10, 10),
-        "openvino dense bfloat16": timed(20, 20, 20, gmacs=4),
-        "a cnn openvino float32": timed(25, 25, 25, gmacs=0),
+        "torch dense": timed(100, 110, 120, gmacs=4),
+        "openvino dense": timed(50, 60, 40, gmacs=4),
+        "openvino gated": timed(10, 10, 10),
+        "torch rows float32": timed(30, 20, 40),
+        "a cnn openvino": timed(25, 25, 25, gmacs=0),
     }
-    slow, fast, gated, cnn = compare(methods, "float32")
+    slow, fast, gated, rows, cnn = compare(methods, "float32")
     assert slow["against"] == gated["against"] == "openvino dense"
     assert slow["faster"] == pytest.approx(50 / 100) and fast["faster"] == 1
     assert gated["faster"] == pytest.approx(5) and gated["time_share"] == pytest.approx(0.2)
+    assert gated["faster_than_rows"] == pytest.approx(3) and rows["faster_than_rows"] == 1
     assert gated["macs_share"] == 0.25 and gated["p95_over_p50"] == 1 and cnn["macs_share"] is None
-    (low,) = compare(methods, "bfloat16")
-    assert low["method"] == "openvino dense" and low["faster"] == 1
+    (low,) = compare({"openvino dense": methods["openvino dense"]}, "bfloat16")
+    assert low["precision"] == "bfloat16" and low["faster"] == 1 and low["faster_than_rows"] is None
     text = markdown({"command": "c", "machine": "m", "repetitions": 3}, [{"name": "x", "rows": [slow, fast, cnn]}])
     assert "| float32 | openvino dense * | 4.00 | 100 | 50.0 |" in text and "| a cnn openvino | - | - | 25.0 |" in text
 
@@ -55,7 +56,7 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = {(row["precision"], row["method"]): row for row in case["rows"]}
     assert set(rows) == {
         *((precision, f"torch {how}") for precision in ("float32", "bfloat16") for how in ("dense", "gated")),
-        ("float32", "torch rows"),
+        *((precision, "torch rows float32") for precision in ("float32", "bfloat16")),
     }
     assert all(row["against"] == "torch dense" for row in case["rows"])
     assert 0 < rows["float32", "torch gated"]["macs_share"] < 0.95 < rows["float32", "torch dense"]["macs_share"]

@@ -103,12 +103,17 @@ class Windows:
                 state.tables = tables_of(vit, state.grid)
             tokens = None
             if len(chosen.windows):
-                patches = chosen.patches(now)
-                tokens, *new = run_windows(vit, state.tables, state.grid, patches, chosen.windows, state.caches)
+                inputs = (chosen.patches(now), chosen.windows, *state.caches)
+                tokens, *new = self.run(vit, state.tables, state.grid, inputs)
                 for cache, kv in zip(state.caches, new, strict=True):
                     cache.index_copy_(0, chosen.windows, kv)
             updates.append(update_of(vit.shape, state, chosen, tokens, flush))
         return updates
+
+    def run(self, vit: ViTSpec, tables: WindowTables, grid: Grid, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """`run_windows` of patches, windows and caches. Results are valid until the next run."""
+        patches, windows, *caches = inputs
+        return run_windows(vit, tables, grid, patches, windows, caches)
 
     def choose(
         self,
