@@ -19,8 +19,8 @@ from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.engine.backends import Torch, quickest_precision
 from eventful_det.engine.export import default_size, export_engine, graphs_of
 from eventful_det.engine.folder import MANIFEST, load_engine
-from eventful_det.engine.tiles import Geometry
-from eventful_det.engine.vitdet import CompiledViTDet, ViTDetStream
+from eventful_det.engine.vitdet.detector import CompiledViTDet, ViTDetStream
+from eventful_det.engine.vitdet.tiles import Geometry
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper

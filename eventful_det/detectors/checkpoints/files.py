@@ -40,7 +40,7 @@ from eventful_det.engine.backends import Precision, torch_dtype
 from eventful_det.engine.folder import is_engine, load_engine
 from eventful_det.engine.recogniser import CompiledRecogniser
 from eventful_det.engine.rf_detr import CompiledRFDETR
-from eventful_det.engine.vitdet import CompiledViTDet
+from eventful_det.engine.vitdet.detector import CompiledViTDet
 from eventful_det.errors import UserError
 
 LAST_LAYER = "roi_heads.box_predictor.*"  # the only one that knows the classes
