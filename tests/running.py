@@ -72,6 +72,6 @@ def script_main(name: str) -> Callable[[list[str]], int]:
 
 def make_tree(root: Path, *options: str) -> Path:
     """A small synthetic data set, prepared."""
-    run("datasets/make_synthetic_vid.py", "--output", str(root), "--workers", "1", *options)
-    run("datasets/prepare_imagenet_vid.py", str(root))
+    assert script_main("make_synthetic_vid.py")(["--output", str(root), "--workers", "1", *options]) == 0
+    assert script_main("prepare_imagenet_vid.py")([str(root), "--workers", "1"]) == 0
     return root

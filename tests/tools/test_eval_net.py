@@ -91,8 +91,8 @@ def test_single(tree: Path, options: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_agree_with_one(options: list[str], tmp_path: Path) -> None:
-    run("tools/eval_net.py", *options, "max_frames=2")
+def test_two_processes_agree_with_one(options: list[str], evaluate_with: Callable[..., None], tmp_path: Path) -> None:
+    evaluate_with("max_frames=2")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run(*launcher, "tools/eval_net.py", *options, "max_frames=2", f"output={tmp_path / 'two'}")
     one, both = (json.loads((tmp_path / name / "coco_results.json").read_text()) for name in ("run", "two"))
