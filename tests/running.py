@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-_FORKS = multiprocessing.get_context("forkserver")  # its server imports torch once, for all runs of a test process
-_FORKS.set_forkserver_preload(["cv2", "hydra", "matplotlib.figure", "rich.progress", "timm", "torch", "torchvision"])
+_FORKS = multiprocessing.get_context("forkserver")  # its server imports what is large once, for all runs
+_OURS = ["eventful_det.detectors.checkpoints.files", "eventful_det.evaluation.sweep"]
+_FORKS.set_forkserver_preload(["hydra", "matplotlib.figure", "rich.progress", *_OURS])
 
 
 def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -72,6 +73,6 @@ def script_main(name: str) -> Callable[[list[str]], int]:
 
 def make_tree(root: Path, *options: str) -> Path:
     """A small synthetic data set, prepared."""
-    run("datasets/make_synthetic_vid.py", "--output", str(root), "--workers", "1", *options)
-    run("datasets/prepare_imagenet_vid.py", str(root))
+    assert script_main("make_synthetic_vid.py")(["--output", str(root), "--workers", "1", *options]) == 0
+    assert script_main("prepare_imagenet_vid.py")([str(root), "--workers", "1"]) == 0
     return root

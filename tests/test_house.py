@@ -26,6 +26,7 @@ MODULES = {
 }
 MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items()}
 
+LARGE = "torch.*,torchvision.*,timm.*,cv2.*,av.*,transformers.*,ray.*,huggingface_hub.*,IPython.*,matplotlib.*"
 USER = """
 import numpy as np
 from eventful_det import BudgetOptions, Dense, Detections, Detector, Focus, Gmacs, LargestError, Latency, Paper
@@ -174,10 +175,7 @@ def test_a_users_script_is_typed(tmp_path: Path) -> None:
     script = tmp_path / "user.py"
     script.write_text(USER)
     config = tmp_path / "mypy.ini"  # of the large libraries everything is Any: they would take most of the time
-    config.write_text(
-        "[mypy]\nstrict = true\nfollow_imports = silent\n"
-        "[mypy-torch.*,torchvision.*,timm.*,cv2.*,av.*]\nfollow_imports = skip\n"
-    )
+    config.write_text(f"[mypy]\nstrict = true\nfollow_imports = silent\n[mypy-{LARGE}]\nfollow_imports = skip\n")
     command = [sys.executable, "-m", "mypy", "--no-incremental", "--config-file", str(config), str(script)]
     there = {**os.environ, "MYPYPATH": str(ROOT.parent)}  # mypy does not see every kind of editable installation
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=there)

@@ -21,6 +21,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_origin
@@ -138,6 +139,18 @@ def options_of(tool: str, arguments: Sequence[str]) -> Any:
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = _in_one_line(lambda: hydra.compose(tool, given))
     return _typed(module, config)
+
+
+def refuse(tool: str, options: Any, names: Sequence[str], why: str) -> None:
+    """Refuse options that would do nothing.
+
+    Raises:
+        UserError: one of these is not as the tool has it by itself.
+    """
+    usual = options_of(tool, ())
+    given = [name for name in names if attrgetter(name)(options) != attrgetter(name)(usual)]
+    if given:
+        raise UserError(f"{', '.join(given)}: {why}")
 
 
 def run_composed(tool: str, config: DictConfig) -> None:

@@ -28,6 +28,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import actions
 import torch
+from command_line import refuse
 from common import (
     AnyDetector,
     Side,
@@ -138,8 +139,8 @@ def name_folders(output: Path, sources: Sequence[str | Path]) -> list[Path]:
 
 def build_detector(options: Options, sources: Sequence[str | Path]) -> AnyDetector:
     """The detector of a config, with the classes that it asks for."""
-    if options.gate.get("rule") == "dense" and options.budget is not None:
-        raise UserError("gate=dense recomputes everything; leave budget out, or choose gate=rows or gate=paper")
+    if options.gate.get("rule") == "dense":
+        refuse("demo", options, ("budget",), "gate=dense recomputes everything; choose gate=rows or gate=paper")
     detector = open_detector(options.weights, options.labels, options.device, sources)
     if options.classes is None:
         return detector
@@ -375,10 +376,9 @@ def build(options: Options, sources: Sequence[str | Path]) -> AnyDetector | Reco
     """The detector or recogniser that the options ask for."""
     if not actions.recognises(options.task, options.weights):
         return build_detector(options, sources)
-    boxes = ("labels", "classes", "short_side", "long_side", "live", "shadow_every", "track", "format", "compare")
-    given = [name for name in boxes if getattr(options, name)] + ["hold"] * (options.hold != "auto")
-    if given:
-        raise UserError(f"{', '.join(given)}: for detectors; a recogniser of actions has no boxes")
+    sides = ("short_side", "long_side")
+    boxes = ("labels", "classes", *sides, "hold", "live", "shadow_every", "rescore", "track", "format", "compare")
+    refuse("demo", options, boxes, "for detectors; a recogniser of actions has no boxes")
     return load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))
 
 

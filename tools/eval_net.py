@@ -37,6 +37,7 @@ import actions
 import eval_actions
 import torch
 import torch.distributed as dist
+from command_line import options_of, refuse
 from common import (
     AnyDetector,
     Data,
@@ -299,6 +300,13 @@ def load_data(config: Options) -> CocoVideo:
 
 def evaluate_all(config: Options) -> None:
     """Evaluate, then write the results."""
+    refuse("eval_net", config, ("views", "temporal_views"), "for recognisers of actions")
+    if config.eval.curves is None:
+        refuse("eval_net", config, ("eval.only", "eval.fps", "eval.small_cnn"), "for curves, as eval=sweep has them")
+    else:
+        refuse("eval_net", config, ("eval.hold", "eval.scale", "eval.square", "gate"), "each curve has its own")
+    if config.eval.fps:
+        refuse("eval_net", config, ("rescore", "streams", "workers", "scene_cuts"), "not for latencies")
     build_gate(config.gate)
     data = load_data(config)
     device = choose_device(config.device)
@@ -319,8 +327,11 @@ def evaluate_all(config: Options) -> None:
 
 def evaluate_recogniser(config: Options) -> None:
     """Evaluate a recogniser on clips, then write the results."""
-    if given := [name for name in ("labels", "common_classes", "rescore", "max_frames") if getattr(config, name)]:
-        raise UserError(f"{', '.join(given)}: for detectors; a recogniser of actions sees whole clips and no boxes")
+    names = ("labels", "common_classes", "rescore", "max_frames", "streams", "workers", "scene_cuts")
+    refuse("eval_net", config, names, "for detectors; a recogniser of actions sees whole clips and no boxes")
+    sweep = options_of("eval_net", ["eval=sweep"]).eval
+    if config.eval not in (EvalOptions(hold=config.eval.hold), sweep):
+        raise UserError("a recogniser of actions knows eval=sweep as it is, and of eval=single the option hold alone")
     directory, weights = Path(config.output), config.weights or actions.DEFAULT
     gate = None if config.eval.curves is not None else actions.own_gate(build_gate(config.gate))
     recogniser = load_recogniser(weights, temporal_views=config.temporal_views, precision=config.precision).to(

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import actions
+from command_line import refuse
 from common import AnyDetector, Side, Texts, as_list, build_gate, choose_device, open_detector
 
 from eventful_det.cameras.service import CameraService
@@ -175,12 +176,12 @@ def build_opener(options: Options, network: AnyDetector | Recogniser) -> SourceO
 def build_runner(options: Options, network: AnyDetector | Recogniser, sources: Sequence[str]) -> PoolRunner:
     """A pool of the sources to watch from the start, and what drives it."""
     gate, hold = build_gate(options.gate), parse_hold(options.hold)
+    if gate.rule == Dense():
+        refuse("serve", options, ("budget",), "gate=dense recomputes everything")
     pool: StreamPool[Any]
     if isinstance(network, Recogniser):
-        if options.track or options.live or hold is not None or options.short_side or options.long_side:
-            raise UserError(
-                "track, live, hold, short_side and long_side are for detectors; a recogniser takes none of them"
-            )
+        names = ("labels", "hold", "live", "rescore", "track", "short_side", "long_side")
+        refuse("serve", options, names, "for detectors; a recogniser of actions has no boxes")
         gate = actions.own_gate(gate)
         pool = StreamPool(network, budget=gate.selector, rule=gate.rule, timing=True)
     else:

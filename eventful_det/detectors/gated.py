@@ -106,14 +106,9 @@ class GatedDetector(StreamingDetector, HubDetector, nn.Module, Generic[S]):
             streams.append(stream)
         stopwatch.lap("other")
         backbones = State([stream.backbone.streams[0] for stream in streams])
+        saliency = [self._saliency(*pair) for pair in zip(images, streams, strict=True)]
         updates = step_streams(
-            self.spec,
-            images,
-            backbones,
-            rule=rule,
-            selector=selector,
-            flush=flush,
-            saliency=[self._saliency(*pair) for pair in zip(images, streams, strict=True)],
+            self.spec, images, backbones, rule=rule, selector=selector, flush=flush, saliency=saliency
         )
         for stream, backbone in zip(streams, backbones.streams, strict=True):
             stream.backbone.streams[0] = backbone

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform
+from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, InputTransform, exactly
 from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.detectors.saliency import token_saliency
 from eventful_det.detectors.stopwatch import Stopwatch
@@ -168,7 +168,7 @@ class CompiledDetector(StreamingDetector, ABC, Generic[S, C]):
         Args:
             frames: `(3, h, w)` of each stream, RGB in [0, 1], not larger than `size`.
             state: of the streams, updated in place.
-            rule: `Dense()`, or that of this engine, which is also what the default stands for.
+            rule: `Dense()`, or that of this engine, which is also what the default stands for, exact or not.
             selector: which tokens are recomputed.
             flush: streams to recompute in full.
             timing: measure the seconds of each part.
@@ -176,7 +176,7 @@ class CompiledDetector(StreamingDetector, ABC, Generic[S, C]):
         Raises:
             UserError: the numbers of frames and streams differ, a frame is too large, or the rule is another.
         """
-        if rule not in (DEFAULT_RULE, self.rule, Dense()):
+        if rule not in (DEFAULT_RULE, exactly(DEFAULT_RULE), self.rule, Dense()):  # streams never share a product
             raise UserError(
                 f"this engine was exported with {self.rule}; it cannot follow {rule}. Use its own or Dense()"
             )

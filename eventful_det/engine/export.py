@@ -20,8 +20,8 @@ from eventful_det.engine.folder import FORMAT, MANIFEST
 from eventful_det.engine.int8 import Recorder, calibration_frames, quantise
 from eventful_det.engine.recogniser import CompiledRecogniser, recogniser_graphs
 from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig, rf_detr_graphs
-from eventful_det.engine.vitdet import CompiledViTDet
-from eventful_det.engine.vitdet_graphs import vitdet_graphs
+from eventful_det.engine.vitdet.detector import CompiledViTDet
+from eventful_det.engine.vitdet.graphs import vitdet_graphs
 from eventful_det.errors import UserError
 from eventful_det.gating.whole_windows.rule import SHARES, Windows
 from eventful_det.outputs import write_json

@@ -10,7 +10,7 @@ from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.engine.backends import ONNXRuntime, OpenVINO, Precision, quickest_precision
 from eventful_det.engine.recogniser import CompiledRecogniser
 from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig
-from eventful_det.engine.vitdet import CompiledViTDet
+from eventful_det.engine.vitdet.detector import CompiledViTDet
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
 from eventful_det.gating.whole_windows.rule import Windows

@@ -44,8 +44,14 @@ class RecognitionResult(Result):
     names: Mapping[str, tuple[str, ...]]
 
     def top(self, count: int = 5, head: str | None = None) -> list[tuple[str, float]]:
-        """The likeliest classes of a head, the first one if None, with their probabilities."""
+        """The likeliest classes of a head, the first one if None, with their probabilities.
+
+        Raises:
+            UserError: the number is below 1, or there is no such head.
+        """
         head = head or next(iter(self.names))
+        if count < 1 or head not in self.names:
+            raise UserError(f"top: expected a number from 1 and one of {', '.join(self.names)}; got {count}, {head!r}")
         scores, labels = self.probabilities[head].topk(min(count, len(self.names[head])))
         return [(self.names[head][i], p) for i, p in zip(labels.tolist(), scores.tolist(), strict=True)]
 

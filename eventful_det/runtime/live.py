@@ -102,7 +102,8 @@ class LiveBoxes:
         self._detect, self.thread = detect, thread
         self._cuts = SceneCuts() if scene_cuts else None
         self._size = (0, 0)  # of the last frame
-        self._frames = 0
+        self._frames = 0  # that were shown
+        self._unshown: tuple[VideoFrame, int] | None = None  # the last frame, while the first answer is awaited
         self._answered = threading.Event()  # or failed
         self._lock = threading.Lock()  # for what follows, which both threads use; never held while the detector works
         self._mover = BoxMover()
@@ -145,9 +146,21 @@ class LiveBoxes:
         self.thread.ask(self)
         if wait:
             self._answered.wait()
+        return self._shown(frame, dropped, began)
+
+    def late(self) -> StreamResult | None:
+        """The last frame, if none was shown before the source ended: its boxes are waited for."""
+        if self._unshown is None:
+            return None
+        self._answered.wait()
+        return self._shown(*self._unshown, time.perf_counter())
+
+    def _shown(self, frame: VideoFrame, dropped: int, began: float) -> StreamResult | None:
+        """The boxes that are known by now on the last frame; None before the first answer."""
         with self._lock:
             if self._error is not None:
                 raise self._error
+            self._unshown = (frame, dropped) if self._last is None else None
             if self._last is None:
                 return None
             last, fresh, self._fresh = self._last, self._fresh, False

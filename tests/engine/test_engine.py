@@ -19,11 +19,12 @@ from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.engine.backends import Torch, quickest_precision
 from eventful_det.engine.export import default_size, export_engine, graphs_of
 from eventful_det.engine.folder import MANIFEST, load_engine
-from eventful_det.engine.tiles import Geometry
-from eventful_det.engine.vitdet import CompiledViTDet, ViTDetStream
+from eventful_det.engine.vitdet.detector import CompiledViTDet, ViTDetStream
+from eventful_det.engine.vitdet.tiles import Geometry
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
+from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import EVERYTHING, Gmacs, RandomK, Selector, Threshold, TopFraction, TopK
 from eventful_det.gating.whole_windows.rule import Windows
 from eventful_det.runtime.pool import StreamPool
@@ -118,6 +119,8 @@ def test_streams_pools_and_budgets() -> None:
     pool.add(film, name="one")
     pool.add(film[:4], name="two")
     rounds = list(pool)
+    exact = engine.step([clip(1)[0]], engine.init_state(), rule=Rows(exact=True))
+    assert exact[0].cost.recomputed == 60, "as sweeps run it"
     assert len(rounds) == 6 and all(r.cost.recomputed in (4, 12, 20, 60) for round in rounds for r in round)
 
 

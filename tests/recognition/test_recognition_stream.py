@@ -45,6 +45,9 @@ def test_every_tubelet_gives_probabilities() -> None:
     assert all(r.cost.recomputed <= 2 for r in results[1:])
     (best, probability), *_ = results[-1].top(1, "noun")
     assert best in recogniser.config.classes["noun"] and 1 / 3 <= probability <= 1
+    for count, head in ((-1, "noun"), (0, None), (1, "adverb")):
+        with pytest.raises(UserError, match="top: expected a number from 1 and one of"):
+            results[-1].top(count, head)
 
 
 def test_the_budget_can_be_turned_and_the_state_stays_in_size() -> None:

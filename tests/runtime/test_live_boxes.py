@@ -194,6 +194,30 @@ def test_boxes_of_a_live_stream_are_young(tiny_detector: Detector) -> None:
         tiny_detector.stream(images, live=True, hold=2)
 
 
+def test_files_shorter_than_the_first_answer_are_answered_once(tiny_detector: Detector) -> None:
+    """Each on its last frame; what the detector raises is told instead."""
+    step = tiny_detector.step
+
+    def slow(*args: object, **options: object) -> object:
+        time.sleep(0.2)
+        return step(*args, **options)  # type: ignore[arg-type]
+
+    def failing(*args: object, **options: object) -> object:
+        raise RuntimeError("broken")
+
+    tiny_detector.step = slow  # type: ignore[assignment, method-assign]
+    images = [np.full((96, 96, 3), i, np.uint8) for i in range(3)]
+    with StreamPool(tiny_detector, live=True) as pool:
+        names = [pool.add(images, live=False) for _ in range(2)]
+        shown = [result for round in pool for result in round]
+        assert sorted(result.stream for result in shown) == sorted(names)
+        assert all(not result.held and np.array_equal(result.image, images[-1]) for result in shown)
+
+        tiny_detector.step = failing  # type: ignore[assignment, method-assign]
+        failed = pool.add(images, live=False)
+        assert not list(pool) and "RuntimeError: broken" in str(pool.metrics().streams[failed].error)
+
+
 def test_streams_of_a_live_pool_do_not_wait_for_the_detector(tiny_detector: Detector) -> None:
     """Two cameras of 25 frames/s, a detector that takes 300 ms and more: frames are shown meanwhile."""
     options = SceneOptions(width=144, height=96, frames=20, cut_fraction=0)

@@ -125,9 +125,15 @@ def test_demo_says_that_a_video_is_too_short_for_a_step(trained: dict[str, Any],
 
 
 def test_options_for_detectors_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="rescore, max_frames: for detectors"):
-        options = ["data=actions", "rescore=true", "max_frames=4", f"output={tmp_path}"]
-        eval_net.run(options_of("eval_net", *options))
+    for more, message in (
+        (["rescore=true", "max_frames=4"], "rescore, max_frames: for detectors"),
+        (["streams=2"], "streams: for detectors"),
+        (["eval=main"], "eval=sweep as it is"),
+        (["eval=sweep", "eval.caps=[0.1]"], "eval=sweep as it is"),
+        (["eval.scale=0.5"], "the option hold alone"),
+    ):
+        with pytest.raises(UserError, match=message):
+            eval_net.run(options_of("eval_net", "data=actions", f"output={tmp_path}", *more))
 
 
 def test_the_folder_of_an_engine_is_known_as_a_recogniser(tmp_path: Path) -> None:

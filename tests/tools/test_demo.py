@@ -137,7 +137,8 @@ def test_formats_of_other_programs(weights: str, tmp_path: Path, monkeypatch: py
     [
         (["format=voc"], "format must be"),
         (["format=[mot,voc]"], "format must be"),
-        (["weights=vivit_tiny_synthetic", "format=mot", "hold=2"], "format, hold: for detectors"),
+        (["weights=vivit_tiny_synthetic", "format=mot", "hold=2"], "hold, format: for detectors"),
+        (["weights=vivit_tiny_synthetic", "rescore=false"], "rescore: for detectors"),
         (["weights=vivit_tiny_synthetic", "live=true"], "live: for detectors"),
     ],
 )
@@ -379,7 +380,7 @@ def test_camera_that_restarts(weights: str, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["max_frames=0"], "max_frames"),
-        (["gate=dense", "budget=0.5"], "leave budget out"),
+        (["gate=dense", "budget=0.5"], "budget: gate=dense recomputes everything"),
         (["budget=2.5"], "budget of 2.5"),
         (["budget=40GFLOPs"], "budget='40GFLOPs' cannot be understood"),
         (["budget=50ms", "gate=paper"], "rows rule"),

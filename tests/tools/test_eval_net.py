@@ -91,8 +91,8 @@ def test_single(tree: Path, options: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_agree_with_one(options: list[str], tmp_path: Path) -> None:
-    run("tools/eval_net.py", *options, "max_frames=2")
+def test_two_processes_agree_with_one(options: list[str], evaluate_with: Callable[..., None], tmp_path: Path) -> None:
+    evaluate_with("max_frames=2")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run(*launcher, "tools/eval_net.py", *options, "max_frames=2", f"output={tmp_path / 'two'}")
     one, both = (json.loads((tmp_path / name / "coco_results.json").read_text()) for name in ("run", "two"))
@@ -167,6 +167,10 @@ def test_errors_are_one_line(options: list[str], tree: Path, tmp_path: Path) -> 
             r"foreign\.json: annotations\[\d+\] \(id \d+\) has category_id 31; expected the id of a listed category",
         ),
         (["data.val={tmp}/youtube.json"], r"youtube\.json: images is missing"),
+        (["temporal_views=2"], "temporal_views: for recognisers"),
+        (["eval.fps=[10]", "eval.only=dense"], "eval.only, eval.fps: for curves"),
+        (["eval=sweep", "eval.hold=4", "gate=paper"], "eval.hold, gate: each curve has its own"),
+        (["eval=latency", "streams=2"], "streams: not for latencies"),
     ],
 )
 def test_errors(

@@ -13,7 +13,7 @@ from running import options_of
 from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.checkpoints.saving import save_detector
 from eventful_det.detectors.vitdet.detector import Detector
-from eventful_det.engine.vitdet import CompiledViTDet
+from eventful_det.engine.vitdet.detector import CompiledViTDet
 from eventful_det.errors import UserError
 
 

@@ -40,7 +40,7 @@ from eventful_det.engine.backends import Precision, torch_dtype
 from eventful_det.engine.folder import is_engine, load_engine
 from eventful_det.engine.recogniser import CompiledRecogniser
 from eventful_det.engine.rf_detr import CompiledRFDETR
-from eventful_det.engine.vitdet import CompiledViTDet
+from eventful_det.engine.vitdet.detector import CompiledViTDet
 from eventful_det.errors import UserError
 
 LAST_LAYER = "roi_heads.box_predictor.*"  # the only one that knows the classes
@@ -118,11 +118,7 @@ def load_detector(
         if allow or classes is not None or changes or (labels is not None and is_engine(Path(source))):
             raise UserError(f"{source}: labels, allow, classes and changes are for ViTDet in PyTorch alone")
         if is_engine(Path(source)):
-            engine = load_engine(Path(source), precision=precision, warm_up=False)
-            if isinstance(engine, CompiledRecogniser):
-                raise UserError(f"{source}: {_RECOGNISER}")
-            engine.warm_up()
-            return engine
+            return _detector_in_engine(Path(source), precision)
         rf_detr = load_rf_detr(source)
         rf_detr.relabel(_labels(labels))
         return rf_detr.to(torch_dtype(precision))
@@ -144,6 +140,15 @@ def load_detector(
     detector = Detector(config)
     load_exactly(detector, tensors, str(path), allow)
     return detector.to(torch_dtype(precision)).eval()
+
+
+def _detector_in_engine(folder: Path, precision: Precision | Literal["auto"]) -> CompiledViTDet | CompiledRFDETR:
+    """See `load_engine`; a recogniser is refused."""
+    engine = load_engine(folder, precision=precision, warm_up=False)
+    if isinstance(engine, CompiledRecogniser):
+        raise UserError(f"{folder}: {_RECOGNISER}")
+    engine.warm_up()
+    return engine
 
 
 def _labels(labels: LabelMap | str | os.PathLike[str] | None) -> LabelMap:

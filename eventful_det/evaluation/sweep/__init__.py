@@ -99,7 +99,7 @@ def complete(
         on_frame: called after every frame of every method, those done before included.
 
     Raises:
-        UserError: the detector knows other classes, or a number is out of its range.
+        UserError: the detector knows other classes or cannot run in one of the ways, or a number is out of its range.
     """
     category_ids(data, detector.names)
     if streams < 1:
@@ -113,7 +113,10 @@ def complete(
     missing = [_missing(data, method, store) for method in methods]
     for method, videos in zip(methods, missing, strict=True):
         if videos:
-            list(run(first(data, streams, _WARM_UP), method, None))
+            try:
+                list(run(first(data, streams, _WARM_UP), method, None))
+            except UserError as error:
+                raise UserError(f"{method.name}: {error}") from error
     for turn in _turns(data, streams):
         for method, videos in zip(methods, missing, strict=True):
             if on_frame is not None:
@@ -147,18 +150,7 @@ def run_videos(
     transform = detector.input_transform.scaled(method.scale)
     if method.square:
         transform = transform.squared()
-    selector = selector_for(method.budget)
-    hold = hold_for(method.hold, method.rule)
-    paid = hold is None and not isinstance(method.budget, Selector)  # frames are held as the budget demands
-    if streams > 1 and ((paid and method.budget is not None) or isinstance(selector.budget, (Gmacs, Latency))):
-        raise UserError(f"a budget of {selector.budget} is one of a step, which videos would share; set streams=1")
-    stepper = Stepper(
-        detector,
-        rule=exactly(method.rule),
-        budget=method.budget if paid else selector,
-        options=None,
-        timing=True,
-    )
+    hold, stepper = hold_for(method.hold, method.rule), _stepper(detector, method, streams)
     running: dict[int, _Running[S]] = {}
     sides = (transform.short_side, transform.long_side)
     with closing(iter(VideoStreams(data, streams, size=sides, workers=workers))) as batches:
@@ -191,6 +183,16 @@ def run_videos(
                     on_frame(method)
                 if item.is_last:
                     yield running.pop(item.slot).finish()
+
+
+def _stepper(detector: VideoDetector[S], method: Method, streams: int) -> Stepper[S]:
+    """What runs the steps of a method."""
+    selector = selector_for(method.budget)
+    paid = hold_for(method.hold, method.rule) is None and not isinstance(method.budget, Selector)  # held by the budget
+    if streams > 1 and ((paid and method.budget is not None) or isinstance(selector.budget, (Gmacs, Latency))):
+        raise UserError(f"a budget of {selector.budget} is one of a step, which videos would share; set streams=1")
+    budget = method.budget if paid else selector
+    return Stepper(detector, rule=exactly(method.rule), budget=budget, options=None, timing=True)
 
 
 class _Running(Generic[S]):

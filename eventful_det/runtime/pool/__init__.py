@@ -321,9 +321,9 @@ class StreamPool(Budgeted, Iterator[list[R]], Generic[R]):
     def _begin(self, member: _Member) -> KeyFrame | R | None:
         """The next frame of a stream; None if it has none, which may be because it just left."""
         try:
+            if member.boxes is not None:
+                return cast("R | None", self._show(member.feed, member.boxes))
             while (frame := member.feed.poll()) is not None:
-                if member.boxes is not None:
-                    return cast("R | None", member.boxes.show(frame, member.feed.dropped, wait=False))
                 if (one := member.session.begin(frame, dropped=member.feed.dropped)) is not None:
                     return cast("KeyFrame | R", one)
         except StopIteration:
@@ -332,6 +332,17 @@ class StreamPool(Budgeted, Iterator[list[R]], Generic[R]):
             message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             self._leave(member.session.name, message)
         return None
+
+    @staticmethod
+    def _show(feed: Feed, boxes: LiveBoxes) -> StreamResult | None:
+        """The boxes on the next frame of a live stream; what ends before the first answer waits for that."""
+        try:
+            frame = feed.poll()
+        except StopIteration:
+            if (late := boxes.late()) is None:
+                raise
+            return late
+        return None if frame is None else boxes.show(frame, feed.dropped, wait=False)
 
     def _leave(self, name: str, error: str | None = None) -> bool:
         """Whether there was such a stream; the reasons are kept."""

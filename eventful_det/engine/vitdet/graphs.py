@@ -14,7 +14,7 @@ from eventful_det.detectors.vitdet.roi_heads import POOL, SingleHead
 from eventful_det.detectors.vitdet.rpn import ProposalHead
 from eventful_det.detectors.vitdet.vitdet import ConvNorm, ViTDetBackbone
 from eventful_det.engine.backends import Graph
-from eventful_det.engine.tiles import STAGES
+from eventful_det.engine.vitdet.tiles import STAGES
 from eventful_det.errors import UserError
 from eventful_det.gating.macs import ViTShape
 from eventful_det.gating.whole_windows.network import run_windows, tables_of

@@ -21,8 +21,8 @@ from eventful_det.detectors.vitdet.roi_heads import POOL, Reader, SingleHead
 from eventful_det.engine.backends import Backend
 from eventful_det.engine.costs import BucketCosts
 from eventful_det.engine.detector import CompiledDetector, CompiledStream
-from eventful_det.engine.tiles import Geometry
-from eventful_det.engine.vitdet_graphs import check_exportable
+from eventful_det.engine.vitdet.graphs import check_exportable
+from eventful_det.engine.vitdet.tiles import Geometry
 from eventful_det.gating.macs import dense_macs
 from eventful_det.gating.selector import RandomK, Select
 from eventful_det.gating.whole_windows.rule import (
