@@ -57,8 +57,8 @@ from eventful_det.runtime.stream import Stream
 NOTE = (
     "Time of the whole network on one frame, in ms. against: the median of the ratios, frame by frame, to the fastest "
     "dense network of the same precision, with their 5th and 95th percentiles; above 1 = faster. MACs: share of those "
-    "of the dense network. p95/p50: how even frames are. state: remembered between frames. against rows: the same ratio to "
-    "the default rule in eager PyTorch in float32."
+    "of the dense network. p95/p50: how even frames are. state: remembered between frames. against rows: the same ratio "
+    "to the default rule in eager PyTorch in float32."
 )
 ROWS = "torch rows float32"
 _KNOWN: dict[EngineName, tuple[Arithmetic, ...]] = {
