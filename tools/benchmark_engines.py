@@ -57,8 +57,8 @@ from eventful_det.runtime.stream import Stream
 NOTE = (
     "Time of the whole network on one frame, in ms. against: the median of the ratios, frame by frame, to the fastest "
     "dense network of the same precision, with their 5th and 95th percentiles; above 1 = faster. MACs: share of those "
-    "of the dense network. p95/p50: how even frames are. state: remembered between frames. against rows: the same ratio "
-    "to the default rule in eager PyTorch in float32."
+    "of the dense network. p95/p50: how even frames are. state: remembered between frames. against rows: the same "
+    "ratio to the default rule in eager PyTorch in float32."
 )
 ROWS = "torch rows float32"
 _KNOWN: dict[EngineName, tuple[Arithmetic, ...]] = {
@@ -80,6 +80,16 @@ def step_of(network: VideoDetector[Any] | Recogniser, rule: AnyRule, k: int) -> 
         return step.cost.total / 1e9, state.nbytes
 
     return run
+
+
+def parts_of(network: VideoDetector[Any], rule: AnyRule, k: int, frames: Sequence[Tensor]) -> dict[str, float]:
+    """The median milliseconds of each part of a network; the gate is in the first."""
+    state = network.init_state()
+    seconds = [
+        network.step([frame], state, rule=rule, selector=selector_of(k), timing=True)[0].cost.seconds
+        for frame in frames
+    ][_BEFORE:]
+    return {part: 1e3 * Spread.of([one[part] for one in seconds]).median for part in seconds[0]}
 
 
 def engines(
@@ -189,6 +199,10 @@ def run_case(case: Case, config: Options, folder: Path) -> dict[str, Any]:
             steps |= cnn_steps(Path(config.onnx), config, precision)
         if made:
             rows += take_turns(steps, frames, config, precision, hold)
+        for row in rows if config.profile and hold == 1 else ():
+            engine, _, name = row["method"].partition(" ")
+            if row["precision"] == precision and engine in made and name in ("dense", "gated"):
+                row["parts_ms"] = parts_of(made[engine], Dense() if name == "dense" else made[engine].rule, k, frames)
     name = case.name if hold == 1 else f"{case.name}, streams, {hold} frames at a time"
     return {"name": name, "model": case.model, "size": case.size, "k": k, "tokens": tokens, "rows": rows}
 
@@ -297,6 +311,10 @@ def markdown(about: dict[str, Any], cases: Sequence[dict[str, Any]]) -> str:
     )
     for case in cases:
         text += f"\n## {case['name']}\n\n" + markdown_table(lines_of(case), left=2)
+        for row in case["rows"]:
+            if "parts_ms" in row:
+                parts = ", ".join(f"{part} {ms:.1f}" for part, ms in row["parts_ms"].items())
+                text += f"\n{row['precision']}, {row['method']}, median ms of its parts: {parts}\n"
     return text
 
 
