@@ -121,7 +121,7 @@ def engines(
             kind = OpenVINO if engine == "openvino" else ONNXRuntime
             rest = quickest_precision() if precision == "int8" else precision  # of what is not in int8
             backend = kind(path, rest, torch.get_num_threads())
-        made[engine] = in_engine(network, size, buckets, backend)  # type: ignore[arg-type]
+        made[engine] = in_engine(network, size, buckets, backend)
         made[engine].warm_up()
     return made
 

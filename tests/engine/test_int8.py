@@ -9,8 +9,7 @@ import pytest
 from test_engine import RULE, SIZE, clip, make_detector
 
 from eventful_det.detectors.checkpoints.files import load_detector
-from eventful_det.engine.export import export_engine
-from eventful_det.engine.int8 import calibration_frames
+from eventful_det.engine.export import calibration_frames, export_engine
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import TopK

@@ -14,8 +14,8 @@ from networks import clip, error, run, sam
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eventful_det.gating import cuda_graphs
-from eventful_det.gating.cuda_graphs import Captured, CapturedWindows
+from eventful_det.engine import cuda_graphs
+from eventful_det.engine.cuda_graphs import Captured, CapturedWindows
 from eventful_det.gating.selector import RandomK
 from eventful_det.gating.whole_windows import Windows
 
