@@ -32,6 +32,7 @@ from eventful_det.outputs import write_json
 from eventful_det.recognition.recogniser import Recogniser
 
 _OPSET = 18
+_INT8 = "dense", "backbone"  # graphs; those of the heads would cost accuracy, and save little
 _FRAMES = 12  # that int8 is calibrated on, at least, of longer videos; fewer than twice as many
 _MODELS = {"vitdet": Detector, "rf_detr": EventfulRFDETR, "recogniser": Recogniser}
 
@@ -207,14 +208,15 @@ class _Recorder(OpenVINO):
 
     def run(self, name: str, *inputs: Tensor) -> list[Tensor]:
         """Run a graph."""
-        self.inputs.setdefault(name, []).append([tensor.numpy(force=True).copy() for tensor in inputs])
+        if name in _INT8:
+            self.inputs.setdefault(name, []).append([tensor.numpy(force=True).copy() for tensor in inputs])
         return super().run(name, *inputs)
 
 
 def _quantise(
     detector: CompiledViTDet | CompiledRFDETR, recorder: _Recorder, folder: Path, frames: Sequence[Image]
 ) -> None:
-    """Replace the graphs of a folder by their like in int8, by NNCF after training.
+    """Replace the large graphs of a folder by their like in int8, by NNCF after training.
 
     Args:
         detector: in the engine of the folder, run by `recorder`.
@@ -228,7 +230,8 @@ def _quantise(
         for _ in detector.stream(frames, rule=rule, scene_cuts=False, hold=1):
             pass
     core = import_package("openvino").Core()
-    for name, inputs in recorder.inputs.items():
+    for name in _INT8:
+        inputs = recorder.inputs[name]
         path = folder / f"{name}{SUFFIX['openvino']}"
         data = nncf.Dataset([dict(enumerate(arrays)) for arrays in inputs])
         with redirect_stdout(io.StringIO()):  # its progress

@@ -21,8 +21,8 @@ def test_int8(tmp_path: Path) -> None:
     detector = make_detector(depth=2, global_blocks=(1,))
     film = [(255 * frame.permute(1, 2, 0)).byte().numpy() for frame in clip(6)]
     export_engine(detector, tmp_path, size=SIZE, buckets=RULE.buckets, calibrate=film)
-    for name in "dense", "backbone", "pyramid", "proposals", "regions":
-        assert '"FakeQuantize"' in (tmp_path / f"{name}.xml").read_text(), name
+    low = {path.stem for path in tmp_path.glob("*.xml") if '"FakeQuantize"' in path.read_text()}
+    assert low == {"dense", "backbone"}
     assert not list(tmp_path.glob("*.new.*"))
     engine = load_detector(tmp_path)
     for rule, selector in ((Dense(), TopK(60)), (engine.rule, TopK(16))):
