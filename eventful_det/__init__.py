@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from eventful_det.gating.selector import Threshold as Threshold
     from eventful_det.gating.selector import TopFraction as TopFraction
     from eventful_det.gating.selector import TopK as TopK
-    from eventful_det.gating.whole_windows import Windows as Windows
+    from eventful_det.gating.whole_windows.rule import Windows as Windows
     from eventful_det.recognition.checkpoints import load_recogniser as load_recogniser
     from eventful_det.recognition.recogniser import Recogniser as Recogniser
     from eventful_det.runtime.budget import BudgetOptions as BudgetOptions
-    from eventful_det.runtime.motion import KeyFrames as KeyFrames
+    from eventful_det.runtime.motion.key_frames import KeyFrames as KeyFrames
     from eventful_det.runtime.pool import StreamPool as StreamPool
     from eventful_det.runtime.rescoring import Rescorer as Rescorer
     from eventful_det.runtime.session import StreamResult as StreamResult
@@ -62,11 +62,11 @@ _PUBLIC = {
     "RandomOrder": "eventful_det.gating.selector",
     "Selector": "eventful_det.gating.selector",
     "DEFAULT": "eventful_det.gating.selector",
-    "KeyFrames": "eventful_det.runtime.motion",
+    "KeyFrames": "eventful_det.runtime.motion.key_frames",
     "Threshold": "eventful_det.gating.selector",
     "TopFraction": "eventful_det.gating.selector",
     "TopK": "eventful_det.gating.selector",
-    "Windows": "eventful_det.gating.whole_windows",
+    "Windows": "eventful_det.gating.whole_windows.rule",
     "load_detector": "eventful_det.detectors.checkpoints.files",
     "Detector": "eventful_det.detectors.vitdet.detector",
     "load_recogniser": "eventful_det.recognition.checkpoints",

@@ -196,11 +196,7 @@ def _fits(value: Any, kind: type) -> bool:
     """Whether a value can be taken as one of a plain type."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     if kind is bool:
-        return (
-            isinstance(value, bool)
-            or (isinstance(value, str) and value.lower() in _WORDS)
-            or (number and value in (0, 1))
-        )
+        return isinstance(value, bool) or (isinstance(value, str) and value.lower() in _WORDS)
     if kind is int:
         whole = number and (isinstance(value, Integral) or float(value).is_integer())
         return whole and abs(value) <= sys.maxsize

@@ -45,9 +45,8 @@ def test_values_become_what_their_type_says() -> None:
     made = from_values(Options, plain, "train")
     assert made == Options(steps=1000, rate=0.5, marks=(0.0, 1.0), inner=Inner((2, 3)))
     assert type(made.steps) is int and type(made.marks[0]) is float and made.flag is False
-    assert [convert(word, bool, "x") for word in ("off", "0", 0, "FALSE", "yes", "on", 1, True)] == [False] * 4 + [
-        True
-    ] * 4
+    words = ("off", "0", "FALSE", "yes", "on", "1", True)
+    assert [convert(word, bool, "x") for word in words] == [False] * 3 + [True] * 4
 
 
 @pytest.mark.parametrize(
@@ -67,7 +66,7 @@ def test_values_become_what_their_type_says() -> None:
         ("weight", -1e-9, "a number of at least 0"),
         ("share", 1.01, "a number from 0 to 1"),
         ("flag", "maybe", "true or false"),
-        ("flag", 2, "true or false"),
+        ("flag", 1, "true or false, got 1"),
         ("name", 5, "text or null"),
         ("kind", "linear", "'cosine' or 'step', got 'linear'"),
         ("kind", ["cosine"], "'cosine' or 'step'"),

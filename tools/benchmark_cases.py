@@ -10,11 +10,11 @@ from common import Side
 from eventful_det.detectors.protocol import AnyRule
 from eventful_det.detectors.rf_detr.sizes import SIZES
 from eventful_det.detectors.vitdet.detector import DIVISOR
-from eventful_det.engine.cuda_graphs import CapturedWindows
 from eventful_det.errors import UserError
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
-from eventful_det.gating.whole_windows import SHARES, Windows
+from eventful_det.gating.whole_windows.cuda_graphs import CapturedWindows
+from eventful_det.gating.whole_windows.rule import SHARES, Windows
 from eventful_det.options import Count, Range, Seed, Share, from_values
 
 DENSE = "dense"  # what all other methods are compared with

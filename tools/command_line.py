@@ -279,7 +279,7 @@ def _value(kind: Any, name: str, value: str) -> str:
     around = value[:1] + value[-1:] if len(value) > 1 and not os.path.lexists(value) else ""
     if not value:
         raise UserError(f"{name} needs a value")
-    if around in ("''", '""') or str not in alternatives(kind):
+    if around in ("''", '""') or not {str, bool} & set(alternatives(kind)):  # `1` turns a switch on, and is text
         return value
     return value if around == "[]" and not _is_scalar(kind) else _quoted(value)
 

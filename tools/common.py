@@ -26,7 +26,7 @@ from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT, Focus, LargestError, RandomOrder, Selector
-from eventful_det.gating.whole_windows import Windows
+from eventful_det.gating.whole_windows.rule import Windows
 from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Share, from_values, nearest
 from eventful_det.outputs import Stdout, write_json
 

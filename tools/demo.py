@@ -61,7 +61,7 @@ from eventful_det.recognition.checkpoints import load_recogniser
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.stream import RecognitionStream
 from eventful_det.runtime.budget import BudgetOptions, parse_budget
-from eventful_det.runtime.motion import parse_hold
+from eventful_det.runtime.motion.key_frames import parse_hold
 from eventful_det.runtime.rescoring import Rescorer
 from eventful_det.runtime.session import StreamResult
 from eventful_det.runtime.stream import Stream
@@ -359,6 +359,8 @@ class Outcome(NamedTuple):
 def run(options: Options) -> None:
     """Run every source. One that fails does not keep the others from running."""
     parse_budget(options.budget)
+    if options.track:
+        Tracker()  # tells now what is missing
     sources, output = find_sources(at_least_one(options.source, "source")), Path(options.output)
     named = dict(zip(name_folders(output, sources), sources, strict=True))
     if options.on is None:

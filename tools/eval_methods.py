@@ -14,7 +14,7 @@ from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import DEFAULT
 from eventful_det.options import Count, NonNegative, Positive, Range, Share, convert
 from eventful_det.runtime.budget import parse_budget
-from eventful_det.runtime.motion import parse_hold
+from eventful_det.runtime.motion.key_frames import parse_hold
 
 Hold = Count | Literal["auto", "adaptive"]
 Scale = Annotated[float, Range(0.05, 8)]  # of the network's input

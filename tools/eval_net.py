@@ -56,7 +56,6 @@ from rich.progress import track
 
 from eventful_det.data.coco_video import CocoVideo, load_coco_video
 from eventful_det.data.labelling.remap import for_classes
-from eventful_det.data.labelling.teacher import Teacher
 from eventful_det.data.streams import share_out
 from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.checkpoints.weight_files import DEFAULT, find_weights
@@ -66,9 +65,9 @@ from eventful_det.engine.backends import Precision
 from eventful_det.errors import UserError
 from eventful_det.evaluation.detection import ENOUGH, labelled_frames
 from eventful_det.evaluation.flushes import ap50_since_flush
-from eventful_det.evaluation.latency_aware import detector_look, latency_aware, markdown
-from eventful_det.evaluation.small_cnn import Look, cnn_look, run_cnn
-from eventful_det.evaluation.sweep import collect, complete, first, report
+from eventful_det.evaluation.latency_aware import Look, detector_look, latency_aware, markdown
+from eventful_det.evaluation.small_cnn import SmallCNN
+from eventful_det.evaluation.sweep import collect, complete, first, report, run_methods
 from eventful_det.evaluation.sweep.runs import Method, MethodRun
 from eventful_det.evaluation.sweep.store import ResultStore, code_hash, file_hash
 from eventful_det.evaluation.sweep.summary import Row, row_of
@@ -76,7 +75,7 @@ from eventful_det.files import written_whole
 from eventful_det.options import Count, Natural
 from eventful_det.outputs import owned, write_json, write_text
 from eventful_det.recognition.checkpoints import load_recogniser
-from eventful_det.runtime.motion import parse_hold
+from eventful_det.runtime.motion.key_frames import parse_hold
 
 READERS = 4  # threads that read frames ahead for a GPU; on a CPU they would take time from what is measured
 REASONS = 20  # of skipped frames that results.json quotes
@@ -160,8 +159,9 @@ def evaluate_sweep(config: Options, detector: AnyDetector, data: CocoVideo, dire
         rows.append(row_of(run, reference))
         skipped |= run.skipped
     if config.eval.small_cnn is not None:
-        cnn = Teacher(config.eval.small_cnn, threads=torch.get_num_threads())
-        rows += [row_of(run_cnn(cnn, run.data, detector.names, hold), reference) for hold in (1, 2, 4, 8)]
+        cnn, name = small_cnn(config.eval.small_cnn, detector)
+        holds = [Method(name, hold, hold=hold) for hold in (1, 2, 4, 8)]
+        rows += [row_of(done, reference) for done in run_methods(cnn, run.data, holds, scene_cuts=config.scene_cuts)]
     with written_whole(directory / "sweep.csv") as part:
         report.write_csv(rows, part)
     write_json(directory / "sweep.json", rows)
@@ -185,8 +185,8 @@ def evaluate_latency(config: Options, detector: AnyDetector, data: CocoVideo, di
         if method.hold == 1 and not method.square
     }
     if config.eval.small_cnn is not None:
-        cnn = Teacher(config.eval.small_cnn, threads=torch.get_num_threads())
-        looks[cnn.path.stem] = partial(cnn_look, cnn, detector.names)
+        cnn, name = small_cnn(config.eval.small_cnn, detector)
+        looks[name] = partial(detector_look, cnn, Method(name))
     rows = []
     for fps in config.eval.fps:
         for name, new_look in looks.items():
@@ -195,6 +195,11 @@ def evaluate_latency(config: Options, detector: AnyDetector, data: CocoVideo, di
                 say(markdown(rows[-1:]).splitlines()[-1])
     write_text(directory / "latency_aware.md", markdown(rows))
     return {"latency_aware": rows, "skipped": _skipped({})}
+
+
+def small_cnn(path: str, detector: AnyDetector) -> tuple[SmallCNN, str]:
+    """A CNN to compare a detector with, and its name."""
+    return SmallCNN(path, detector.names, torch.get_num_threads()), Path(path).stem
 
 
 def complete_all(config: Options, detector: AnyDetector, data: CocoVideo, methods: list[Method]) -> ResultStore:

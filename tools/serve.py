@@ -38,8 +38,9 @@ from eventful_det.options import Count, Positive, Range
 from eventful_det.recognition.checkpoints import load_recogniser
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.runtime.budget import parse_budget
-from eventful_det.runtime.motion import parse_hold
+from eventful_det.runtime.motion.key_frames import parse_hold
 from eventful_det.runtime.pool import StreamPool
+from eventful_det.runtime.tracking import Tracker
 from eventful_det.secrets import mask_secrets
 from eventful_det.serving.app import create_app
 from eventful_det.serving.limits import build_server
@@ -208,6 +209,8 @@ def run(options: Options) -> None:
     token, sources = token_of(options), as_list(options.source)
     if options.budget != "auto":
         parse_budget(options.budget)
+    if options.track:
+        Tracker()  # tells now what is missing
     if (site := site_of(sources)) is not None:
         for number in (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ():
             signal.signal(number, signal.SIG_IGN)  # there is nothing to read again yet

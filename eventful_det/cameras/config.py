@@ -10,6 +10,7 @@ cameras:
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -167,6 +168,8 @@ class Mqtt:
     discovery: str | None = "homeassistant"
 
     def __post_init__(self) -> None:
+        if importlib.util.find_spec("paho") is None:  # told before anything is begun
+            raise UserError("it needs the package paho-mqtt; pip install 'eventful_det[cameras]'")
         try:
             sound = re.fullmatch(r"[\w:.%-]+", self.host) and self.host.encode("idna")
         except UnicodeError:

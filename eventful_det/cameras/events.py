@@ -17,7 +17,7 @@ import torch
 
 from eventful_det.cameras.config import Camera, Line, Place
 from eventful_det.files import JsonObject
-from eventful_det.runtime.motion import MotionOptions
+from eventful_det.runtime.motion.boxes import MotionOptions
 from eventful_det.runtime.regions import within
 from eventful_det.runtime.session import StreamResult
 

@@ -20,17 +20,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from eventful_det.cameras.clips import Library, Recorder
+from eventful_det.cameras.clips import Recorder
 from eventful_det.cameras.config import Site
 from eventful_det.cameras.events import KINDS, Event, Kind, Watcher
 from eventful_det.cameras.journal import Journal
+from eventful_det.cameras.library import Library
 from eventful_det.cameras.sinks import MqttSink, Sink, WebhookSink
 from eventful_det.cameras.site_file import Faults, edit_regions, read_site
 from eventful_det.cameras.source import open_camera
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
 from eventful_det.outputs import owned
-from eventful_det.runtime.motion import parse_hold
+from eventful_det.runtime.motion.key_frames import parse_hold
 from eventful_det.runtime.pool.metrics import StreamMetrics
 from eventful_det.runtime.regions import Polygon
 from eventful_det.runtime.session import StreamResult

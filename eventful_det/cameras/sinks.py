@@ -19,7 +19,6 @@ from urllib.parse import unquote_to_bytes, urlsplit, urlunsplit
 
 from eventful_det.cameras.config import Camera, Mqtt, Webhook
 from eventful_det.cameras.journal import Bookmark, Journal
-from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
 
 _PAUSES = (1.0, 60.0)  # seconds between two attempts: at first, and at most
@@ -182,11 +181,9 @@ class MqttSink(Sink):
     name = "mqtt"
 
     def __init__(self, journal: Journal, options: Mqtt) -> None:
-        try:
-            from paho.mqtt.client import Client
-            from paho.mqtt.enums import CallbackAPIVersion
-        except ImportError as error:
-            raise UserError(f"mqtt needs paho-mqtt ({error}); pip install 'eventful_det[cameras]'") from error
+        from paho.mqtt.client import Client
+        from paho.mqtt.enums import CallbackAPIVersion
+
         super().__init__(journal)
         self._options = options
         self._lock = threading.Lock()

@@ -60,10 +60,10 @@ class _Saving(Protocol):
     def names(self) -> tuple[str, ...]:
         """Class names."""
 
-    def save_pretrained(self, folder: str | os.PathLike[str], notes: Mapping[str, str] | None = None) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], notes: Mapping[str, object] | None = None) -> None:
         """See `HubDetector`."""
 
-    def _save_files(self, folder: Path, notes: dict[str, str]) -> None: ...
+    def _save_files(self, folder: Path, notes: Mapping[str, object]) -> None: ...
 
 
 class HubDetector:
@@ -86,26 +86,28 @@ class HubDetector:
             raise UserError(f"{source} is a {type(detector).__name__}, no {cls.__name__}; open it with load_detector")
         return detector
 
-    def save_pretrained(self: _Saving, folder: str | os.PathLike[str], notes: Mapping[str, str] | None = None) -> None:
+    def save_pretrained(
+        self: _Saving, folder: str | os.PathLike[str], notes: Mapping[str, object] | None = None
+    ) -> None:
         """Write weights and a model card into a folder, for `from_pretrained`. A card that is there stays.
 
         Args:
             folder: made if it is missing.
             notes: what to say of the weights: `{"license": "apache-2.0", "training": "..."}`. `license` and `datasets`
-                (names, with commas between) go where the Hub looks for them.
+                (names in a list, or with commas between) go where the Hub looks for them.
 
         Raises:
             UserError: the files cannot be written.
         """
         folder = Path(folder)
-        self._save_files(folder, dict(notes or {}))
+        self._save_files(folder, notes or {})
         if not (folder / CARD).exists():
             write_text(folder / CARD, _card(self, f"owner/{folder.resolve().name}", notes or {}))
 
     def push_to_hub(
         self: _Saving,
         repository: str,
-        notes: Mapping[str, str] | None = None,
+        notes: Mapping[str, object] | None = None,
         *,
         private: bool = False,
         token: str | None = None,
@@ -148,18 +150,20 @@ class HubDetector:
                 raise UserError(f"huggingface.co/{repository} cannot be written ({_reason(error)})") from None
         return str(done.commit_url)
 
-    def _save_files(self, folder: Path, notes: dict[str, str]) -> None:
+    def _save_files(self, folder: Path, notes: Mapping[str, object]) -> None:
         raise UserError(f"a {type(self).__name__} has no files of its own; see save_detector and save_detectron2")
 
 
-def _card(detector: _Saving, repository: str, notes: Mapping[str, str]) -> str:
+def _card(detector: _Saving, repository: str, notes: Mapping[str, object]) -> str:
     """A model card, as the Hub shows it."""
     about: dict[str, object] = {"library_name": "eventful_det", "pipeline_tag": "object-detection"}
     about["tags"] = ["video-object-detection", "eventful-transformer", "safetensors"]
     if "license" in notes:
-        about["license"] = notes["license"]
+        about["license"] = str(notes["license"])
     if "datasets" in notes:
-        about["datasets"] = [name.strip() for name in notes["datasets"].split(",")]
+        given = notes["datasets"]
+        names = given if isinstance(given, (list, tuple)) else str(given).split(",")
+        about["datasets"] = [str(name).strip() for name in names]
     told = "".join(f"- {key}: {value}\n" for key, value in notes.items() if key not in about)
     return f"""---
 {yaml.safe_dump(about, sort_keys=False)}---

@@ -8,7 +8,7 @@ from eventful_det.data.source import Source
 from eventful_det.detectors.protocol import AnyRule, S, VideoDetector
 from eventful_det.gating.selector import Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
-from eventful_det.runtime.motion import Hold
+from eventful_det.runtime.motion.key_frames import Hold
 from eventful_det.runtime.stream import Stream
 
 

@@ -27,7 +27,7 @@ from eventful_det.engine.vitdet import CompiledViTDet
 from eventful_det.engine.vitdet_graphs import vitdet_graphs
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
-from eventful_det.gating.whole_windows import SHARES, Windows
+from eventful_det.gating.whole_windows.rule import SHARES, Windows
 from eventful_det.outputs import write_json
 from eventful_det.recognition.recogniser import Recogniser
 

@@ -13,7 +13,7 @@ from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig
 from eventful_det.engine.vitdet import CompiledViTDet
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
-from eventful_det.gating.whole_windows import Windows
+from eventful_det.gating.whole_windows.rule import Windows
 from eventful_det.options import from_values
 from eventful_det.recognition.config import RecogniserConfig
 

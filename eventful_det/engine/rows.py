@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from eventful_det.engine.backends import Backend, Graph
 from eventful_det.gating.comparison import compare
+from eventful_det.gating.gate import select_tokens
 from eventful_det.gating.macs import Macs, ViTShape, attention_macs
 from eventful_det.gating.rows import RowsState
-from eventful_det.gating.selector import GateInput, Select
+from eventful_det.gating.selector import Select
 from eventful_det.gating.spec import ViTSpec
 from eventful_det.gating.state import Update
-from eventful_det.gating.whole_windows import bucket_sizes
+from eventful_det.gating.whole_windows.rule import bucket_sizes
 from eventful_det.gating.windows import Grid, windows_of
 
 _NO_KEY = -1e9  # bias of a key in another window
@@ -84,32 +85,24 @@ class CompiledRows:
         """Process the next frame of every stream; see `Rows.step`."""
         flushes = [state.frame == 0 for state in states]
         indices = self.choose([vit.patches(frame) for frame in frames], states, select, saliency)
-        return [self._update(*one) for one in zip(states, indices, flushes, strict=True)]
-
-    def _update(self, state: RowsState, index: Tensor, flush: bool) -> Update:
-        if len(index):
-            self.refresh(state, index)
-        work = torch.zeros(self.tokens).index_fill_(0, index, 1.0)
-        tokens = state.output.unflatten(0, self.grid)
-        return Update(tokens, state.prefix, index, work, flush, self.macs(len(index), flush))
+        updates = []
+        for state, index, flush in zip(states, indices, flushes, strict=True):
+            if len(index):
+                self.refresh(state, index)
+            updates.append(state.update(index, flush, self.macs(len(index), flush)))
+        return updates
 
     def choose(
         self, patches: Sequence[Tensor], states: Sequence[RowsState], select: Select, saliency: Sequence[Tensor | None]
     ) -> list[Tensor]:
         """The tokens `(r,)` of each stream to recompute, whose reference they become."""
-        gates = []
-        for i, (now, state, weight) in enumerate(zip(patches, states, saliency, strict=True)):
-            if state.frame:
-                error, noise = compare(now, state.reference, self.shape.channels, self.unit)
-                gates.append(GateInput(error, state.age, state.frame, state.grid, weight, i, noise))
-        asked = [gate.stream for gate in gates]
-        indices = dict(zip(asked, select(gates) if gates else (), strict=True))
+        gate = partial(compare, channels=self.shape.channels, unit=self.unit)
+        flushes = [state.frame == 0 for state in states]
+        indices = select_tokens(gate, patches, states, flushes, select, saliency)
         choices = []
         for i, (now, state) in enumerate(zip(patches, states, strict=True)):
             index = self._filled(indices[i], state.age) if i in indices else torch.arange(len(now))
-            state.frame += 1
-            state.age.add_(1).index_fill_(0, index, 1)
-            state.reference.index_copy_(0, index, now.index_select(0, index))
+            state.let_through(index, now.index_select(0, index))
             choices.append(index)
         return choices
 
@@ -146,7 +139,7 @@ class CompiledRows:
 
 
 class RowsGraph(nn.Module):
-    """A ViT on some tokens, with a mask in place of tiles.
+    """The network of `rows.py` in gating, for compilers: a function of tensors, with a mask in place of tiles.
 
     `(patches (r, P), index (r,), caches ...)` to keys and values of each block `(p + r, 2, heads, d)` in rows of its
     cache, these rows `(p + r,)`, and what `last` makes of the outputs `(p + r, C)`.

@@ -24,7 +24,7 @@ from eventful_det.engine.tiles import Geometry
 from eventful_det.engine.vitdet_graphs import check_exportable
 from eventful_det.gating.macs import dense_macs
 from eventful_det.gating.selector import RandomK, Select
-from eventful_det.gating.whole_windows import (
+from eventful_det.gating.whole_windows.rule import (
     Chosen,
     Windows,
     WindowsState,

@@ -17,7 +17,8 @@ from eventful_det.engine.backends import Graph
 from eventful_det.engine.tiles import STAGES
 from eventful_det.errors import UserError
 from eventful_det.gating.macs import ViTShape
-from eventful_det.gating.whole_windows import cache_shape, global_blocks, run_windows, tables_of
+from eventful_det.gating.whole_windows.network import run_windows, tables_of
+from eventful_det.gating.whole_windows.rule import cache_shape, global_blocks
 from eventful_det.gating.windows import Grid, windows_of
 
 _CPU = torch.device("cpu")

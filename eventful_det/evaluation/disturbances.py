@@ -22,7 +22,7 @@ from eventful_det.evaluation.detection import Entry, category_ids, coco_results,
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import Selector
 from eventful_det.outputs import markdown_table
-from eventful_det.runtime.motion import Hold
+from eventful_det.runtime.motion.key_frames import Hold
 from eventful_det.runtime.session import StreamResult
 from eventful_det.runtime.stream import Stream
 

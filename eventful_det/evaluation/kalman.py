@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eventful_det.detectors.results import Detections
-from eventful_det.runtime.motion import Array, BoxMover, View
+from eventful_det.runtime.motion.boxes import BoxMover, View
+from eventful_det.runtime.motion.optical_flow import Array
 
 _SEEN = 0.05**2  # variance of where the network sees a side of a box, in sides of the box ...
 _START = 0.1**2  # ... of the velocity of a new box, per frame ...

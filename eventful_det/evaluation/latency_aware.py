@@ -20,14 +20,16 @@ from eventful_det.data.video.transforms import Image
 from eventful_det.detectors.protocol import S, VideoDetector
 from eventful_det.detectors.results import Detections
 from eventful_det.evaluation.detection import Entry, category_ids, coco_results, evaluate
-from eventful_det.evaluation.small_cnn import Look
 from eventful_det.evaluation.sweep.runs import Method
 from eventful_det.outputs import markdown_table
 from eventful_det.runtime.control import Stepper
-from eventful_det.runtime.motion import BoxMover
+from eventful_det.runtime.motion.boxes import BoxMover
 from eventful_det.runtime.session import KeyFrame, StreamSession
 
 _TICK = 1e-9  # seconds that rounding may take
+
+Look = Callable[[Image], tuple[Detections, float]]
+"""Detects in the next frame that it is given, and tells how many seconds that took."""
 
 
 @dataclass(frozen=True)

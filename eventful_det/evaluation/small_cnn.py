@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,45 +13,75 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from eventful_det.data.classes import COCO_NAMES, COCO_TO_VID
-from eventful_det.data.coco_video import CocoVideo, Video
-from eventful_det.data.frame_reader import FrameReader
 from eventful_det.data.labelling.teacher import Teacher
-from eventful_det.data.video.transforms import Image
-from eventful_det.detectors.results import Detections, FrameCost
+from eventful_det.detectors.protocol import DEFAULT_RULE, AnyRule, CostModel, InputTransform
+from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.errors import UserError
-from eventful_det.evaluation.detection import Entry, category_ids, coco_results
-from eventful_det.evaluation.efficiency import peak_memory, reset_peak_memory
-from eventful_det.evaluation.sweep.runs import Method, MethodRun, VideoRun
-from eventful_det.runtime.motion import BoxMover
+from eventful_det.gating.selector import DEFAULT, Select
+from eventful_det.gating.state import State, StreamState
 
 _NMS = 0.55  # overlap from which two answers are one object
 
-Look = Callable[[Image], tuple[Detections, float]]
-"""Detects in the next frame that it is given, and tells how many seconds that took."""
 
+class SmallCNN:
+    """A COCO-trained ONNX detector as a `VideoDetector` that recomputes every frame and remembers nothing.
 
-def cnn_look(cnn: Teacher, names: Sequence[str]) -> Look:
-    """A COCO-trained ONNX detector, its classes those of `names` that it knows.
+    Args:
+        path: of the model, see `Teacher`.
+        names: classes to look for.
+        threads: of ONNX Runtime.
 
     Raises:
-        UserError: it knows none of them.
+        UserError: it knows none of the classes, or its file cannot be used.
     """
-    ours = [COCO_TO_VID.get(name, name) for name in COCO_NAMES]
-    labels = np.array([names.index(name) if name in names else -1 for name in ours], np.int64)
-    if (labels < 0).all():
-        raise UserError(f"{cnn.path} knows none of the classes of the weights")
 
-    def look(image: Image) -> tuple[Detections, float]:
+    device = torch.device("cpu")
+
+    def __init__(self, path: str | os.PathLike[str], names: Sequence[str], threads: int = 1) -> None:
+        self.names, self._cnn = tuple(names), Teacher(path, threads=threads)
+        ours = [COCO_TO_VID.get(name, name) for name in COCO_NAMES]
+        self._labels = np.array([names.index(name) if name in names else -1 for name in ours], np.int64)
+        if (self._labels < 0).all():
+            raise UserError(f"{path} knows none of the classes of the weights")
+        side = max(self._cnn.size)
+        self.input_transform = InputTransform(min(self._cnn.size), side, token=side)  # one token
+        self._macs = {"backbone": onnx_macs(path)}
+
+    def init_state(self, batch: int = 1) -> State[StreamState]:
+        """Nothing for `batch` streams."""
+        return State([None] * batch)
+
+    def step(
+        self,
+        frames: Sequence[Tensor],
+        state: State[StreamState],
+        *,
+        rule: AnyRule = DEFAULT_RULE,
+        selector: Select = DEFAULT,
+        flush: Sequence[bool] | bool = False,
+        timing: bool = False,
+    ) -> list[StepResult]:
+        """Detect in frames; see `VideoDetector.step`."""
+        return [self._detect(frame) for frame in frames]
+
+    def cost_model(self, rule: AnyRule) -> CostModel:
+        """Every frame costs the same.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("a CNN has no budget: all its frames cost the same")
+
+    def _detect(self, frame: Tensor) -> StepResult:
         began = time.perf_counter()
-        answers = cnn(image)
-        answers.labels = labels[answers.labels]
+        answers = self._cnn((255 * frame).round().byte().permute(1, 2, 0).numpy())
+        answers.labels = self._labels[answers.labels]
         answers = answers.where(answers.labels >= 0)
         values: list[Tensor] = [torch.from_numpy(v) for v in (answers.boxes, answers.scores, answers.labels)]
         kept = batched_nms(values[0], values[1].float(), values[2], _NMS)
         found = Detections(values[0][kept], values[1][kept].float(), values[2][kept])
-        return found, time.perf_counter() - began
-
-    return look
+        seconds = {"backbone": time.perf_counter() - began}
+        return StepResult(found, FrameCost(self._macs, self._macs, 1, 1, False, seconds), torch.ones(1, 1))
 
 
 def onnx_macs(path: str | os.PathLike[str]) -> int:
@@ -80,46 +110,3 @@ def onnx_macs(path: str | os.PathLike[str]) -> int:
                 raise UserError(f"{path}: the size of {node.output[0]} is not known; export it with a fixed size")
             total += math.prod(result) * math.prod(weight[summed])
     return total
-
-
-def run_cnn(cnn: Teacher, data: CocoVideo, names: Sequence[str], hold: int) -> MethodRun:
-    """Run a CNN on every `hold`-th frame of whole videos, and move its boxes in between as our own are moved.
-
-    Args:
-        cnn: a COCO-trained detector.
-        data: what to run on.
-        names: classes to look for.
-        hold: 1 = every frame, without tracks.
-
-    Raises:
-        UserError: it knows none of the classes, or a frame cannot be read.
-    """
-    categories, look = category_ids(data, names), cnn_look(cnn, names)
-    macs = {"backbone": onnx_macs(cnn.path)}
-    reset_peak_memory(torch.device("cpu"))
-
-    def run(video: Video, reader: FrameReader) -> VideoRun:
-        results: list[Entry] = []
-        seconds: list[float] = []
-        mover = BoxMover()
-        for i, frame in enumerate(video.frames):
-            image = reader.read(video, frame)
-            began = time.perf_counter()
-            if hold > 1:
-                mover.move(image)
-            if i % hold:
-                found = mover.boxes()
-            else:
-                found = look(image)[0]
-                found = mover.key(found) if hold > 1 else found
-            seconds.append(time.perf_counter() - began)
-            results += coco_results({frame.image_id: found}, categories)
-        costs = [
-            FrameCost(macs if i % hold == 0 else {"backbone": 0}, macs, int(i % hold == 0), 1, i == 0, {"backbone": s})
-            for i, s in enumerate(seconds)
-        ]
-        return VideoRun(video, results, costs, seconds, 0, peak_memory(torch.device("cpu")))
-
-    method = Method(cnn.path.stem, hold, hold=hold)
-    with FrameReader(data) as reader:
-        return MethodRun.of(method, data, [run(video, reader) for video in data.videos if video.frames])

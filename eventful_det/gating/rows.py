@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eventful_det.gating.comparison import Comparison, compare
+from eventful_det.gating.gate import GatedState, select_tokens
 from eventful_det.gating.macs import RowsSizes, rows_macs
-from eventful_det.gating.selector import GateInput, Select
+from eventful_det.gating.selector import Select
 from eventful_det.gating.spec import Block, ViTSpec
-from eventful_det.gating.state import StreamState, Update
+from eventful_det.gating.state import Update
 from eventful_det.gating.windows import (
     Grid,
     Side,
@@ -36,26 +38,17 @@ _CACHE_ELEMENTS = 1 << 22  # keys and values gathered at once; longer tile lists
 
 
 @dataclass
-class RowsState(StreamState):
-    """State of one stream under `Rows`.
+class RowsState(GatedState):
+    """State of one stream under `Rows`; outputs of several blocks stand one after another.
 
     Attributes:
-        reference: `(N, P)` patches or `(N, D)` embeddings last let through.
-        age: `(N,)` frames since each token was let through.
         caches: per block the keys and values `(windows, slots, 2, heads, d)`; slots of padded tokens hold the bias.
             A window starts with the slots of its prefix tokens; keys are as attention sees them, normed and rotated.
-        output: `(N, C)` the last computed output of every token; of several blocks, one after another.
-        prefix: `(p, C)` the same of the prefix tokens, or None.
         positions: `(N, D)` position encoding at this grid, or None. Like what follows, it is worked out at a flush.
         tables: per block its relative positions at this grid, see `relative_terms`; or None.
         rotations: `(p + N, 2, d)` sines and cosines of rotary positions, see `rotate`; or None.
     """
 
-    reference: Tensor
-    age: Tensor
-    caches: list[Tensor]
-    output: Tensor
-    prefix: Tensor | None
     positions: Tensor | None = None
     tables: list[Tensor | None] = field(default_factory=list)
     rotations: Tensor | None = None
@@ -133,14 +126,7 @@ class Rows:
         indices = self._choose(vit, compared, states, full, select, saliency)
         sizes = self._recompute(vit, compared, indices, states, full)
         return [
-            Update(
-                tokens=state.output.unflatten(0, state.grid),
-                prefix=state.prefix,
-                changed=index,
-                work=torch.zeros(len(state.age), device=index.device).index_fill_(0, index, 1.0),
-                flush=flush,
-                macs=rows_macs(vit.shape, state.grid, size),
-            )
+            state.update(index, flush, rows_macs(vit.shape, state.grid, size))
             for index, state, flush, size in zip(indices, states, flushes, sizes, strict=True)
         ]
 
@@ -165,19 +151,14 @@ class Rows:
         select: Select,
         saliency: Sequence[Tensor | None],
     ) -> list[Tensor]:
-        """The only decision of the frame: for each stream the indices `(r,)` of its tokens, window by window."""
-        gates = []
-        for stream, (now, state, weight) in enumerate(zip(compared, states, saliency, strict=True)):
-            if not full[stream]:
-                error, noise = self.compare(vit, now, state.reference)
-                gates.append(GateInput(error, state.age, state.frame, state.grid, weight, stream, noise))
-        indices = [torch.arange(len(state.age), device=state.age.device) for state in states]
-        for gate, index in zip(gates, select(gates) if gates else (), strict=True):
-            indices[gate.stream] = index
-        return [
-            windows_of(state.grid, vit.window, index.device).sort(index)
-            for state, index in zip(states, indices, strict=True)
-        ]
+        """For each stream the indices `(r,)` of its tokens, window by window."""
+        selected = select_tokens(partial(self.compare, vit), compared, states, full, select, saliency)
+        indices = []
+        for stream, state in enumerate(states):
+            device = state.age.device
+            index = selected[stream] if stream in selected else torch.arange(len(state.age), device=device)
+            indices.append(windows_of(state.grid, vit.window, device).sort(index))
+        return indices
 
     def _recompute(
         self,
@@ -192,9 +173,7 @@ class Rows:
         selections = []
         for now, index, state in zip(compared, indices, states, strict=True):
             rows = now.index_select(0, index)  # (r, P or D)
-            state.frame += 1
-            state.age.add_(1).index_fill_(0, index, 1)
-            state.reference.index_copy_(0, index, rows.to(state.reference.dtype))
+            state.let_through(index, rows)
             selections.append(_Selection(vit, index, rows, state, static))
         busy = [selection for selection in selections if len(selection.index)]
         for group in [[one] for one in busy] if self.exact else [busy] if busy else []:

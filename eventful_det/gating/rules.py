@@ -15,7 +15,7 @@ from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT, Select
 from eventful_det.gating.spec import ViTSpec
 from eventful_det.gating.state import State, StreamState, Update
-from eventful_det.gating.whole_windows import Windows
+from eventful_det.gating.whole_windows.rule import Windows
 from eventful_det.gating.windows import Grid
 
 S = TypeVar("S", bound=StreamState)

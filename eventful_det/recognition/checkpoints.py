@@ -218,7 +218,7 @@ def save_recogniser(
     recogniser: Recogniser,
     path: str | os.PathLike[str],
     dtype: torch.dtype = torch.float16,
-    notes: Mapping[str, str] | None = None,
+    notes: Mapping[str, object] | None = None,
 ) -> None:
     """Write weights, config and notes to one safetensors file, whole or not at all.
 

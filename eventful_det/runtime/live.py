@@ -22,7 +22,7 @@ from eventful_det.data.source import VideoFrame
 from eventful_det.detectors.protocol import S
 from eventful_det.detectors.results import Detections, StepResult
 from eventful_det.runtime.control import NetworkStepper
-from eventful_det.runtime.motion import BoxMover, View
+from eventful_det.runtime.motion.boxes import BoxMover, View
 from eventful_det.runtime.scene_cuts import SceneCuts
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 

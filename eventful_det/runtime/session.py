@@ -28,7 +28,8 @@ from eventful_det.errors import UserError
 from eventful_det.gating.selector import GateInput, Policy, Selector
 from eventful_det.gating.state import State
 from eventful_det.runtime.drift import Drift
-from eventful_det.runtime.motion import BoxMover, Hold, KeyFrames
+from eventful_det.runtime.motion.boxes import BoxMover
+from eventful_det.runtime.motion.key_frames import Hold, KeyFrames
 from eventful_det.runtime.regions import Polygon, ignored_tokens
 from eventful_det.runtime.scene_cuts import SceneCuts
 

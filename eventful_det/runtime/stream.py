@@ -15,7 +15,7 @@ from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.control import Budgeted, Stepper
 from eventful_det.runtime.drift import Drift, DriftMonitor
 from eventful_det.runtime.live import DetectorThread, LiveBoxes, detector_of
-from eventful_det.runtime.motion import Hold, hold_for
+from eventful_det.runtime.motion.key_frames import Hold, hold_for
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
 

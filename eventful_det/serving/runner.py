@@ -14,7 +14,7 @@ from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import Selector
 from eventful_det.runtime.budget import parse_budget
-from eventful_det.runtime.motion import Hold
+from eventful_det.runtime.motion.key_frames import Hold
 from eventful_det.runtime.pool import StreamPool
 from eventful_det.runtime.rescoring import Rescorer
 from eventful_det.runtime.session import StreamOptions
@@ -36,9 +36,6 @@ class PoolRunner:
         track: give objects ids.
         rescore: judge boxes by the last frames, not by one alone.
 
-    Raises:
-        UserError: there is no library for ids.
-
     Attributes:
         views: by name, in the order of joining; hold `lock` to read them.
         on_round: called in the runner's thread after every round.
@@ -47,8 +44,6 @@ class PoolRunner:
     def __init__(self, pool: AnyPool, *, max_streams: int = 16, track: bool = False, rescore: bool = False) -> None:
         self.pool: StreamPool[Any] = pool
         self.max_streams, self.track, self.rescore = max_streams, track, rescore
-        if track:
-            Tracker()  # tells now what is missing
         self.lock = threading.Lock()
         self.views: dict[str, StreamView] = {}
         self.on_round: Callable[[], None] = lambda: None

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from servers import HEIGHT, WIDTH, Server, why_not
 
-from eventful_det.cameras.clips import Library, Recorder
+from eventful_det.cameras.clips import Recorder
 from eventful_det.cameras.config import Clips
 from eventful_det.cameras.events import Event
 from eventful_det.cameras.journal import Journal
+from eventful_det.cameras.library import Library
 from eventful_det.cameras.source import open_camera
 from eventful_det.data.video.decoder import Decoder
 from eventful_det.data.video.writer import VideoWriter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,7 @@ def test_classes_that_the_detector_does_not_know(tmp_path: Path) -> None:
         ("cameras: {'.a.': {source: 0}}", "a name has letters, digits, - and _ only"),
         ("cameras: {a: {source: -1}}", "source must be"),
         ("cameras: {a: {source: 0, hold: often}}", "hold must be"),
+        ("cameras: {a: {source: 0, record: 1}}", "record must be true or false, got 1"),
         ("cameras: {a: {source: 0, min_area: 0.5, max_area: 0.1}}", "min_area must be at most max_area"),
         ("cameras: {a: {source: 0, min_area: 0.5, classes: {car: {max_area: 0.1}}}}", "min_area must be at most"),
         ("cameras: {a: {source: 0, lines: {x: {start: [0, 0], end: [0, 0]}}}}", "two points"),
@@ -145,6 +147,12 @@ def test_classes_that_the_detector_does_not_know(tmp_path: Path) -> None:
 def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, text: str, fault: str) -> None:
     (line,) = faults(tmp_path, text)
     assert line.startswith("cameras.yaml:") and any(part in line for part in fault.split("|"))
+
+
+def test_a_missing_package_is_a_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    (line,) = faults(tmp_path, "cameras: {a: {source: 0}}\nmqtt: {host: h}\n")
+    assert line == "cameras.yaml:2: mqtt: it needs the package paho-mqtt; pip install 'eventful_det[cameras]'"
 
 
 def test_borders_may_be_hollow_and_closed() -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eventful_det.data.coco_video import CocoVideo
+from eventful_det.data.coco_video import CocoVideo, load_coco_video
 from eventful_det.data.layouts.exports import EXPORTS, VideoInfo, export_detections
 from eventful_det.data.layouts.video_labels import import_annotations
 
@@ -87,17 +87,24 @@ def assert_same(read: Objects, wanted: Objects, tolerance: float) -> None:
 @given(frames, st.sampled_from(["mot", "cvat", "yolo"]))
 def test_readers_find_what_was_detected(videos: list[list[dict[str, Any]]], kind: str) -> None:
     show = INFO.show if kind == "cvat" else 0.0
-    if not any(f["score"] >= show for found in videos for f in found):
-        return  # the readers refuse labels without an object
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         target = export(folder, videos, kind)
-        labels = {"mot": target / "gt" / "gt.txt", "cvat": target, "yolo": target / "labels"}[kind]
         names = [f"{INFO.name}_{n}" for n in range(1, len(videos) + 1)]
-        data, problems = import_annotations(labels, media=pictures(folder / "img1", names))
+        data, problems = import_annotations(target, media=pictures(folder / "img1", names))
         assert {problem.kind for problem in problems} <= {"box_clipped"}  # shares of a frame are rounded
-        assert {name for _, name in data.categories} <= set(INFO.classes)
+        assert data.categories == list(enumerate(INFO.classes, start=1))
         assert_same(contents(data), expected(videos, show), 0.011)
+
+
+@pytest.mark.parametrize("kind", ["mot", "cvat", "yolo"])
+def test_a_video_without_an_object_was_searched(tmp_path: Path, kind: str) -> None:
+    export(tmp_path, [[], []], kind)
+    media = pictures(tmp_path / "img1", [f"{INFO.name}_1", f"{INFO.name}_2"])
+    data, problems = import_annotations(tmp_path / EXPORTS[kind][0], media=media)
+    assert not problems and contents(data) == [[], []] and all(frame.labelled for frame in data.frames)
+    data.save(tmp_path / "data.json")
+    assert load_coco_video(tmp_path / "data.json").categories == list(enumerate(INFO.classes, start=1))
 
 
 @settings(max_examples=15, deadline=None)

@@ -74,7 +74,7 @@ def test_present_and_reconnection(server: Server, caplog: pytest.LogCaptureFixtu
     stamps = [frame.timestamp for frame in (*before, last, back, *after)]
     assert stamps == sorted(stamps)  # type: ignore[type-var]
     assert back.timestamp - last.timestamp > 0.2  # type: ignore[operator]
-    assert "calling again for 20 s" in caplog.messages[0] and "is back after" in caplog.messages[1]
+    assert "calling again for 20 s" in caplog.messages[0] and "is back after" in caplog.messages[-1]
 
 
 @pytest.mark.slow
@@ -297,7 +297,8 @@ def test_calls_are_spaced_out_and_connections_closed(caplog: pytest.LogCaptureFi
     assert source.dropped >= 3 and first.closed and lines and all(line.closed for line in lines)
     gaps = np.diff(calls)
     assert len(calls) <= 5 and np.all(gaps[1:-1] > 1.5 * gaps[:-2])
-    assert len(caplog.messages) == 1
+    told = [message.split("; calling")[0] for message in caplog.messages]
+    assert told == ["broke off", "nobody answers", "says nothing"], "each reason once"
 
 
 def simulate(decode: float, jumps: dict[int, float], seconds: float = 60, rate: float = 25) -> tuple[list[float], int]:

@@ -105,7 +105,7 @@ def test_every_layout_says_the_same(tmp_path: Path, layout: str, as_video: bool)
     path = write_labels(tmp_path / "labels", layout)
     data, problems = import_annotations(path)
     assert not problems and sorted(content(data)) == sorted(OBJECTS)
-    assert data.categories == [(1, "cat"), (2, "dog")] or layout == "mot"
+    assert data.categories == [(1, "cat"), (2, "dog")]
     frames = data.videos[0].frames
     assert len(frames) == FRAMES and all(f.labelled and (f.width, f.height) == (WIDTH, HEIGHT) for f in frames)
     data.save(tmp_path / "out/x.json")
@@ -222,10 +222,12 @@ def test_what_cannot_be_imported_is_said_in_one_line(tmp_path: Path) -> None:
             import_annotations(yolo, media=media)
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.xml").write_text("<html/>")
+    (tmp_path / "empty.txt").touch()
     for name, message in (
         ("empty", "holds neither .xml"),
         ("x.xml", "no XML file of CVAT"),
         ("gone.txt", "cannot read"),
+        ("empty.txt", "holds no labels of the layout mot"),
     ):
         with pytest.raises(UserError, match=message):
             import_annotations(tmp_path / name)

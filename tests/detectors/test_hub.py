@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from eventful_det import Detector, UserError, load_detector
+from eventful_det.detectors.checkpoints.files import read_weights
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.rf_detr.sizes import random_model
 
@@ -111,6 +112,13 @@ def test_the_card_can_be_read_by_the_hub_and_is_not_overwritten(tiny_detector: D
     (tmp_path / "README.md").write_text("by a person")
     tiny_detector.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "by a person"
+
+
+def test_notes_may_be_any_values(tiny_detector: Detector, tmp_path: Path) -> None:
+    tiny_detector.save_pretrained(tmp_path, {"epochs": 3, "datasets": ["mine", "yours"]})
+    assert read_weights(tmp_path / "model.safetensors").notes["epochs"] == "3"
+    _, head, body = (tmp_path / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(head)["datasets"] == ["mine", "yours"] and "- epochs: 3" in body
 
 
 def test_to_the_hub_and_back(tiny_detector: Detector, hub: FakeHub) -> None:

@@ -25,7 +25,7 @@ from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.selector import EVERYTHING, Gmacs, RandomK, Selector, Threshold, TopFraction, TopK
-from eventful_det.gating.whole_windows import Windows
+from eventful_det.gating.whole_windows.rule import Windows
 from eventful_det.runtime.pool import StreamPool
 
 SIZE = (96, 160)

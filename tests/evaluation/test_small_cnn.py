@@ -12,9 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 from teachers import yolox_teacher
 
 from eventful_det.data.coco_video import Annotation, CocoVideo, Frame, Video
-from eventful_det.data.labelling.teacher import Teacher
 from eventful_det.errors import UserError
-from eventful_det.evaluation.small_cnn import onnx_macs, run_cnn
+from eventful_det.evaluation.small_cnn import SmallCNN, onnx_macs
+from eventful_det.evaluation.sweep import run_methods
+from eventful_det.evaluation.sweep.runs import Method
 from eventful_det.evaluation.sweep.summary import row_of
 
 
@@ -33,14 +34,15 @@ def data(tmp_path: Path) -> CocoVideo:
 
 
 def test_boxes_are_found_and_move_between(data: CocoVideo, tmp_path: Path) -> None:
-    cnn = Teacher(yolox_teacher(tmp_path / "t.onnx"), floor=0.5)
-    each, third = (row_of(run_cnn(cnn, data, ("person",), hold)) for hold in (1, 3))
+    teacher = yolox_teacher(tmp_path / "t.onnx")
+    methods = [Method("t", hold, hold=hold) for hold in (1, 3)]
+    each, third = map(row_of, run_methods(SmallCNN(teacher, ("person",)), data, methods))
     assert each.ap50 == third.ap50 == 1
     assert each.gmacs_total == pytest.approx(64 * 64 / 1e9) and each.relative_total == 1
     assert third.relative_total == pytest.approx(1 / 3) and third.frames == 6
     assert third.method == "t 3" and third.ms_mean > 0
     with pytest.raises(UserError, match="knows none of the classes"):
-        run_cnn(cnn, CocoVideo([(1, "ring")], data.videos, data.image_root), ("ring",), 1)
+        SmallCNN(teacher, ("ring",))
 
 
 def test_macs_of_an_onnx_model(tmp_path: Path) -> None:

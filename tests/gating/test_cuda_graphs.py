@@ -14,10 +14,10 @@ from networks import clip, error, run, sam
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eventful_det.engine import cuda_graphs
-from eventful_det.engine.cuda_graphs import Captured, CapturedWindows
 from eventful_det.gating.selector import RandomK
-from eventful_det.gating.whole_windows import Windows
+from eventful_det.gating.whole_windows import cuda_graphs
+from eventful_det.gating.whole_windows.cuda_graphs import Captured, CapturedWindows
+from eventful_det.gating.whole_windows.rule import Windows
 
 WAITS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique_dim", "_unique2", "equal"}
 

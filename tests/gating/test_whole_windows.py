@@ -13,7 +13,7 @@ from eventful_det.errors import UserError
 from eventful_det.gating.convert import eventify
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import EVERYTHING, GateInput, RandomK, Threshold, TopK
-from eventful_det.gating.whole_windows import Windows
+from eventful_det.gating.whole_windows.rule import Windows
 from eventful_det.gating.windows import windows_of
 
 NETWORKS = {

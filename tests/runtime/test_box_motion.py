@@ -11,7 +11,8 @@ from torchvision.ops import box_iou
 
 from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
-from eventful_det.runtime.motion import BoxMover, KeyFrames, MotionOptions
+from eventful_det.runtime.motion.boxes import BoxMover, MotionOptions
+from eventful_det.runtime.motion.key_frames import KeyFrames
 
 SIZE = (240, 400)  # height, width
 FINE = MotionOptions(short_side=240)  # a square of 60 pixels is small for the default picture

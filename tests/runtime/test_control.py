@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from eventful_det.runtime.control import Load, Pace
+from eventful_det.runtime.pace import Load, Pace
 
 Machine = Callable[[int, Load], float]
 

@@ -21,7 +21,7 @@ from eventful_det.errors import UserError
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Gmacs, Latency, TopK
 from eventful_det.runtime.budget import BudgetOptions
-from eventful_det.runtime.motion import KeyFrames
+from eventful_det.runtime.motion.key_frames import KeyFrames
 from eventful_det.runtime.pool import StreamPool
 from eventful_det.runtime.pool.feed import Feed, open_feed
 from eventful_det.runtime.pool.metrics import StreamMetrics

@@ -23,7 +23,7 @@ from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import DEFAULT, EVERYTHING, Budget, GateInput, Ranking, Selector, TopK
-from eventful_det.runtime.motion import BoxMover
+from eventful_det.runtime.motion.boxes import BoxMover
 from eventful_det.runtime.pool import StreamPool
 from eventful_det.runtime.scene_cuts import SceneCuts
 from eventful_det.runtime.session import StreamResult

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -102,7 +103,7 @@ def test_switches(text: str) -> None:
         ("train_net", "mix=[{", "mix must be a list, each a group of options"),
         ("demo", "--output", "--output needs a value"),
         ("serve", "port=abc", "port must be a whole number from 0 to 65535, got 'abc'"),
-        ("serve", "expose=2", "expose must be true or false, got 2"),
+        ("serve", "expose=2", "expose must be true or false, got '2'"),
         ("serve", "upload_mb=0", "upload_mb must be a number above 0"),
         ("convert_weights", "dtype=int8", "dtype must be 'float32' or 'float16' or 'bfloat16'"),
         ("convert_weights", "notes=5", "notes must be a group of options"),
@@ -187,3 +188,12 @@ def test_the_console_command_works_anywhere(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a b/results.json").is_file()
+
+
+@pytest.mark.parametrize("tool", ["demo", "serve"])
+def test_a_missing_library_for_ids_is_told_before_anything_is_loaded(
+    tool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackers", None)
+    with pytest.raises(UserError, match="track ids need the trackers library"):
+        importlib.import_module(tool).run(options_of(tool, "track=true", "weights=none.safetensors"))

@@ -136,8 +136,9 @@ def _read_mot(path: Path, classes: Path | None) -> VideoLabels:
             labels.problems.append(Problem("malformed_line", path.name, f"line {line}: {','.join(row)[:80]}"))
     if not names and {index for index, *_ in found} == {1}:
         names = ["person"]
-    indices = sorted({index for index, *_ in found})
-    called = {index: names[index - 1] if index <= len(names) else f"class {index}" for index in indices}
+    called = dict(enumerate(names, start=1))
+    for index in sorted({index for index, *_ in found}):
+        called.setdefault(index, f"class {index}")
     labels.classes = list(called.values())
     for index, frame, box, track, ignored in found:
         labels.marks.setdefault(frame, []).append(Mark(called[index], box, track, ignored=ignored))

@@ -21,6 +21,10 @@ _NUMBER = re.compile(r"(.*?)(\d{1,15})$", re.ASCII)
 
 
 LAYOUTS = (*COCO_LAYOUTS, *READERS)
+_INSIDE = (
+    ("mot", "gt/gt.txt"), ("mot", "gt.txt"), ("voc", "*.xml"), ("voc", "Annotations/*.xml"),
+    ("yolo", "labels/*.txt"), ("yolo", "*.txt"),
+)  # fmt: skip
 
 
 def import_annotations(
@@ -33,7 +37,7 @@ def import_annotations(
     """Read labels that another program wrote.
 
     Args:
-        path: of the file, or of the folder with a file for each frame.
+        path: of the file, of the folder with a file for each frame, or of the one above.
         layout: one of `LAYOUTS`; None = tell by the content.
         media: the video file, or the folder of pictures; None = look where the layout has it.
         key_frames: see `import_coco`.
@@ -45,13 +49,13 @@ def import_annotations(
     Raises:
         UserError: the files are of no known layout, or the frames or classes are not found.
     """
-    layout = layout or _detect(path)
+    layout, path = _detect(path, layout)
     if layout not in READERS:
         return import_coco(path, None if layout == "coco" else layout, media, key_frames)
     if key_frames:
         raise UserError(f"{path} is of the layout {layout}, which does not say which frames are key frames")
     labels = READERS[layout](path, classes)
-    if not labels.marks:
+    if not labels.classes or not (labels.marks or (labels.first is not None and not labels.problems)):
         raise UserError(f"{path} holds no labels of the layout {layout}")
     place = _find_media(path, labels) if media is None else media
     if place.is_dir():
@@ -63,14 +67,16 @@ def import_annotations(
     return data, labels.problems
 
 
-def _detect(path: Path) -> str:
-    if path.is_dir():
-        for layout, pattern in (("voc", "*.xml"), ("yolo", "*.txt")):
-            if any(path.glob(pattern)):
-                return layout
+def _detect(path: Path, wanted: str | None) -> tuple[str, Path]:
+    """The layout, unless it is known, and the file or folder that is to be read."""
+    if path.is_dir() and wanted not in COCO_LAYOUTS:
+        for layout, pattern in _INSIDE:
+            found = next(path.glob(pattern), None)
+            if found is not None and wanted in (layout, None):
+                return layout, found if layout == "mot" else found.parent
         raise UserError(f"{path} holds neither .xml files (VOC) nor .txt files (YOLO); known are {', '.join(LAYOUTS)}")
     layouts = {".txt": "mot", ".csv": "mot", ".xml": "cvat_xml"}
-    return layouts.get(path.suffix.lower(), "coco")
+    return wanted or layouts.get(path.suffix.lower(), "coco"), path
 
 
 def _with_pictures(labels: VideoLabels, folder: Path) -> list[Video]:

@@ -27,7 +27,7 @@ def save_detector(
     detector: SavedDetector,
     path: str | os.PathLike[str],
     dtype: torch.dtype = torch.float16,
-    notes: Mapping[str, str] | None = None,
+    notes: Mapping[str, object] | None = None,
 ) -> None:
     """Write weights, config and notes to one safetensors file, atomically.
 
@@ -45,7 +45,7 @@ def save_detectron2(
     detector: SavedDetector,
     path: str | os.PathLike[str],
     dtype: torch.dtype = torch.float32,
-    notes: Mapping[str, str] | None = None,
+    notes: Mapping[str, object] | None = None,
 ) -> None:
     """Write weights as detectron2's checkpointer reads them, atomically; it ignores the config and notes beside them.
 

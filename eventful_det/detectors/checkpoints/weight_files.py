@@ -205,9 +205,9 @@ def rounded(module: HasState, dtype: torch.dtype) -> dict[str, Tensor]:
     return {key: value.detach().cpu().to(dtype).contiguous() for key, value in module.state_dict().items()}
 
 
-def metadata(notes: Mapping[str, str] | None, **own: str) -> dict[str, str]:
-    """What a weights file says of itself: notes, and `format` and `config`, which no note can be."""
-    return {key: note for key, note in (notes or {}).items() if key not in ("format", "config")} | own
+def metadata(notes: Mapping[str, object] | None, **own: str) -> dict[str, str]:
+    """What a weights file says of itself: notes as text, and `format` and `config`, which no note can be."""
+    return {key: str(note) for key, note in (notes or {}).items() if key not in ("format", "config")} | own
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
         results = self.step(list(images), self.init_state(len(images)), rule=Dense())
         return [result.detections for result in results]
 
-    def _save_files(self, folder: Path, notes: dict[str, str]) -> None:
+    def _save_files(self, folder: Path, notes: Mapping[str, object]) -> None:
         model: Any = self.model
         if not hasattr(model, "save_pretrained"):
             raise UserError("RF-DETR of the package rfdetr has no format for folders; take that of transformers")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,7 +112,7 @@ class Detector(GatedDetector[DetectorStream]):
         proposals, losses = self.proposal_generator(levels, sizes, targets)
         return {**losses, **self.roi_heads.losses(levels, proposals, targets)}
 
-    def _save_files(self, folder: Path, notes: dict[str, str]) -> None:
+    def _save_files(self, folder: Path, notes: Mapping[str, object]) -> None:
         save_detector(self, folder / WEIGHTS, self.spec.dtype, notes)
 
     def cost_model(self, rule: AnyRule) -> DetectorCosts:

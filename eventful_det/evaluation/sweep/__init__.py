@@ -28,7 +28,8 @@ from eventful_det.evaluation.sweep.store import MemoryStore, Store
 from eventful_det.gating.selector import Gmacs, Latency, Selector
 from eventful_det.runtime.budget import selector_for
 from eventful_det.runtime.control import Stepper
-from eventful_det.runtime.motion import BoxMover, hold_for
+from eventful_det.runtime.motion.boxes import BoxMover
+from eventful_det.runtime.motion.key_frames import hold_for
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
 _WARM_UP = 2  # frames run before anything is timed: one flush, one update

@@ -18,7 +18,7 @@ from eventful_det.evaluation.flushes import frames_since_flush
 from eventful_det.evaluation.ilsvrc import VidScores, vid_scores
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import Budget, Selector
-from eventful_det.runtime.motion import Hold
+from eventful_det.runtime.motion.key_frames import Hold
 from eventful_det.runtime.rescoring import Objects, Rescoring, rescore
 
 DENSE = "dense"  # the curve that all others are compared with

@@ -30,7 +30,7 @@ from eventful_det.gating.selector import DEFAULT, Budget, Selector
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.control import Budgeted, NetworkStepper
 from eventful_det.runtime.live import DetectorThread, LiveBoxes, detector_of
-from eventful_det.runtime.motion import Hold, hold_for
+from eventful_det.runtime.motion.key_frames import Hold, hold_for
 from eventful_det.runtime.pool.feed import Feed, open_feed
 from eventful_det.runtime.pool.metrics import PoolMetrics, Tally
 from eventful_det.runtime.session import (

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from eventful_det.gating.spec import ViTSpec
-from eventful_det.gating.whole_windows import Windows, WindowTables, run_windows
+from eventful_det.gating.whole_windows.network import WindowTables, run_windows
+from eventful_det.gating.whole_windows.rule import Windows
 from eventful_det.gating.windows import Grid
 
 _DEVICES = ("cuda",)

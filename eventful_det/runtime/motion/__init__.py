@@ -1,0 +1,1 @@
+"""Boxes between key frames: when the network runs again, and how they move until then."""
