@@ -82,6 +82,16 @@ def step_of(network: VideoDetector[Any] | Recogniser, rule: AnyRule, k: int) -> 
     return run
 
 
+def parts_of(network: VideoDetector[Any], rule: AnyRule, k: int, frames: Sequence[Tensor]) -> dict[str, float]:
+    """The median milliseconds of each part of a network; the gate is in the first."""
+    state = network.init_state()
+    seconds = [
+        network.step([frame], state, rule=rule, selector=selector_of(k), timing=True)[0].cost.seconds
+        for frame in frames
+    ][_BEFORE:]
+    return {part: 1e3 * Spread.of([one[part] for one in seconds]).median for part in seconds[0]}
+
+
 def engines(
     network: Network,
     size: tuple[int, int],
@@ -111,7 +121,7 @@ def engines(
             kind = OpenVINO if engine == "openvino" else ONNXRuntime
             rest = quickest_precision() if precision == "int8" else precision  # of what is not in int8
             backend = kind(path, rest, torch.get_num_threads())
-        made[engine] = in_engine(network, size, buckets, backend)  # type: ignore[arg-type]
+        made[engine] = in_engine(network, size, buckets, backend)
         made[engine].warm_up()
     return made
 
@@ -189,6 +199,10 @@ def run_case(case: Case, config: Options, folder: Path) -> dict[str, Any]:
             steps |= cnn_steps(Path(config.onnx), config, precision)
         if made:
             rows += take_turns(steps, frames, config, precision, hold)
+        for row in rows if config.profile and hold == 1 else ():
+            engine, _, name = row["method"].partition(" ")
+            if row["precision"] == precision and engine in made and name in ("dense", "gated"):
+                row["parts_ms"] = parts_of(made[engine], Dense() if name == "dense" else made[engine].rule, k, frames)
     name = case.name if hold == 1 else f"{case.name}, streams, {hold} frames at a time"
     return {"name": name, "model": case.model, "size": case.size, "k": k, "tokens": tokens, "rows": rows}
 
@@ -297,6 +311,10 @@ def markdown(about: dict[str, Any], cases: Sequence[dict[str, Any]]) -> str:
     )
     for case in cases:
         text += f"\n## {case['name']}\n\n" + markdown_table(lines_of(case), left=2)
+        for row in case["rows"]:
+            if "parts_ms" in row:
+                parts = ", ".join(f"{part} {ms:.1f}" for part, ms in row["parts_ms"].items())
+                text += f"\n{row['precision']}, {row['method']}, median ms of its parts: {parts}\n"
     return text
 
 

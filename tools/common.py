@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -20,6 +20,7 @@ from rich.text import Text
 from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.checkpoints.weight_files import SYNTHETIC
 from eventful_det.detectors.protocol import AnyRule, VideoDetector
+from eventful_det.engine.backends import Precision
 from eventful_det.errors import UserError, printable
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
@@ -223,10 +224,17 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"device={name} cannot be used here ({str(error).splitlines()[0]}); try device=cpu") from error
 
 
-def open_detector(weights: str | None, labels: str | None, device: str, sources: Sequence[Any]) -> AnyDetector:
+def open_detector(
+    weights: str | None,
+    labels: str | None,
+    device: str,
+    sources: Sequence[Any],
+    precision: Precision | Literal["auto"] = "float32",
+) -> AnyDetector:
     """A detector; without a name of weights, the shipped ones that know the sources."""
     synthetic = bool(sources) and all(str(source).startswith("synthetic") for source in sources)
-    return load_detector(weights or (SYNTHETIC if synthetic else None), labels).to(choose_device(device))
+    name = weights or (SYNTHETIC if synthetic else None)
+    return load_detector(name, labels, precision=precision).to(choose_device(device))
 
 
 def build_gate(gate: Mapping[str, Any]) -> Gate:

@@ -51,6 +51,7 @@ from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, home_path, open
 from eventful_det.detectors.labels import relabel
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.detector import Detector
+from eventful_det.engine.backends import Precision
 from eventful_det.errors import UserError, printable
 from eventful_det.evaluation.efficiency import peak_memory
 from eventful_det.gating.dense import Dense
@@ -84,6 +85,7 @@ class Options:
     source: Texts
     output: str
     weights: str | None
+    precision: Precision | Literal["auto"]
     labels: str | None
     classes: Texts | None
     max_frames: Count | None
@@ -141,7 +143,7 @@ def build_detector(options: Options, sources: Sequence[str | Path]) -> AnyDetect
     """The detector of a config, with the classes that it asks for."""
     if options.gate.get("rule") == "dense":
         refuse("demo", options, ("budget",), "gate=dense recomputes everything; choose gate=rows or gate=paper")
-    detector = open_detector(options.weights, options.labels, options.device, sources)
+    detector = open_detector(options.weights, options.labels, options.device, sources, options.precision)
     if options.classes is None:
         return detector
     return keep_classes(detector, at_least_one(options.classes, "classes"))

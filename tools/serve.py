@@ -33,6 +33,7 @@ from common import AnyDetector, Side, Texts, as_list, build_gate, choose_device,
 from eventful_det.cameras.service import CameraService
 from eventful_det.cameras.site_file import read_site
 from eventful_det.data.classes import SYNTHETIC_SHAPES
+from eventful_det.engine.backends import Precision
 from eventful_det.errors import UserError, printable
 from eventful_det.gating.dense import Dense
 from eventful_det.options import Count, Positive, Range
@@ -62,6 +63,7 @@ class Options:
     gate: dict[str, Any]
     source: Texts | None
     weights: str | None
+    precision: Precision | Literal["auto"]
     labels: str | None
     budget: float | int | str
     hold: Count | Literal["auto", "adaptive"]
@@ -229,7 +231,7 @@ def run(options: Options) -> None:
     if actions.recognises(options.task, options.weights):
         network = load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))
     else:
-        network = open_detector(options.weights, options.labels, options.device, sources)
+        network = open_detector(options.weights, options.labels, options.device, sources, options.precision)
     opener = build_opener(options, network)
     port = listen(options.host, options.port)
     runner, cameras = build_runner(options, network, sources), None

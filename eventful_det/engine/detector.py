@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -17,7 +18,6 @@ from eventful_det.detectors.saliency import token_saliency
 from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.detectors.streaming import StreamingDetector
 from eventful_det.engine.backends import Backend
-from eventful_det.engine.costs import BucketCosts
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.rules import per_stream
@@ -51,6 +51,40 @@ class Choice(Protocol):
 
 S = TypeVar("S", bound=CompiledStream)
 C = TypeVar("C", bound=Choice)
+
+
+@dataclass(frozen=True)
+class BucketCosts:
+    """Costs by how many tokens are selected: a `CostModel`.
+
+    Attributes:
+        prices: MACs without the variable part for 0, 1, ... N selected tokens, as ranges of numbers that cost the same:
+            (first, MACs) ascending.
+        variable: the part of which only a bound is known.
+        most: MACs of that part.
+    """
+
+    prices: tuple[tuple[int, int], ...]
+    variable: str
+    most: int
+
+    def macs(self, grid: Grid, order: Tensor, variable: int | None = None) -> Tensor:
+        """See `CostModel.macs`."""
+        total = _prices(self, grid[0] * grid[1]).to(order.device)[: len(order) + 1].clone()
+        total[1:] += self.most if variable is None else variable
+        return total
+
+    def everything(self, grid: Grid) -> int:
+        """See `CostModel.everything`."""
+        return self.prices[-1][1] + self.most
+
+
+@lru_cache(maxsize=64)
+def _prices(costs: BucketCosts, tokens: int) -> Tensor:
+    """`(N + 1,)` MACs for 0, 1, ... N selected tokens."""
+    ends = [first for first, _ in costs.prices[1:]] + [tokens + 1]
+    counts = torch.tensor([end - first for (first, _), end in zip(costs.prices, ends, strict=True)])
+    return torch.tensor([macs for _, macs in costs.prices]).repeat_interleave(counts)
 
 
 class CompiledDetector(StreamingDetector, ABC, Generic[S, C]):

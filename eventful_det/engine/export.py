@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from eventful_det.data.video.transforms import Image
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.detector import DIVISOR, Detector
-from eventful_det.engine.backends import SUFFIX, Backend, Format, Graph, import_package
+from eventful_det.engine.backends import SUFFIX, Backend, Format, Graph, OpenVINO, import_package
 from eventful_det.engine.folder import FORMAT, MANIFEST
-from eventful_det.engine.int8 import Recorder, calibration_frames, quantise
 from eventful_det.engine.recogniser import CompiledRecogniser, recogniser_graphs
 from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig, rf_detr_graphs
 from eventful_det.engine.vitdet.detector import CompiledViTDet
 from eventful_det.engine.vitdet.graphs import vitdet_graphs
 from eventful_det.errors import UserError
+from eventful_det.gating.dense import Dense
 from eventful_det.gating.whole_windows.rule import SHARES, Windows
 from eventful_det.outputs import write_json
 from eventful_det.recognition.recogniser import Recogniser
 
 _OPSET = 18
+_INT8 = "dense", "backbone"  # graphs; those of the heads would cost accuracy, and save little
+_FRAMES = 12  # that int8 is calibrated on, at least, of longer videos; fewer than twice as many
 _MODELS = {"vitdet": Detector, "rf_detr": EventfulRFDETR, "recogniser": Recogniser}
 
 
@@ -76,8 +82,8 @@ def export_engine(
             write = _write_openvino if format == "openvino" else _write_onnx
             write(graph, folder / f"{graph.name}{SUFFIX[format]}")
     if frames is not None and not isinstance(network, Recogniser):
-        recorder = Recorder(folder)
-        quantise(in_engine(network, (height, width), rule.buckets, recorder), recorder, folder, frames)
+        recorder = _Recorder(folder)
+        _quantise(in_engine(network, (height, width), rule.buckets, recorder), recorder, folder, frames)
     about = {
         "format": FORMAT,
         "engine": format,
@@ -191,3 +197,67 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+class _Recorder(OpenVINO):
+    """OpenVINO in float32, which remembers what its graphs are run on."""
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        super().__init__(folder, "float32", threads)
+        self.inputs: dict[str, list[list[NDArray[np.float32]]]] = {}
+
+    def run(self, name: str, *inputs: Tensor) -> list[Tensor]:
+        """Run a graph."""
+        if name in _INT8:
+            self.inputs.setdefault(name, []).append([tensor.numpy(force=True).copy() for tensor in inputs])
+        return super().run(name, *inputs)
+
+
+def _quantise(
+    detector: CompiledViTDet | CompiledRFDETR, recorder: _Recorder, folder: Path, frames: Sequence[Image]
+) -> None:
+    """Replace the large graphs of a folder by their like in int8, by NNCF after training.
+
+    Args:
+        detector: in the engine of the folder, run by `recorder`.
+        recorder: see there.
+        folder: with the graphs for OpenVINO.
+        frames: `(h, w, 3)` uint8 RGB, which are run dense and gated.
+    """
+    nncf: Any = import_package("nncf")
+    nncf.set_log_level(logging.ERROR)
+    for rule in (None, Dense()):
+        for _ in detector.stream(frames, rule=rule, scene_cuts=False, hold=1):
+            pass
+    core = import_package("openvino").Core()
+    for name in _INT8:
+        inputs = recorder.inputs[name]
+        path = folder / f"{name}{SUFFIX['openvino']}"
+        data = nncf.Dataset([dict(enumerate(arrays)) for arrays in inputs])
+        with redirect_stdout(io.StringIO()):  # its progress
+            graph = nncf.quantize(
+                core.read_model(path), data, subset_size=len(inputs), model_type=nncf.ModelType.TRANSFORMER
+            )
+        new = path.with_suffix(".new.xml")  # not over the weights that are being read
+        import_package("openvino").save_model(graph, new, compress_to_fp16=False)
+        new.with_suffix(".bin").replace(path.with_suffix(".bin"))
+        new.replace(path)
+
+
+def calibration_frames(images: Iterable[Image], least: int = _FRAMES) -> list[Image]:
+    """At least so many images where there are, evenly spread, and fewer than twice as many.
+
+    Raises:
+        UserError: there is none, or NNCF is not installed.
+    """
+    import_package("nncf")
+    kept: list[Image] = []
+    stride = 1
+    for i, image in enumerate(images):
+        if i % stride == 0:
+            kept.append(image)
+        if len(kept) == 2 * least:
+            kept, stride = kept[::2], 2 * stride
+    if not kept:
+        raise UserError("calibrate: the video has no frame; give another")
+    return kept

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eventful_det.engine.backends import Backend, Graph
-from eventful_det.engine.costs import BucketCosts
+from eventful_det.engine.detector import BucketCosts
 from eventful_det.engine.rows import CompiledRows, RowsGraph, for_grid
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense

@@ -16,8 +16,7 @@ from eventful_det.detectors.rf_detr.parts import ConvNorm, DecoderShape, Parts
 from eventful_det.detectors.rf_detr.projector import everywhere, projector_macs
 from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.engine.backends import Backend, Graph
-from eventful_det.engine.costs import BucketCosts
-from eventful_det.engine.detector import CompiledDetector, CompiledStream
+from eventful_det.engine.detector import BucketCosts, CompiledDetector, CompiledStream
 from eventful_det.engine.rows import CompiledRows, RowsGraph, for_grid
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject

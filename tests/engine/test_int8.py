@@ -9,8 +9,7 @@ import pytest
 from test_engine import RULE, SIZE, clip, make_detector
 
 from eventful_det.detectors.checkpoints.files import load_detector
-from eventful_det.engine.export import export_engine
-from eventful_det.engine.int8 import calibration_frames
+from eventful_det.engine.export import calibration_frames, export_engine
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import TopK
@@ -22,8 +21,8 @@ def test_int8(tmp_path: Path) -> None:
     detector = make_detector(depth=2, global_blocks=(1,))
     film = [(255 * frame.permute(1, 2, 0)).byte().numpy() for frame in clip(6)]
     export_engine(detector, tmp_path, size=SIZE, buckets=RULE.buckets, calibrate=film)
-    for name in "dense", "backbone", "pyramid", "proposals", "regions":
-        assert '"FakeQuantize"' in (tmp_path / f"{name}.xml").read_text(), name
+    low = {path.stem for path in tmp_path.glob("*.xml") if '"FakeQuantize"' in path.read_text()}
+    assert low == {"dense", "backbone"}
     assert not list(tmp_path.glob("*.new.*"))
     engine = load_detector(tmp_path)
     for rule, selector in ((Dense(), TopK(60)), (engine.rule, TopK(16))):

@@ -48,7 +48,14 @@ def test_ratios_are_to_the_fastest_dense_of_the_precision() -> None:
 
 
 def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("engine=[torch]", "precision=[float32,bfloat16]", "repetitions=2", "warm_up=1", "threads=1")
+    options = (
+        "engine=[torch]",
+        "precision=[float32,bfloat16]",
+        "repetitions=2",
+        "warm_up=1",
+        "threads=1",
+        "profile=true",
+    )
     saved = tmp_path / "performance.json"
     benchmark.run(options_of("benchmark", *options, f"cases=[{CASE}]", f"output={tmp_path / 'out'}", f"save={saved}"))
     assert "torch gated" in capsys.readouterr().out
@@ -60,7 +67,12 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert all(row["against"] == "torch dense" for row in case["rows"])
     assert 0 < rows["float32", "torch gated"]["macs_share"] < 0.95 < rows["float32", "torch dense"]["macs_share"]
-    assert (tmp_path / "out/benchmark.md").is_file() and torch.get_num_threads() == 1
+    for row in case["rows"]:
+        parts = row.get("parts_ms")
+        assert (parts is None) == (row["method"] == "torch rows float32")
+        assert parts is None or {"backbone", "rpn", "roi"} <= set(parts) and all(ms >= 0 for ms in parts.values())
+    assert "torch gated, median ms of its parts: backbone" in (tmp_path / "out/benchmark.md").read_text()
+    assert torch.get_num_threads() == 1
 
 
 def test_with_hold_streams_are_timed_some_frames_at_a_time(tmp_path: Path) -> None:

@@ -19,8 +19,7 @@ from eventful_det.detectors.vitdet.incremental import HeadsState, refresh_region
 from eventful_det.detectors.vitdet.pooling import pool_regions
 from eventful_det.detectors.vitdet.roi_heads import POOL, Reader, SingleHead
 from eventful_det.engine.backends import Backend
-from eventful_det.engine.costs import BucketCosts
-from eventful_det.engine.detector import CompiledDetector, CompiledStream
+from eventful_det.engine.detector import BucketCosts, CompiledDetector, CompiledStream
 from eventful_det.engine.vitdet.graphs import check_exportable
 from eventful_det.engine.vitdet.tiles import Geometry
 from eventful_det.gating.macs import dense_macs
