@@ -95,7 +95,7 @@ class ClipFile(io.RawIOBase):
         self._file: Any = None
         self._file = self._try(lambda: path.open("w+b", buffering=0))
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         """All of the data, or none if the file is given up."""
         view = memoryview(data)
         done = 0
