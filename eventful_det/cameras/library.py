@@ -9,10 +9,13 @@ import shutil
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eventful_det.cameras.config import Clips
 from eventful_det.cameras.journal import FULL
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _RESERVE = 64 * 2**20  # bytes of the disk that are left free, or a hundredth of it
 _SUFFIXES = {".mp4", ".jpg"}
@@ -95,7 +98,7 @@ class ClipFile(io.RawIOBase):
         self._file: Any = None
         self._file = self._try(lambda: path.open("w+b", buffering=0))
 
-    def write(self, data: bytes | memoryview) -> int:
+    def write(self, data: Buffer) -> int:
         """All of the data, or none if the file is given up."""
         view = memoryview(data)
         done = 0
