@@ -229,7 +229,8 @@ def run(options: Options) -> None:
         sources = [str(camera.source) for camera in read_site(site).cameras.values()]
     network: AnyDetector | Recogniser
     if actions.recognises(options.task, options.weights):
-        network = load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))
+        weights = options.weights or actions.DEFAULT
+        network = load_recogniser(weights, precision=options.precision).to(choose_device(options.device))
     else:
         network = open_detector(options.weights, options.labels, options.device, sources, options.precision)
     opener = build_opener(options, network)
