@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import Any, get_origin
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
@@ -136,8 +137,12 @@ def options_of(tool: str, arguments: Sequence[str]) -> Any:
     """
     module = importlib.import_module(tool)
     given = overrides(module, arguments)
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = _in_one_line(lambda: hydra.compose(tool, given))
+    running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a command line with Hydra's own flags
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = _in_one_line(lambda: hydra.compose(tool, given))
+    finally:
+        GlobalHydra.instance().hydra = running
     return _typed(module, config)
 
 
