@@ -48,6 +48,8 @@ class Worker:
 
     def detect(self, source: str | Path, directory: Path) -> dict[str, Any] | UserError:
         """The results of a video, or what was wrong with it."""
+        if isinstance(self.known, UserError):
+            return self.known
         try:
             return demo.run_source(self.options, self.known, source, directory)
         except UserError as error:

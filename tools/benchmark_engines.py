@@ -193,12 +193,11 @@ def run_case(case: Case, config: Options, folder: Path) -> dict[str, Any]:
                     steps[f"{engine} {name}, hold {hold}"] = stream_of(compiled, rule, images, hold, hold)
                 else:
                     steps[f"{engine} {name}"] = step_of(compiled, rule, k)
-        if hold == 1 and made and "torch" in (config.engine or ()):
+        if hold == 1 and "torch" in (config.engine or ()):
             steps[ROWS] = step_of(detector, Rows(), k)
-        if made and config.onnx is not None:
+        if config.onnx is not None:
             steps |= cnn_steps(Path(config.onnx), config, precision)
-        if made:
-            rows += take_turns(steps, frames, config, precision, hold)
+        rows += take_turns(steps, frames, config, precision, hold)
         for row in rows if config.profile and hold == 1 else ():
             engine, _, name = row["method"].partition(" ")
             if row["precision"] == precision and engine in made and name in ("dense", "gated"):
@@ -220,8 +219,6 @@ def run_recogniser(name: str, config: Options, folder: Path) -> dict[str, Any]:
     compiled = dataclasses.replace(config, engine=tuple(one for one in config.engine or () if one != "torch"))
     rows: list[dict[str, Any]] = []
     for precision in config.precision:  # weights are held in it, so that none is converted at a step
-        if precision == "int8":
-            raise UserError("precision=int8 is for detectors; leave it out for a recogniser")
         own = recogniser if precision == "float32" else copy.deepcopy(recogniser).to(getattr(torch, precision))
         rules: dict[str, AnyRule] = {"dense": Dense(), "rows": Rows(), "paper": Paper()}
         steps: dict[str, Step] = {}
@@ -322,6 +319,11 @@ def bench_engines(config: Options, about: dict[str, Any]) -> None:
     """Run the cases of whole detectors, print a table of each and write the results."""
     if config.device not in ("auto", "cpu"):
         raise UserError(f"engine={list(config.engine or ())} runs on CPUs; leave device={config.device} out")
+    for precision in config.precision:
+        if not any(precision in _KNOWN[engine] for engine in config.engine or ("torch",)):
+            raise UserError(f"precision={precision}: none of these engines computes in it; leave it out")
+    if config.recogniser is not None and "int8" in config.precision:
+        raise UserError("precision=int8 is for detectors; leave it out for a recogniser")
     skipped: list[str] = []
     if config.recogniser is not None:
         runs = [partial(run_recogniser, config.recogniser, config)]

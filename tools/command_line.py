@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import Any, get_origin
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
@@ -86,27 +87,27 @@ def start(tool: str, arguments: Sequence[str] | None = None) -> None:
     guard(lambda: _start(tool, given, as_command=arguments is not None))
 
 
-def guard(work: Callable[[], None]) -> None:
-    """Do the work; what ends it early becomes one line and an exit status."""
+def guard(work: Callable[[], None], tell: Callable[..., None] = print_error) -> None:
+    """Do the work; what ends it early becomes one line, by `tell`, and an exit status."""
     signal.signal(signal.SIGTERM, _stop)
     try:
         work()
     except UserError as error:
         for message in getattr(error, "faults", [str(error)]):  # of a file: a line for each
-            print_error(message.rpartition("UserError: ")[2])  # of a data loader's process: without its traceback
+            tell(message.rpartition("UserError: ")[2])  # of a data loader's process: without its traceback
         sys.exit(2)
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
         if not name or name in sys.stdlib_module_names or name == "eventful_det":
             raise
         packages = _PACKAGES.get(name, name)
-        print_error(f"there is no {name} here, which this needs: python -m pip install {packages}")
+        tell(f"there is no {name} here, which this needs: python -m pip install {packages}")
         sys.exit(2)
     except OSError as error:
-        print_error(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        tell(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        print_error("stopped", kind="")
+        tell("stopped", kind="")
         sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
 
 
@@ -136,8 +137,12 @@ def options_of(tool: str, arguments: Sequence[str]) -> Any:
     """
     module = importlib.import_module(tool)
     given = overrides(module, arguments)
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = _in_one_line(lambda: hydra.compose(tool, given))
+    running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a command line with Hydra's own flags
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = _in_one_line(lambda: hydra.compose(tool, given))
+    finally:
+        GlobalHydra.instance().hydra = running
     return _typed(module, config)
 
 

@@ -381,7 +381,8 @@ def build(options: Options, sources: Sequence[str | Path]) -> AnyDetector | Reco
     sides = ("short_side", "long_side")
     boxes = ("labels", "classes", *sides, "hold", "live", "shadow_every", "rescore", "track", "format", "compare")
     refuse("demo", options, boxes, "for detectors; a recogniser of actions has no boxes")
-    return load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))
+    weights = options.weights or actions.DEFAULT
+    return load_recogniser(weights, precision=options.precision).to(choose_device(options.device))
 
 
 def run_source(

@@ -150,6 +150,7 @@ def evaluate_sweep(config: Options, detector: AnyDetector, data: CocoVideo, dire
         complete_all(config, detector, data, chosen(methods, only))
         say(f"{', '.join(only)}: kept in {directory}; the command without eval.only makes the table")
         return {}
+    cnn = None if config.eval.small_cnn is None else small_cnn(config.eval.small_cnn, detector)
     store = complete_all(config, detector, data, methods)
     dense = next((method for method in methods if method.is_dense), None)
     reference = None if dense is None else gather(config, store, dense, data)
@@ -159,10 +160,11 @@ def evaluate_sweep(config: Options, detector: AnyDetector, data: CocoVideo, dire
         run = reference if method is dense and reference else gather(config, store, method, data)
         rows.append(row_of(run, reference))
         skipped |= run.skipped
-    if config.eval.small_cnn is not None:
-        cnn, name = small_cnn(config.eval.small_cnn, detector)
+    if cnn is not None:
+        network, name = cnn
         holds = [Method(name, hold, hold=hold) for hold in (1, 2, 4, 8)]
-        rows += [row_of(done, reference) for done in run_methods(cnn, run.data, holds, scene_cuts=config.scene_cuts)]
+        done = run_methods(network, run.data, holds, scene_cuts=config.scene_cuts)
+        rows += [row_of(one, reference) for one in done]
     with written_whole(directory / "sweep.csv") as part:
         report.write_csv(rows, part)
     write_json(directory / "sweep.json", rows)
@@ -306,7 +308,7 @@ def evaluate_all(config: Options) -> None:
     else:
         refuse("eval_net", config, ("eval.hold", "eval.scale", "eval.square", "gate"), "each curve has its own")
     if config.eval.fps:
-        refuse("eval_net", config, ("rescore", "streams", "workers", "scene_cuts"), "not for latencies")
+        refuse("eval_net", config, ("eval.only", "rescore", "streams", "workers", "scene_cuts"), "not for latencies")
     build_gate(config.gate)
     data = load_data(config)
     device = choose_device(config.device)

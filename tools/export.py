@@ -57,11 +57,14 @@ def run(config: Options) -> None:
         network = load_detector(config.weights)
     folder = Path(config.output or f"outputs/engine_{config.format}")
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
-        raise UserError(f"output={folder} holds other files than an engine's; give a new folder")
+        raise UserError(f"output={folder} holds other files than a whole engine's; give a new folder")
     with contextlib.ExitStack() as stack:
         images = None
         if config.calibrate is not None:
-            images = (frame.image for frame in stack.enter_context(open_source(config.calibrate)))
+            source = stack.enter_context(open_source(config.calibrate))
+            if source.live:
+                raise UserError(f"calibrate={config.calibrate} has no end; give a recorded video")
+            images = (frame.image for frame in source)
         export_engine(network, folder, format=config.format, size=config.size, buckets=config.buckets, calibrate=images)
     megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     height, width = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["size"]

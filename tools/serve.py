@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import actions
-from command_line import refuse
-from common import AnyDetector, Side, Texts, as_list, build_gate, choose_device, open_detector
+from command_line import guard, refuse
+from common import AnyDetector, Side, Texts, as_list, build_gate, choose_device, console, open_detector
 
 from eventful_det.cameras.service import CameraService
 from eventful_det.cameras.site_file import read_site
@@ -216,8 +216,22 @@ def site_of(sources: Sequence[str]) -> Path | None:
     return Path(files[0]) if files else None
 
 
+def log_end(text: str, kind: str = "error: ") -> None:
+    """As `print_error`, in the log."""
+    logging.getLogger("eventful_det.serve").log(logging.ERROR if kind else logging.INFO, text)
+
+
 def run(options: Options) -> None:
     """Run until Ctrl-C."""
+    set_up_log(options.log)
+    if options.log == "json":  # as is what keeps it from beginning, and its end
+        guard(lambda: run_server(options), log_end)
+    else:
+        run_server(options)
+
+
+def run_server(options: Options) -> None:
+    """Load, listen and serve."""
     token, sources = token_of(options), as_list(options.source)
     if options.budget != "auto":
         parse_budget(options.budget)
@@ -229,13 +243,13 @@ def run(options: Options) -> None:
         sources = [str(camera.source) for camera in read_site(site).cameras.values()]
     network: AnyDetector | Recogniser
     if actions.recognises(options.task, options.weights):
-        network = load_recogniser(options.weights or actions.DEFAULT).to(choose_device(options.device))
+        weights = options.weights or actions.DEFAULT
+        network = load_recogniser(weights, precision=options.precision).to(choose_device(options.device))
     else:
         network = open_detector(options.weights, options.labels, options.device, sources, options.precision)
     opener = build_opener(options, network)
     port = listen(options.host, options.port)
     runner, cameras = build_runner(options, network, sources), None
-    set_up_log(options.log)
     if site is not None:
         if isinstance(network, Recogniser):
             raise UserError(f"{site}: zones and events need a detector, and {options.weights} recognises actions")
@@ -250,7 +264,7 @@ def run(options: Options) -> None:
     app = create_app(runner, opener, token=token, hosts=names, root_path=options.root_path, cameras=cameras)
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"http://{host}:{port.getsockname()[1]}/" + (f"?token={token}" if token else "")
-    print(announce(address, options.log), flush=True)
+    console.print(announce(address, options.log), soft_wrap=True)
     build_server(app).run(sockets=[port])
 
 

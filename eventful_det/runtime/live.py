@@ -149,11 +149,14 @@ class LiveBoxes:
         return self._shown(frame, dropped, began)
 
     def late(self) -> StreamResult | None:
-        """The last frame, if none was shown before the source ended: its boxes are waited for."""
+        """The last frame of a source that ended before the first answer; None until that is there.
+
+        Raises:
+            StopIteration: it was shown.
+        """
         if self._unshown is None:
-            return None
-        self._answered.wait()
-        return self._shown(*self._unshown, time.perf_counter())
+            raise StopIteration
+        return self._shown(*self._unshown, time.perf_counter()) if self._answered.is_set() else None
 
     def _shown(self, frame: VideoFrame, dropped: int, began: float) -> StreamResult | None:
         """The boxes that are known by now on the last frame; None before the first answer."""
@@ -192,10 +195,13 @@ class LiveBoxes:
         try:
             result = self._detect(frame, mover.boxes() if mover.following else None)
             mover.key(result.detections)
+            self._catch_up(mover, scene, result)
         except BaseException as error:  # raised where frames are shown
             self._error = error
-            self._answered.set()
-            return
+        self._answered.set()
+
+    def _catch_up(self, mover: BoxMover, scene: int, result: StreamResult) -> None:
+        """Move an answer on through the frames that came meanwhile; of a scene that is over it hardly counts."""
         while True:
             with self._lock:
                 if scene != self._scene or not self._since:
@@ -204,7 +210,6 @@ class LiveBoxes:
                         self._mover = mover
                     if scene == self._scene or self._last is None:
                         self._last, self._fresh = result, True
-                    break
+                    return
                 view = self._since.popleft()
             mover.follow(view)
-        self._answered.set()

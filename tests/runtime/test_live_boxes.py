@@ -196,10 +196,10 @@ def test_boxes_of_a_live_stream_are_young(tiny_detector: Detector) -> None:
 
 def test_files_shorter_than_the_first_answer_are_answered_once(tiny_detector: Detector) -> None:
     """Each on its last frame; what the detector raises is told instead."""
-    step = tiny_detector.step
+    step, may = tiny_detector.step, threading.Event()
 
     def slow(*args: object, **options: object) -> object:
-        time.sleep(0.2)
+        may.wait(20)
         return step(*args, **options)  # type: ignore[arg-type]
 
     def failing(*args: object, **options: object) -> object:
@@ -209,6 +209,8 @@ def test_files_shorter_than_the_first_answer_are_answered_once(tiny_detector: De
     images = [np.full((96, 96, 3), i, np.uint8) for i in range(3)]
     with StreamPool(tiny_detector, live=True) as pool:
         names = [pool.add(images, live=False) for _ in range(2)]
+        assert not any(pool.step() for _ in range(4)), "three frames and the end wait for nobody"
+        may.set()
         shown = [result for round in pool for result in round]
         assert sorted(result.stream for result in shown) == sorted(names)
         assert all(not result.held and np.array_equal(result.image, images[-1]) for result in shown)

@@ -25,6 +25,7 @@ from eventful_det.errors import UserError
 from eventful_det.recognition.accuracy import Scored, accuracy
 from eventful_det.recognition.checkpoints import load_recogniser
 from eventful_det.recognition.data.segments import Segment, Segments
+from eventful_det.recognition.recogniser import Recogniser
 
 SIZES = ["dim=24", "heads=2", "mlp=32", "temporal_heads=2", "temporal_mlp=32", "depth=1", "temporal_depth=1"]
 SIZES += ["size=[32,32]", "position_grid=[2,2]", "frames=8", "stride=1"]
@@ -114,6 +115,11 @@ def test_demo_of_actions(clips: Path, trained: dict[str, Any], tmp_path: Path) -
     assert [line["frame_index"] for line in lines] == [1, 3, 5, 7]
     assert all(len(line["classes"]["action"]) == 5 for line in lines)
     assert results_in(tmp_path)["frames"] == 4 and (tmp_path / "annotated.mp4").stat().st_size > 0
+
+
+def test_demo_takes_a_precision() -> None:
+    recogniser = demo.build(options_of("demo", "task=recognition", "precision=bfloat16", "device=cpu"), [])
+    assert isinstance(recogniser, Recogniser) and recogniser.spec.dtype == torch.bfloat16
 
 
 def test_demo_says_that_a_video_is_too_short_for_a_step(trained: dict[str, Any], tmp_path: Path) -> None:

@@ -102,8 +102,9 @@ def test_a_worker_tells_faults(tiny_detector: Detector, tmp_path: Path, monkeypa
     worker = archive.Worker(options_of("demo", *given), [], ["detect"])
     result = worker.detect(tmp_path / "clips" / "broken.mp4", tmp_path / "out")
     assert worker.fault() is None and isinstance(result, UserError) and "broken.mp4" in str(result)
-    fault = archive.Worker(options_of("demo", *given, "classes=[elephant]"), [], ["detect"]).fault()
-    assert str(fault).startswith("classes: no class elephant")
+    worker = archive.Worker(options_of("demo", *given, "classes=[elephant]"), [], ["detect"])
+    assert str(worker.fault()).startswith("classes: no class elephant")
+    assert worker.detect("a.mp4", tmp_path) is worker.fault()
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,13 @@ def test_mistakes() -> None:
         benchmark.run(options_of("benchmark", "engine=[torch]", "only=backbone 672"))
     with pytest.raises(UserError, match="engine"):
         options_of("benchmark", "engine=[fast]")
+    for options, message in (
+        (["engine=[torch]", "precision=[float32,int8]"], "precision=int8: none of these engines"),
+        (["engine=[onnxruntime]", "precision=[bfloat16]"], "precision=bfloat16: none of these engines"),
+        (["recogniser=vivit_tiny", "engine=[openvino]", "precision=[int8]"], "int8 is for detectors"),
+    ):
+        with pytest.raises(UserError, match=message):
+            benchmark.run(options_of("benchmark", *options))
 
 
 def test_a_bucket_of_two_windows_is_a_number_and_no_share() -> None:

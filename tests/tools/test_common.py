@@ -11,7 +11,9 @@ from typing import Any
 
 import command_line
 import common
+import hydra
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 from running import ROOT, options_of
 
 from eventful_det.errors import UserError
@@ -49,6 +51,15 @@ def test_errors_are_one_line(error: Exception, line: str, capsys: pytest.Capture
     with pytest.raises(SystemExit) as stop:
         command_line.guard(fail)
     assert stop.value.code == 2 and capsys.readouterr().err == line + "\n"
+
+
+def test_options_are_refused_under_hydras_own_flags_too() -> None:
+    with hydra.initialize_config_dir(str(command_line.CONFIGS), version_base="1.3"):
+        running = GlobalHydra.instance().hydra
+        with pytest.raises(UserError, match="^device: no"):
+            command_line.refuse("eval_net", options_of("eval_net", "device=cpu"), ("device", "task"), "no")
+        assert GlobalHydra.instance().hydra is running
+    assert not GlobalHydra.instance().is_initialized()
 
 
 @pytest.mark.parametrize("name", NAMES)

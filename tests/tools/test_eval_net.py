@@ -170,7 +170,8 @@ def test_errors_are_one_line(options: list[str], tree: Path, tmp_path: Path) -> 
         (["temporal_views=2"], "temporal_views: for recognisers"),
         (["eval.fps=[10]", "eval.only=dense"], "eval.only, eval.fps: for curves"),
         (["eval=sweep", "eval.hold=4", "gate=paper"], "eval.hold, gate: each curve has its own"),
-        (["eval=latency", "streams=2"], "streams: not for latencies"),
+        (["eval=latency", "streams=2", "eval.only=dense"], "eval.only, streams: not for latencies"),
+        (["eval=sweep", "eval.small_cnn=none.onnx"], "none.onnx"),
     ],
 )
 def test_errors(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from running import options_of
 
+from eventful_det.data.source import VideoSource
 from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.checkpoints.saving import save_detector
 from eventful_det.detectors.vitdet.detector import Detector
@@ -41,6 +42,9 @@ def test_mistakes(tiny_detector: Detector, tmp_path: Path, monkeypatch: pytest.M
         export.run(options_of("export", model, "size=[100,160]", f"output={tmp_path / 'b'}"))
     with pytest.raises(UserError, match="buckets"):
         export.run(options_of("export", model, "buckets=[1.5]", f"output={tmp_path / 'b'}"))
+    monkeypatch.setattr(VideoSource, "live", True)
+    with pytest.raises(UserError, match="no end"):
+        export.run(options_of("export", model, "precision=int8", "calibrate=synthetic:1", f"output={tmp_path / 'b'}"))
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UserError, match="pip install openvino"):
         export.run(options_of("export", model, "size=[96,160]", f"output={tmp_path / 'b'}"))

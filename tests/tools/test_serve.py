@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import signal
 import socket
@@ -62,6 +63,20 @@ def test_from_start_to_ctrl_c(tiny_detector: Detector, tmp_path: Path) -> None:
 def test_the_first_line_is_json_as_well() -> None:
     address = "http://127.0.0.1:1/?token=abcdefghijklmnop"
     assert json.loads(serve.announce(address, "json"))["message"] == f"watch at {address} (Ctrl-C ends)"
+
+
+def test_what_ends_it_is_json_as_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for ends, status, level, message in (
+        (UserError("a: 100 % wrong"), 2, "error", "a: 100 % wrong"),
+        (KeyboardInterrupt(signal.SIGTERM), 143, "info", "stopped"),
+    ):
+        monkeypatch.setattr(serve, "run_server", lambda _, ends=ends: (_ for _ in ()).throw(ends))
+        with pytest.raises(SystemExit) as ended:
+            serve.run(config("log=json"))
+        line = json.loads(capsys.readouterr().err)
+        assert (ended.value.code, line["level"], line["message"]) == (status, level, message)
 
 
 @pytest.mark.parametrize(

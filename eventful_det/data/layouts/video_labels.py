@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"(.*?)(\d{1,15})$", re.ASCII)
 
 
 LAYOUTS = (*COCO_LAYOUTS, *READERS)
-_INSIDE = (
+_INSIDE = (  # folders: a layout and a file in it, the most telling first
     ("mot", "gt/gt.txt"), ("mot", "gt.txt"), ("cvat_xml", "annotations.xml"), ("voc", "*.xml"),
     ("voc", "Annotations/*.xml"), ("yolo", "labels/*.txt"), ("yolo", "*.txt"),
 )  # fmt: skip

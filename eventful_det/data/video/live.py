@@ -112,7 +112,7 @@ class LiveSource(VideoSource):
         self._connection, self._connect, self._reconnect = connection, connect, reconnect
         self._passed_over = 0
         self._lost_at: float | None = None
-        self._pause, self._told = _PAUSES[0], set[str]()
+        self._pause, self._logged = _PAUSES[0], set[str]()
         self._closed = threading.Event()
 
     @property
@@ -165,8 +165,8 @@ class LiveSource(VideoSource):
         """Another connection; None if the stream is over."""
         if self._lost_at is None:
             self._lost_at = time.monotonic()
-            self._told.clear()
-        self._tell(error or f"{self.name} ended")
+            self._logged.clear()
+        self._log_once(error or f"{self.name} ended")
         while (left := self._lost_at + self._reconnect - time.monotonic()) > 0:
             if self._closed.wait(min(self._pause, left)):
                 return None
@@ -174,15 +174,15 @@ class LiveSource(VideoSource):
             try:
                 return self._connect()
             except UserError as refused:
-                self._tell(refused)
+                self._log_once(refused)
         if error is not None:
             raise UserError(f"{error}; it did not come back within {self._reconnect:g} s")
         return None
 
-    def _tell(self, why: object) -> None:
+    def _log_once(self, why: object) -> None:
         """Log why there is no picture; each reason once while the stream is lost."""
-        if str(why) not in self._told:
-            self._told.add(str(why))
+        if str(why) not in self._logged:
+            self._logged.add(str(why))
             how_long = f" for {self._reconnect:g} s" if self._reconnect < math.inf else ""
             _LOG.warning("%s; calling again%s", why, how_long)
 

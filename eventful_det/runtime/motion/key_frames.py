@@ -65,8 +65,6 @@ Hold = int | KeyFrames | None
 None is every frame where somebody chooses tokens in place of the product: with a `Selector` of one's own, and with the
 rules that are there for comparison (`Dense`, `Paper`, `Rows(exact=True)`).
 """
-HOLDS = ("auto", "adaptive")
-"""Words for `hold` in configs, besides numbers: None, and `KeyFrames()`."""
 
 
 def hold_for(hold: Hold, rule: AnyRule) -> Hold:

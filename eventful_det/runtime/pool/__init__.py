@@ -335,13 +335,11 @@ class StreamPool(Budgeted, Iterator[list[R]], Generic[R]):
 
     @staticmethod
     def _show(feed: Feed, boxes: LiveBoxes) -> StreamResult | None:
-        """The boxes on the next frame of a live stream; what ends before the first answer waits for that."""
+        """The boxes on the next frame of a live stream; one that ends before the first answer stays until that."""
         try:
             frame = feed.poll()
         except StopIteration:
-            if (late := boxes.late()) is None:
-                raise
-            return late
+            return boxes.late()
         return None if frame is None else boxes.show(frame, feed.dropped, wait=False)
 
     def _leave(self, name: str, error: str | None = None) -> bool:
