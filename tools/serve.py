@@ -178,8 +178,6 @@ def build_opener(options: Options, network: AnyDetector | Recogniser) -> SourceO
 def build_runner(options: Options, network: AnyDetector | Recogniser, sources: Sequence[str]) -> PoolRunner:
     """A pool of the sources to watch from the start, and what drives it."""
     gate, hold = build_gate(options.gate), parse_hold(options.hold)
-    if gate.rule == Dense():
-        refuse("serve", options, ("budget",), "gate=dense recomputes everything")
     pool: StreamPool[Any]
     if isinstance(network, Recogniser):
         names = ("labels", "hold", "live", "rescore", "track", "short_side", "long_side")
@@ -233,6 +231,8 @@ def run(options: Options) -> None:
 def run_server(options: Options) -> None:
     """Load, listen and serve."""
     token, sources = token_of(options), as_list(options.source)
+    if options.gate.get("rule") == "dense":
+        refuse("serve", options, ("budget",), "gate=dense recomputes everything")
     if options.budget != "auto":
         parse_budget(options.budget)
     if options.track:

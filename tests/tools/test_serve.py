@@ -127,6 +127,7 @@ def test_other_people_get_neither_cameras_nor_addresses(tiny_detector: Detector)
         (["source=missing.mp4"], "no such file"),
         (["source=[synthetic:1,missing.mp4]"], "no such file"),
         (["budget=much"], "budget='much'"),
+        (["gate=dense", "budget=10%", "weights=none"], "budget: gate=dense recomputes everything"),
         (["media={tmp}/none"], "is no folder"),
         (["port={taken}"], "cannot listen on 127.0.0.1:"),
         (["port=99999"], "port must be a whole number from 0 to 65535"),
