@@ -153,9 +153,14 @@ def _results(options: demo.Options, sources: Mapping[Path, str | Path]) -> Itera
             except ray.exceptions.RayError as error:
                 result = UserError(f"{printable(str(source))}: its worker failed ({_reason(error)})")
                 ray.kill(worker)  # Ray's own retries are lost on a worker that is still starting anew
-                workers[workers.index(worker)] = worker = new_worker()
-                if attempts[directory] < ATTEMPTS:
+                workers.remove(worker)
+                # What our own code raised, it would raise again.
+                again = attempts[directory] < ATTEMPTS and not isinstance(error, ray.exceptions.RayTaskError)
+                if again:
                     waiting.appendleft((directory, source))
+                if waiting:
+                    workers.append(worker := new_worker())
+                if again:
                     hand_out(worker)
                     continue
             hand_out(worker)

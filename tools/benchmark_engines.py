@@ -181,7 +181,8 @@ def run_case(case: Case, config: Options, folder: Path) -> dict[str, Any]:
     count = config.warm_up + config.repetitions
     hold = 1 if k else config.hold
     frames = make_frames(case, patch, k, hold * (count + (hold > 1) * _BEFORE), config.clip, config.seed)
-    images = [frame.mul(255).round().byte().permute(1, 2, 0).numpy() for frame in frames]
+    needed = frames if hold > 1 or "int8" in config.precision else ()
+    images = [frame.mul(255).round().byte().permute(1, 2, 0).numpy() for frame in needed]
     rows: list[dict[str, Any]] = []
     for precision in config.precision:  # one after the other: engines of all of them would need too much memory
         steps: dict[str, Step] = {}

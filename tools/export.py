@@ -5,7 +5,7 @@
     python tools/export.py precision=int8 calibrate=my.mp4          # int8, which needs pip install nncf
     eventful-det detect video.mp4 --weights engine                  # then use the folder as weights
 
-Needs `pip install eventful-det[openvino]` or `[onnx]`. Frames are resized and padded to the size; see docs/engine.md.
+Needs `pip install '.[openvino]'` or `'.[onnx]'`. Frames are resized and padded to the size; see docs/engine.md.
 """
 
 from __future__ import annotations
@@ -56,8 +56,6 @@ def run(config: Options) -> None:
     else:
         network = load_detector(config.weights)
     folder = Path(config.output or f"outputs/engine_{config.format}")
-    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
-        raise UserError(f"output={folder} holds other files than a whole engine's; give a new folder")
     with contextlib.ExitStack() as stack:
         images = None
         if config.calibrate is not None:

@@ -244,15 +244,15 @@ def run_server(options: Options) -> None:
     network: AnyDetector | Recogniser
     if actions.recognises(options.task, options.weights):
         weights = options.weights or actions.DEFAULT
+        if site is not None:
+            raise UserError(f"{site}: zones and events need a detector, and {weights} recognises actions")
         network = load_recogniser(weights, precision=options.precision).to(choose_device(options.device))
     else:
         network = open_detector(options.weights, options.labels, options.device, sources, options.precision)
     opener = build_opener(options, network)
     port = listen(options.host, options.port)
     runner, cameras = build_runner(options, network, sources), None
-    if site is not None:
-        if isinstance(network, Recogniser):
-            raise UserError(f"{site}: zones and events need a detector, and {options.weights} recognises actions")
+    if site is not None and not isinstance(network, Recogniser):
         cameras = CameraService(site, runner, network.names)
         gc.freeze()  # what is there for good, so that collecting the rest takes no time
         for number in (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ():

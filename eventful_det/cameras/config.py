@@ -10,7 +10,7 @@ cameras:
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -168,8 +168,10 @@ class Mqtt:
     discovery: str | None = "homeassistant"
 
     def __post_init__(self) -> None:
-        if importlib.util.find_spec("paho") is None:  # told before anything is begun
-            raise UserError("it needs the package paho-mqtt; pip install 'eventful_det[cameras]'")
+        try:
+            importlib.import_module("paho.mqtt.enums")  # told before anything is begun; new in version 2
+        except ImportError:
+            raise UserError("it needs the package paho-mqtt: pip install 'paho-mqtt>=2'") from None
         try:
             sound = re.fullmatch(r"[\w:.%-]+", self.host) and self.host.encode("idna")
         except UnicodeError:

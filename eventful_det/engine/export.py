@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -20,7 +21,7 @@ from eventful_det.data.video.transforms import Image
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.detector import DIVISOR, Detector
 from eventful_det.engine.backends import SUFFIX, Backend, Format, Graph, OpenVINO, import_package
-from eventful_det.engine.folder import FORMAT, MANIFEST
+from eventful_det.engine.folder import FORMAT, MANIFEST, is_engine
 from eventful_det.engine.recogniser import CompiledRecogniser, recogniser_graphs
 from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig, rf_detr_graphs
 from eventful_det.engine.vitdet.detector import CompiledViTDet
@@ -32,6 +33,7 @@ from eventful_det.outputs import write_json
 from eventful_det.recognition.recogniser import Recogniser
 
 _OPSET = 18
+_SUFFIXES = {".json", ".xml", ".bin", ".onnx"}  # of all that an engine's folder holds
 _INT8 = "dense", "backbone"  # graphs; those of the heads would cost accuracy, and save little
 _FRAMES = 12  # that int8 is calibrated on, at least, of longer videos; fewer than twice as many
 _MODELS = {"vitdet": Detector, "rf_detr": EventfulRFDETR, "recogniser": Recogniser}
@@ -57,7 +59,7 @@ def export_engine(
 
     Args:
         network: in evaluation mode, on the CPU, in float32.
-        folder: made if it is missing; files of an earlier export are replaced.
+        folder: made, or takes the place of an earlier engine, when all is written, to `FOLDER.part` until then.
         format: "openvino" or "onnx".
         size: (height, width) of the network's input in pixels: multiples of 32, or a square of whole windows for an
             RF-DETR; None = the model's own, of a ViTDet for frames of 16:9. A recogniser has no other than its own.
@@ -65,9 +67,13 @@ def export_engine(
         calibrate: frames of a video, `(h, w, 3)` uint8 RGB; layers are then int8. Of detectors, for OpenVINO.
 
     Raises:
-        UserError: the size or the buckets cannot be, the network is of a kind that no engine knows, or a package that
-            this needs is missing.
+        UserError: the size or the buckets cannot be, the folder holds other files than an engine's, the network is of
+            a kind that no engine knows, or a package that this needs is missing.
     """
+    folder = folder.resolve()
+    kept = list(folder.iterdir()) if folder.exists() else []
+    if kept and not (is_engine(folder) and {path.suffix for path in kept} <= _SUFFIXES):
+        raise UserError(f"{folder} holds other files than a whole engine's; give a new folder")
     if network.spec.dtype != torch.float32 or network.device.type != "cpu":
         raise UserError("export needs a network on the CPU in float32; precision is chosen when the engine is loaded")
     height, width = _checked(network, default_size(network) if size is None else size)
@@ -75,15 +81,16 @@ def export_engine(
     if calibrate is not None and (format != "openvino" or isinstance(network, Recogniser)):
         raise UserError("int8 is for detectors in OpenVINO; leave precision and calibrate out")
     frames = None if calibrate is None else calibration_frames(calibrate)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)  # a folder without one is no engine, should this be cut short
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of an export that was cut short
+    part.mkdir(parents=True)
     with torch.no_grad():
         for graph in graphs_of(network, (height, width)):
             write = _write_openvino if format == "openvino" else _write_onnx
-            write(graph, folder / f"{graph.name}{SUFFIX[format]}")
+            write(graph, part / f"{graph.name}{SUFFIX[format]}")
     if frames is not None and not isinstance(network, Recogniser):
-        recorder = _Recorder(folder)
-        _quantise(in_engine(network, (height, width), rule.buckets, recorder), recorder, folder, frames)
+        recorder = _Recorder(part)
+        _quantise(in_engine(network, (height, width), rule.buckets, recorder), recorder, part, frames)
     about = {
         "format": FORMAT,
         "engine": format,
@@ -95,7 +102,9 @@ def export_engine(
             RFDETRConfig.of(network) if isinstance(network, EventfulRFDETR) else network.config
         ),
     }
-    write_json(folder / MANIFEST, about)
+    write_json(part / MANIFEST, about)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
 
 
 def graphs_of(network: Network, size: tuple[int, int]) -> Iterator[Graph]:

@@ -301,6 +301,15 @@ def test_calls_are_spaced_out_and_connections_closed(caplog: pytest.LogCaptureFi
     assert told == ["broke off", "nobody answers", "says nothing"], "each reason once"
 
 
+def test_reasons_that_differ_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    source = LiveSource("camera", Line(0, "broke off"), lambda: Line(0, ""))
+    with caplog.at_level(logging.WARNING):
+        for port in range(100):
+            source._log_once(f"refused from port {port}")
+    assert len(caplog.messages) == 20
+    source.close()
+
+
 def simulate(decode: float, jumps: dict[int, float], seconds: float = 60, rate: float = 25) -> tuple[list[float], int]:
     """Ages of the frames of a camera, a key frame among 25, read by a decoder of some speed.
 

@@ -85,8 +85,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
 
     for name, fake in {"CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda _, stream: nullcontext())
     monkeypatch.setattr(cuda_graphs, "_DEVICES", ("cpu",))
     monkeypatch.setattr(cuda_graphs, "Captured", Recorded)
     return made
@@ -102,10 +103,24 @@ def test_replays_equal_the_rule_for_all_streams(recorder: list[Captured]) -> Non
     assert len(recorder) == 2, "one graph for each number of windows, for both streams"
 
 
+def test_graphs_of_older_weights_are_dropped(recorder: list[Captured]) -> None:
+    vit, rule = sam(), CapturedWindows((3,))
+    with torch.no_grad():
+        for _ in range(2):
+            run(vit, rule, clip(3), RandomK(40))
+        before = set(rule.graphs)
+        *_, last = (module for module in vit.modules() if isinstance(module, torch.nn.Linear))
+        last.weight.mul_(1.1)
+        ours, _ = run(vit, rule, clip(3), RandomK(40))
+        theirs, _ = run(vit, Windows((3,)), clip(3), RandomK(40))
+    assert error(ours[-1][0].tokens, theirs[-1][0].tokens) < 1e-6
+    assert len(before) == len(rule.graphs) == 2 and not before & set(rule.graphs) and len(recorder) == 4
+
+
 def test_where_recording_fails_the_network_runs_as_it_is(
     recorder: list[Captured], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(_: object) -> None:
+    def fail(_: object, stream: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "graph", fail)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import archive
@@ -96,6 +98,46 @@ def test_a_worker_that_dies(two_workers: None, tiny_detector: Detector, tmp_path
     assert json.loads((out / "results.json").read_text())["runs"]["a"]["frames"] == FRAMES
 
 
+def test_only_a_death_has_a_second_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    class RayError(Exception): ...
+
+    class RayTaskError(RayError): ...
+
+    tried: list[str] = []
+    made: list[object] = []
+
+    class Handle:
+        def __init__(self) -> None:
+            made.append(self)
+            self.fault, self.detect = SimpleNamespace(remote=lambda: None), SimpleNamespace(remote=self.begin)
+
+        def begin(self, source: str, _: Path) -> str:
+            tried.append(source)
+            return source
+
+    def get(task: str | None) -> None:
+        if task is not None:
+            raise RayTaskError("a mistake of ours") if task == "bad.mp4" else RayError("killed")
+
+    ray = SimpleNamespace(
+        exceptions=SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError),
+        cluster_resources=lambda: {"CPU": 1},
+        remote=lambda **_: lambda _: SimpleNamespace(remote=lambda *_: Handle()),
+        wait=lambda tasks, num_returns: (tasks[:1], tasks[1:]),
+        get=get,
+        kill=lambda _: None,
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    sources: dict[Path, str | Path] = {Path("a"): "bad.mp4", Path("b"): "deadly.mp4"}
+    results = [str(outcome.result) for outcome in archive._results(SimpleNamespace(device="cpu"), sources)]  # type: ignore[arg-type]
+    assert [result.partition(": ")[2] for result in results] == [
+        "its worker failed (a mistake of ours)",
+        "its worker failed (killed)",
+    ]
+    assert tried == ["bad.mp4", "deadly.mp4", "deadly.mp4"]
+    assert len(made) == 3, "none when nothing waits"
+
+
 def test_a_worker_tells_faults(tiny_detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["as", "before"])  # which a worker sets
     given = command(tmp_path, tiny_detector)
@@ -128,6 +170,6 @@ def test_done_is_what_the_same_command_brought_to_its_end(
 
 
 def test_without_ray(tiny_detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match="on=ray needs the package ray: pip install ray"):
         demo.run(options_of("demo", *command(tmp_path, tiny_detector)))

@@ -18,14 +18,32 @@ from eventful_det.engine.vitdet.detector import CompiledViTDet
 from eventful_det.errors import UserError
 
 
-def test_export(tiny_detector: Detector, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export(
+    tiny_detector: Detector,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     save_detector(tiny_detector, tmp_path / "a.safetensors", torch.float32)
     folder = tmp_path / "engine"
-    for _ in range(2):  # again over the first
-        options = (f"model={tmp_path / 'a.safetensors'}", "format=onnx", "size=[96,160]", "buckets=[0.25]")
-        export.run(options_of("export", *options, f"output={folder}"))
+    options = (f"model={tmp_path / 'a.safetensors'}", "size=[96,160]", "buckets=[0.25]", f"output={folder}")
+    export.run(options_of("export", *options, "format=onnx"))
+    written = sorted(folder.iterdir())
+    (folder / "dense.xml").touch()  # of another format
+    (tmp_path / "engine.part").mkdir()
+    (tmp_path / "engine.part" / "left.bin").touch()  # by an export that was killed
+    export.run(options_of("export", *options, "format=onnx"))
+    assert sorted(folder.iterdir()) == written and not (tmp_path / "engine.part").exists()
+    with monkeypatch.context() as broken:
+        broken.setitem(sys.modules, "openvino", None)
+        with pytest.raises(UserError, match="pip install openvino"):
+            export.run(options_of("export", *options))
+    assert sorted(folder.iterdir()) == written, "an engine stays until the next is whole"
+    (folder / "notes.txt").touch()
+    with pytest.raises(UserError, match="holds other files"):
+        export.run(options_of("export", *options, "format=onnx"))
     assert f"{folder}: onnx, 96 x 160 pixels" in capsys.readouterr().out
     engine = load_detector(folder)
     assert isinstance(engine, CompiledViTDet) and engine.size == (96, 160) and engine.rule.buckets == (0.25,)

@@ -139,3 +139,11 @@ def test_error_lines(tmp_path: Path, options: list[str], message: str) -> None:
         free = [] if any(option.startswith("port") for option in filled) else ["port=0"]
         with pytest.raises(UserError, match=message):
             serve.run(config(*filled, *free))
+
+
+def test_zones_are_refused_to_a_recogniser_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cameras.yaml").write_text("cameras: {a: {source: 0}}\n")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(serve, "load_recogniser", None)
+    with pytest.raises(UserError, match=r"cameras\.yaml: zones .* vivit_tiny_synthetic recognises actions"):
+        serve.run(config(f"source={tmp_path / 'cameras.yaml'}", "task=recognition"))

@@ -23,6 +23,7 @@ from eventful_det.errors import UserError
 
 RECONNECT = 30.0  # seconds for which a stream that was lost is called again
 _PAUSES = (0.25, 4.0)  # seconds between the calls: at first, and at most
+_REASONS = 20  # that are logged while a stream is lost; some tell ports and addresses, which differ each time
 _LATE = 1.0  # seconds; frames that are older are not worth decoding
 _CALL = 1e-3  # seconds that the call for a frame that is there may take
 _LOG = logging.getLogger(__name__)
@@ -180,8 +181,8 @@ class LiveSource(VideoSource):
         return None
 
     def _log_once(self, why: object) -> None:
-        """Log why there is no picture; each reason once while the stream is lost."""
-        if str(why) not in self._logged:
+        """Log why there is no picture; each reason once while the stream is lost, and not endlessly many."""
+        if len(self._logged) < _REASONS and str(why) not in self._logged:
             self._logged.add(str(why))
             how_long = f" for {self._reconnect:g} s" if self._reconnect < math.inf else ""
             _LOG.warning("%s; calling again%s", why, how_long)

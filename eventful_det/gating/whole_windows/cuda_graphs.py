@@ -34,15 +34,16 @@ class Captured:
 
     def __init__(self, run: Run, inputs: Sequence[Tensor]) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(_WARM_UP):
-                run(self.inputs)
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = run(self.inputs)
+        with torch.cuda.device(inputs[0].device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(_WARM_UP):
+                    run(self.inputs)
+            torch.cuda.current_stream().wait_stream(aside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=aside):
+                self.outputs = run(self.inputs)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The results for other inputs, valid until the next call."""
@@ -59,7 +60,8 @@ class CapturedWindows(Windows):
     Caches are copied into a graph's own memory, so one graph serves all streams.
 
     Attributes:
-        graphs: what was recorded, by weights, grid and shapes. It belongs to this value and to its copies.
+        graphs: what was recorded, by weights (of the patch embedding and the linear layers), grid and shapes; of other
+            weights than the last nothing is kept. It belongs to this value and to its copies.
     """
 
     graphs: dict[tuple[object, ...], tuple[ViTSpec, WindowTables, Run]] = field(
@@ -70,8 +72,12 @@ class CapturedWindows(Windows):
         """See `Windows.run`."""
         if inputs[0].device.type not in _DEVICES or torch.is_grad_enabled():
             return super().run(vit, tables, grid, inputs)
-        weight = vit.projection.weight
-        key = (weight.data_ptr(), weight._version, grid, *((tensor.shape, tensor.dtype) for tensor in inputs))
+        layers = [layer for block in vit.blocks for part in block.layers for layer in part]
+        own = [vit.projection.weight, *(layer.weight for layer in layers)]
+        weights = tuple((tensor.data_ptr(), tensor._version) for tensor in own)
+        key = (weights, grid, *((tensor.shape, tensor.dtype) for tensor in inputs))
+        if any(known[0] != weights for known in self.graphs):
+            self.graphs.clear()
         if key not in self.graphs:  # weights and tables are kept, for the graph reads them where they are
             self.graphs[key] = vit, tables, self._captured(vit, tables, grid, inputs)
         return self.graphs[key][-1](inputs)
