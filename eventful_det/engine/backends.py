@@ -79,6 +79,19 @@ class Backend(ABC):
         """What runs a graph on inputs of these shapes."""
 
 
+def _read_graph(folder: Path, name: str, format: Format, read: Callable[[Path], Any]) -> Any:
+    """A graph of a folder.
+
+    Raises:
+        UserError: it is damaged or missing.
+    """
+    path = folder / f"{name}{SUFFIX[format]}"
+    try:
+        return read(path)
+    except Exception as error:  # of the engine's own kinds
+        raise UserError(f"{path} is damaged or missing; export the engine again") from error
+
+
 class OpenVINO(Backend):
     """OpenVINO's CPU plugin."""
 
@@ -93,7 +106,7 @@ class OpenVINO(Backend):
 
     def _compile(self, name: str, inputs: Sequence[Tensor]) -> Run:
         if name not in self._models:
-            self._models[name] = self._core.read_model(self._folder / f"{name}{SUFFIX['openvino']}")
+            self._models[name] = _read_graph(self._folder, name, "openvino", self._core.read_model)
         model = self._models[name].clone()
         model.reshape({i: list(tensor.shape) for i, tensor in enumerate(inputs)})
         if self.dtype == torch.bfloat16:
@@ -156,8 +169,12 @@ class ONNXRuntime(Backend):
             options = self._ort.SessionOptions()
             options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
             options.log_severity_level = 3
-            path = str(self._folder / f"{name}{SUFFIX['onnx']}")
-            self._sessions[name] = self._ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self._sessions[name] = _read_graph(
+                self._folder,
+                name,
+                "onnx",
+                lambda path: self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]),
+            )
         session = self._sessions[name]
         names = [entry.name for entry in session.get_inputs()]
 

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import logging
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -33,7 +34,8 @@ from eventful_det.outputs import write_json
 from eventful_det.recognition.recogniser import Recogniser
 
 _OPSET = 18
-_SUFFIXES = {".json", ".xml", ".bin", ".onnx"}  # of all that an engine's folder holds
+_GRAPHS = "dense", "backbone", "pyramid", "proposals", "regions", "heads", "temporal"
+_FILES = {MANIFEST, *(f"{graph}{suffix}" for graph in _GRAPHS for suffix in (".xml", ".bin", ".onnx"))}
 _INT8 = "dense", "backbone"  # graphs; those of the heads would cost accuracy, and save little
 _FRAMES = 12  # that int8 is calibrated on, at least, of longer videos; fewer than twice as many
 _MODELS = {"vitdet": Detector, "rf_detr": EventfulRFDETR, "recogniser": Recogniser}
@@ -59,7 +61,7 @@ def export_engine(
 
     Args:
         network: in evaluation mode, on the CPU, in float32.
-        folder: made, or takes the place of an earlier engine, when all is written, to `FOLDER.part` until then.
+        folder: made, or takes the place of an earlier engine, when all is written, beside it until then.
         format: "openvino" or "onnx".
         size: (height, width) of the network's input in pixels: multiples of 32, or a square of whole windows for an
             RF-DETR; None = the model's own, of a ViTDet for frames of 16:9. A recogniser has no other than its own.
@@ -72,7 +74,7 @@ def export_engine(
     """
     folder = folder.resolve()
     kept = list(folder.iterdir()) if folder.exists() else []
-    if kept and not (is_engine(folder) and {path.suffix for path in kept} <= _SUFFIXES):
+    if kept and not (is_engine(folder) and all(path.name in _FILES and path.is_file() for path in kept)):
         raise UserError(f"{folder} holds other files than a whole engine's; give a new folder")
     if network.spec.dtype != torch.float32 or network.device.type != "cpu":
         raise UserError("export needs a network on the CPU in float32; precision is chosen when the engine is loaded")
@@ -80,31 +82,42 @@ def export_engine(
     rule = Windows(tuple(buckets))
     if calibrate is not None and (format != "openvino" or isinstance(network, Recogniser)):
         raise UserError("int8 is for detectors in OpenVINO; leave precision and calibrate out")
+    if format == "onnx" and isinstance(network, EventfulRFDETR):
+        raise UserError("RF-DETR goes through OpenVINO only; give format=openvino")
     frames = None if calibrate is None else calibration_frames(calibrate)
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of an export that was cut short
-    part.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
+    try:
+        _write(network, part, format, (height, width), rule, frames)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.chmod(0o755)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(
+    network: Network, folder: Path, format: Format, size: tuple[int, int], rule: Windows, frames: list[Image] | None
+) -> None:
     with torch.no_grad():
-        for graph in graphs_of(network, (height, width)):
+        for graph in graphs_of(network, size):
             write = _write_openvino if format == "openvino" else _write_onnx
-            write(graph, part / f"{graph.name}{SUFFIX[format]}")
+            write(graph, folder / f"{graph.name}{SUFFIX[format]}")
     if frames is not None and not isinstance(network, Recogniser):
-        recorder = _Recorder(part)
-        _quantise(in_engine(network, (height, width), rule.buckets, recorder), recorder, part, frames)
+        recorder = _Recorder(folder)
+        _quantise(in_engine(network, size, rule.buckets, recorder), recorder, folder, frames)
     about = {
         "format": FORMAT,
         "engine": format,
         "model": next(name for name, kind in _MODELS.items() if isinstance(network, kind)),
-        "size": [height, width],
+        "size": list(size),
         "buckets": list(rule.buckets),
         "precision": "float32" if frames is None else "int8",
         "config": dataclasses.asdict(
             RFDETRConfig.of(network) if isinstance(network, EventfulRFDETR) else network.config
         ),
     }
-    write_json(part / MANIFEST, about)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    write_json(folder / MANIFEST, about)
 
 
 def graphs_of(network: Network, size: tuple[int, int]) -> Iterator[Graph]:

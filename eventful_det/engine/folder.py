@@ -41,6 +41,8 @@ def load_engine(
     """
     about = read_manifest(folder)
     kind: type[OpenVINO] | type[ONNXRuntime] = OpenVINO if about["engine"] == "openvino" else ONNXRuntime
+    if precision not in ("float32", "bfloat16", "auto"):  # what is int8 was made so when it was exported
+        raise UserError(f"precision of an engine must be float32, bfloat16 or auto, got {precision}")
     if precision == "auto":
         precision = quickest_precision() if kind is OpenVINO else "float32"
     (height, width), buckets, backend = about["size"], tuple(about["buckets"]), kind(folder, precision, threads)

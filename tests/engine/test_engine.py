@@ -16,7 +16,7 @@ from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.protocol import AnyRule, VideoDetector
 from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.detectors.vitdet.detector import Detector
-from eventful_det.engine.backends import Torch, quickest_precision
+from eventful_det.engine.backends import SUFFIX, Format, Torch, quickest_precision
 from eventful_det.engine.export import default_size, export_engine, graphs_of
 from eventful_det.engine.folder import MANIFEST, load_engine
 from eventful_det.engine.vitdet.detector import CompiledViTDet, ViTDetStream
@@ -190,3 +190,23 @@ def test_sizes_of_frames_of_16_to_9() -> None:
     engine = CompiledViTDet(make_detector().config, (320, 576), RULE, Torch(graphs_of(make_detector(), (320, 576))))
     (result,) = engine.stream(film)
     assert result.cost.tokens == 720
+    (portrait,) = engine.stream([np.zeros((640, 360, 3), np.uint8)])
+    assert portrait.token_size == (32, 32), "320 of its 640 pixels"
+
+
+@pytest.mark.parametrize(("format", "package"), [("openvino", "openvino"), ("onnx", "onnxruntime")])
+def test_damaged_graphs_and_files_of_others(format: Format, package: str, tmp_path: Path) -> None:
+    pytest.importorskip(package)
+    if format == "onnx":
+        pytest.importorskip("onnx")
+    folder = tmp_path / "engine"
+    export_engine(make_detector(), folder, format=format, size=SIZE, buckets=RULE.buckets)
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"], "nothing is left beside it"
+    (folder / "notes.json").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        export_engine(make_detector(), folder, format=format, size=SIZE, buckets=RULE.buckets)
+    assert (folder / "notes.json").read_text() == "mine"
+    graph = folder / f"backbone{SUFFIX[format]}"
+    graph.write_bytes(graph.read_bytes()[:100])
+    with pytest.raises(UserError, match="damaged or missing"):
+        load_engine(folder)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eventful_det.data.video.transforms import Image
 from eventful_det.detectors.protocol import InputTransform
 from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.detectors.vitdet.config import ModelConfig
@@ -36,6 +37,22 @@ from eventful_det.gating.whole_windows.rule import (
 from eventful_det.gating.windows import windows_of
 
 _REGION_STEPS = 4  # the region head is compiled for quarters of the proposals
+
+
+@dataclass(frozen=True)
+class FittedInput(InputTransform):
+    """To inputs that fit into those of an engine, portrait ones too.
+
+    Attributes:
+        largest: (height, width) of an input in pixels.
+    """
+
+    largest: tuple[int, int] = (0, 0)
+
+    def _size(self, image: Image) -> tuple[int, int]:
+        height, width = super()._size(image)
+        scale = min(1.0, self.largest[0] / height, self.largest[1] / width)
+        return max(1, round(scale * height)), max(1, round(scale * width))
 
 
 @dataclass
@@ -107,7 +124,8 @@ class CompiledViTDet(CompiledDetector[ViTDetStream, Chosen]):
     @property
     def input_transform(self) -> InputTransform:
         """How a frame becomes an input, as large as fits."""
-        return InputTransform(min(self.size), max(self.size), self.patch, self.config.pixel_mean)
+        sides, token = (min(self.size), max(self.size)), self.patch
+        return FittedInput(*sides, token, self.config.pixel_mean, largest=self.size)
 
     @cached_property
     def dense_macs(self) -> dict[str, int]:
