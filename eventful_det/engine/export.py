@@ -247,7 +247,7 @@ def _quantise(
         frames: `(h, w, 3)` uint8 RGB, which are run dense and gated.
     """
     nncf: Any = import_package("nncf")
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # its own way sets every handler of the root logger, too
     for rule in (None, Dense()):
         for _ in detector.stream(frames, rule=rule, scene_cuts=False, hold=1):
             pass
