@@ -21,6 +21,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
@@ -152,10 +153,16 @@ def refuse(tool: str, options: Any, names: Sequence[str], why: str) -> None:
     Raises:
         UserError: one of these is not as the tool has it by itself.
     """
-    usual = options_of(tool, ())
+    usual = _usual(tool)
     given = [name for name in names if attrgetter(name)(options) != attrgetter(name)(usual)]
     if given:
         raise UserError(f"{', '.join(given)}: {why}")
+
+
+@cache
+def _usual(tool: str) -> Any:
+    """A tool's options where nobody says otherwise; composed once, for `refuse` asks more than once in a run."""
+    return options_of(tool, ())
 
 
 def run_composed(tool: str, config: DictConfig) -> None:

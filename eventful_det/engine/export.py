@@ -78,7 +78,7 @@ def export_engine(
         raise UserError(f"{folder} holds other files than a whole engine's; give a new folder")
     if network.spec.dtype != torch.float32 or network.device.type != "cpu":
         raise UserError("export needs a network on the CPU in float32; precision is chosen when the engine is loaded")
-    height, width = _checked(network, default_size(network) if size is None else size)
+    size = _checked(network, default_size(network) if size is None else size)
     rule = Windows(tuple(buckets))
     if calibrate is not None and (format != "openvino" or isinstance(network, Recogniser)):
         raise UserError("int8 is for detectors in OpenVINO; leave precision and calibrate out")
@@ -88,7 +88,7 @@ def export_engine(
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
     try:
-        _write(network, part, format, (height, width), rule, frames)
+        _write(network, part, format, size, rule, frames)
         shutil.rmtree(folder, ignore_errors=True)
         part.chmod(0o755)
         part.rename(folder)
