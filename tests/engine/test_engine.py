@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,3 +212,14 @@ def test_damaged_graphs_and_files_of_others(format: Format, package: str, tmp_pa
     graph.write_bytes(graph.read_bytes()[:100])
     with pytest.raises(UserError, match="damaged or missing"):
         load_engine(folder)
+
+
+def test_nothing_is_sent_home() -> None:
+    pytest.importorskip("openvino")
+    code = """
+import sys
+from eventful_det.engine.backends import import_package
+import_package("openvino").convert_model
+assert not [name for name in sys.modules if name.startswith("openvino_telemetry.")]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
