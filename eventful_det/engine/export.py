@@ -20,7 +20,7 @@ from torch import Tensor
 from eventful_det.data.video.transforms import Image
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.config import Side
-from eventful_det.detectors.vitdet.detector import DIVISOR, Detector
+from eventful_det.detectors.vitdet.detector import DIVISOR, Detector, padded_size
 from eventful_det.engine.backends import SUFFIX, Backend, Format, Graph, OpenVINO, import_package
 from eventful_det.engine.folder import Manifest, Model, is_engine, write_manifest
 from eventful_det.engine.recogniser import CompiledRecogniser, recogniser_graphs
@@ -169,8 +169,7 @@ def default_size(detector: Network) -> tuple[int, int]:
         return detector.parts.side, detector.parts.side
     config = detector.config
     short = min(config.short_side, round(config.long_side * 9 / 16))
-    height, width = (-(-round(side) // DIVISOR) * DIVISOR for side in (short, short * 16 / 9))
-    return height, width
+    return padded_size((short, round(short * 16 / 9)), config)
 
 
 def _checked(detector: Network, size: tuple[int, int]) -> tuple[int, int]:

@@ -198,6 +198,34 @@ def test_sizes_of_frames_of_16_to_9() -> None:
     assert portrait.token_size == (32, 32), "320 of its 640 pixels"
 
 
+def test_what_is_padded_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Frames of another shape: once, with the size to export; none where PyTorch pads as much."""
+    engine = in_torch(make_detector())
+    for height, width, wanted in [
+        (96, 160, None),
+        (288, 480, None),
+        (90, 150, None),
+        (120, 160, "96,128"),
+        (160, 96, "160,96"),
+        (160, 80, "160,96"),
+        (80, 320, "64,160"),
+    ]:
+        caplog.clear()
+        for _ in range(2):
+            list(engine.stream([np.zeros((height, width, 3), np.uint8)] * 3, scene_cuts=False))
+        assert [f"size=[{wanted}]" in record.getMessage() for record in caplog.records] == [True] * (wanted is not None)
+    caplog.clear()
+    list(engine.stream([np.zeros((*SIZE, 3), np.uint8)], short_side=64))
+    assert "size=[64,128]" in caplog.text, "smaller on purpose"
+    for sides in ({"short_side": 128}, {"long_side": 192}, {"short_side": 8192}):
+        with pytest.raises(UserError, match="96 x 160 pixels at most"):
+            engine.stream([], **sides)
+    square = CompiledViTDet(make_detector(square_pad=160).config, SIZE, RULE, engine.backend)
+    caplog.clear()
+    list(square.stream([np.zeros((*SIZE, 3), np.uint8)]))
+    assert "size=[160,160]" in caplog.text and default_size(make_detector(square_pad=192)) == (192, 192)
+
+
 @pytest.fixture
 def folder(whole: Path, tmp_path: Path) -> Path:
     """A copy of it."""

@@ -61,6 +61,9 @@ def test_the_graphs_compute_what_the_detector_does() -> None:
     for selector in (RandomK(16), RandomK(32), EVERYTHING, Threshold(1e9)):
         assert_same(detector, engine, selector)
     assert_same(detector, engine, EVERYTHING, dense=True)
+    for side in (64, 192):
+        with pytest.raises(UserError, match="this engine takes 128"):
+            engine.stream([], short_side=side)
     state = engine.init_state()
     for t in range(3):
         (result,) = engine.step([torch.full((3, SIDE, SIDE), 0.1 * t)], state, selector=RandomK(20))
