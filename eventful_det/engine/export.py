@@ -82,8 +82,6 @@ def export_engine(
     rule = Windows(tuple(buckets))
     if calibrate is not None and (format != "openvino" or isinstance(network, Recogniser)):
         raise UserError("int8 is for detectors in OpenVINO; leave precision and calibrate out")
-    if format == "onnx" and isinstance(network, EventfulRFDETR):
-        raise UserError("RF-DETR goes through OpenVINO only; give format=openvino")
     frames = None if calibrate is None else calibration_frames(calibrate)
     part = folder.with_name(f"{folder.name}.part")
     with owned(part):
