@@ -132,5 +132,5 @@ class VideoSource(Iterable[VideoFrame]):
 
 
 Source = int | str | os.PathLike[str] | Iterable[NDArray[np.uint8]] | VideoSource
-"""A video file, webcam number, RTSP or HTTP URL, image folder or glob, an iterable of `(h, w, 3)` uint8 RGB arrays, or
-an open `VideoSource`."""
+"""A video file, webcam number, RTSP or HTTP URL, image folder or glob, an iterable of `(h, w, 3)` uint8 RGB arrays,
+one such array, or an open `VideoSource`."""

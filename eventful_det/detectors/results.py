@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -29,6 +30,15 @@ class Detections(TensorTree):
 
     def __len__(self) -> int:
         return self.boxes.shape[0]
+
+    def __getitem__(self, index: Tensor | slice | Sequence[int] | int) -> Detections:
+        """Some of the objects, as in `detections[detections.scores > 0.5]`: a mask `(n,)`, places, a slice, or one."""
+        places = [index] if isinstance(index, int) else index
+        return self.map(lambda values: values[places])
+
+    def __iter__(self) -> Iterator[Detections]:
+        """Each object by itself."""
+        return (self[i] for i in range(len(self)))
 
     def scaled(self, x: float, y: float) -> Detections:
         """The same objects with coordinates multiplied by `x` and `y`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import actions
 import convert_weights
@@ -21,7 +21,7 @@ from common import Data
 from eval_actions import groups_of
 from running import ROOT, options_of, run
 
-from eventful_det.engine.folder import FORMAT, MANIFEST
+from eventful_det.engine.folder import Manifest, Model, write_manifest
 from eventful_det.errors import UserError
 from eventful_det.recognition.accuracy import Scored, accuracy
 from eventful_det.recognition.checkpoints import load_recogniser
@@ -144,9 +144,8 @@ def test_options_for_detectors_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_folder_of_an_engine_is_known_as_a_recogniser(tmp_path: Path) -> None:
-    for model in ("recogniser", "vitdet"):
-        about = {"format": FORMAT, "model": model, "engine": "openvino", "size": 32, "buckets": 1, "config": 0}
-        (tmp_path / MANIFEST).write_text(json.dumps(about))
+    for model in get_args(Model):
+        write_manifest(tmp_path, Manifest("openvino", model, (32, 32), (), "float32", {}))
         assert actions.recognises(None, str(tmp_path)) == (model == "recogniser")
 
 
