@@ -51,6 +51,13 @@ def weights(tiny_detector: Detector, tmp_path: Path) -> str:
     return f"weights={tmp_path / 'tiny.safetensors'}"
 
 
+@pytest.fixture(autouse=True)
+def simple_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the complete run draws its costs: that takes longer than all else in a run of a few frames."""
+    if request.node.name != "test_complete_run_and_failed_start":
+        monkeypatch.setattr(demo_files, "plot_cost", lambda *given: Path(given[-1]).write_bytes(b"a plot"))
+
+
 def config(*options: str) -> demo.Options:
     return options_of("demo", "device=cpu", *options)
 
