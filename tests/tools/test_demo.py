@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -27,7 +26,7 @@ import demo_run
 import numpy as np
 import pytest
 import torch
-from running import ENVIRONMENT, ROOT, options_of, run
+from running import options_of, run
 from servers import Server, why_not
 from videos import Image, damage, encode, encode_change, encode_sound, rotate, truncate
 
@@ -146,21 +145,6 @@ def test_formats_that_there_are_not(options: list[str], message: str, tmp_path: 
         demo.run(config("source=synthetic:1", f"output={tmp_path}", *options))
 
 
-def test_terminated_run(weights: str, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    command = [sys.executable, "tools/demo.py", "device=cpu", weights, "source=synthetic", f"output={output}"]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    lines = output / "detections.part.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and (not lines.exists() or lines.read_text().count("\n") < 3):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 143 and "Traceback" not in stderr
-    results = check_run(output)
-    assert results["stopped"] is not None and 3 <= results["frames"] < 150
-
-
 class Clip(VideoSource):
     """A few frames, and then something happens."""
 
@@ -184,6 +168,15 @@ def test_ctrl_c(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, f
         demo.run(config(weights, f"output={tmp_path / 'out'}"))
     results = check_run(tmp_path / "out")
     assert (results["frames"], results["stopped"]) == (frames, "interrupted")
+
+
+def test_terminated_run(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = Clip(3, partial(os.kill, os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(demo_run, "open_source", lambda *_, **__: clip)
+    ended = run("tools/demo.py", "device=cpu", weights, f"output={tmp_path / 'out'}", check=False)
+    assert (ended.returncode, ended.stderr) == (143, "stopped\n")
+    results = check_run(tmp_path / "out")
+    assert (results["frames"], results["stopped"]) == (3, "interrupted")
 
 
 def test_ctrl_c_while_files_are_finished(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

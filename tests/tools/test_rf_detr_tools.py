@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import signal
-import subprocess
-import sys
-import urllib.request
+import socket
 from pathlib import Path
+from typing import Any
 
 import actions
 import benchmark
@@ -17,7 +15,7 @@ import demo
 import eval_net
 import pytest
 import torch
-from running import ENVIRONMENT, ROOT, make_tree, options_of
+from running import make_tree, options_of
 
 from eventful_det.detectors.rf_detr.sizes import random_model
 
@@ -80,26 +78,22 @@ def test_many_streams(weights: Path, tmp_path: Path) -> None:
     assert {row["method"] for row in rows} >= {"dense", "pool"} and all(row["streams"] == 2 for row in rows)
 
 
-def test_a_live_page(weights: Path, tmp_path: Path) -> None:
-    pytest.importorskip("fastapi")
-    pytest.importorskip("uvicorn")
+def test_a_live_page(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = pytest.importorskip("serve", reason="fastapi or uvicorn is not installed")
+    client_of = pytest.importorskip("fastapi.testclient", reason="httpx2 is not installed").TestClient
+    titles = []
+
+    class Asked:
+        """In place of a server that runs until Ctrl-C."""
+
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        def run(self, sockets: list[socket.socket]) -> None:
+            with sockets[0], client_of(self.app, base_url="http://localhost") as client:
+                titles.extend(one["title"] for one in client.get("/api/state").json()["streams"])
+
+    monkeypatch.setattr(serve, "build_server", Asked)
     options = [f"weights={weights}", "source=synthetic:1", "port=0", "budget=25%", "device=cpu"]
-    process = subprocess.Popen(
-        [sys.executable, "tools/serve.py", *options],
-        cwd=ROOT,
-        env={**ENVIRONMENT, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line.startswith("watch at http"), process.communicate(timeout=60)[1]
-        with urllib.request.urlopen(line.split()[2] + "api/state", timeout=60) as answer:
-            state = json.load(answer)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert [one["title"] for one in state["streams"]] == ["synthetic:1"]
+    serve.run_server(options_of("serve", *options))
+    assert titles == ["synthetic:1"]
