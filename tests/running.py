@@ -25,9 +25,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run `python command...` in the repository and return what it printed; with `check`, it has to succeed.
 
-    Scripts run in this process, which has imported already what they need. Modules (`-m`) get one of their own.
+    It runs in this process, which has imported already what it needs; but a launcher (`-m torch...`) gets its own.
     """
-    done = _in_a_process(command) if command[0] == "-m" else _run_here(command)
+    done = _in_a_process(command) if command[:1] == ("-m",) and "torch" in command[1] else _run_here(command)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -40,16 +40,21 @@ def _in_a_process(command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
 
 def _run_here(command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     status: int | str | None = 0
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err, _as_it_was():
+    module, name = command[0] == "-m", command[command[0] == "-m"]
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err, _as_it_was() as patch:
         told = logging.StreamHandler(err)  # as without a handler, which pytest has
         told.setLevel(logging.WARNING)
         logging.getLogger().addHandler(told)
-        sys.argv[:] = command
-        sys.path.insert(0, str((ROOT / command[0]).parent))
-        os.chdir(ROOT)
+        patch.setattr(sys, "argv", list(command[module:]))
+        patch.syspath_prepend(str((ROOT / name).parent))
+        patch.chdir(ROOT)
         torch.set_num_threads(1)
         try:
-            runpy.run_path(command[0], run_name="__main__")
+            if module:
+                patch.delitem(sys.modules, name, raising=False)  # so that it runs, whoever has imported it
+                runpy.run_module(name, run_name="__main__")
+            else:
+                runpy.run_path(name, run_name="__main__")
         except SystemExit as end:
             status = end.code
     assert status is None or isinstance(status, int)
@@ -57,21 +62,18 @@ def _run_here(command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def _as_it_was() -> Iterator[None]:
+def _as_it_was() -> Iterator[pytest.MonkeyPatch]:
     """What a script changes in its process, as it was before."""
-    folder, arguments, paths, threads = os.getcwd(), list(sys.argv), list(sys.path), torch.get_num_threads()
     stops = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    root, handlers = logging.getLogger(), list(logging.getLogger().handlers)
+    threads, root, handlers = torch.get_num_threads(), logging.getLogger(), list(logging.getLogger().handlers)
     try:
-        with torch.random.fork_rng():
-            yield
+        with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+            yield patch
     finally:
         for number, stop in stops.items():
             signal.signal(number, stop)
         root.handlers[:] = handlers
         torch.set_num_threads(threads)
-        sys.argv[:], sys.path[:] = arguments, paths
-        os.chdir(folder)
 
 
 def options_of(name: str, *arguments: str) -> Any:
