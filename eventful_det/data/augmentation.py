@@ -13,13 +13,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from eventful_det.data.boxes import Boxes, areas
 from eventful_det.data.video.transforms import Image, resize
 from eventful_det.errors import UserError
 from eventful_det.options import NonNegative, Range, Share, convert_fields
 
 _Side = Annotated[int, Range(32, 8192)]
 _Scale = Annotated[float, Range(0, 16, above=True)]
-Boxes = NDArray[np.float32]
 _SPLIT = (0.35, 0.65)  # where a mosaic is divided, as a share of each side
 _BLUR = (3, 9)  # shortest and longest motion blur in pixels
 _NOISE = (2.0, 12.0)  # standard deviation of sensor noise in grey levels
@@ -186,8 +186,3 @@ def _compress(image: Image, quality: int) -> Image:
     _, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     spoilt = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))
     return np.asarray(cv2.cvtColor(spoilt, cv2.COLOR_BGR2RGB), np.uint8)
-
-
-def areas(boxes: Boxes) -> NDArray[np.float32]:
-    """Areas of boxes `(n, 4)`, `(n,)`."""
-    return np.asarray((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), dtype=np.float32)

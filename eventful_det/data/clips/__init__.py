@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eventful_det.data.augmentation import Augmentation, areas
+from eventful_det.data.augmentation import Augmentation
+from eventful_det.data.boxes import areas, overlaps
 from eventful_det.data.clips.motion import Camera, Sprite, camera_path
 from eventful_det.data.coco_video import CocoVideo, Frame, Video
 from eventful_det.data.frame_reader import first_readable, read_labelled
@@ -164,7 +165,7 @@ class ClipSet(TrainingSet):
         scores = np.concatenate([target["scores"].numpy(), np.ones(len(sprites), np.float32)])
         hidden = np.zeros(len(boxes), bool)
         for i in range(len(boxes) - len(flying), len(boxes)):
-            hidden[:i] |= _covered(boxes[:i], boxes[i]) > 1 - self.augmentation.min_visible
+            hidden[:i] |= overlaps(boxes[:i], boxes[i : i + 1], share=True)[:, 0] > 1 - self.augmentation.min_visible
         boxes = camera.boxes(boxes)
         whole = areas(boxes)
         limits = [size[1], size[0]] * 2
@@ -174,10 +175,3 @@ class ClipSet(TrainingSet):
         for name in ("ignore", "areas"):
             seen[name] = np.clip(camera.boxes(target[name].numpy()), 0, limits).astype(np.float32)
         return {name: torch.from_numpy(value) for name, value in seen.items()} | {"exhaustive": target["exhaustive"]}
-
-
-def _covered(boxes: np.ndarray, front: np.ndarray) -> np.ndarray:
-    """The share of each box `(n, 4)` that another one covers."""
-    corners = np.concatenate([np.maximum(boxes[:, :2], front[:2]), np.minimum(boxes[:, 2:], front[2:])], axis=1)
-    sides = np.clip(corners[:, 2:] - corners[:, :2], 0, None)
-    return sides[:, 0] * sides[:, 1] / areas(boxes)

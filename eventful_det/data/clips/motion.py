@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from eventful_det.data.augmentation import Boxes
+from eventful_det.data.boxes import Boxes
 from eventful_det.data.video.transforms import Image
 
 

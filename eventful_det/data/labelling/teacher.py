@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eventful_det.data.boxes import overlaps
 from eventful_det.data.coco_video import Annotation
 from eventful_det.data.video.transforms import Image, resize
 from eventful_det.errors import UserError
@@ -188,15 +189,6 @@ def _read_generic(found: Mapping[str, NDArray[Any]], floor: float) -> Answers:
     scores = scores.max(axis=-1) if scores.ndim == 2 else scores
     keep = scores >= floor
     return Answers(found["boxes"][0].astype(np.float32)[keep], scores[keep], labels[keep].astype(np.int64))
-
-
-def overlaps(a: Array, b: Array, share: bool = False) -> Array:
-    """Overlap of boxes `(n, 4)` and `(m, 4)`, `(n, m)`: IoU, or the share of each of `a` that lies in `b`."""
-    corner = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
-    common = np.clip(corner, 0, None).prod(axis=2)
-    size_a, size_b = ((x[:, 2:] - x[:, :2]).prod(axis=1) for x in (a, b))
-    whole = size_a[:, None] if share else size_a[:, None] + size_b[None] - common
-    return np.asarray(common / np.maximum(whole, 1e-9), np.float32)
 
 
 def look(teacher: Teacher, image: Image, views: Views, names: NDArray[np.int64]) -> Answers:

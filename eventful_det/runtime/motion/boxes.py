@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from eventful_det.data.boxes import areas, overlaps
 from eventful_det.detectors.results import Detections
 from eventful_det.runtime.motion.optical_flow import Array, Picture, PointFlow, grey_picture, move_boxes
 
@@ -201,7 +202,7 @@ class BoxMover:
 
     def _staying(self, objects: _Objects) -> _Objects:
         """Those that did not leave the frame, as they are: what is cut off at its border comes back with its object."""
-        left = _areas(self._clipped(objects.boxes)) >= self.options.inside * _areas(objects.boxes)
+        left = areas(self._clipped(objects.boxes)) >= self.options.inside * areas(objects.boxes)
         order = np.argsort(-objects.scores, kind="stable")
         return objects.where(order[left[order]])
 
@@ -218,14 +219,6 @@ def _correlation(a: Array, b: Array) -> Array:
     return np.where(np.maximum(*energy) < _FLAT**2, 1, np.maximum(alike, 0)).astype(np.float32)
 
 
-def overlaps(a: Array, b: Array) -> Array:
-    """Intersection over union of boxes `(n, 4)` and `(m, 4)`, `(n, m)`."""
-    low, high = np.maximum(a[:, None, :2], b[:, :2]), np.minimum(a[:, None, 2:], b[:, 2:])
-    sides = np.maximum(high - low, 0)
-    both = sides[..., 0] * sides[..., 1]
-    return np.asarray(both / np.maximum(_areas(a)[:, None] + _areas(b) - both, 1e-9), np.float32)
-
-
 def _mutual(likeness: Array, least: float) -> tuple[Indices, Indices]:
     """Rows and columns `(k,)` of a matrix that are each other's best, of at least so much."""
     if not likeness.size:
@@ -234,8 +227,3 @@ def _mutual(likeness: Array, least: float) -> tuple[Indices, Indices]:
     here = np.arange(len(there))
     pairs = (likeness[here, there] >= least) & (likeness.argmax(0)[there] == here)
     return here[pairs], there[pairs]
-
-
-def _areas(boxes: Array) -> Array:
-    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
-    return np.asarray(sides[:, 0] * sides[:, 1], np.float32)
