@@ -180,7 +180,7 @@ def _convert_union(value: Any, kinds: tuple[Any, ...], name: str, hint: Any) -> 
     nested = [kind for kind in kinds if dataclasses.is_dataclass(kind) or _is_mapping(get_origin(kind))]
     if isinstance(value, Mapping) and len(nested) == 1:
         return convert(value, nested[0], name)  # whose messages say more
-    for kind in kinds:
+    for kind in sorted(kinds, key=lambda kind: kind is not type(value)):  # 1.0 stays a number with a fraction
         try:
             return convert(value, kind, name)
         except UserError:

@@ -46,6 +46,7 @@ def test_values_become_what_their_type_says() -> None:
     assert made == Options(steps=1000, rate=0.5, marks=(0.0, 1.0), inner=Inner((2, 3)))
     assert type(made.steps) is int and type(made.marks[0]) is float and made.flag is False
     words = ("off", "0", "FALSE", "yes", "on", "1", True)
+    assert type(convert(1.0, int | float, "x")) is float and type(convert(1, float | int, "x")) is int
     assert [convert(word, bool, "x") for word in words] == [False] * 3 + [True] * 4
 
 

@@ -11,7 +11,6 @@ Needs `pip install '.[openvino]'` or `'.[onnx]'`. Frames are resized and padded 
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -21,10 +20,10 @@ from common import say
 
 from eventful_det.data.video import open_source
 from eventful_det.detectors.checkpoints.files import load_detector
+from eventful_det.detectors.vitdet.config import Side
 from eventful_det.engine.export import Network, export_engine
-from eventful_det.engine.folder import MANIFEST, is_engine
+from eventful_det.engine.folder import is_engine, read_manifest
 from eventful_det.errors import UserError
-from eventful_det.options import Count
 from eventful_det.recognition.checkpoints import load_recogniser
 
 
@@ -37,7 +36,7 @@ class Options:
 
     weights: str | None
     format: Literal["openvino", "onnx"]
-    size: tuple[Count, Count] | None
+    size: tuple[Side, Side] | None
     buckets: tuple[int | float, ...]
     precision: Literal["float32", "int8"]
     calibrate: str | None
@@ -65,7 +64,7 @@ def run(config: Options) -> None:
             images = (frame.image for frame in source)
         export_engine(network, folder, format=config.format, size=config.size, buckets=config.buckets, calibrate=images)
     megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-    height, width = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["size"]
+    height, width = read_manifest(folder).size
     say(f"{folder}: {config.format}, {height} x {width} pixels, {megabytes:.0f} MB; use it as weights={folder}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from torch import Tensor
 
@@ -64,9 +65,9 @@ class FrameCost:
     flush: bool
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def idle(self) -> FrameCost:
-        """The cost of a frame like this one on which the detector does not run."""
-        return FrameCost(dict.fromkeys(self.dense, 0), self.dense, 0, self.tokens, False)
+    def idle(self) -> Self:
+        """The cost of a frame like this one on which the network does not run."""
+        return type(self)(dict.fromkeys(self.dense, 0), self.dense, 0, self.tokens, False)
 
     @property
     def total(self) -> int:

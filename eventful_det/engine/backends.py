@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -68,28 +69,23 @@ class Backend(ABC):
         self._runs: dict[tuple[object, ...], Run] = {}
 
     def run(self, name: str, *inputs: Tensor) -> list[Tensor]:
-        """Run a graph. Outputs are valid until its next run."""
+        """Run a graph. Outputs are valid until its next run.
+
+        Raises:
+            UserError: it cannot be compiled here.
+        """
         key = (name, *((tensor.shape, tensor.dtype) for tensor in inputs))
         if key not in self._runs:
-            self._runs[key] = self._compile(name, inputs)
+            try:
+                self._runs[key] = self._compile(name, inputs)
+            except Exception as error:  # of the engine's own kinds
+                problem = [type(error).__name__, *str(error).strip().splitlines()][-1]
+                raise UserError(f"{self.name} cannot compile {name}: {problem}; export the engine again") from error
         return self._runs[key](inputs)
 
     @abstractmethod
     def _compile(self, name: str, inputs: Sequence[Tensor]) -> Run:
         """What runs a graph on inputs of these shapes."""
-
-
-def _read_graph(folder: Path, name: str, format: Format, read: Callable[[Path], Any]) -> Any:
-    """A graph of a folder.
-
-    Raises:
-        UserError: it is damaged or missing.
-    """
-    path = folder / f"{name}{SUFFIX[format]}"
-    try:
-        return read(path)
-    except Exception as error:  # of the engine's own kinds
-        raise UserError(f"{path} is damaged or missing; export the engine again") from error
 
 
 class OpenVINO(Backend):
@@ -106,7 +102,7 @@ class OpenVINO(Backend):
 
     def _compile(self, name: str, inputs: Sequence[Tensor]) -> Run:
         if name not in self._models:
-            self._models[name] = _read_graph(self._folder, name, "openvino", self._core.read_model)
+            self._models[name] = self._core.read_model(self._folder / f"{name}.xml")
         model = self._models[name].clone()
         model.reshape({i: list(tensor.shape) for i, tensor in enumerate(inputs)})
         if self.dtype == torch.bfloat16:
@@ -169,12 +165,8 @@ class ONNXRuntime(Backend):
             options = self._ort.SessionOptions()
             options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
             options.log_severity_level = 3
-            self._sessions[name] = _read_graph(
-                self._folder,
-                name,
-                "onnx",
-                lambda path: self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]),
-            )
+            path, providers = self._folder / f"{name}.onnx", ["CPUExecutionProvider"]
+            self._sessions[name] = self._ort.InferenceSession(str(path), options, providers=providers)
         session = self._sessions[name]
         names = [entry.name for entry in session.get_inputs()]
 
@@ -218,9 +210,13 @@ class Torch(Backend):
 def import_package(module: str) -> ModuleType:
     """A module that is needed only here.
 
+    OpenVINO and NNCF send statistics of their use to Intel, from forks of this process, which it does not always
+    survive. Nothing is sent from here: they do without the package that does it.
+
     Raises:
         UserError: it is not installed.
     """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         return __import__(module)
     except ImportError as error:

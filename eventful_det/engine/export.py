@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import logging
+import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -20,9 +19,10 @@ from torch import Tensor
 
 from eventful_det.data.video.transforms import Image
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
-from eventful_det.detectors.vitdet.detector import DIVISOR, Detector
+from eventful_det.detectors.vitdet.config import Side
+from eventful_det.detectors.vitdet.detector import DIVISOR, Detector, padded_size
 from eventful_det.engine.backends import SUFFIX, Backend, Format, Graph, OpenVINO, import_package
-from eventful_det.engine.folder import FORMAT, MANIFEST, is_engine
+from eventful_det.engine.folder import Manifest, Model, is_engine, write_manifest
 from eventful_det.engine.recogniser import CompiledRecogniser, recogniser_graphs
 from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig, rf_detr_graphs
 from eventful_det.engine.vitdet.detector import CompiledViTDet
@@ -30,19 +30,20 @@ from eventful_det.engine.vitdet.graphs import vitdet_graphs
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.whole_windows.rule import SHARES, Windows
-from eventful_det.outputs import write_json
+from eventful_det.options import convert
+from eventful_det.outputs import LOCK, owned
 from eventful_det.recognition.recogniser import Recogniser
 
 _OPSET = 18
-_GRAPHS = "dense", "backbone", "pyramid", "proposals", "regions", "heads", "temporal"
-_FILES = {MANIFEST, *(f"{graph}{suffix}" for graph in _GRAPHS for suffix in (".xml", ".bin", ".onnx"))}
+_GRAPHS = "dense|backbone|pyramid|proposals|regions|heads|temporal"
+_OWN = re.compile(rf"({_GRAPHS})(\.new)?\.(xml|bin|onnx)|(\.engine\.\d+\.part|engine)\.json|{re.escape(LOCK)}")
 _INT8 = "dense", "backbone"  # graphs; those of the heads would cost accuracy, and save little
 _FRAMES = 12  # that int8 is calibrated on, at least, of longer videos; fewer than twice as many
-_MODELS = {"vitdet": Detector, "rf_detr": EventfulRFDETR, "recogniser": Recogniser}
 
 
 Network = Detector | EventfulRFDETR | Recogniser
 """What can be compiled."""
+_MODELS: dict[Model, type[Network]] = {"vitdet": Detector, "rf_detr": EventfulRFDETR, "recogniser": Recogniser}
 
 
 def export_engine(
@@ -69,12 +70,11 @@ def export_engine(
         calibrate: frames of a video, `(h, w, 3)` uint8 RGB; layers are then int8. Of detectors, for OpenVINO.
 
     Raises:
-        UserError: the size or the buckets cannot be, the folder holds other files than an engine's, the network is of
-            a kind that no engine knows, or a package that this needs is missing.
+        UserError: the size or the buckets cannot be, the folder holds other files than an engine's or is being written
+            to, the network is of a kind that no engine knows, or a package that this needs is missing.
     """
     folder = folder.resolve()
-    kept = list(folder.iterdir()) if folder.exists() else []
-    if kept and not (is_engine(folder) and all(path.name in _FILES and path.is_file() for path in kept)):
+    if folder.exists() and any(folder.iterdir()) and not (is_engine(folder) and _is_ours(folder)):
         raise UserError(f"{folder} holds other files than a whole engine's; give a new folder")
     if network.spec.dtype != torch.float32 or network.device.type != "cpu":
         raise UserError("export needs a network on the CPU in float32; precision is chosen when the engine is loaded")
@@ -82,18 +82,26 @@ def export_engine(
     rule = Windows(tuple(buckets))
     if calibrate is not None and (format != "openvino" or isinstance(network, Recogniser)):
         raise UserError("int8 is for detectors in OpenVINO; leave precision and calibrate out")
-    if format == "onnx" and isinstance(network, EventfulRFDETR):
-        raise UserError("RF-DETR goes through OpenVINO only; give format=openvino")
     frames = None if calibrate is None else calibration_frames(calibrate)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
-    try:
-        _write(network, part, format, size, rule, frames)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.chmod(0o755)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    part = folder.with_name(f"{folder.name}.part")
+    with owned(part):
+        if not _is_ours(part):
+            raise UserError(f"{part} holds other files than an engine's; give another folder than {folder}")
+        try:
+            for left in part.iterdir():  # by an export that was killed
+                if left.name != LOCK:
+                    left.unlink()
+            _write(network, part, format, size, rule, frames)
+            shutil.rmtree(folder, ignore_errors=True)
+            (part / LOCK).unlink()
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds nothing but what an export writes."""
+    return all(path.is_file() and _OWN.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _write(
@@ -106,18 +114,15 @@ def _write(
     if frames is not None and not isinstance(network, Recogniser):
         recorder = _Recorder(folder)
         _quantise(in_engine(network, size, rule.buckets, recorder), recorder, folder, frames)
-    about = {
-        "format": FORMAT,
-        "engine": format,
-        "model": next(name for name, kind in _MODELS.items() if isinstance(network, kind)),
-        "size": list(size),
-        "buckets": list(rule.buckets),
-        "precision": "float32" if frames is None else "int8",
-        "config": dataclasses.asdict(
-            RFDETRConfig.of(network) if isinstance(network, EventfulRFDETR) else network.config
-        ),
-    }
-    write_json(folder / MANIFEST, about)
+    about = Manifest(
+        engine=format,
+        model=next(model for model, kind in _MODELS.items() if isinstance(network, kind)),
+        size=size,
+        buckets=rule.buckets,
+        precision="float32" if frames is None else "int8",
+        config=vars(RFDETRConfig.of(network) if isinstance(network, EventfulRFDETR) else network.config),
+    )
+    write_manifest(folder, about)
 
 
 def graphs_of(network: Network, size: tuple[int, int]) -> Iterator[Graph]:
@@ -162,8 +167,7 @@ def default_size(detector: Network) -> tuple[int, int]:
         return detector.parts.side, detector.parts.side
     config = detector.config
     short = min(config.short_side, round(config.long_side * 9 / 16))
-    height, width = (-(-round(side) // DIVISOR) * DIVISOR for side in (short, short * 16 / 9))
-    return height, width
+    return padded_size((short, round(short * 16 / 9)), config)
 
 
 def _checked(detector: Network, size: tuple[int, int]) -> tuple[int, int]:
@@ -174,6 +178,7 @@ def _checked(detector: Network, size: tuple[int, int]) -> tuple[int, int]:
         return size
     square = isinstance(detector, EventfulRFDETR)
     step = detector.spec.patch * detector.spec.regions if square else DIVISOR
+    convert(size, tuple[Side, Side], "size")
     if any(side % step or side < step for side in size):
         raise UserError(f"size=[{size[0]},{size[1]}]: height and width must be multiples of {step} pixels")
     if square and size[0] != size[1]:

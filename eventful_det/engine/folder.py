@@ -2,23 +2,55 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from eventful_det.detectors.vitdet.config import ModelConfig
-from eventful_det.engine.backends import ONNXRuntime, OpenVINO, Precision, quickest_precision
+from eventful_det.detectors.vitdet.config import ModelConfig, Side
+from eventful_det.engine.backends import Format, ONNXRuntime, OpenVINO, Precision, quickest_precision
 from eventful_det.engine.recogniser import CompiledRecogniser
 from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig
 from eventful_det.engine.vitdet.detector import CompiledViTDet
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
 from eventful_det.gating.whole_windows.rule import Windows
-from eventful_det.options import from_values
+from eventful_det.options import convert, from_values
+from eventful_det.outputs import LOCK, as_json, write_json
 from eventful_det.recognition.config import RecogniserConfig
 
-MANIFEST, FORMAT = "engine.json", "eventful-det-engine/2"
-_KEYS = {"engine", "model", "size", "buckets", "config"}
+MANIFEST = "engine.json"
+Model = Literal["vitdet", "rf_detr", "recogniser"]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an engine is, as its folder says.
+
+    Attributes:
+        engine: that runs the graphs.
+        model: the kind of network.
+        size: (height, width) of its inputs in pixels.
+        buckets: numbers of windows or tokens that are compiled.
+        precision: of the large graphs.
+        config: of the network, by its kind.
+        files: the graphs, each with its SHA-256.
+        format: of the folder.
+        digest: SHA-256 of all the rest.
+    """
+
+    engine: Format
+    model: Model
+    size: tuple[Side, Side]
+    buckets: tuple[int | float, ...]
+    precision: Literal["float32", "int8"]
+    config: JsonObject
+    files: Mapping[str, str] = field(default_factory=dict)
+    format: Literal["eventful-det-engine/3"] = "eventful-det-engine/3"
+    digest: str = ""
 
 
 def load_engine(
@@ -40,20 +72,23 @@ def load_engine(
         UserError: the folder holds no engine, or what runs it is not installed.
     """
     about = read_manifest(folder)
-    kind: type[OpenVINO] | type[ONNXRuntime] = OpenVINO if about["engine"] == "openvino" else ONNXRuntime
+    for name, digest in about.files.items():
+        path = folder / name
+        if not path.is_file() or _file_digest(path) != digest:
+            raise UserError(f"{path} is damaged or missing; export the engine again")
+    kind: type[OpenVINO] | type[ONNXRuntime] = OpenVINO if about.engine == "openvino" else ONNXRuntime
     if precision not in ("float32", "bfloat16", "auto"):  # what is int8 was made so when it was exported
         raise UserError(f"precision of an engine must be float32, bfloat16 or auto, got {precision}")
     if precision == "auto":
         precision = quickest_precision() if kind is OpenVINO else "float32"
-    (height, width), buckets, backend = about["size"], tuple(about["buckets"]), kind(folder, precision, threads)
+    backend, buckets = kind(folder, precision, threads), about.buckets
     network: CompiledViTDet | CompiledRFDETR | CompiledRecogniser
-    if about["model"] == "vitdet":
-        config = ModelConfig.from_dict(about["config"])
-        network = CompiledViTDet(config, (height, width), Windows(buckets), backend)
-    elif about["model"] == "recogniser":
-        network = CompiledRecogniser(RecogniserConfig.from_dict(about["config"]), buckets, backend)
+    if about.model == "vitdet":
+        network = CompiledViTDet(ModelConfig.from_dict(about.config), about.size, Windows(buckets), backend)
+    elif about.model == "recogniser":
+        network = CompiledRecogniser(RecogniserConfig.from_dict(about.config), buckets, backend)
     else:
-        network = CompiledRFDETR(from_values(RFDETRConfig, about["config"], "config"), height, buckets, backend)
+        network = CompiledRFDETR(from_values(RFDETRConfig, about.config, "config"), about.size[0], buckets, backend)
     if warm_up:
         network.warm_up()
     return network
@@ -66,19 +101,40 @@ def is_engine(folder: Path) -> bool:
 
 def holds_recogniser(folder: Path) -> bool:
     """Whether the engine in a folder recognises actions."""
-    return bool(read_manifest(folder)["model"] == "recogniser")
+    return read_manifest(folder).model == "recogniser"
 
 
-def read_manifest(folder: Path) -> JsonObject:
+def write_manifest(folder: Path, about: Manifest) -> None:
+    """Complete the folder of an engine, which holds nothing but its graphs, and its lock."""
+    files = {path.name: _file_digest(path) for path in sorted(folder.iterdir()) if path.name != LOCK}
+    values = vars(dataclasses.replace(about, files=files))
+    write_json(folder / MANIFEST, values | {"digest": _digest(as_json(values))})
+
+
+def read_manifest(folder: Path) -> Manifest:
     """What is in an engine's folder.
 
     Raises:
-        UserError: it is none.
+        UserError: it is none, or its manifest is another than was written.
     """
+    path = folder / MANIFEST
     try:
-        about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if about["format"] != FORMAT or not set(about) >= _KEYS:
-            raise KeyError("format")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{folder} holds no engine; eventful-det export writes one") from error
-    return dict(about)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        about: Any = convert(values, Manifest, MANIFEST)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder} holds no whole engine: {error}; eventful-det export writes one") from error
+    if about.digest != _digest(values):
+        raise UserError(f"{path} was changed since its export, and its graphs were not; export the engine again")
+    assert isinstance(about, Manifest)
+    return about
+
+
+def _digest(values: Any) -> str:
+    """Of a manifest without its own."""
+    text = json.dumps({key: value for key, value in values.items() if key != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -84,6 +84,17 @@ class RFDETRConfig:
         return ViTShape(**values, window=Regions(self.regions))
 
 
+@dataclass(frozen=True)
+class FixedStretch(Stretch):
+    """To squares of `side` alone."""
+
+    side: int = 0
+
+    def __post_init__(self) -> None:
+        if self.short_side != self.side:
+            raise UserError(f"short_side={self.short_side}: this engine takes {self.side}; export it with another size")
+
+
 @dataclass
 class RFDETREngineStream(CompiledStream):
     """What a compiled RF-DETR remembers of one stream: the state of its `Rows`."""
@@ -125,7 +136,7 @@ class CompiledRFDETR(CompiledDetector[RFDETREngineStream, ChosenTokens]):
         """Frames are stretched to squares."""
         side, config = self.size[0], self.config
         step = self.patch * config.regions
-        return Stretch(side, side, self.patch, config.mean, step=step, reciprocal=config.reciprocal)
+        return FixedStretch(side, side, self.patch, config.mean, step=step, reciprocal=config.reciprocal, side=side)
 
     @cached_property
     def dense_macs(self) -> dict[str, int]:

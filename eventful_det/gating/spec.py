@@ -279,20 +279,21 @@ class ViTSpec:
         if self.layout == "maps":
             return x[0], None
         x = self._merge(x, grid) if self.layout == "windows" else x[0]  # (L, C)
-        prefix, tokens = x.tensor_split([self.prefix_count])
+        prefix, tokens = x[: self.prefix_count], x[self.prefix_count :]  # `tensor_split` goes wrong in ONNX
         return tokens.unflatten(0, grid), prefix if self.prefix_count else None
 
     def _partition(self, x: Tensor, grid: Grid) -> Tensor:
         """A sequence `(L, D)` by windows `(windows, p / windows + slots, D)`."""
         windows = windows_of(grid, Regions(self.regions), x.device)
-        prefix, tokens = x.tensor_split([self.prefix_count])
+        prefix, tokens = x[: self.prefix_count], x[self.prefix_count :]  # `tensor_split` goes wrong in ONNX
         tokens = tokens.index_select(0, windows.token).unflatten(0, (windows.count, -1))
         return torch.cat([prefix.view(windows.count, -1, x.shape[-1]), tokens], 1) if len(prefix) else tokens
 
     def _merge(self, x: Tensor, grid: Grid) -> Tensor:
         """The inverse of `_partition`."""
         windows = windows_of(grid, Regions(self.regions), x.device)
-        prefix, tokens = x.tensor_split([self.prefix_count // windows.count], 1)
+        each = self.prefix_count // windows.count
+        prefix, tokens = x[:, :each], x[:, each:]
         return torch.cat([prefix.flatten(0, 1), tokens.flatten(0, 1).index_select(0, windows.place)])
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +19,9 @@ from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.protocol import AnyRule, VideoDetector
 from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.detectors.vitdet.detector import Detector
-from eventful_det.engine.backends import SUFFIX, Format, Torch, quickest_precision
+from eventful_det.engine.backends import Torch, quickest_precision
 from eventful_det.engine.export import default_size, export_engine, graphs_of
-from eventful_det.engine.folder import MANIFEST, load_engine
+from eventful_det.engine.folder import MANIFEST, Manifest, load_engine
 from eventful_det.engine.vitdet.detector import CompiledViTDet, ViTDetStream
 from eventful_det.engine.vitdet.tiles import Geometry
 from eventful_det.errors import UserError
@@ -27,6 +30,7 @@ from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import EVERYTHING, Gmacs, RandomK, Selector, Threshold, TopFraction, TopK
 from eventful_det.gating.whole_windows.rule import Windows
+from eventful_det.outputs import LOCK
 from eventful_det.runtime.pool import StreamPool
 
 SIZE = (96, 160)
@@ -82,24 +86,25 @@ def test_the_graphs_compute_what_the_detector_does(changes: dict[str, object]) -
     assert_same(detector, engine, Dense(), EVERYTHING)
 
 
-@pytest.mark.parametrize(("format", "package"), [("openvino", "openvino"), ("onnx", "onnxruntime")])
-def test_a_folder_is_a_detector(format: str, package: str, tmp_path: Path) -> None:
-    pytest.importorskip(package)
-    if format == "onnx":
-        pytest.importorskip("onnx")
-    detector = make_detector()
-    export_engine(detector, tmp_path / "engine", format=format, size=SIZE, buckets=RULE.buckets)  # type: ignore[arg-type]
-    engine = load_detector(tmp_path / "engine")
+@pytest.fixture(scope="module", params=["openvino", "onnx"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an engine."""
+    for package in {"openvino": ["openvino"], "onnx": ["onnx", "onnxruntime"]}[request.param]:
+        pytest.importorskip(package)
+    folder = tmp_path_factory.mktemp("whole") / "engine"
+    export_engine(make_detector(), folder, format=request.param, size=SIZE, buckets=RULE.buckets)
+    assert [path.name for path in folder.parent.iterdir()] == ["engine"], "nothing is left beside it"
+    return folder
+
+
+def test_a_folder_is_a_detector(whole: Path) -> None:
+    detector, engine = make_detector(), load_detector(whole)
     assert isinstance(engine, CompiledViTDet) and engine.rule == RULE and engine.names == ("a", "b")
     for selector in (TopK(8), EVERYTHING):
         assert_same(detector, engine, RULE, selector)
     assert_same(detector, engine, Dense(), EVERYTHING)
     with pytest.raises(UserError, match="PyTorch alone"):
-        load_detector(tmp_path / "engine", proposals=5)
-    about = json.loads((tmp_path / "engine" / MANIFEST).read_text())
-    (tmp_path / "engine" / MANIFEST).write_text(json.dumps(about | {"format": "other"}))
-    with pytest.raises(UserError, match="holds no engine"):
-        load_engine(tmp_path / "engine")
+        load_detector(whole, proposals=5)
 
 
 def test_streams_pools_and_budgets() -> None:
@@ -148,6 +153,7 @@ def test_state_is_the_callers() -> None:
         (lambda engine: engine.cost_model(Dense()), "own rule only"),
         (lambda engine: engine.to("cpu").to("cuda"), "runs on CPUs"),
         (lambda _: export_engine(make_detector(), Path("x"), size=(90, 160)), "multiples of 32"),
+        (lambda _: export_engine(make_detector(), Path("x"), size=(320, 32 * 10**6)), "from 1 to 8192"),
         (lambda _: list(graphs_of(make_detector(window=0, global_blocks=()), SIZE)), "even number of tokens"),
         (lambda _: list(graphs_of(make_detector(box_stages=3), SIZE)), "cascade"),
     ],
@@ -194,19 +200,127 @@ def test_sizes_of_frames_of_16_to_9() -> None:
     assert portrait.token_size == (32, 32), "320 of its 640 pixels"
 
 
-@pytest.mark.parametrize(("format", "package"), [("openvino", "openvino"), ("onnx", "onnxruntime")])
-def test_damaged_graphs_and_files_of_others(format: Format, package: str, tmp_path: Path) -> None:
-    pytest.importorskip(package)
-    if format == "onnx":
-        pytest.importorskip("onnx")
-    folder = tmp_path / "engine"
-    export_engine(make_detector(), folder, format=format, size=SIZE, buckets=RULE.buckets)
-    assert [path.name for path in tmp_path.iterdir()] == ["engine"], "nothing is left beside it"
+def test_what_is_padded_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Frames of another shape: once, with the size to export; none where PyTorch pads as much."""
+    engine = in_torch(make_detector())
+    for height, width, wanted in [
+        (96, 160, None),
+        (288, 480, None),
+        (90, 150, None),
+        (120, 160, "96,128"),
+        (160, 96, "160,96"),
+        (160, 80, "160,96"),
+        (80, 320, "64,160"),
+    ]:
+        caplog.clear()
+        for _ in range(2):
+            list(engine.stream([np.zeros((height, width, 3), np.uint8)] * 3, scene_cuts=False))
+        assert [f"size=[{wanted}]" in record.getMessage() for record in caplog.records] == [True] * (wanted is not None)
+    caplog.clear()
+    list(engine.stream([np.zeros((*SIZE, 3), np.uint8)], short_side=64))
+    assert "size=[64,128]" in caplog.text, "smaller on purpose"
+    for sides in ({"short_side": 128}, {"long_side": 192}, {"short_side": 8192}):
+        with pytest.raises(UserError, match="96 x 160 pixels at most"):
+            engine.stream([], **sides)
+    square = CompiledViTDet(make_detector(square_pad=160).config, SIZE, RULE, engine.backend)
+    caplog.clear()
+    list(square.stream([np.zeros((*SIZE, 3), np.uint8)]))
+    assert "size=[160,160]" in caplog.text and default_size(make_detector(square_pad=192)) == (192, 192)
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(whole, tmp_path / "engine"))
+
+
+def refused(folder: Path, match: str) -> None:
+    with pytest.raises(UserError, match=match) as error:
+        load_engine(folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_every_file_of_a_folder_is_checked(folder: Path) -> None:
+    files = [path for path in folder.iterdir() if path.name != MANIFEST]
+    assert len(files) in (5, 10)
+    for path in files:
+        good = path.read_bytes()
+        for bad in (good[:-1], good[:100], b"", good[:-9] + bytes([good[-9] ^ 1]) + good[-8:]):
+            path.write_bytes(bad)
+            refused(folder, f"{path.name} is damaged or missing")
+        path.unlink()
+        refused(folder, f"{path.name} is damaged or missing")
+        path.write_bytes(good)
+    load_engine(folder, warm_up=False)
+
+
+def test_every_field_of_a_manifest_is_checked(folder: Path) -> None:
+    manifest = folder / MANIFEST
+    about = json.loads(manifest.read_text())
+    assert set(about) == {field.name for field in dataclasses.fields(Manifest)}
+    values: list[object] = [
+        None,
+        True,
+        -1,
+        0,
+        7,
+        0.5,
+        1e400,
+        "",
+        "other",
+        [],
+        [1],
+        [64, 1e9],
+        [[]],
+        {},
+        {"a": 1},
+        {"a": {"b": []}},
+    ]
+    for key, good in about.items():
+        manifest.write_text(json.dumps({name: value for name, value in about.items() if name != key}))
+        refused(folder, "engine.json")
+        for value in values:
+            manifest.write_text(json.dumps(about | {key: value}))
+            refused(folder, "engine.json") if value != good else load_engine(folder, warm_up=False)
+    for key, good in about["config"].items():
+        others: list[object] = [None, -1, 7, "other", [1], good * 2 if isinstance(good, list) else {}]
+        for value in others:
+            manifest.write_text(json.dumps(about | {"config": about["config"] | {key: value}}))
+            refused(folder, "engine.json was changed") if value != good else load_engine(folder, warm_up=False)
+    for text in ("", "{", "[]", "null", "1", '"x"', "[" * 100_000, "\ud800", json.dumps(about | {"more": 1})):
+        manifest.write_bytes(text.encode(errors="surrogatepass"))
+        refused(folder, "holds no whole engine")
+
+
+@pytest.mark.parametrize("whole", ["onnx"], indirect=True)  # the quicker one to export
+def test_an_export_leaves_alone_what_is_not_its_own(folder: Path) -> None:
+    def export() -> None:
+        export_engine(make_detector(), folder, format="onnx", size=SIZE, buckets=RULE.buckets)
+
+    part = folder.with_name("engine.part")
     (folder / "notes.json").write_text("mine")
     with pytest.raises(UserError, match="holds other files"):
-        export_engine(make_detector(), folder, format=format, size=SIZE, buckets=RULE.buckets)
-    assert (folder / "notes.json").read_text() == "mine"
-    graph = folder / f"backbone{SUFFIX[format]}"
-    graph.write_bytes(graph.read_bytes()[:100])
-    with pytest.raises(UserError, match="damaged or missing"):
-        load_engine(folder)
+        export()
+    (folder / "notes.json").unlink()
+    part.mkdir()
+    (part / "notes.json").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        export()
+    assert [path.name for path in part.iterdir()] == ["notes.json"]
+    (part / "notes.json").unlink()
+    for name in ("dense.xml", "dense.new.bin", "regions.onnx", LOCK, ".engine.12.part.json"):  # of one that was killed
+        (part / name).touch()
+    export()
+    assert [path.name for path in folder.parent.iterdir()] == ["engine"]
+    load_engine(folder, warm_up=False)
+
+
+def test_nothing_is_sent_home() -> None:
+    pytest.importorskip("openvino")
+    code = """
+import sys
+from eventful_det.engine.backends import import_package
+import_package("openvino").convert_model
+assert not [name for name in sys.modules if name.startswith("openvino_telemetry.")]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

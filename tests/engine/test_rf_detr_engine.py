@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.rf_detr.sizes import random_model
-from eventful_det.engine.backends import Torch
+from eventful_det.engine.backends import Format, Torch
 from eventful_det.engine.export import export_engine, graphs_of, in_engine
 from eventful_det.engine.rf_detr import CompiledRFDETR
 from eventful_det.errors import UserError
@@ -61,18 +61,23 @@ def test_the_graphs_compute_what_the_detector_does() -> None:
     for selector in (RandomK(16), RandomK(32), EVERYTHING, Threshold(1e9)):
         assert_same(detector, engine, selector)
     assert_same(detector, engine, EVERYTHING, dense=True)
+    for side in (64, 192):
+        with pytest.raises(UserError, match="this engine takes 128"):
+            engine.stream([], short_side=side)
     state = engine.init_state()
     for t in range(3):
         (result,) = engine.step([torch.full((3, SIDE, SIDE), 0.1 * t)], state, selector=RandomK(20))
     assert result.cost.recomputed == 32, "20 tokens, and the stalest up to the next number that is compiled"
 
 
-def test_a_folder_is_a_detector(tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
+@pytest.mark.parametrize(("format", "packages"), [("openvino", ["openvino"]), ("onnx", ["onnx", "onnxruntime"])])
+def test_a_folder_is_a_detector(format: Format, packages: list[str], tmp_path: Path) -> None:
+    for package in packages:
+        pytest.importorskip(package)
     detector = make_detector()
     with pytest.raises(UserError, match="squares"):
         export_engine(detector, tmp_path, size=(SIDE, 2 * SIDE))
-    export_engine(detector, tmp_path, size=(SIDE, SIDE), buckets=(16,))
+    export_engine(detector, tmp_path, format=format, size=(SIDE, SIDE), buckets=(16,))
     engine = load_detector(tmp_path)
     assert isinstance(engine, CompiledRFDETR) and engine.names == detector.names
     assert_same(detector, engine, RandomK(16))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import actions
 import convert_weights
 import count_flops
 import cv2
 import demo
+import demo_run
 import eval_net
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from common import Data
 from eval_actions import groups_of
 from running import ROOT, options_of, run
 
-from eventful_det.engine.folder import FORMAT, MANIFEST
+from eventful_det.engine.folder import Manifest, Model, write_manifest
 from eventful_det.errors import UserError
 from eventful_det.recognition.accuracy import Scored, accuracy
 from eventful_det.recognition.checkpoints import load_recogniser
@@ -118,7 +119,7 @@ def test_demo_of_actions(clips: Path, trained: dict[str, Any], tmp_path: Path) -
 
 
 def test_demo_takes_a_precision() -> None:
-    recogniser = demo.build(options_of("demo", "task=recognition", "precision=bfloat16", "device=cpu"), [])
+    recogniser = demo_run.build(options_of("demo", "task=recognition", "precision=bfloat16", "device=cpu"), [])
     assert isinstance(recogniser, Recogniser) and recogniser.spec.dtype == torch.bfloat16
 
 
@@ -143,9 +144,8 @@ def test_options_for_detectors_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_folder_of_an_engine_is_known_as_a_recogniser(tmp_path: Path) -> None:
-    for model in ("recogniser", "vitdet"):
-        about = {"format": FORMAT, "model": model, "engine": "openvino", "size": 32, "buckets": 1, "config": 0}
-        (tmp_path / MANIFEST).write_text(json.dumps(about))
+    for model in get_args(Model):
+        write_manifest(tmp_path, Manifest("openvino", model, (32, 32), (), "float32", {}))
         assert actions.recognises(None, str(tmp_path)) == (model == "recogniser")
 
 

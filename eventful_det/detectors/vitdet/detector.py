@@ -31,11 +31,17 @@ from eventful_det.detectors.vitdet.rpn import ProposalGenerator
 from eventful_det.detectors.vitdet.vitdet import ViTDetBackbone
 from eventful_det.errors import UserError
 from eventful_det.gating.macs import dense_macs
-from eventful_det.gating.state import State, Update
+from eventful_det.gating.state import Update
 from eventful_det.gating.vit_spec import spec_of
 from eventful_det.gating.windows import Grid
 
 DIVISOR = 32  # sides of the network's input are multiples of the stride of p5
+
+
+def padded_size(size: tuple[int, int], config: ModelConfig) -> tuple[int, int]:
+    """(height, width) of images once they are padded: multiples of `DIVISOR`, so that the pyramid can halve them."""
+    height, width = (-(-max(side, config.square_pad) // DIVISOR) * DIVISOR for side in size)
+    return height, width
 
 
 @dataclass
@@ -64,6 +70,7 @@ class Detector(GatedDetector[DetectorStream]):
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    _stream = DetectorStream
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -131,17 +138,10 @@ class Detector(GatedDetector[DetectorStream]):
         return torch.stack([self._prepare(image, height, width) for image in images]), sizes
 
     def _prepare(self, image: Tensor, height: int, width: int) -> Tensor:
-        """Normalise an image `(3, h, w)`, and pad it at the bottom and right to at least `height` and `width`.
-
-        Sides become multiples of `DIVISOR`, so that the pyramid can halve them.
-        """
+        """Normalise an image `(3, h, w)`, and pad it at the bottom and right to at least `height` and `width`."""
         image = (image - self.pixel_mean).div_(self.pixel_std)
-        least, (_, h, w) = self.config.square_pad, image.shape
-        height, width = (-(-max(side, least) // DIVISOR) * DIVISOR for side in (height, width))
+        (height, width), (_, h, w) = padded_size((height, width), self.config), image.shape
         return image if (h, w) == (height, width) else F.pad(image, (0, width - w, 0, height - h))
-
-    def _new_stream(self, size: tuple[int, int]) -> DetectorStream:
-        return DetectorStream(State([None]), size)
 
     def _normalised(self, frame: Tensor) -> Tensor:
         return self._prepare(frame, frame.shape[-2], frame.shape[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eventful_det.data.video.transforms import Image
+from eventful_det.data.video.transforms import Image, fit_size
 from eventful_det.detectors.protocol import InputTransform
 from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.detectors.vitdet.config import ModelConfig
-from eventful_det.detectors.vitdet.detector import Detector
+from eventful_det.detectors.vitdet.detector import Detector, padded_size
 from eventful_det.detectors.vitdet.incremental import HeadsState, refresh_regions
 from eventful_det.detectors.vitdet.pooling import pool_regions
 from eventful_det.detectors.vitdet.roi_heads import POOL, Reader, SingleHead
@@ -23,6 +24,7 @@ from eventful_det.engine.backends import Backend
 from eventful_det.engine.detector import BucketCosts, CompiledDetector, CompiledStream
 from eventful_det.engine.vitdet.graphs import check_exportable
 from eventful_det.engine.vitdet.tiles import Geometry
+from eventful_det.errors import UserError
 from eventful_det.gating.macs import dense_macs
 from eventful_det.gating.selector import RandomK, Select
 from eventful_det.gating.whole_windows.rule import (
@@ -36,6 +38,7 @@ from eventful_det.gating.whole_windows.rule import (
 )
 from eventful_det.gating.windows import windows_of
 
+_LOG = logging.getLogger(__name__)
 _REGION_STEPS = 4  # the region head is compiled for quarters of the proposals
 
 
@@ -48,6 +51,13 @@ class FittedInput(InputTransform):
     """
 
     largest: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        if self.short_side > min(self.largest) or self.long_side > max(self.largest):
+            raise UserError(
+                f"short_side={self.short_side}, long_side={self.long_side}: this engine takes "
+                f"{self.largest[0]} x {self.largest[1]} pixels at most; export it with another size"
+            )
 
     def _size(self, image: Image) -> tuple[int, int]:
         height, width = super()._size(image)
@@ -114,6 +124,7 @@ class CompiledViTDet(CompiledDetector[ViTDetStream, Chosen]):
         self._side = check_exportable(self.shape, self._plain.roi_heads)
         self.geometry = Geometry(self.grid, self._side, config.rpn_convs)
         self._windows = windows_of(self.grid, self._side, self.device).count
+        self._padded: set[tuple[int, int]] = set()  # sizes of frames that were warned of
         self._inside = torch.cat([self.geometry.layout.inside, torch.tensor([False])]).float()[:, None]
 
     @property
@@ -155,6 +166,7 @@ class CompiledViTDet(CompiledDetector[ViTDetStream, Chosen]):
         return {"backbone": windows_macs(self.shape, self.grid, count, everything=flush).total, **heads}
 
     def _new_stream(self, size: tuple[int, int], dense: bool) -> ViTDetStream:
+        self._warn_of_padding(size)
         if dense:
             return ViTDetStream(size)
         shape, ratios, dtype = self.shape, len(self.config.anchor_ratios), self.backend.dtype
@@ -169,6 +181,20 @@ class CompiledViTDet(CompiledDetector[ViTDetStream, Chosen]):
             deltas=torch.zeros((geometry.anchors + 1) * ratios, 4),
         )
         return ViTDetStream(size, new_state(self.grid, shape.pixels, 0, caches, torch.zeros(0)), heads=heads)
+
+    def _warn_of_padding(self, size: tuple[int, int]) -> None:
+        """Say so once where PyTorch would pad frames of this size less."""
+        fitted = fit_size(*size, min(self.size), max(self.size))
+        needed, same_shape = padded_size(size, self.config), padded_size(fitted, self.config)
+        if needed == self.size or size in self._padded:
+            return
+        self._padded.add(size)
+        height, width = needed if same_shape == self.size else same_shape
+        _LOG.warning(
+            "frames of %d x %d in an engine for %d x %d: padded more or less than in PyTorch, so boxes differ; "
+            "for them, export with size=[%d,%d]",
+            *(*size, *self.size, height, width),
+        )
 
     def _choose(
         self, patches: list[Tensor], streams: list[ViTDetStream], select: Select, saliency: list[Tensor | None]
