@@ -18,6 +18,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in shown)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+
+
 class UserError(ValueError):
     """Something the user gave cannot be used.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from eventful_det.detectors.vitdet.detector import Detector
 # A shell that starts a job in the background has it ignore Ctrl-C, and its children inherit that: tests that send one
 # would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# As `import_package` does, before any `importorskip("openvino")`: statistics are sent from forks, of which workers die.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 @pytest.fixture

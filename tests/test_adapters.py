@@ -39,6 +39,21 @@ def result(detections: Detections) -> StreamResult:
     )
 
 
+def test_some_of_the_detections() -> None:
+    sure = FOUND[FOUND.scores > 0.5]
+    assert len(sure) == 1 and sure.labels.tolist() == [1] and sure.tracks is not None and sure.tracks.tolist() == [7]
+    assert FOUND[[1, 0]].scores.tolist() == FOUND.scores.tolist()[::-1]
+    assert [one.boxes.tolist() for one in FOUND] == [[box] for box in FOUND.boxes.tolist()]
+    assert len(FOUND[-1]) == 1 and len(FOUND[:0]) == 0 and list(FOUND[:0]) == []
+    with pytest.raises(IndexError):
+        FOUND[2]
+
+
+def test_a_result_prints_without_its_pixels() -> None:
+    text = repr(result(FOUND))
+    assert "frame_index=4" in text and "scores" in text and "uint8" not in text and "work" not in text
+
+
 def test_coco_entries() -> None:
     first, second = to_coco(result(FOUND))
     assert first == {"image_id": 5, "category_id": 2, "bbox": [10, 20, 30, 60], "score": 0.9, "track_id": 7}

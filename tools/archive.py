@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import demo
 from common import command, console, say
+from demo import Outcome
+from demo_run import Options, build, run_source
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from eventful_det.errors import UserError, printable
@@ -34,11 +35,11 @@ class Worker:
         argv: the command line.
     """
 
-    def __init__(self, options: demo.Options, sources: list[str | Path], argv: list[str]) -> None:
+    def __init__(self, options: Options, sources: list[str | Path], argv: list[str]) -> None:
         sys.argv = argv  # results tell the command
         self.options = options
         try:
-            self.known: Any = demo.build(options, sources)
+            self.known: Any = build(options, sources)
         except UserError as error:
             self.known = error
 
@@ -51,7 +52,7 @@ class Worker:
         if isinstance(self.known, UserError):
             return self.known
         try:
-            return demo.run_source(self.options, self.known, source, directory)
+            return run_source(self.options, self.known, source, directory)
         except UserError as error:
             return error
 
@@ -65,7 +66,7 @@ def finished(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def run_on_ray(options: demo.Options, sources: Mapping[Path, str | Path]) -> Iterator[demo.Outcome]:
+def run_on_ray(options: Options, sources: Mapping[Path, str | Path]) -> Iterator[Outcome]:
     """Run each source into its folder on the workers of a Ray cluster, and yield what became of it.
 
     The cluster is that of RAY_ADDRESS or of this machine, or else one that is started here. Videos that the same
@@ -74,7 +75,7 @@ def run_on_ray(options: demo.Options, sources: Mapping[Path, str | Path]) -> Ite
     Raises:
         UserError: Ray is not installed, there is no such cluster, or its workers cannot begin.
     """
-    done = [demo.Outcome(d, s, results) for d, s in sources.items() if (results := finished(d)) is not None]
+    done = [Outcome(d, s, results) for d, s in sources.items() if (results := finished(d)) is not None]
     yield from done
     waiting = dict(sources)
     for outcome in done:
@@ -113,7 +114,7 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def _results(options: demo.Options, sources: Mapping[Path, str | Path]) -> Iterator[demo.Outcome]:
+def _results(options: Options, sources: Mapping[Path, str | Path]) -> Iterator[Outcome]:
     """What became of each source, as they end."""
     import ray
 
@@ -164,7 +165,7 @@ def _results(options: demo.Options, sources: Mapping[Path, str | Path]) -> Itera
                     hand_out(worker)
                     continue
             hand_out(worker)
-            yield demo.Outcome(directory, source, result)
+            yield Outcome(directory, source, result)
     except ray.exceptions.RayError as error:
         raise UserError(f"on=ray: the workers cannot begin ({_reason(error)})") from None
     finally:

@@ -17,97 +17,45 @@ run, the files hold all frames until then. docs/demo.md tells more.
 from __future__ import annotations
 
 import glob
-import itertools
 import re
-import statistics
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import actions
-import torch
-from command_line import refuse
-from common import (
-    AnyDetector,
-    Side,
-    Texts,
-    as_list,
-    at_least_one,
-    build_gate,
-    choose_device,
-    command,
-    open_detector,
-    progress_bar,
-    say,
-    uninterrupted,
-    write_results,
-)
-from demo_files import ActionOutputs, Outputs
+from common import AnyDetector, at_least_one, command, say, write_results
+from demo_run import Options, build, run_source
 
-from eventful_det.data.layouts.exports import VideoInfo
-from eventful_det.data.video import VIDEO_SUFFIXES, VideoSource, home_path, open_source
-from eventful_det.detectors.labels import relabel
-from eventful_det.detectors.rf_detr.model import EventfulRFDETR
-from eventful_det.detectors.vitdet.detector import Detector
-from eventful_det.engine.backends import Precision
+from eventful_det.data.video import VIDEO_SUFFIXES, home_path
 from eventful_det.errors import UserError, printable
-from eventful_det.evaluation.efficiency import peak_memory
-from eventful_det.gating.dense import Dense
-from eventful_det.gating.selector import Budget
-from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Share
 from eventful_det.outputs import file_names, owned
-from eventful_det.recognition.checkpoints import load_recogniser
 from eventful_det.recognition.recogniser import Recogniser
-from eventful_det.recognition.stream import RecognitionStream
-from eventful_det.runtime.budget import BudgetOptions, parse_budget
-from eventful_det.runtime.motion.key_frames import parse_hold
-from eventful_det.runtime.rescoring import Rescorer
-from eventful_det.runtime.session import StreamResult
-from eventful_det.runtime.stream import Stream
+from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.tracking import Tracker
-from eventful_det.viz import Caption, budget_text
-
-Format = Literal["mot", "cvat", "yolo", "label_studio", "coco"]
-AHEAD = 2  # frames that are decoded while the detector runs
 
 
-@dataclass(frozen=True)
-class Options:
-    """What may be asked of the demo; configs/demo.yaml explains it."""
+class Outcome(NamedTuple):
+    """What became of a source: the results of its run, or what was wrong."""
 
-    positional: ClassVar = ("source",)
-    aliases: ClassVar = {"model": "weights"}  # as other detectors call it
+    directory: Path
+    source: str | Path
+    result: dict[str, Any] | UserError
 
-    task: actions.Task | None
-    gate: dict[str, Any]
-    source: Texts
-    output: str
-    weights: str | None
-    precision: Precision | Literal["auto"]
-    labels: str | None
-    classes: Texts | None
-    max_frames: Count | None
-    budget: float | int | str | None
-    max_age: Natural
-    bucket: NonNegative
-    show: Share
-    width: Annotated[int, Range(320, 7680)]
-    short_side: Side | None
-    long_side: Side | None
-    scene_cuts: bool
-    hold: Count | Literal["auto", "adaptive"]
-    live: bool
-    shadow_every: Natural
-    rescore: bool
-    track: bool
-    format: Format | tuple[Format, ...] | None
-    reconnect: NonNegative
-    silence: Positive
-    on: Literal["ray"] | None
-    compare: bool
-    device: str
+
+def run(options: Options) -> None:
+    """Run every source. One that fails does not keep the others from running."""
+    parse_budget(options.budget)
+    if options.track:
+        Tracker()  # tells now what is missing
+    sources, output = find_sources(at_least_one(options.source, "source")), Path(options.output)
+    named = dict(zip(name_folders(output, sources), sources, strict=True))
+    if options.on is None:
+        outcomes = run_here(options, build(options, sources), named)
+    else:
+        from archive import run_on_ray
+
+        outcomes = run_on_ray(options, named)
+    with owned(output):
+        finish(options, outcomes, len(sources))
 
 
 def find_sources(sources: Sequence[str]) -> list[str | Path]:
@@ -137,267 +85,6 @@ def name_folders(output: Path, sources: Sequence[str | Path]) -> list[Path]:
     if len(sources) == 1:
         return [output]
     return [output / name for name in file_names((Path(printable(str(s))).stem for s in sources), {"results.json"})]
-
-
-def build_detector(options: Options, sources: Sequence[str | Path]) -> AnyDetector:
-    """The detector of a config, with the classes that it asks for."""
-    if options.gate.get("rule") == "dense":
-        refuse("demo", options, ("budget",), "gate=dense recomputes everything; choose gate=rows or gate=paper")
-    detector = open_detector(options.weights, options.labels, options.device, sources, options.precision)
-    if options.classes is None:
-        return detector
-    return keep_classes(detector, at_least_one(options.classes, "classes"))
-
-
-def keep_classes(detector: AnyDetector, classes: Sequence[str]) -> AnyDetector:
-    """The same detector, reporting some of its classes only."""
-    unknown = sorted(set(classes) - set(detector.names))
-    if unknown:
-        raise UserError(f"classes: no class {', '.join(unknown)}; the weights know {', '.join(detector.names)}")
-    labels = {name: None for name in detector.names if name not in classes}
-    if isinstance(detector, EventfulRFDETR):
-        detector.relabel(labels)
-        return detector
-    if not isinstance(detector, Detector):
-        raise UserError("classes: a compiled engine reports all of its classes; leave classes out")
-    kept = Detector(relabel(detector.config, labels))
-    kept.load_state_dict(detector.state_dict())
-    return kept.eval().to(detector.device)
-
-
-def time_dense(detector: AnyDetector, first: StreamResult, sizes: dict[str, Any]) -> float:
-    """Seconds that the dense detector takes for such a frame: the median of as many runs as fit into a second."""
-    runs = Stream(detector, itertools.repeat(first.image), rule=Dense(), scene_cuts=False, timing=True, **sizes)
-    next(runs)  # warms up
-    seconds = [next(runs).cost.latency]
-    while sum(seconds) < 1 and len(seconds) < 9:
-        seconds.append(next(runs).cost.latency)
-    return statistics.median(seconds)
-
-
-class Run:
-    """One source on its way through the detector into its files.
-
-    Args:
-        options: of the tool.
-        budget: that they ask for.
-        detector: whose stream it is.
-        source: open.
-        directory: for the outputs.
-    """
-
-    def __init__(
-        self, options: Options, budget: Budget, detector: AnyDetector, source: VideoSource, directory: Path
-    ) -> None:
-        self.source, self.directory, self.detector = source, directory, detector
-        self._sizes: dict[str, Any] = {"short_side": options.short_side, "long_side": options.long_side}
-        gate = build_gate(options.gate)
-        self.stream: Stream | RecognitionStream = Stream(
-            detector,
-            source,
-            budget=gate.selector if budget is None else budget,
-            options=BudgetOptions(max_age=options.max_age, bucket=options.bucket),
-            rule=gate.rule,
-            max_frames=options.max_frames,
-            scene_cuts=options.scene_cuts,
-            hold=parse_hold(options.hold),
-            shadow_every=1 if options.compare else options.shadow_every,
-            shadow_score=options.show,
-            timing=True,
-            live=options.live,
-            **self._sizes,
-        )
-        self.options = options
-        self._results: Iterator[Any] = map(Rescorer(), self.stream) if options.rescore else self.stream
-        if options.track:
-            self._results = map(Tracker(source.fps), self._results)
-
-    def __call__(self) -> dict[str, Any]:
-        """Run to the end, write the results however it ends, and return them.
-
-        Raises:
-            UserError: the source or the files failed.
-            KeyboardInterrupt: someone wanted it to stop.
-        """
-        first = next(self._results, None)  # the outputs of an earlier run stay until the source has proved to work
-        if first is None:
-            raise UserError(f"{self.source.name}: too short; a step takes two or more frames of one scene")
-        self._dense_seconds = self.time_dense(first)
-        outputs = self.make_outputs()
-        began, stopped = time.perf_counter(), None
-        try:
-            with uninterrupted():
-                outputs.open()
-            self._carry(itertools.chain([first], self._results), outputs)
-        except BaseException as error:
-            stopped = error
-        seconds, source = time.perf_counter() - began, self.source
-        counts = {"skipped": source.skipped, "dropped": source.dropped, "reconnects": source.reconnects}
-        with uninterrupted():
-            outputs.drain()
-            if stopped is not None and not outputs.frames:
-                outputs.discard()
-                raise stopped
-            results = self._finish(outputs, seconds, counts, stopped)
-        print_summary(results)
-        say(f"results: {self.directory / 'results.json'}")
-        if stopped is not None:
-            raise stopped
-        return results
-
-    def time_dense(self, first: Any) -> float:
-        """Seconds that a frame takes when everything is recomputed."""
-        return time_dense(self.detector, first, self._sizes)
-
-    def make_outputs(self) -> Outputs:
-        """The files, not yet open."""
-        fps = self.source.fps if self.source.fps and 1 <= self.source.fps <= 240 else 25.0
-        options = self.options
-        info = VideoInfo(self.source.name, self.detector.names, fps, options.show)
-        exports = dict.fromkeys(as_list(options.format), info)
-        return Outputs(self.directory, fps, show=options.show, width=options.width, exports=exports)
-
-    def _carry(self, results: Iterator[Any], outputs: Outputs) -> None:
-        """Take every frame to the files, and show how far they are."""
-        total = min((n for n in (self.source.frames, self.options.max_frames) if n), default=None)
-        with progress_bar() as progress:
-            task, began = progress.add_task("", total=total), time.perf_counter()
-            for count, result in enumerate(results, start=1):
-                budget = "dense" if self.stream.rule == Dense() else budget_text(self.stream.budget)
-                outputs.write(result, Caption(budget, self._dense_seconds))
-                rate = count / (time.perf_counter() - began)
-                progress.update(task, completed=count, description=f"{rate:.1f} frames/s")
-
-    def _finish(
-        self, outputs: Outputs, seconds: float, counts: dict[str, int], stopped: BaseException | None
-    ) -> dict[str, Any]:
-        summary = outputs.finish()
-        results = {
-            "command": command(),
-            "source": self.source.name,
-            "rule": str(self.stream.rule),
-            **summary,
-            "dense_latency_ms": 1e3 * self._dense_seconds,
-            "frames_per_second": summary["frames"] / seconds,
-            "state_bytes": self.stream.state_bytes,
-            "peak_memory_mb": round(peak_memory(torch.device("cpu")) / 1e6),
-            **counts,
-            "stopped": _ending(stopped),
-            **({"drift": self.stream.drift.summary()} if isinstance(self.stream, Stream) and self.stream.drift else {}),
-        }
-        outputs.publish(results)
-        return results
-
-
-class ActionRun(Run):
-    """One source on its way through a recogniser into its files; frames are tubelets."""
-
-    def __init__(
-        self, options: Options, budget: Budget, recogniser: Recogniser, source: VideoSource, directory: Path
-    ) -> None:
-        self.options, self.source, self.directory, self.recogniser = options, source, directory, recogniser
-        gate = actions.own_gate(build_gate(options.gate))
-        self.stream = self._results = recogniser.stream(
-            source,
-            budget=gate.selector if budget is None else budget,
-            options=BudgetOptions(max_age=options.max_age, bucket=options.bucket),
-            rule=gate.rule,
-            max_steps=options.max_frames,
-            scene_cuts=options.scene_cuts,
-            timing=True,
-        )
-
-    def time_dense(self, first: Any) -> float:
-        """See `Run`."""
-        frames = itertools.repeat(first.image)
-        runs = self.recogniser.stream(frames, rule=Dense(), scene_cuts=False, max_steps=4, timing=True)
-        _, *seconds = [result.cost.latency for result in runs]  # the first warms up
-        return statistics.median(seconds)
-
-    def make_outputs(self) -> Outputs:
-        """See `Run`."""
-        config = self.recogniser.config
-        steps_per_second = config.fps / (config.stride * config.tubelet[0])
-        return ActionOutputs(self.directory, steps_per_second, show=self.options.show, width=self.options.width)
-
-
-def _ending(stopped: BaseException | None) -> str | None:
-    """What ended a run before its source did."""
-    if stopped is None or isinstance(stopped, KeyboardInterrupt):
-        return None if stopped is None else "interrupted"
-    return str(stopped) or type(stopped).__name__
-
-
-def print_summary(results: dict[str, Any]) -> None:
-    """What was found out, and where it is."""
-    gmacs, dense, share = (results[k]["total"] for k in ("gmacs_per_frame", "dense_gmacs_per_frame", "share_of_dense"))
-    say(
-        f"{results['frames']} frames, {gmacs:.2f} GMACs each: {share:.0%} of dense ({dense:.2f}); "
-        f"median {results['latency_ms']['median']:.0f} ms, dense {results['dense_latency_ms']:.0f}; "
-        f"{results['frames_per_second']:.1f} frames/s with decoding, drawing and encoding, "
-        f"{results['detector_frames_per_second']:.1f} the detector alone"
-    )
-    if results.get("drift", {}).get("frames"):
-        drift = results["drift"]
-        agreement = "none has a detection" if drift["agreement_f1"] is None else f"F1 {drift['agreement_f1']:.2f}"
-        say(f"agreement with dense on {drift['frames']} frames: {agreement}")
-    if results["skipped"]:
-        say(f"{results['skipped']} pieces of the source could not be decoded")
-    if results["dropped"] or results["reconnects"]:
-        say(f"{results['dropped']} frames were overtaken; {results['reconnects']} times lost and found again")
-    for path in results["files"]:
-        say(path)
-
-
-class Outcome(NamedTuple):
-    """What became of a source: the results of its run, or what was wrong."""
-
-    directory: Path
-    source: str | Path
-    result: dict[str, Any] | UserError
-
-
-def run(options: Options) -> None:
-    """Run every source. One that fails does not keep the others from running."""
-    parse_budget(options.budget)
-    if options.track:
-        Tracker()  # tells now what is missing
-    sources, output = find_sources(at_least_one(options.source, "source")), Path(options.output)
-    named = dict(zip(name_folders(output, sources), sources, strict=True))
-    if options.on is None:
-        outcomes = run_here(options, build(options, sources), named)
-    else:
-        from archive import run_on_ray
-
-        outcomes = run_on_ray(options, named)
-    with owned(output):
-        finish(options, outcomes, len(sources))
-
-
-def build(options: Options, sources: Sequence[str | Path]) -> AnyDetector | Recogniser:
-    """The detector or recogniser that the options ask for."""
-    if not actions.recognises(options.task, options.weights):
-        return build_detector(options, sources)
-    sides = ("short_side", "long_side")
-    boxes = ("labels", "classes", *sides, "hold", "live", "shadow_every", "rescore", "track", "format", "compare")
-    refuse("demo", options, boxes, "for detectors; a recogniser of actions has no boxes")
-    weights = options.weights or actions.DEFAULT
-    return load_recogniser(weights, precision=options.precision).to(choose_device(options.device))
-
-
-def run_source(
-    options: Options, known: AnyDetector | Recogniser, source: str | Path, directory: Path
-) -> dict[str, Any]:
-    """Run one source into its folder.
-
-    Raises:
-        UserError: the source or the files failed.
-    """
-    budget = parse_budget(options.budget)
-    with open_source(source, ahead=AHEAD, reconnect=options.reconnect, silence=options.silence) as opened:
-        if isinstance(known, Recogniser):
-            return ActionRun(options, budget, known, opened, directory)()
-        return Run(options, budget, known, opened, directory)()
 
 
 def run_here(

@@ -9,8 +9,10 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,38 +59,26 @@ class Recorder:
         self._bytes = 0
         self._stream: Any = None  # of the camera; used in the camera's thread alone
         self._copies = False
-        self._clip: _Clip | None = None
+        self._clip: _CopiedClip | _EncodedClip | None = None
         self._wanted: tuple[Path, float, float] | None = None  # file, when it began and ends
 
     def packet(self, packet: av.Packet[VideoStream]) -> None:
         """A packet of the camera, in the thread that reads it, while its connection is open."""
-        if packet.stream.codec_context.name not in _COPIED or not self.on:
-            if self._stream is not None:  # what comes later has to begin anew
-                with self._lock:
-                    self._finish()
-                    self._copies, self._stream, self._bytes = False, None, 0
-                    self._packets.clear()
-            return
+        stream = packet.stream if self.on and packet.stream.codec_context.name in _COPIED else None
         now = time.monotonic()
         with self._lock:
-            if self._stream is not packet.stream:
+            if self._stream is not stream:  # what comes has to begin anew
                 self._finish()
-                self._stream, self._copies = packet.stream, True
+                self._stream, self._copies, self._bytes = stream, stream is not None, 0
                 self._packets.clear()
                 self._frames.clear()
-                self._bytes = 0
+            if stream is None:
+                return
             copied = _Copied(now, bytes(packet), packet.pts, packet.dts, packet.is_keyframe)
             self._packets.append(copied)
             self._bytes += len(copied.data)
             self._forget(now)
-            if self._wanted is not None:
-                if self._clip is None:
-                    self._clip = _CopiedClip(self._library.open(self._wanted[0]), packet.stream)
-                    for one in self._packets:
-                        self._clip.add(one)
-                else:
-                    self._clip.add(copied)
-            self._finish(now)
+            self._record(copied, self._packets, partial(_CopiedClip, stream=stream), now)
 
     def frame(self, image: NDArray[np.uint8]) -> None:
         """A frame that was looked at."""
@@ -100,14 +90,7 @@ class Recorder:
             most = max(1, _MEMORY // max(1, image.nbytes))
             while len(self._frames) > most or self._frames[0][0] < now - self._library.options.before:
                 self._frames.popleft()
-            if self._wanted is not None:
-                if self._clip is None:
-                    self._clip = _EncodedClip(self._library.open(self._wanted[0]))
-                    for at, one in self._frames:
-                        self._clip.add((at, one))
-                else:
-                    self._clip.add((now, image))
-            self._finish(now)
+            self._record((now, image), self._frames, _EncodedClip, now)
 
     def trigger(self) -> str:
         """Something happened: keep the seconds around it.
@@ -166,6 +149,17 @@ class Recorder:
             for _ in range(following):
                 self._bytes -= len(self._packets.popleft().data)
 
+    def _record(
+        self, item: Any, waiting: Iterable[Any], begin: Callable[[ClipFile], _CopiedClip | _EncodedClip], now: float
+    ) -> None:
+        """Take an item, the last of those `waiting`, into the clip that is wanted; one that begins has all of them."""
+        if self._wanted is not None:
+            items = [item] if self._clip is not None else waiting
+            self._clip = self._clip or begin(self._library.open(self._wanted[0]))
+            for one in items:
+                self._clip.add(one)
+        self._finish(now)
+
     def _finish(self, now: float = float("inf")) -> None:
         if self._wanted is None or now < self._wanted[2]:
             return
@@ -174,26 +168,11 @@ class Recorder:
         self._clip = self._wanted = None
 
 
-class _Clip:
-    """A clip that is being written."""
-
-    def __init__(self, file: ClipFile) -> None:
-        self.file = file
-
-    def add(self, item: Any) -> None:
-        """The next packet or frame."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Finish the file."""
-        raise NotImplementedError
-
-
-class _CopiedClip(_Clip):
+class _CopiedClip:
     """Packets of a camera as they are."""
 
     def __init__(self, file: ClipFile, stream: Any) -> None:
-        super().__init__(file)
+        self.file = file
         self._container: Any = av.open(file, "w", format="mp4", options=OPTIONS)
         self._out = self._container.add_stream_from_template(stream)
         if stream.codec_context.name == "hevc":
@@ -234,11 +213,11 @@ class _CopiedClip(_Clip):
         self.file.close()
 
 
-class _EncodedClip(_Clip):
+class _EncodedClip:
     """Frames, encoded."""
 
     def __init__(self, file: ClipFile) -> None:
-        super().__init__(file)
+        self.file = file
         self._writer = VideoWriter(file.path, quality=26, file=file)  # type: ignore[arg-type]
         self._first: float | None = None
 

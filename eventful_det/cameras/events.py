@@ -172,8 +172,7 @@ class Watcher:
         self._scores = scores
         events += self._left(now)
         index = torch.tensor(kept, dtype=torch.long, device=found.boxes.device)
-        detections = found.map(lambda values: values[index])
-        return dataclasses.replace(result, detections=detections, zones=tuple(zones)), events + self._counted()
+        return dataclasses.replace(result, detections=found[index], zones=tuple(zones)), events + self._counted()
 
     def close(self) -> list[Event]:
         """The camera is watched no longer, or shows nothing: all objects leave."""

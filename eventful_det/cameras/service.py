@@ -30,11 +30,12 @@ from eventful_det.cameras.site_file import Faults, edit_regions, read_site
 from eventful_det.cameras.source import open_camera
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
-from eventful_det.outputs import owned
+from eventful_det.outputs import owned, reporting
 from eventful_det.runtime.motion.key_frames import parse_hold
 from eventful_det.runtime.pool.metrics import StreamMetrics
 from eventful_det.runtime.regions import Polygon
 from eventful_det.runtime.session import StreamResult
+from eventful_det.serving.reports import metric
 from eventful_det.serving.runner import PoolRunner
 from eventful_det.serving.sources import OpenedSource
 from eventful_det.serving.views import encode_jpeg
@@ -84,11 +85,9 @@ class CameraService:
         self.site = read_site(path, names)
         self._stamp = self._stamped()
         folder = path.resolve().parent / self.site.folder
-        try:
+        with reporting(folder):
             self.library = Library(folder / "clips", self.site.clips)
             self.journal = Journal(folder / "events", int(1e6 * self.site.journal), self.library.make_room)
-        except OSError as error:
-            raise UserError(f"cannot write to {error.filename or folder}: {error.strerror or error}") from error
         self._ours = ExitStack()
         self._ours.enter_context(owned(folder))  # two processes would mix up their events
         self.sinks: dict[str, Sink] = {}
@@ -184,26 +183,27 @@ class CameraService:
     def prometheus(self) -> str:
         """Counters of events and sinks in Prometheus' text format."""
         with self._lock:
-            online = {name: int(bool(one.online)) for name, one in self._cameras.items()}
-        lines = _metric("camera_online", "gauge", "1 while the camera delivers frames.")
-        lines += [f'eventful_camera_online{{camera="{name}"}} {value}' for name, value in online.items()]
-        lines += _metric("events_total", "counter", "Events of the camera.")
-        for name in online:
-            lines += [f'eventful_events_total{{camera="{name}",kind="{k}"}} {self.counts[name, k]}' for k in KINDS]
-        sinks = dict(self.sinks)
-        for key, kind, about, values in (
-            ("delivered_total", "counter", "Events that were taken.", {n: s.delivered for n, s in sinks.items()}),
-            ("refused_total", "counter", "Events that will never be taken.", {n: s.refused for n, s in sinks.items()}),
-            ("lost_bytes_total", "counter", "Events too old to wait.", {n: s.bookmark.lost for n, s in sinks.items()}),
-            ("behind_bytes", "gauge", "Events that wait.", {n: s.bookmark.behind for n, s in sinks.items()}),
-        ):
-            lines += _metric(f"sink_{key}", kind, about)
-            lines += [f'eventful_sink_{key}{{sink="{name}"}} {value}' for name, value in values.items()]
-        lines += _metric("lost_files_total", "counter", "Clips and snapshots that could not be written.")
-        lines.append(f"eventful_lost_files_total {self.library.lost}")
-        lines += _metric("lost_events_total", "counter", "Events that no disk took, and too many for memory.")
-        lines.append(f"eventful_lost_events_total {self.journal.lost}")
-        return "\n".join(lines) + "\n"
+            online = {f'{{camera="{name}"}}': int(bool(one.online)) for name, one in self._cameras.items()}
+            events = {f'{{camera="{name}",kind="{k}"}}': self.counts[name, k] for name in self._cameras for k in KINDS}
+        sinks = {f'{{sink="{name}"}}': sink for name, sink in self.sinks.items()}
+        taken, refused = ({n: getattr(s, key) for n, s in sinks.items()} for key in ("delivered", "refused"))
+        lost, behind = ({n: getattr(s.bookmark, key) for n, s in sinks.items()} for key in ("lost", "behind"))
+        metrics = (
+            ("camera_online", "gauge", "1 while the camera delivers frames.", online),
+            ("events_total", "counter", "Events of the camera.", events),
+            ("sink_delivered_total", "counter", "Events that were taken.", taken),
+            ("sink_refused_total", "counter", "Events that will never be taken.", refused),
+            ("sink_lost_bytes_total", "counter", "Events too old to wait.", lost),
+            ("sink_behind_bytes", "gauge", "Events that wait.", behind),
+            ("lost_files_total", "counter", "Clips and snapshots that could not be written.", {"": self.library.lost}),
+            (
+                "lost_events_total",
+                "counter",
+                "Events that no disk took, and too many for memory.",
+                {"": self.journal.lost},
+            ),
+        )
+        return "".join(metric(*one) for one in metrics)
 
     def _run(self) -> None:
         tidied = 0.0
@@ -375,7 +375,3 @@ def _give_back() -> None:
 def _picture(result: StreamResult) -> bytes:
     """A JPEG of a frame with its boxes."""
     return encode_jpeg(draw_detections(result.image, result.detections, result.names, 0.3))
-
-
-def _metric(name: str, kind: str, about: str) -> list[str]:
-    return [f"# HELP eventful_{name} {about}", f"# TYPE eventful_{name} {kind}"]

@@ -235,10 +235,9 @@ class _Reader:
         return len(self.faults) == before
 
     def _check_name(self, key: str, name: str) -> None:
-        try:
-            _check_name(key)
-        except UserError as error:
-            self.faults.append((self.lines[f"{name}.{key}"], f"{name}: {error}"))
+        if not _NAME.fullmatch(key):
+            rule = f"a name has letters, digits, - and _ only, 48 at most, got {key[:60]!r}"
+            self.faults.append((self.lines[f"{name}.{key}"], f"{name}: {rule}"))
 
     def _check_record(self, kind: Any, value: Mapping[str, Any], children: dict[str, yaml.Node], name: str) -> None:
         hints = get_type_hints(kind, include_extras=True)
@@ -276,8 +275,3 @@ def _wanted(site: Site) -> Iterator[tuple[str, dict[str, Limits] | tuple[str, ..
 
 def _dotted(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
-
-
-def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise UserError(f"a name has letters, digits, - and _ only, 48 at most, got {name[:60]!r}")

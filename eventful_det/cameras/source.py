@@ -12,11 +12,11 @@ from typing import Any
 from av.packet import Packet
 from av.video import VideoStream
 
-from eventful_det.data.source import public_name
 from eventful_det.data.video import VideoFrame, VideoSource, open_source
 from eventful_det.data.video.decoder import Decoder, VideoFile
 from eventful_det.data.video.live import CapturedFrame, Connection, LiveSource
 from eventful_det.errors import UserError
+from eventful_det.secrets import mask_secrets
 from eventful_det.serving.playback import Playback
 
 _SLOWEST = 1e-4  # frames per second; nobody can wait for much longer
@@ -89,7 +89,7 @@ def open_camera(place: str | int, tap: Tap, fps: float | None = None) -> VideoSo
     """
     source: VideoSource
     if isinstance(place, str) and "://" in place:
-        name = public_name(place)
+        name = mask_secrets(place)
         source = LiveSource(name, _NotYet(name), partial(_connect, place, tap), math.inf)
     else:
         opened = open_source(place)

@@ -84,9 +84,9 @@ class Augmentation:
         if self.rotate and rng.random() < 0.5:
             image, boxes = _rotated(image, boxes, float(rng.uniform(-self.rotate, self.rotate)))
         image, boxes = self._jitter_scale(image, boxes, height, width, rng)
-        whole = _areas(boxes)
+        whole = areas(boxes)
         boxes = np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
-        keep = (_areas(boxes) > self.min_visible * whole) & (_areas(boxes) > self.min_side**2)
+        keep = (areas(boxes) > self.min_visible * whole) & (areas(boxes) > self.min_side**2)
         if rng.random() < self.flip:
             image = np.ascontiguousarray(image[:, ::-1])
             boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
@@ -188,5 +188,6 @@ def _compress(image: Image, quality: int) -> Image:
     return np.asarray(cv2.cvtColor(spoilt, cv2.COLOR_BGR2RGB), np.uint8)
 
 
-def _areas(boxes: Boxes) -> NDArray[np.float32]:
+def areas(boxes: Boxes) -> NDArray[np.float32]:
+    """Areas of boxes `(n, 4)`, `(n,)`."""
     return np.asarray((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), dtype=np.float32)

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from eventful_det.data.background import BackgroundReader
 from eventful_det.errors import UserError, printable
-from eventful_det.secrets import mask_secrets
 
 _LOG = logging.getLogger(__name__)
 
@@ -133,10 +132,5 @@ class VideoSource(Iterable[VideoFrame]):
 
 
 Source = int | str | os.PathLike[str] | Iterable[NDArray[np.uint8]] | VideoSource
-"""A video file, webcam number, RTSP or HTTP URL, image folder or glob, an iterable of `(h, w, 3)` uint8 RGB arrays, or
-an open `VideoSource`."""
-
-
-def public_name(url: str) -> str:
-    """An address without the passwords that it may hold."""
-    return mask_secrets(url)
+"""A video file, webcam number, RTSP or HTTP URL, image folder or glob, an iterable of `(h, w, 3)` uint8 RGB arrays,
+one such array, or an open `VideoSource`."""

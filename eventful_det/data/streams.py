@@ -25,6 +25,8 @@ from eventful_det.data.frame_reader import FrameReader
 from eventful_det.data.video.transforms import Image, fit
 from eventful_det.errors import UserError
 
+_AHEAD = 2  # batches that are read ahead; bounds the memory to that of `slots * 3` frames
+
 
 @dataclass(frozen=True)
 class StreamFrame:
@@ -62,34 +64,21 @@ class VideoStreams(Iterable[list[StreamFrame]]):
         data: videos whose frames are pictures or lie in video files; those without frames are left out.
         slots: streams side by side, at least 1.
         size: (short side, long side) in pixels that frames are resized to, see `fit_size`; None = as they are.
-        workers: threads that read ahead; 0 = read when asked, in the thread that asks.
-        ahead: batches that are read ahead at most; bounds the memory to that of `slots * (ahead + 1)` frames.
-        rank, ranks: of this process; every process gets whole videos, about equally many frames.
+        workers: threads that read a few batches ahead; 0 = read when asked, in the thread that asks.
 
     Raises:
         UserError: a number is out of its range.
     """
 
     def __init__(
-        self,
-        data: CocoVideo,
-        slots: int = 1,
-        *,
-        size: tuple[int, int] | None = None,
-        workers: int = 0,
-        ahead: int = 2,
-        rank: int = 0,
-        ranks: int = 1,
+        self, data: CocoVideo, slots: int = 1, *, size: tuple[int, int] | None = None, workers: int = 0
     ) -> None:
-        for name, value, least in (("slots", slots, 1), ("workers", workers, 0), ("ahead", ahead, 1)):
+        for name, value, least in (("slots", slots, 1), ("workers", workers, 0)):
             if value < least:
                 raise UserError(f"streams: {name} must be at least {least}, got {value}")
-        if not 0 <= rank < ranks:
-            raise UserError(f"streams: rank must be one of 0 to {ranks - 1}, got {rank}")
         filled = [video for video in data.videos if video.frames]
-        mine = share_out([len(video.frames) for video in filled], ranks)[rank]
-        self.data, self.videos = data, [filled[i] for i in mine]
-        self.slots, self.size, self.workers, self.ahead = slots, size, workers, ahead if workers else 0
+        self.data, self.videos = data, sorted(filled, key=lambda video: -len(video.frames))
+        self.slots, self.size, self.workers = slots, size, workers
 
     def __iter__(self) -> Generator[list[StreamFrame], None, None]:
         with ExitStack() as cleanup:
@@ -98,7 +87,7 @@ class VideoStreams(Iterable[list[StreamFrame]]):
             waiting: deque[list[Pending]] = deque()
             for step in plan([len(video.frames) for video in self.videos], self.slots):
                 waiting.append([start(*place) for place in step])
-                if len(waiting) > self.ahead:
+                if len(waiting) > (_AHEAD if self.workers else 0):
                     yield [frame() for frame in waiting.popleft()]
             while waiting:
                 yield [frame() for frame in waiting.popleft()]

@@ -54,6 +54,7 @@ class GatedDetector(StreamingDetector, HubDetector, nn.Module, Generic[S]):
 
     spec: ViTSpec
     rule: AnyRule = DEFAULT_RULE
+    _stream: type[S]  # what is remembered of a stream
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +102,7 @@ class GatedDetector(StreamingDetector, HubDetector, nn.Module, Generic[S]):
             size = (frame.shape[1], frame.shape[2])
             stream = state.streams[i]
             if stream is None or stream.size != size:
-                state.streams[i] = stream = self._new_stream(size)
+                state.streams[i] = stream = self._stream(State([None]), size)
             images.append(self._normalised(frame))
             streams.append(stream)
         stopwatch.lap("other")
@@ -123,10 +124,6 @@ class GatedDetector(StreamingDetector, HubDetector, nn.Module, Generic[S]):
         for result, watch in zip(results, heads, strict=True):
             result.cost.seconds.update(shared | watch.seconds())
         return results
-
-    def _new_stream(self, size: tuple[int, int]) -> S:
-        """What is remembered of a stream before its first frame."""
-        raise NotImplementedError
 
     def _normalised(self, frame: Tensor) -> Tensor:
         """A frame `(3, h, w)` as the backbone takes it."""

@@ -11,7 +11,7 @@ from typing import Protocol, Self
 
 import yaml
 
-from eventful_det.errors import UserError
+from eventful_det.errors import UserError, first_line
 from eventful_det.outputs import write_text
 
 WEIGHTS = "model.safetensors"
@@ -50,7 +50,7 @@ def fetch(repository: str, revision: str | None = None) -> Path:
     except ImportError:
         raise UserError("the Hub needs the package huggingface_hub: pip install huggingface_hub") from None
     except Exception as error:  # network, cache, permissions, disk
-        raise UserError(f"huggingface.co/{repository} cannot be fetched ({_reason(error)})") from None
+        raise UserError(f"huggingface.co/{repository} cannot be fetched ({first_line(error)})") from None
 
 
 class _Saving(Protocol):
@@ -147,7 +147,7 @@ class HubDetector:
                     repo_id=repository, folder_path=folder, commit_message=message, ignore_patterns=ignored
                 )
             except Exception as error:  # network, permissions, names that the Hub refuses
-                raise UserError(f"huggingface.co/{repository} cannot be written ({_reason(error)})") from None
+                raise UserError(f"huggingface.co/{repository} cannot be written ({first_line(error)})") from None
         return str(done.commit_url)
 
     def _save_files(self, folder: Path, notes: Mapping[str, object]) -> None:
@@ -183,8 +183,3 @@ for result in detector.stream("video.mp4"):
 {told}
 Finds {len(detector.names)} classes: {", ".join(detector.names)}.
 """
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what an error says."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]

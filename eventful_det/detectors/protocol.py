@@ -94,7 +94,7 @@ class InputTransform:
             height, width = self._size(image)
             boxes = detections.boxes.clamp(max=detections.boxes.new_tensor([width, height, width, height]))
             inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
-            detections = dataclasses.replace(detections, boxes=boxes).map(lambda values: values[inside])
+            detections = dataclasses.replace(detections, boxes=boxes)[inside]
         y, x = self._scale(image)
         return detections.scaled(x, y)
 
@@ -132,6 +132,7 @@ class CostModel(Protocol):
 
     def everything(self, grid: Grid) -> int:
         """MACs of the whole detector, at most, if all tokens are recomputed."""
+        return int(self.macs(grid, torch.arange(grid[0] * grid[1]))[-1])
 
 
 class Network(Protocol[S, T]):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from torch import Tensor
 
@@ -28,6 +30,15 @@ class Detections(TensorTree):
 
     def __len__(self) -> int:
         return self.boxes.shape[0]
+
+    def __getitem__(self, index: Tensor | slice | Sequence[int] | int) -> Detections:
+        """Some of the objects, as in `detections[detections.scores > 0.5]`: a mask `(n,)`, places, a slice, or one."""
+        places = [index] if isinstance(index, int) else index
+        return self.map(lambda values: values[places])
+
+    def __iter__(self) -> Iterator[Detections]:
+        """Each object by itself."""
+        return (self[i] for i in range(len(self)))
 
     def scaled(self, x: float, y: float) -> Detections:
         """The same objects with coordinates multiplied by `x` and `y`."""
@@ -54,9 +65,9 @@ class FrameCost:
     flush: bool
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def idle(self) -> FrameCost:
-        """The cost of a frame like this one on which the detector does not run."""
-        return FrameCost(dict.fromkeys(self.dense, 0), self.dense, 0, self.tokens, False)
+    def idle(self) -> Self:
+        """The cost of a frame like this one on which the network does not run."""
+        return type(self)(dict.fromkeys(self.dense, 0), self.dense, 0, self.tokens, False)
 
     @property
     def total(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -211,9 +212,13 @@ class Torch(Backend):
 def import_package(module: str) -> ModuleType:
     """A module that is needed only here.
 
+    OpenVINO and NNCF send statistics of their use to Intel, from forks of this process, which it does not always
+    survive. Nothing is sent from here: they do without the package that does it.
+
     Raises:
         UserError: it is not installed.
     """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         return __import__(module)
     except ImportError as error:

@@ -182,33 +182,20 @@ def rows_macs(shape: ViTShape, grid: Grid, sizes: RowsSizes) -> Macs:
     )
 
 
-def rows_sizes(
-    shape: ViTShape,
-    grid: Grid,
-    selected: int,
-    queries: int | None = None,
-    gate: Literal["patches", "embedding"] = "patches",
-    everything: bool = False,
-) -> RowsSizes:
-    """What the `Rows` rule will do.
+def rows_sizes(shape: ViTShape, grid: Grid, selected: int, queries: int | None = None) -> RowsSizes:
+    """What the `Rows` rule with the patch gate will do.
 
     Args:
         shape: the network.
         grid: token grid (H, W).
         selected: tokens recomputed, without prefix tokens, which then are recomputed, too.
         queries: of every windowed block, see `window_queries`; None = the most that there can be.
-        gate: as for `Rows`.
-        everything: a flush or a renewal, which selects all tokens and compares nothing.
     """
     tokens = grid[0] * grid[1]
-    selected = tokens if everything else min(selected, tokens)
-    compared = 0 if everything else tokens * (shape.pixels if gate == "patches" else shape.dim)
-    if everything:
-        queries = window_queries(grid, shape.window, torch.arange(tokens), shape.prefix)
-    elif queries is None:
+    selected = min(selected, tokens)
+    if queries is None:
         queries = most_window_queries(grid, shape.window, selected, shape.prefix)
-    embedded = selected if gate == "patches" else tokens
-    return RowsSizes(compared, embedded, selected + shape.prefix if selected else 0, queries)
+    return RowsSizes(tokens * shape.pixels, selected, selected + shape.prefix if selected else 0, queries)
 
 
 def window_queries(grid: Grid, side: Side, index: Tensor, prefix: int = 0) -> int:

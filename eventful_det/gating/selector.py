@@ -219,8 +219,6 @@ Budget = float | int | Gmacs | Latency | None
 """How many tokens may be taken: a share of them (float in [0, 1]), a number (int), as many as `Gmacs` or `Latency`
 allow, or None for as many as the policy wants."""
 
-BUDGET_FORMS = "a share of the tokens (0.25 or 25%), tokens (96), GMACs (40GMACs) or a time (50ms, 0.05s)"
-
 
 def ranked(policy: Policy, gate: GateInput) -> Ranking:
     """The eligible tokens of a stream as a policy ranks them."""
@@ -240,7 +238,10 @@ def check_budget(budget: Budget) -> Budget:
     if budget is None or isinstance(budget, (Gmacs, Latency)):
         return budget
     number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
-    _require(number and budget >= 0, f"budget={budget!r} is none; give {BUDGET_FORMS}")
+    _require(
+        number and budget >= 0,
+        f"budget={budget!r} is none; give a share of the tokens (0.25), tokens (96), Gmacs(40) or Latency(0.05)",
+    )
     share = isinstance(budget, float)
     _require(
         not share or budget <= 1,

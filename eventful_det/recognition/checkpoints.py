@@ -31,6 +31,7 @@ from eventful_det.files import JsonObject, written_whole
 from eventful_det.gating.spec import resize_positions
 from eventful_det.recognition.config import RecogniserConfig, numbered, vivit_b_epic, vivit_b_k400
 from eventful_det.recognition.key_maps import (
+    EPIC_VERBS,
     from_scenic,
     from_tadaconv,
     is_scenic,
@@ -41,7 +42,6 @@ from eventful_det.recognition.key_maps import (
 from eventful_det.recognition.recogniser import Recogniser
 
 FORMAT = "eventful-recogniser/1"
-EPIC_VERBS, EPIC_NOUNS = 97, 300
 Format = Literal["eventful_det", "official", "tadaconv", "scenic"]
 _DETECTOR = "this is a detector, no recogniser of actions; open it with load_detector"
 _HEAD_WIDTH = 64  # of attention, in all published ViViTs

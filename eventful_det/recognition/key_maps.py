@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from eventful_det.errors import UserError
 
+EPIC_VERBS, EPIC_NOUNS = 97, 300
 _OTHERS = {
     "vivit.": "the ViViT of Hugging Face attends over all tubelets of a clip at once; it has no steps to make eventful",
     "videomae.": "VideoMAE attends over all tubelets of a clip at once; it has no steps to make eventful",
 }
-_TADACONV = (
-    (r"backbone\.stem\.conv1\.(weight|bias)", r"embedding.conv.\1"),
-    (r"backbone\.cls_token", "spatial_model.class_token"),
-    (r"backbone\.pos_embd", "spatial_model.backbone.position_encoding.encoding"),
-    (r"backbone\.norm\.(weight|bias)", r"spatial_model.layer_norm.\1"),
-    (r"backbone\.layers\.(\d+)\.(.+)", r"spatial_model.backbone.blocks.\1.\2"),
-    (r"backbone\.cls_token_out", "temporal_model.class_token"),
-    (r"backbone\.temp_embd", "temporal_model.backbone.position_encoding.encoding"),
-    (r"backbone\.norm_out\.(weight|bias)", r"temporal_model.layer_norm.\1"),
-    (r"backbone\.layers_temporal\.(\d+)\.(.+)", r"temporal_model.backbone.blocks.\1.\2"),
-    (r"head\.linear1?\.(weight|bias)", r"classifier.\1"),
-    (r"head\.linear2\.(weight|bias)", r"other_classifiers.noun.\1"),
+_TADACONV = (  # how names begin there and here
+    ("backbone.stem.conv1.", "embedding.conv."),
+    ("backbone.cls_token_out", "temporal_model.class_token"),
+    ("backbone.cls_token", "spatial_model.class_token"),
+    ("backbone.pos_embd", "spatial_model.backbone.position_encoding.encoding"),
+    ("backbone.temp_embd", "temporal_model.backbone.position_encoding.encoding"),
+    ("backbone.norm_out.", "temporal_model.layer_norm."),
+    ("backbone.norm.", "spatial_model.layer_norm."),
+    ("backbone.layers_temporal.", "temporal_model.backbone.blocks."),
+    ("backbone.layers.", "spatial_model.backbone.blocks."),
+    ("head.linear2.", "other_classifiers.noun."),
+    ("head.linear1.", "classifier."),
+    ("head.linear.", "classifier."),
 )
 _TADACONV_LAYERS = {
     "norm": "input_layer_norm",
@@ -52,43 +54,27 @@ def is_tadaconv(tensors: Mapping[str, Tensor]) -> bool:
 
 def from_tadaconv(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """TAdaConv's names to ours; other keys stay, and are reported when they are loaded."""
-    return {_renamed(key): value for key, value in tensors.items()}
-
-
-def _renamed(key: str) -> str:
-    found = (match.expand(name) for pattern, name in _TADACONV if (match := re.fullmatch(pattern, key)))
-    key = next(found, key)
-    if match := re.fullmatch(r"(.*\.blocks\.\d+)\.(.+)\.(weight|bias)", key):
-        return f"{match[1]}.{_TADACONV_LAYERS.get(match[2], match[2])}.{match[3]}"
-    return key
+    return {_renamed(key, _TADACONV, _TADACONV_LAYERS): value for key, value in tensors.items()}
 
 
 def to_tadaconv(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our names to TAdaConv's; a single head becomes `head.linear`, two become `head.linear1` and `head.linear2`."""
-    layers = {ours: theirs for theirs, ours in _TADACONV_LAYERS.items()}
-    first = "head.linear1" if any(key.startswith("other_classifiers.") for key in tensors) else "head.linear"
-    names = (
-        (r"embedding\.conv\.(.+)", r"backbone.stem.conv1.\1"),
-        (r"spatial_model\.class_token", "backbone.cls_token"),
-        (r"spatial_model\.backbone\.position_encoding\.encoding", "backbone.pos_embd"),
-        (r"spatial_model\.layer_norm\.(.+)", r"backbone.norm.\1"),
-        (r"temporal_model\.class_token", "backbone.cls_token_out"),
-        (r"temporal_model\.backbone\.position_encoding\.encoding", "backbone.temp_embd"),
-        (r"temporal_model\.layer_norm\.(.+)", r"backbone.norm_out.\1"),
-        (r"classifier\.(.+)", rf"{first}.\1"),
-        (r"other_classifiers\.noun\.(.+)", r"head.linear2.\1"),
-    )
-    renamed = {}
-    for key, value in tensors.items():
-        if block := re.fullmatch(r"(spatial|temporal)_model\.backbone\.blocks\.(\d+)\.(\w+)\.(\w+)", key):
-            place = "layers" if block[1] == "spatial" else "layers_temporal"
-            renamed[f"backbone.{place}.{block[2]}.{layers[block[3]]}.{block[4]}"] = value
-            continue
-        found = [match.expand(name) for pattern, name in names if (match := re.fullmatch(pattern, key))]
-        if not found:
+    two = any(key.startswith("other_classifiers.") for key in tensors)
+    names = [(ours, theirs) for theirs, ours in _TADACONV if theirs != ("head.linear." if two else "head.linear1.")]
+    for key in tensors:
+        if not key.startswith(tuple(ours for ours, _ in names)):
             raise UserError(f"TAdaConv has no place for {key}; it has one head, or verbs and nouns")
-        renamed[found[0]] = value
-    return renamed
+    layers = {ours: theirs for theirs, ours in _TADACONV_LAYERS.items()}
+    return {_renamed(key, names, layers): value for key, value in tensors.items()}
+
+
+def _renamed(key: str, names: Sequence[tuple[str, str]], layers: Mapping[str, str]) -> str:
+    """A key whose beginning, and whose layer if it is one of a block, have other names."""
+    begin, other = next((pair for pair in names if key.startswith(pair[0])), ("", ""))
+    key = other + key.removeprefix(begin)
+    if match := re.fullmatch(r"(.*\.(?:blocks|layers|layers_temporal)\.\d+)\.(.+)\.(weight|bias)", key):
+        return f"{match[1]}.{layers.get(match[2], match[2])}.{match[3]}"
+    return key
 
 
 def is_scenic(tensors: Mapping[str, Tensor]) -> bool:
@@ -96,12 +82,11 @@ def is_scenic(tensors: Mapping[str, Tensor]) -> bool:
     return any(key.endswith("cls_SpatialTransformer") for key in tensors)
 
 
-def from_scenic(tensors: Mapping[str, Tensor], nouns: int = 300, verbs: int = 97) -> dict[str, Tensor]:
+def from_scenic(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters of a flax checkpoint of scenic's factorised ViViT under our names, transposed as torch has them.
 
     Args:
         tensors: by their path in the tree, joined by dots or slashes.
-        nouns, verbs: of EPIC-Kitchens, whose two heads are one layer, nouns first.
 
     Raises:
         UserError: a parameter is missing, or of no known name.
@@ -129,9 +114,10 @@ def from_scenic(tensors: Mapping[str, Tensor], nouns: int = 300, verbs: int = 97
         raise UserError(f"this is no factorised ViViT of scenic: it has no {error.args[0]}") from None
     if left:
         raise UserError(f"this is no factorised ViViT of scenic: {next(iter(left))} has no place in it")
-    if len(bias) == nouns + verbs:
-        named["other_classifiers.noun.weight"], named["classifier.weight"] = weight.split([nouns, verbs])
-        named["other_classifiers.noun.bias"], named["classifier.bias"] = bias.split([nouns, verbs])
+    if len(bias) == EPIC_NOUNS + EPIC_VERBS:  # whose two heads are one layer, nouns first
+        sizes = [EPIC_NOUNS, EPIC_VERBS]
+        named["other_classifiers.noun.weight"], named["classifier.weight"] = weight.split(sizes)
+        named["other_classifiers.noun.bias"], named["classifier.bias"] = bias.split(sizes)
     else:
         named |= {"classifier.weight": weight, "classifier.bias": bias}
     return {key: value.contiguous() for key, value in named.items()}

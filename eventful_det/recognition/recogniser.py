@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from eventful_det.data.source import Source
 from eventful_det.detectors.gated import priced_statically
+from eventful_det.detectors.protocol import CostModel
 from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.errors import UserError
 from eventful_det.gating.macs import RowsCosts
@@ -260,7 +261,7 @@ class Recogniser(nn.Module):
 
 
 @dataclass(frozen=True)
-class RecogniserCosts:
+class RecogniserCosts(CostModel):
     """A `CostModel`: all of it is known in advance.
 
     Attributes:
@@ -279,10 +280,6 @@ class RecogniserCosts:
     def macs(self, grid: Grid, order: Tensor, variable: int | None = None) -> Tensor:  # noqa: ARG002
         """See `CostModel.macs`."""
         return self.rows.macs(grid, order) + self.window
-
-    def everything(self, grid: Grid) -> int:
-        """See `CostModel.everything`."""
-        return int(self.macs(grid, torch.arange(grid[0] * grid[1]))[-1])
 
 
 def _slide(stream: RecogniserStream, feature: Tensor, begins: bool) -> Tensor:

@@ -37,10 +37,6 @@ class StepCost(FrameCost):
             self.flush or other.flush,
         )
 
-    def idle(self) -> StepCost:
-        """The cost of a step like this one in which the spatial model does not run."""
-        return StepCost(dict.fromkeys(self.dense, 0), self.dense, 0, self.tokens, False)
-
 
 @dataclass(frozen=True)
 class RecognitionStep:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from eventful_det.errors import UserError
-from eventful_det.gating.selector import BUDGET_FORMS, DEFAULT, Budget, Gmacs, Latency, Selector, check_budget
+from eventful_det.gating.selector import DEFAULT, Budget, Gmacs, Latency, Selector, check_budget
 from eventful_det.options import Natural, NonNegative, Share, convert_fields
+
+_FORMS = "a share of the tokens (0.25 or 25%), tokens (96), GMACs (40GMACs) or a time (50ms, 0.05s)"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def parse_budget(value: object) -> Budget:
     found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%|[a-z]*)\s*", value, re.IGNORECASE)
     unit = found[2].lower() if found else None
     if found is None or unit not in ("", "%", "tokens", "gmacs", "gmac", "ms", "s"):
-        raise UserError(f"budget={value!r} cannot be understood; give {BUDGET_FORMS}")
+        raise UserError(f"budget={value!r} cannot be understood; give {_FORMS}")
     number = float(found[1])
     if unit == "%":
         return check_budget(number / 100)

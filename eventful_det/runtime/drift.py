@@ -136,5 +136,4 @@ def matches(ours: Detections, theirs: Detections) -> Iterable[float]:
 
 
 def _at_least(detections: Detections, score: float) -> Detections:
-    chosen = detections.scores >= score
-    return detections.map(lambda values: values[chosen])
+    return detections[detections.scores >= score]

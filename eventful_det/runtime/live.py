@@ -167,7 +167,7 @@ class LiveBoxes:
             if self._last is None:
                 return None
             last, fresh, self._fresh = self._last, self._fresh, False
-            detections = self._mover.boxes() if self._mover.following else last.detections.map(lambda x: x[:0])
+            detections = self._mover.boxes() if self._mover.following else last.detections[:0]
         self._frames += 1
         moving = {"motion": time.perf_counter() - began}
         return dataclasses.replace(

@@ -115,5 +115,4 @@ class Rescorer:
         self._shape = result.image.shape
         scores, self._objects = rescore(found, None if moved_on else self._objects, self.options)
         order = scores.argsort(descending=True, stable=True)
-        rescored = dataclasses.replace(found, scores=scores).map(lambda tensor: tensor[order])
-        return dataclasses.replace(result, detections=rescored)
+        return dataclasses.replace(result, detections=dataclasses.replace(found, scores=scores)[order])

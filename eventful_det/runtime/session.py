@@ -12,7 +12,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
@@ -54,9 +54,9 @@ class Result:
     frame_index: int
     timestamp: float | None
     cost: FrameCost
-    work: Tensor
-    token_size: tuple[float, float]
-    image: NDArray[np.uint8]
+    work: Tensor = field(repr=False)
+    token_size: tuple[float, float] = field(repr=False)
+    image: NDArray[np.uint8] = field(repr=False)
     held: bool = False
     stream: str = ""
     frame_age: float | None = None
@@ -76,7 +76,7 @@ class StreamResult(Result):
     """
 
     detections: Detections
-    names: tuple[str, ...]
+    names: tuple[str, ...] = field(repr=False)
     drift: Drift | None = None
     zones: tuple[tuple[str, ...], ...] | None = None
 

@@ -6,7 +6,7 @@ import base64
 import dataclasses
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,12 +84,16 @@ def _sample(sample: CostSample) -> list[Any]:
 def prometheus(runner: PoolRunner) -> str:
     """Metrics of every stream in Prometheus' text format (version 0.0.4)."""
     streams = state(runner)["streams"]
-    lines = ["# HELP eventful_streams Streams on the server.", "# TYPE eventful_streams gauge"]
-    lines.append(f"eventful_streams {len(streams)}")
+    text = metric("streams", "gauge", "Streams on the server.", {"": len(streams)})
     for name, kind, about, value in _METRICS:
-        lines += [f"# HELP eventful_{name} {about}", f"# TYPE eventful_{name} {kind}"]
-        lines += [f'eventful_{name}{{stream="{one["name"]}"}} {value(one):.12g}' for one in streams]
-    return "\n".join(lines) + "\n"
+        text += metric(name, kind, about, {f'{{stream="{one["name"]}"}}': f"{value(one):.12g}" for one in streams})
+    return text
+
+
+def metric(name: str, kind: str, about: str, values: Mapping[str, object]) -> str:
+    """A metric in that format; its values by their labels, such as '{stream="gate"}'."""
+    lines = [f"# HELP eventful_{name} {about}", f"# TYPE eventful_{name} {kind}"]
+    return "\n".join([*lines, *(f"eventful_{name}{labels} {value}" for labels, value in values.items())]) + "\n"
 
 
 _METRICS: tuple[tuple[str, str, str, Callable[[JsonObject], float]], ...] = (

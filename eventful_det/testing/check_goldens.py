@@ -20,20 +20,18 @@ from torch import Tensor
 
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
-from eventful_det.gating.macs import ViTShape
-from eventful_det.gating.paper import Paper, PaperState
 from eventful_det.gating.spec import Block, resize_positions
 from eventful_det.gating.windows import Grid
 from eventful_det.testing.goldens import Golden, Recorded, load_golden, read_recording
-from eventful_det.testing.official import OfficialCounts, official_block
+from eventful_det.testing.official import OfficialCounts
 from eventful_det.testing.replay import (
     ABLATIONS,
     TOLERANCE,
+    ReplayedBlock,
     all_agree,
     compare_counts,
     print_table,
     recorded_ablation,
-    recorded_rule,
     recorded_selector,
     relative_error,
     replaying,
@@ -64,29 +62,6 @@ class Result:
     @property
     def passed(self) -> bool:
         return self.error < TOLERANCE and self.counts == "equal"
-
-
-@dataclass
-class Step:
-    """A block with its rule, selector and state for one stream; the rule of a dense block flushes on every step."""
-
-    block: Block
-    rule: Paper
-    recorded: Recorded
-    state: PaperState
-    dense: bool
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, OfficialCounts]:
-        if self.dense:
-            self.state.frame = 0
-        flush, windowed = self.state.frame == 0, bool(self.block.window)
-        x, _, (sizes,) = self.rule.step_tokens([self.block], x, self.state, self.recorded)
-        shape = _shape(self.block)
-        return x, official_block(shape, self.state.grid, windowed, sizes, self.rule.ablation, self.rule.pool, flush)
-
-
-def _shape(block: Block) -> ViTShape:
-    return ViTShape(1, block.dim, block.heads, sum(block.weights), block.window, rel_pos=block.rel_pos is not None)
 
 
 @torch.no_grad()
@@ -137,15 +112,13 @@ def _replay(golden: Golden, run: JsonObject) -> tuple[Tensor, list[OfficialCount
     return outputs, counts, recorders
 
 
-def _prepare(grid: Grid, run: JsonObject, block: Block, recorded: Recorded) -> Step:
+def _prepare(grid: Grid, run: JsonObject, block: Block, recorded: Recorded) -> ReplayedBlock:
     name = run["block_class"]
     if block.window and run["windowed_class"] is not None:
         name = run["windowed_class"]
-    ablation = recorded_ablation(name)
-    if block.window and ablation in ("qk", "full"):
+    if block.window and recorded_ablation(name) in ("qk", "full"):
         raise UserError(f"windowed blocks cannot be of class {name}; use EventfulTokenwiseBlock")
-    rule = recorded_rule(ablation, run["options"], pool=1 if block.window else _pool(run))
-    return Step(block, rule, recorded, rule.init_tokens([block], grid), dense=ablation is None)
+    return ReplayedBlock(block, grid, name, run["options"], recorded, pool=1 if block.window else _pool(run))
 
 
 def _pool(run: JsonObject) -> int:

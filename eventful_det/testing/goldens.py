@@ -17,7 +17,7 @@ from eventful_det.files import JsonObject
 from eventful_det.gating.selector import GateInput, LargestError, Selector
 from eventful_det.gating.spec import Block, relative_table
 from eventful_det.gating.windows import Grid, Side
-from eventful_det.testing.replay import pair
+from eventful_det.testing.replay import pair, replaying
 
 FORMAT = "eventful-golden/1"
 
@@ -124,12 +124,8 @@ def load_golden(path: Path, data: JsonObject) -> Golden:
     """
     if data["format"] != FORMAT:
         raise UserError(f"{path}: not of the format {FORMAT}")
-    try:
+    with replaying(str(path)):
         return _build(data)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except Exception as error:
-        raise UserError(f"{path}: malformed golden ({type(error).__name__}: {error})".split("\n")[0]) from error
 
 
 def _build(data: JsonObject) -> Golden:

@@ -9,13 +9,14 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from eventful_det.errors import UserError
+from eventful_det.errors import UserError, first_line
 from eventful_det.files import JsonObject
-from eventful_det.gating.macs import Ablation
+from eventful_det.gating.macs import Ablation, ViTShape
 from eventful_det.gating.paper import Paper
-from eventful_det.gating.selector import EVERYTHING, Selector, Threshold, TopFraction, TopK
+from eventful_det.gating.selector import EVERYTHING, Select, Selector, Threshold, TopFraction, TopK
+from eventful_det.gating.spec import Block
 from eventful_det.gating.windows import Grid
-from eventful_det.testing.official import OfficialCounts
+from eventful_det.testing.official import OfficialCounts, official_block
 
 TOLERANCE = 1e-4  # largest accepted relative error
 
@@ -52,6 +53,28 @@ def recorded_rule(ablation: Ablation | None, options: JsonObject, pool: int = 1)
         gate_before_norm=bool(options.get("gate_before_ln", False)),
         stgt=bool(options.get("stgt", False)),
     )
+
+
+class ReplayedBlock:
+    """A block of one stream under the rule of a class of the official code; a dense one flushes on every step."""
+
+    def __init__(
+        self, block: Block, grid: Grid, name: str, options: JsonObject, select: Select, pool: int = 1, prefix: int = 0
+    ) -> None:
+        ablation = recorded_ablation(name)
+        self.block, self.select, self.dense = block, select, ablation is None
+        self.rule = recorded_rule(ablation, options, pool)
+        self.state = self.rule.init_tokens([block], grid, prefix)
+        rel_pos, weights = block.rel_pos is not None, sum(block.weights)
+        self.shape = ViTShape(1, block.dim, block.heads, weights, block.window, rel_pos=rel_pos, prefix=prefix)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, OfficialCounts]:
+        """Tokens `(L, D)` of a step to those after the block, and what was counted."""
+        if self.dense:
+            self.state.frame = 0
+        flush, windowed, rule = self.state.frame == 0, bool(self.block.window), self.rule
+        x, _, (sizes,) = rule.step_tokens([self.block], x, self.state, self.select)
+        return x, official_block(self.shape, self.state.grid, windowed, sizes, rule.ablation, rule.pool, flush)
 
 
 def recorded_selector(description: JsonObject | None) -> Selector:
@@ -109,8 +132,7 @@ def replaying(place: str) -> Iterator[None]:
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise UserError(f"{place} is malformed ({type(error).__name__}: {first})") from error
+        raise UserError(f"{place} is malformed ({type(error).__name__}: {first_line(error)})") from error
 
 
 def run_cells(run: JsonObject) -> tuple[str, str]:

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
-from eventful_det.gating.macs import ViTShape
-from eventful_det.gating.paper import Paper
 from eventful_det.gating.selector import Select
 from eventful_det.gating.windows import Grid
 from eventful_det.recognition.config import RecogniserConfig, numbered
@@ -23,15 +21,14 @@ from eventful_det.recognition.layers import SubModel
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.testing import official_vivit
 from eventful_det.testing.goldens import Recorded
-from eventful_det.testing.official import OfficialCounts, official_counts
+from eventful_det.testing.official import OfficialCounts
 from eventful_det.testing.replay import (
     TOLERANCE,
+    ReplayedBlock,
     all_agree,
     compare_counts,
     pair,
     print_table,
-    recorded_ablation,
-    recorded_rule,
     recorded_selector,
     relative_error,
     replaying,
@@ -83,25 +80,20 @@ class Compared:
 
 
 class EventfulStack:
-    """The blocks of a sub-model as one stream under the paper's rule; a dense one is flushed on every step."""
+    """The blocks of a sub-model as one stream."""
 
     def __init__(self, model: SubModel, grid: Grid, block_class: str, options: JsonObject, select: Select) -> None:
-        self.model, self.grid, self.select = model, grid, select
-        ablation = recorded_ablation(block_class)
-        self.dense = ablation is None
-        self.rule: Paper = recorded_rule(ablation, options)
-        self.blocks = model.blocks()
-        self.state = self.rule.init_tokens(self.blocks, grid, prefix=1)
+        self.model, self.grid = model, grid
+        self.blocks = [ReplayedBlock(one, grid, block_class, options, select, prefix=1) for one in model.blocks()]
 
     def __call__(self, x: Tensor) -> tuple[Tensor, OfficialCounts]:
         """Tokens `(N, D)` of a step to those after the last block, `(1 + N, D)`, and what was counted."""
-        if self.dense:
-            self.state.frame = 0
-        flush = self.state.frame == 0
-        x, _, sizes = self.rule.step_tokens(self.blocks, self.model.embed(x, self.grid), self.state, self.select)
-        shape: ViTShape = self.model.shape
-        counts = official_counts(shape, self.grid, sizes, self.rule.ablation, flush=flush)
-        return x, counts + OfficialCounts(add=shape.dim)  # the position of the class token
+        x = self.model.embed(x, self.grid)
+        counts = OfficialCounts(add=x.numel())  # positions
+        for block in self.blocks:
+            x, more = block(x)
+            counts += more
+        return x, counts
 
 
 def load_vivit(data: JsonObject) -> VivitGolden:

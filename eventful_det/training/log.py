@@ -7,8 +7,8 @@ import logging
 import math
 from pathlib import Path
 
-from eventful_det.errors import UserError
 from eventful_det.files import written_whole
+from eventful_det.outputs import reporting
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,11 +44,8 @@ class Log:
             UserError: it cannot be written.
         """
         rounded = {name: round(value, 6) if math.isfinite(value) else None for name, value in metrics.items()}
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **rounded}) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+        with reporting(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **rounded}) + "\n")
         if self.board is not None:
             for name, value in metrics.items():
                 self.board.add_scalar(f"{group}/{name}", value, step)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from eventful_det.errors import UserError
+from eventful_det.errors import UserError, first_line
 from eventful_det.files import written_whole
 from eventful_det.training.log import Log
 from eventful_det.training.optim import learning_rate, set_learning_rate
@@ -191,8 +191,9 @@ class TrainingLoop(Generic[M, B]):
                 self.average.load_state_dict(state["average"])
             self.step, self.best_score = int(state["step"]), float(state["best_score"])
         except Exception as error:
-            reason = (str(error) or repr(error)).split("\n")[0]
-            raise UserError(f"cannot resume from {path} ({reason}); delete it or choose another output") from error
+            raise UserError(
+                f"cannot resume from {path} ({first_line(error)}); delete it or choose another output"
+            ) from error
         now = json.loads(json.dumps(asdict(self.options)))
         changed = [k for k in now if before.get(k) != now[k] and k not in FREE]
         if changed:

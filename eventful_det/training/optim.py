@@ -13,7 +13,6 @@ from torch import nn
 
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.detector import Detector
-from eventful_det.errors import UserError
 
 _BLOCK = re.compile(r"\blayer\.(\d+)\.")
 
@@ -66,12 +65,7 @@ def learning_rate(step: int, steps: int, lr: float, warmup: int, schedule: str, 
         warmup: steps of warm-up.
         schedule: "cosine" or "step".
         milestones: shares of `steps` at which the "step" schedule drops.
-
-    Raises:
-        UserError: the schedule is unknown.
     """
-    if schedule not in ("cosine", "step"):
-        raise UserError(f"train.schedule must be 'cosine' or 'step', got {schedule!r}")
     rise = min(1.0, (step + 1) / max(1, warmup))
     if schedule == "cosine":
         share = max(0, step - warmup) / max(1, steps - warmup)

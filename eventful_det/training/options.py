@@ -40,7 +40,7 @@ class TrainOptions:
     layer_decay: Annotated[float, Range(0, 1, above=True)] = 0.8
     clip: NonNegative = 1.0
     ema: Share = 0.998
-    amp: str = "auto"
+    amp: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     checkpointing: bool = False
     seed: Seed = 0
     workers: Annotated[int, Range(0, 256)] = 1

@@ -3,23 +3,15 @@
 Drawing uses OpenCV and NumPy; images are `(h, w, 3)` uint8 RGB.
 """
 
-from eventful_det.viz.frame import class_colour, draw_detections, draw_work
-from eventful_det.viz.overlay import Caption, annotate
-from eventful_det.viz.panel import draw_cost, draw_history, draw_latency, part_colours
-from eventful_det.viz.tables import cost_row, plot_cost
-from eventful_det.viz.text import budget_text
-
-__all__ = [
-    "Caption",
-    "annotate",
-    "budget_text",
-    "class_colour",
-    "cost_row",
-    "draw_cost",
-    "draw_detections",
-    "draw_history",
-    "draw_latency",
-    "draw_work",
-    "part_colours",
-    "plot_cost",
-]
+from eventful_det.viz.frame import class_colour as class_colour
+from eventful_det.viz.frame import draw_detections as draw_detections
+from eventful_det.viz.frame import draw_work as draw_work
+from eventful_det.viz.overlay import Caption as Caption
+from eventful_det.viz.overlay import annotate as annotate
+from eventful_det.viz.panel import draw_cost as draw_cost
+from eventful_det.viz.panel import draw_history as draw_history
+from eventful_det.viz.panel import draw_latency as draw_latency
+from eventful_det.viz.panel import part_colours as part_colours
+from eventful_det.viz.tables import cost_row as cost_row
+from eventful_det.viz.tables import plot_cost as plot_cost
+from eventful_det.viz.text import budget_text as budget_text

@@ -154,7 +154,7 @@ def test_what_cannot_be_had_is_told_at_the_start(tiny_detector: Detector, tmp_pa
     with pytest.raises(UserError, match="unknown class 'carr'"):
         CameraService(path, PoolRunner(StreamPool(tiny_detector)), tiny_detector.names)
     path.write_text("cameras: {}\nfolder: /proc/none")
-    with pytest.raises(UserError, match="cannot write to /proc/none"):
+    with pytest.raises(UserError, match="cannot write /proc/none"):
         CameraService(path, PoolRunner(StreamPool(tiny_detector)), tiny_detector.names)
 
 

@@ -24,11 +24,11 @@ import pytest
 from servers import FPS, HEIGHT, WIDTH, Server, age_of, jpeg_camera, take_picture, why_not
 
 from eventful_det.data.background import BackgroundReader
-from eventful_det.data.source import public_name
 from eventful_det.data.video import VideoFrame, open_source
 from eventful_det.data.video.decoder import Decoder
 from eventful_det.data.video.live import CapturedFrame, LiveClock, LiveSource
 from eventful_det.errors import UserError
+from eventful_det.secrets import mask_secrets
 
 
 @pytest.fixture
@@ -157,8 +157,8 @@ def test_nothing_there() -> None:
             url = f"{scheme}://admin:secret@127.0.0.1:{mute.getsockname()[1]}/camera"
             with pytest.raises(UserError, match=rf"cannot open .*://admin:\*\*\*@127.* as a video: {reason}"):
                 open_source(url, silence=0.5)
-    assert public_name("rtsp://host:554/a:b@c") == "rtsp://host:554/a:b@c"
-    assert public_name("C:b@c.mp4") == "C:b@c.mp4"
+    assert mask_secrets("rtsp://host:554/a:b@c") == "rtsp://host:554/a:b@c"
+    assert mask_secrets("C:b@c.mp4") == "C:b@c.mp4"
     with pytest.raises(UserError, match=r"cannot open rtsp://\[user:\*\*\*@camera/stream as a video"):
         open_source("rtsp://[user:secret@camera/stream", silence=0.5)
 

@@ -99,17 +99,9 @@ def test_shares_are_disjoint_whole_and_even(lengths: list[int], shares: int) -> 
     assert max(loads) - min(loads) <= max(lengths, default=0)
 
 
-def test_ranks_get_whole_videos_and_all_of_them(data: CocoVideo) -> None:
-    parts = [VideoStreams(data, 2, rank=rank, ranks=2) for rank in range(2)]
-    seen = [[item.frame.image_id for batch in part for item in batch] for part in parts]
-    assert sorted(seen[0] + seen[1]) == sorted(frame.image_id for frame in data.frames)
-    videos = [{video.id for video in part.videos} for part in parts]
-    assert not videos[0] & videos[1] and abs(len(seen[0]) - len(seen[1])) <= 1
-
-
 def test_memory_is_bounded(data: CocoVideo) -> None:
     alive: list[weakref.ref[np.ndarray]] = []
-    streams = VideoStreams(data, 2, workers=2, ahead=2)
+    streams = VideoStreams(data, 2, workers=2)
     read = streams._read
     streams._read = lambda *place: [item := read(*place), alive.append(weakref.ref(item.image))][0]  # type: ignore
     for batch in streams:
@@ -153,8 +145,6 @@ def test_broken_frames_take_their_turn_and_are_named(data: CocoVideo, tmp_path: 
     [
         ({"slots": 0}, "slots must be at least 1"),
         ({"workers": -1}, "workers must be at least 0"),
-        ({"ahead": 0}, "ahead must be at least 1"),
-        ({"rank": 2, "ranks": 2}, "rank must be one of 0 to 1"),
     ],
 )
 def test_numbers_out_of_range(data: CocoVideo, options: dict[str, int], message: str) -> None:

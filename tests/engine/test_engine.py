@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -311,3 +313,14 @@ def test_an_export_leaves_alone_what_is_not_its_own(folder: Path) -> None:
     export()
     assert [path.name for path in folder.parent.iterdir()] == ["engine"]
     load_engine(folder, warm_up=False)
+
+
+def test_nothing_is_sent_home() -> None:
+    pytest.importorskip("openvino")
+    code = """
+import sys
+from eventful_det.engine.backends import import_package
+import_package("openvino").convert_model
+assert not [name for name in sys.modules if name.startswith("openvino_telemetry.")]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -235,11 +235,11 @@ def test_bicubic_relative_tables_are_named(golden: Golden, check: Check) -> None
 BROKEN: list[tuple[str, Callable[[Golden], object]]] = [
     ("not of the format", lambda g: g | {"format": "eventful-golden/9"}),
     ("not of the format", lambda g: [1, 2]),
-    ("malformed golden (KeyError", lambda g: {k: v for k, v in g.items() if k != "inputs"}),
+    ("is malformed (KeyError", lambda g: {k: v for k, v in g.items() if k != "inputs"}),
     ("no runs", lambda g: g | {"runs": []}),
     ("inputs of shape", lambda g: g | {"inputs": g["inputs"][:, :, 1:]}),
     (
-        "malformed golden (KeyError: 'blocks.1.qkv.weight",
+        "is malformed (KeyError: 'blocks.1.qkv.weight",
         lambda g: g | {"state_dict": {k: v for k, v in g["state_dict"].items() if k != "blocks.1.qkv.weight"}},
     ),
     ("run 1 is malformed", lambda g: g | {"runs": [{}]}),

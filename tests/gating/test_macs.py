@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,12 +99,16 @@ def test_rows_rule(vit: nn.Module, grid: tuple[int, int], selected: int, gate: s
     spec = spec_of(vit)
     shape = spec.shape
     first, second, flops = step_twice(Rows(gate), spec, grid, RandomK(selected))
-    selected = min(selected, grid[0] * grid[1])
-    queries = macs.window_queries(grid, shape.window, second.changed) if shape.windowed else 0
-    assert first.macs == rows_macs(shape, grid, rows_sizes(shape, grid, 0, gate=gate, everything=True))
-    assert second.macs == rows_macs(shape, grid, rows_sizes(shape, grid, selected, queries, gate))
+    tokens = grid[0] * grid[1]
+    flush, queries = (
+        macs.window_queries(grid, shape.window, update.changed) if shape.windowed else 0 for update in (first, second)
+    )
+    assert first.macs == rows_macs(shape, grid, replace(rows_sizes(shape, grid, tokens, flush), compared=0))
+    # The gate of embeddings embeds all tokens.
+    other = {} if gate == "patches" else {"compared": tokens * shape.dim, "embedded": tokens}
+    assert second.macs == rows_macs(shape, grid, replace(rows_sizes(shape, grid, selected, queries), **other))
     assert second.macs.products == flops
-    assert flops <= rows_macs(shape, grid, rows_sizes(shape, grid, selected, gate=gate)).products
+    assert flops <= rows_macs(shape, grid, replace(rows_sizes(shape, grid, selected), **other)).products
 
 
 @SMALL

@@ -78,7 +78,7 @@ def test_registering_again_replaces_ours_and_missing_files_are_told(tree: Path, 
         DatasetCatalog.get("imagenet_vid_val")
     register_imagenet_vid(tree)
     assert len(DatasetCatalog.get("imagenet_vid_val")) == 12
-    with pytest.raises(UserError, match="prepare_imagenet_vid"):
+    with pytest.raises(UserError, match="datasets/README.md"):
         DatasetCatalog.get("imagenet_det_train")
     register_coco_video("own", tree / "annotations/imagenet_vid_train.json")
     assert len(DatasetCatalog.get("own")) == 2

@@ -59,6 +59,8 @@ def test_settings_can_be_changed_at_load(tiny_detector: Detector, tmp_path: Path
     assert load_detector(tmp_path / "m.safetensors", proposals=7).config.proposals == 7
     with pytest.raises(UserError, match="unknown option"):
         load_detector(tmp_path / "m.safetensors", no_such=1)
+    with pytest.raises(UserError, match=r"by \.to\('cuda'\)"):
+        load_detector(tmp_path / "m.safetensors", device="cuda")
 
 
 @pytest.mark.parametrize("name", ["model.pth", "model.pkl"])

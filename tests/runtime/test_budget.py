@@ -56,6 +56,8 @@ def test_what_a_budget_means() -> None:
     for bad in (1.5, -1, -0.1, True, "0.25", float("nan"), DEFAULT.policy):
         with pytest.raises(UserError, match="budget"):
             selector_for(bad)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"or Latency\(0.05\)"):
+        selector_for("50ms")  # type: ignore[arg-type]
 
 
 def test_options_are_checked() -> None:

@@ -23,7 +23,7 @@ from eventful_det.gating.selector import Gmacs, Latency, TopK
 from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.motion.key_frames import KeyFrames
 from eventful_det.runtime.pool import StreamPool
-from eventful_det.runtime.pool.feed import Feed, open_feed
+from eventful_det.runtime.pool.feed import Feed
 from eventful_det.runtime.pool.metrics import StreamMetrics
 from eventful_det.runtime.session import StreamResult
 
@@ -144,7 +144,7 @@ def test_frames_that_come_in_other_rounds_are_held_as_often(
 
         dropped, lost = 0, False
 
-        def __init__(self, frames: list[VideoFrame | None]) -> None:
+        def __init__(self, frames: list[VideoFrame | None], *_: object) -> None:
             self.frames = iter(frames)
 
         def poll(self) -> VideoFrame | None:
@@ -153,7 +153,7 @@ def test_frames_that_come_in_other_rounds_are_held_as_often(
         def close(self) -> None:
             """Nothing to release."""
 
-    monkeypatch.setattr("eventful_det.runtime.pool.open_feed", lambda source, *_: (Script(source), "script"))
+    monkeypatch.setattr("eventful_det.runtime.pool.Feed", Script)
     frames = [VideoFrame(image, None) for image in clip(1, 16)]
     pool = StreamPool(tiny_detector, budget=TopK(5), scene_cuts=False, hold=2)
     for i in (0, 1):
@@ -463,7 +463,7 @@ def test_files_leave_while_they_are_read(tmp_path: Path) -> None:
     path = encode(tmp_path / "clip.mp4", clip(0, frames=20))
     for live in (False, True):
         for turn in range(10):
-            feed, _ = open_feed(str(path), live, lambda: None)
+            feed = Feed(str(path), live, lambda: None)
             polled = threading.Thread(target=lambda feed=feed: _poll_all(feed))
             polled.start()
             time.sleep(0.002 * turn)

@@ -11,6 +11,7 @@ import convert_weights
 import count_flops
 import cv2
 import demo
+import demo_run
 import eval_net
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def test_demo_of_actions(clips: Path, trained: dict[str, Any], tmp_path: Path) -
 
 
 def test_demo_takes_a_precision() -> None:
-    recogniser = demo.build(options_of("demo", "task=recognition", "precision=bfloat16", "device=cpu"), [])
+    recogniser = demo_run.build(options_of("demo", "task=recognition", "precision=bfloat16", "device=cpu"), [])
     assert isinstance(recogniser, Recogniser) and recogniser.spec.dtype == torch.bfloat16
 
 

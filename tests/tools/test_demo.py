@@ -23,6 +23,7 @@ from typing import Any
 import common
 import demo
 import demo_files
+import demo_run
 import numpy as np
 import pytest
 import torch
@@ -179,7 +180,7 @@ class Clip(VideoSource):
 @pytest.mark.parametrize("frames", [1, 2, 7])
 def test_ctrl_c(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int) -> None:
     clip = Clip(frames, partial(os.kill, os.getpid(), signal.SIGINT))
-    monkeypatch.setattr(demo, "open_source", lambda *_, **__: clip)
+    monkeypatch.setattr(demo_run, "open_source", lambda *_, **__: clip)
     with pytest.raises(KeyboardInterrupt):
         demo.run(config(weights, f"output={tmp_path / 'out'}"))
     results = check_run(tmp_path / "out")
@@ -211,7 +212,7 @@ def test_few_frames_are_in_flight(weights: str, tmp_path: Path, monkeypatch: pyt
 
     clip = Watched(40, lambda: None)
     clip.ahead = 2
-    monkeypatch.setattr(demo, "open_source", lambda *_, **__: clip)
+    monkeypatch.setattr(demo_run, "open_source", lambda *_, **__: clip)
     demo.run(config(weights, f"output={tmp_path / 'out'}", "max_frames=60"))
     assert check_run(tmp_path / "out")["frames"] == 60 and len(alive) <= 65
 
@@ -220,7 +221,7 @@ def test_error_midway_keeps_what_was_written(weights: str, tmp_path: Path, monke
     def fall() -> None:
         raise UserError("the camera fell off")
 
-    monkeypatch.setattr(demo, "open_source", lambda *_, **__: Clip(5, fall))
+    monkeypatch.setattr(demo_run, "open_source", lambda *_, **__: Clip(5, fall))
     with pytest.raises(UserError, match="fell off"):
         demo.run(config(weights, f"output={tmp_path / 'out'}", "hold=2", "show=0.2"))
     results = check_run(tmp_path / "out")

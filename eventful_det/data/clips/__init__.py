@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eventful_det.data.augmentation import Augmentation
+from eventful_det.data.augmentation import Augmentation, areas
 from eventful_det.data.clips.motion import Camera, Sprite, camera_path
 from eventful_det.data.coco_video import CocoVideo, Frame, Video
 from eventful_det.data.frame_reader import first_readable, read_labelled
@@ -114,8 +114,8 @@ class ClipSet(TrainingSet):
         lists = {"boxes": boxes, "labels": labels, "scores": scores}
         target = {name: torch.from_numpy(values[keep & ~crowd]) for name, values in lists.items()}
         target["ignore"] = torch.from_numpy(boxes[~keep | crowd])
-        areas = torch.tensor([[0.0, 0.0, width, height]])
-        return picture, target | {"areas": areas, "exhaustive": torch.tensor([self._exhaustive(frame)])}
+        whole = torch.tensor([[0.0, 0.0, width, height]])
+        return picture, target | {"areas": whole, "exhaustive": torch.tensor([self._exhaustive(frame)])}
 
     def _moving_still(self, n: int, height: int, width: int) -> tuple[list[Image], list[Target]]:
         """A clip that a moving camera takes of sample n of the stills, while objects of others fly through."""
@@ -143,7 +143,7 @@ class ClipSet(TrainingSet):
         for _ in range(int(rng.integers(self.options.sprites, endpoint=True))):
             picture, target = self._sample(int(rng.integers(n + 1, n + 1 + len(self.frames))), *canvas)
             boxes = target["boxes"].numpy()
-            share = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / (canvas[0] * canvas[1])
+            share = areas(boxes) / (canvas[0] * canvas[1])
             fitting = np.flatnonzero((share > _SPRITE[0]) & (share < _SPRITE[1]))
             if len(fitting):
                 i = int(rng.choice(fitting))
@@ -166,22 +166,18 @@ class ClipSet(TrainingSet):
         for i in range(len(boxes) - len(flying), len(boxes)):
             hidden[:i] |= _covered(boxes[:i], boxes[i]) > 1 - self.augmentation.min_visible
         boxes = camera.boxes(boxes)
-        whole = _areas(boxes)
+        whole = areas(boxes)
         limits = [size[1], size[0]] * 2
         boxes = np.clip(boxes, 0, limits).astype(np.float32)
-        keep = (_areas(boxes) > self.augmentation.min_visible * whole) & (_areas(boxes) > 1) & ~hidden
+        keep = (areas(boxes) > self.augmentation.min_visible * whole) & (areas(boxes) > 1) & ~hidden
         seen = {"boxes": boxes[keep], "labels": labels[keep], "scores": scores[keep]}
         for name in ("ignore", "areas"):
             seen[name] = np.clip(camera.boxes(target[name].numpy()), 0, limits).astype(np.float32)
         return {name: torch.from_numpy(value) for name, value in seen.items()} | {"exhaustive": target["exhaustive"]}
 
 
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-
-
 def _covered(boxes: np.ndarray, front: np.ndarray) -> np.ndarray:
     """The share of each box `(n, 4)` that another one covers."""
     corners = np.concatenate([np.maximum(boxes[:, :2], front[:2]), np.minimum(boxes[:, 2:], front[2:])], axis=1)
     sides = np.clip(corners[:, 2:] - corners[:, :2], 0, None)
-    return sides[:, 0] * sides[:, 1] / _areas(boxes)
+    return sides[:, 0] * sides[:, 1] / areas(boxes)

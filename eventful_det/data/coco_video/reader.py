@@ -77,8 +77,8 @@ def read_json_object(path: Path) -> JsonObject:
         data = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(
-            f"cannot read the data set {path}: {error.strerror}; expected a COCO-video JSON file, "
-            "for example one made by datasets/prepare_imagenet_vid.py"
+            f"cannot read the data set {path}: {error.strerror}; expected a COCO-video JSON file; "
+            "`make data` makes the synthetic set, and datasets/README.md tells of others"
         ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); make it again, it may have been cut short") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from eventful_det.errors import UserError
-from eventful_det.files import JsonObject
+from eventful_det.files import JsonObject, written_whole
 
 Box = tuple[float, float, float, float]
 
@@ -137,15 +137,9 @@ class CocoVideo:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file so that it is either there whole or not at all. The folder is made when needed."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with part.open("w", encoding="utf-8") as file:
-                _write(self, file, os.path.relpath(self.image_root, path.parent))
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        root = os.path.relpath(self.image_root, Path(path).parent)
+        with written_whole(path) as part, part.open("w", encoding="utf-8") as file:
+            _write(self, file, root)
 
 
 def _write(data: CocoVideo, file: TextIO, image_root: str) -> None:

@@ -179,12 +179,12 @@ def _plan(options: SceneOptions, rng: np.random.Generator, index: int) -> VideoF
 def _draw(shot: Shot, i: int, options: SceneOptions) -> tuple[Array, list[SyntheticObject]]:
     """Frame i of a shot before exposure and noise, and what is to be seen in it."""
     size = (options.width, options.height)
-    canvas = _Canvas(_warp(shot.background, shot.camera[i], size, cv2.BORDER_REFLECT_101))
+    canvas = _Canvas(warp(shot.background, shot.camera[i], size, cv2.BORDER_REFLECT_101))
     for actor in shot.actors:
         if not actor.in_front:
             canvas.put(actor, i)
     if shot.occluders is not None:
-        canvas.paint(_warp(shot.occluders, shot.camera[i], size, cv2.BORDER_REFLECT_101), 0, 0)
+        canvas.paint(warp(shot.occluders, shot.camera[i], size, cv2.BORDER_REFLECT_101), 0, 0)
     for actor in shot.actors:
         if actor.in_front:
             canvas.put(actor, i)
@@ -211,7 +211,7 @@ class _Canvas:
         if x1 < x2 and y1 < y2:
             middle = (side - 1) / 2
             shift = np.array([cx - 0.5 - x1, cy - 0.5 - y1]) - matrix @ (middle, middle)
-            patch = _warp(actor.sprite, np.concatenate([matrix, shift[:, None]], axis=1), (x2 - x1, y2 - y1))
+            patch = warp(actor.sprite, np.concatenate([matrix, shift[:, None]], axis=1), (x2 - x1, y2 - y1))
             self.paint(patch, x1, y1)
             alpha[y1:y2, x1:x2] = patch[..., 3]
         self.layers.append((actor, alpha, float(alpha.sum())))
@@ -226,7 +226,8 @@ class _Canvas:
             below[there] *= see_through
 
 
-def _warp(image: Array, affine: Array, size: tuple[int, int], border: int = cv2.BORDER_CONSTANT) -> Array:
+def warp(image: Array, affine: Array, size: tuple[int, int], border: int = cv2.BORDER_CONSTANT) -> Array:
+    """A picture seen through an affine map `(2, 3)`, in a size (width, height)."""
     warped = cv2.warpAffine(image, affine, size, flags=cv2.INTER_LINEAR, borderMode=border)
     return np.asarray(warped, np.float32)
 

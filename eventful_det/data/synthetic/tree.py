@@ -13,25 +13,23 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 from xml.sax.saxutils import escape
 
-import av
 import cv2
 
 from eventful_det.data.classes import SYNTHETIC_SHAPES, classes_json
 from eventful_det.data.parallel import map_ordered
 from eventful_det.data.synthetic import SceneOptions, SyntheticFrame, SyntheticObject, render_video, video_facts
 from eventful_det.data.synthetic.disturbances import DISTURBANCES, disturb
-from eventful_det.data.video.writer import Rate
+from eventful_det.data.video.writer import Rate, VideoWriter
 from eventful_det.errors import UserError
+from eventful_det.files import written_whole
 from eventful_det.options import Count, Natural, Range, Seed, convert_fields, nearest
 from eventful_det.outputs import LOCK, write_text
 
@@ -159,21 +157,10 @@ def annotation_xml(folder: str, filename: str, size: tuple[int, int], objects: S
 
 def _also_to_mp4(frames: Iterator[SyntheticFrame], path: Path, fps: int) -> Iterator[SyntheticFrame]:
     """Pass frames through while encoding them as H.264."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part.mp4")
-    with av.open(str(part), "w") as container:
-        stream = None
+    with written_whole(path) as part, VideoWriter(part, fps, quality=18) as writer:
         for frame in frames:
-            height, width = (n - n % 2 for n in frame.image.shape[:2])  # yuv420p has no odd sizes
-            if stream is None:
-                stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "18"})
-                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-                stream.thread_count = 1
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.image[:height, :width], format="rgb24")))
+            writer.write(frame.image)
             yield frame
-        if stream is not None:
-            container.mux(stream.encode(None))
-    os.replace(part, path)
 
 
 def _claim(root: Path, facts: dict[str, object]) -> None:

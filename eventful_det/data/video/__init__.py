@@ -79,6 +79,8 @@ def _open(source: Source, reconnect: float, silence: float) -> VideoSource:
         return LiveSource(decoder.name, decoder, again, reconnect) if decoder.live else VideoFile(decoder)
     if isinstance(source, (str, os.PathLike)):
         return _open_path(os.fspath(source))
+    if isinstance(source, np.ndarray) and source.ndim == 3:
+        return _Arrays([source])
     if isinstance(source, Iterable) and not isinstance(source, VideoSource):
         return _Arrays(source)
     raise UserError(
@@ -180,7 +182,8 @@ class _Arrays(VideoSource):
     def _read(self) -> Iterator[VideoFrame]:
         for i, image in enumerate(self.arrays):
             if not isinstance(image, np.ndarray):
-                raise UserError(f"frame {i} is a {type(image).__name__}; expected (h, w, 3) uint8 RGB arrays")
+                hint = "; give files one by one, or their folder" * isinstance(image, (str, os.PathLike))
+                raise UserError(f"frame {i} is a {type(image).__name__}; expected (h, w, 3) uint8 RGB arrays{hint}")
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise UserError(f"frame {i} is {image.dtype} {image.shape}; expected (h, w, 3) uint8 RGB")
             yield VideoFrame(image)

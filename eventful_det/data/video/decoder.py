@@ -18,9 +18,10 @@ from av.video import VideoStream
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from eventful_det.data.source import VideoFrame, VideoSource, public_name
+from eventful_det.data.source import VideoFrame, VideoSource
 from eventful_det.data.video.live import CapturedFrame, LiveClock
 from eventful_det.errors import UserError
+from eventful_det.secrets import mask_secrets
 
 MAX_PIXELS = 8192 * 8192  # of a frame; larger ones are attacks rather than videos
 SILENCE = 10.0  # seconds to wait for an address to open, and for more of its data
@@ -66,7 +67,7 @@ class Decoder:
         options: Mapping[str, str] = MappingProxyType({}),
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.name, self.remote, self._silence = public_name(url), "://" in url, silence
+        self.name, self.remote, self._silence = mask_secrets(url), "://" in url, silence
         limit = {"max_pixels": str(max_pixels)}
         transport = _OPTIONS.get(url.partition("://")[0].lower(), {}) if self.remote else {}
         options = {**transport, **options, **limit}

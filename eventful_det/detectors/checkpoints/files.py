@@ -113,6 +113,8 @@ def load_detector(
         UserError: no such file or name; the file is of no known format, damaged, or asks for more than data; keys do
             not fit; or a value is none that the option can have.
     """
+    if "device" in changes:
+        raise UserError(f"load_detector: it is on the CPU; move it by .to({changes['device']!r})")
     source = None if source is None else local_source(source)
     if source is not None and (is_engine(Path(source)) or is_rf_detr(source)):
         if allow or classes is not None or changes or (labels is not None and is_engine(Path(source))):

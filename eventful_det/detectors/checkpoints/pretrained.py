@@ -11,7 +11,7 @@ from torch import Tensor
 from eventful_det.detectors.checkpoints.key_maps import from_official, is_official, position_map
 from eventful_det.detectors.checkpoints.weight_files import find_weights, load_exactly, matching, read_tensors, without
 from eventful_det.detectors.vitdet.vitdet import WindowedViT
-from eventful_det.errors import UserError
+from eventful_det.errors import UserError, first_line
 from eventful_det.gating.spec import resize_positions
 
 _PATCHES = "patch_embed.proj.weight"
@@ -81,5 +81,6 @@ def _timm_tensors(name: str) -> dict[str, Tensor]:
     try:
         return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
     except Exception as error:  # of the many layers between here and the network
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"timm cannot give the weights {name} ({reason}); name a file of them instead") from error
+        raise UserError(
+            f"timm cannot give the weights {name} ({first_line(error)}); name a file of them instead"
+        ) from error

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from eventful_det.detectors.checkpoints.safe_pickle import RefusedError, Storage, read_pickle, stored
 from eventful_det.detectors.hub import WEIGHTS
 from eventful_det.detectors.rf_detr.sizes import NAMES
-from eventful_det.errors import UserError
+from eventful_det.errors import UserError, first_line
 from eventful_det.files import written_whole
 
 _INNER = ("model", "state_dict", "model_state")  # where checkpoints keep the weights, beside optimisers and the like
@@ -107,8 +107,7 @@ def read_tensors(path: str | os.PathLike[str]) -> Contents:
             "numbers only; running it could do anything. Save the weights alone: torch.save(model.state_dict(), ...)"
         ) from None
     except Exception as error:
-        reason = (str(error) or type(error).__name__).split("\n")[0][:100]
-        raise UserError(f"{path} is not a whole file of weights ({reason}); get it again") from None
+        raise UserError(f"{path} is not a whole file of weights ({first_line(error)}); get it again") from None
     if not contents.tensors:
         raise UserError(f"{path} holds no tensors")
     broken = [key for key, value in contents.tensors.items() if not value.isfinite().all()]

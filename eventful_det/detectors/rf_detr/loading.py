@@ -16,7 +16,7 @@ from eventful_det.detectors.checkpoints.weight_files import is_ours, read_tensor
 from eventful_det.detectors.hub import WEIGHTS, fetch
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.rf_detr.sizes import NAMES, SIZES, random_rfdetr
-from eventful_det.errors import UserError
+from eventful_det.errors import UserError, first_line
 
 _EMBEDDINGS = "backbone.0.encoder.encoder.embeddings."  # in the package rfdetr, and in no other checkpoint
 
@@ -79,7 +79,7 @@ def _transformers_model(source: str | os.PathLike[str]) -> tuple[Any, dict[str, 
         )
         model, keys = loaded
     except Exception as error:  # of the many layers between here and the files
-        raise UserError(f"{folder} is no whole RF-DETR ({_reason(error)}); get its files again") from None
+        raise UserError(f"{folder} is no whole RF-DETR ({first_line(error)}); get its files again") from None
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
@@ -118,7 +118,7 @@ def _json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({_reason(error)}); get it again") from None
+        raise UserError(f"{path} cannot be read ({first_line(error)}); get it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, no settings; get it again")
     return content
@@ -186,8 +186,3 @@ def _rfdetr_model(path: Path) -> Any:
     if names := options.get("class_names"):
         model.model.class_names = [str(name) for name in names]
     return model
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what an error says."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]

@@ -31,7 +31,7 @@ from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.macs import dense_macs
-from eventful_det.gating.state import State, Update
+from eventful_det.gating.state import Update
 from eventful_det.gating.vit_spec import spec_of
 from eventful_det.gating.windows import Grid
 from eventful_det.outputs import reporting, write_json
@@ -113,6 +113,7 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    _stream = RFDETRStream
 
     def __init__(
         self,
@@ -184,9 +185,6 @@ class EventfulRFDETR(GatedDetector[RFDETRStream]):
         """
         static = priced_statically(rule, self.device)
         return RFDETRCosts(self.spec.shape, static, self.parts.projector, self.parts.decoder)
-
-    def _new_stream(self, size: tuple[int, int]) -> RFDETRStream:
-        return RFDETRStream(State([None]), size)
 
     def _normalised(self, frame: Tensor) -> Tensor:
         return (frame - self.pixel_mean) / self.pixel_std

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eventful_det.detectors.protocol import CostModel
 from eventful_det.detectors.rf_detr.parts import ConvNorm, DecoderShape, Projector
 from eventful_det.detectors.vitdet.cells import cells_run, convolve, layout_of
 from eventful_det.detectors.vitdet.macs import around, convolved, ranks, reached
@@ -100,7 +101,7 @@ def everywhere(projector: Projector, grid: Grid) -> ProjectorSizes:
 
 
 @dataclass(frozen=True)
-class RFDETRCosts:
+class RFDETRCosts(CostModel):
     """What frames will cost, for every number of tokens that may be recomputed: a `CostModel`. It is exact.
 
     Attributes:
@@ -132,7 +133,3 @@ class RFDETRCosts:
         total = total + self.projector.last.conv.weight.numel() * reached(rank, count)
         total[1:] += self.decoder.macs(tokens) if variable is None else variable
         return total
-
-    def everything(self, grid: Grid) -> int:
-        """See `CostModel.everything`."""
-        return int(self.macs(grid, torch.arange(grid[0] * grid[1]))[-1])

@@ -31,7 +31,7 @@ from eventful_det.detectors.vitdet.rpn import ProposalGenerator
 from eventful_det.detectors.vitdet.vitdet import ViTDetBackbone
 from eventful_det.errors import UserError
 from eventful_det.gating.macs import dense_macs
-from eventful_det.gating.state import State, Update
+from eventful_det.gating.state import Update
 from eventful_det.gating.vit_spec import spec_of
 from eventful_det.gating.windows import Grid
 
@@ -70,6 +70,7 @@ class Detector(GatedDetector[DetectorStream]):
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    _stream = DetectorStream
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -141,9 +142,6 @@ class Detector(GatedDetector[DetectorStream]):
         image = (image - self.pixel_mean).div_(self.pixel_std)
         (height, width), (_, h, w) = padded_size((height, width), self.config), image.shape
         return image if (h, w) == (height, width) else F.pad(image, (0, width - w, 0, height - h))
-
-    def _new_stream(self, size: tuple[int, int]) -> DetectorStream:
-        return DetectorStream(State([None]), size)
 
     def _normalised(self, frame: Tensor) -> Tensor:
         return self._prepare(frame, frame.shape[-2], frame.shape[-1])

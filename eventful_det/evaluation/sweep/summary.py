@@ -82,22 +82,14 @@ class Row(DetectionScores, VidScores):
 
 
 def evaluate_detector(
-    detector: VideoDetector[S],
-    data: CocoVideo,
-    method: Method | None = None,
-    *,
-    streams: int = 1,
-    workers: int = 0,
-    scene_cuts: bool = True,
-    on_frame: Callable[[Method], None] | None = None,
+    detector: VideoDetector[S], data: CocoVideo, on_frame: Callable[[Method], None] | None = None
 ) -> JsonObject:
-    """Run and score a detector in one way.
+    """Run and score a dense detector.
 
     Args:
         detector: what to evaluate, in evaluation mode.
         data: what to evaluate on; see `first` for a part of it.
-        method: how to run it; dense by default.
-        streams, workers, scene_cuts, on_frame: see `complete`.
+        on_frame: see `complete`.
 
     Returns:
         The fields of `Row`; undefined numbers are `nan`.
@@ -106,15 +98,7 @@ def evaluate_detector(
         UserError: no frame is labelled.
     """
     labelled_frames(data)
-    (run,) = run_methods(
-        detector,
-        data,
-        [method or Method(DENSE)],
-        streams=streams,
-        workers=workers,
-        scene_cuts=scene_cuts,
-        on_frame=on_frame,
-    )
+    (run,) = run_methods(detector, data, [Method(DENSE)], on_frame=on_frame)
     return vars(row_of(run))
 
 

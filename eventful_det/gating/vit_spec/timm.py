@@ -45,15 +45,7 @@ def _sam_vit(vit: Any) -> ViTSpec:
 
 def _plain_vit(vit: Any) -> ViTSpec:
     """Class, distillation and register tokens; no windows."""
-    return ViTSpec(
-        projection=_patches(vit),
-        positions=None if vit.pos_embed is None else partial(_plain_positions, vit),
-        prefix=partial(_plain_prefix, vit) if vit.num_prefix_tokens else None,
-        blocks=tuple(timm_block(block, 0) for block in vit.blocks),
-        norm=vit.norm,
-        layout="sequence",
-        norm_pre=vit.norm_pre,
-    )
+    return _sequence(vit, tuple(timm_block(block, 0) for block in vit.blocks), None)
 
 
 def _eva(vit: Any) -> ViTSpec:
@@ -62,7 +54,12 @@ def _eva(vit: Any) -> ViTSpec:
     kinds = ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3")
     kind = type(vit.rope).__name__
     require(vit.rope is None or kind in kinds, f"rotary positions of type {kind}")
-    blocks = tuple(_eva_block(block) for block in vit.blocks)
+    rope = None if vit.rope is None else Rope(partial(_rope_table, vit.rope), vit.blocks[0].attn.rotate_half)
+    return _sequence(vit, tuple(_eva_block(block) for block in vit.blocks), rope)
+
+
+def _sequence(vit: Any, blocks: tuple[Block, ...], rope: Rope | None) -> ViTSpec:
+    """A network without windows."""
     return ViTSpec(
         projection=_patches(vit),
         positions=None if vit.pos_embed is None else partial(_plain_positions, vit),
@@ -71,7 +68,7 @@ def _eva(vit: Any) -> ViTSpec:
         norm=vit.norm,
         layout="sequence",
         norm_pre=vit.norm_pre,
-        rope=None if vit.rope is None else Rope(partial(_rope_table, vit.rope), vit.blocks[0].attn.rotate_half),
+        rope=rope,
     )
 
 

@@ -12,23 +12,14 @@ except ImportError as error:
         "commands that install it"
     ) from error
 
-from eventful_det.integrations.detectron2.config import add_eventful_config
-from eventful_det.integrations.detectron2.datasets import register_coco_video, register_imagenet_vid
-from eventful_det.integrations.detectron2.evaluation import VIDEvaluator
-from eventful_det.integrations.detectron2.loading import VideoSampler, VIDMapper, build_vid_test_loader
-from eventful_det.integrations.detectron2.rcnn import EventfulRCNN
-from eventful_det.integrations.detectron2.streaming import SourceLoader, VideoPredictor, load_weights
-
-__all__ = [
-    "EventfulRCNN",
-    "SourceLoader",
-    "VIDEvaluator",
-    "VIDMapper",
-    "VideoPredictor",
-    "VideoSampler",
-    "add_eventful_config",
-    "build_vid_test_loader",
-    "load_weights",
-    "register_coco_video",
-    "register_imagenet_vid",
-]
+from eventful_det.integrations.detectron2.config import add_eventful_config as add_eventful_config
+from eventful_det.integrations.detectron2.datasets import register_coco_video as register_coco_video
+from eventful_det.integrations.detectron2.datasets import register_imagenet_vid as register_imagenet_vid
+from eventful_det.integrations.detectron2.evaluation import VIDEvaluator as VIDEvaluator
+from eventful_det.integrations.detectron2.loading import VideoSampler as VideoSampler
+from eventful_det.integrations.detectron2.loading import VIDMapper as VIDMapper
+from eventful_det.integrations.detectron2.loading import build_vid_test_loader as build_vid_test_loader
+from eventful_det.integrations.detectron2.rcnn import EventfulRCNN as EventfulRCNN
+from eventful_det.integrations.detectron2.streaming import SourceLoader as SourceLoader
+from eventful_det.integrations.detectron2.streaming import VideoPredictor as VideoPredictor
+from eventful_det.integrations.detectron2.streaming import load_weights as load_weights

@@ -6,7 +6,7 @@ import copy
 import gc
 import logging
 import os
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -21,7 +21,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Sampler
 
 from eventful_det.data.frame_reader import ForwardReader
-from eventful_det.data.streams import share_out
+from eventful_det.data.streams import plan, share_out
 from eventful_det.data.video.pictures import UnreadablePicture, read_image
 from eventful_det.data.video.transforms import Image, fit_size, resize
 from eventful_det.errors import UserError
@@ -182,17 +182,9 @@ class VideoSampler(Sampler[int]):
         return sum(len(video) for video in self.videos)
 
     def __iter__(self) -> Iterator[int]:
-        waiting = iter(self.videos)
-        slots = deque(iter(video) for video in islice(waiting, self.streams))
-        while slots:
-            slot = slots.popleft()
-            index = next(slot, None)
-            if index is None:
-                slot = iter(next(waiting, ()))
-                index = next(slot, None)
-            if index is not None:
-                yield index
-                slots.append(slot)
+        for step in plan([len(video) for video in self.videos], self.streams):
+            for _, video, place in step:
+                yield self.videos[video][place]
 
 
 class VideoLoader(DataLoader[Any]):

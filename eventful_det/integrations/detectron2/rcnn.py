@@ -32,7 +32,7 @@ from eventful_det.gating.macs import dense_macs
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.rows import Rows
 from eventful_det.gating.selector import Budget, Selector
-from eventful_det.gating.state import State, Update
+from eventful_det.gating.state import Update
 from eventful_det.gating.vit_spec import spec_of
 from eventful_det.gating.windows import Grid
 from eventful_det.integrations.detectron2.config import eventful_options
@@ -93,6 +93,7 @@ class EventfulRCNN(GatedDetector[RCNNStream], GeneralizedRCNN):
     backbone: SimpleFeaturePyramid
     pixel_mean: Tensor
     pixel_std: Tensor
+    _stream = RCNNStream
 
     @configurable
     def __init__(
@@ -242,9 +243,6 @@ class EventfulRCNN(GatedDetector[RCNNStream], GeneralizedRCNN):
         """A session for frames that a loader has resized to this (height, width)."""
         transform = InputTransform(min(size), max(size), self.spec.patch)
         return StreamSession(self, transform, scene_cuts=scene_cuts)
-
-    def _new_stream(self, size: tuple[int, int]) -> RCNNStream:
-        return RCNNStream(State([None]), size)
 
     def _normalised(self, frame: Tensor) -> Tensor:
         """A frame `(3, h, w)`, RGB in [0, 1], normalised, and padded so that the pyramid can halve its token map.

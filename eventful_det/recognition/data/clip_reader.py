@@ -12,6 +12,7 @@ import torch
 from av.error import FFmpegError
 from torch import Tensor
 
+from eventful_det.data.video.decoder import best_video, open_container
 from eventful_det.data.video.transforms import resize
 from eventful_det.errors import UserError
 from eventful_det.recognition.config import RecogniserConfig
@@ -94,7 +95,7 @@ def video_seconds(video: str | os.PathLike[str]) -> float:
         UserError: it cannot be opened, or does not tell.
     """
     try:
-        with av.open(os.fspath(video), metadata_errors="replace") as container:
+        with open_container(os.fspath(video)) as container:
             if container.duration is None:
                 raise UserError(f"{video} does not tell how long it is")
             return container.duration / av.time_base
@@ -105,10 +106,8 @@ def video_seconds(video: str | os.PathLike[str]) -> float:
 def _decoded(video: str | os.PathLike[str], start: float, stop: float) -> Iterator[tuple[float, Tensor]]:
     """Times in seconds and pictures `(h, w, 3)` of a video from the one shown at `start` to `stop`."""
     try:
-        with av.open(os.fspath(video), metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise UserError(f"{video} holds no video")
-            stream = container.streams.video[0]
+        with open_container(os.fspath(video)) as container:
+            stream = best_video(container, str(video))
             base = float(stream.time_base or 0) or 1 / av.time_base
             first = stream.start_time or 0
             if start > 0:

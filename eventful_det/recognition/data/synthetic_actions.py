@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eventful_det.data.classes import SYNTHETIC_SHAPES
-from eventful_det.data.synthetic import Noise, Side, Size
+from eventful_det.data.synthetic import Noise, Side, Size, warp
 from eventful_det.data.synthetic.scene import make_background
 from eventful_det.data.synthetic.shapes import Array, sprite
 from eventful_det.errors import UserError
@@ -157,7 +157,7 @@ def render_action(
     for i in range(options.frames) if frames is None else frames:
         shift = margin - pan[i]
         view = np.array([[1, 0, -shift[0]], [0, 1, -shift[1]]])
-        picture = _warp(background, view, (options.width, options.height), cv2.BORDER_REFLECT_101)
+        picture = warp(background, view, (options.width, options.height), cv2.BORDER_REFLECT_101)
         covered = np.zeros(picture.shape[:2], np.float32)
         for image, motion in objects:
             np.maximum(covered, _paint(picture, image, motion, i, pan[i]), out=covered)
@@ -237,12 +237,7 @@ def _paint(picture: Array, image: Array, motion: _Motion, i: int, shift: Array) 
     cosine, sine = math.cos(motion.angle[i]) * scale, math.sin(motion.angle[i]) * scale
     turn = np.array([[cosine, -sine], [sine, cosine]])
     offset = motion.centre[i] + shift - 0.5 - turn @ np.full(2, (side - 1) / 2)
-    patch = opacity * _warp(image, np.column_stack([turn, offset]), picture.shape[1::-1], cv2.BORDER_CONSTANT)
+    patch = opacity * warp(image, np.column_stack([turn, offset]), (picture.shape[1], picture.shape[0]))
     picture *= 1 - patch[..., 3:]
     picture += patch[..., :3]
     return patch[..., 3]
-
-
-def _warp(image: Array, affine: Array, size: Sequence[int], border: int) -> Array:
-    flags = cv2.INTER_LINEAR
-    return np.asarray(cv2.warpAffine(image, affine, (size[0], size[1]), flags=flags, borderMode=border), np.float32)

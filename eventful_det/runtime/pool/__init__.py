@@ -31,7 +31,7 @@ from eventful_det.runtime.budget import BudgetOptions
 from eventful_det.runtime.control import Budgeted, NetworkStepper
 from eventful_det.runtime.live import DetectorThread, LiveBoxes, detector_of
 from eventful_det.runtime.motion.key_frames import Hold, hold_for
-from eventful_det.runtime.pool.feed import Feed, open_feed
+from eventful_det.runtime.pool.feed import Feed
 from eventful_det.runtime.pool.metrics import PoolMetrics, Tally
 from eventful_det.runtime.session import (
     KeyFrame,
@@ -194,9 +194,9 @@ class StreamPool(Budgeted, Iterator[list[R]], Generic[R]):
             if isinstance(shared, Iterator) and any(one.feed.drawn is shared for one in self._members.values()):
                 raise UserError("this iterator is a stream of the pool already; give each stream one of its own")
         session = self._session("", short_side, hold, track, options)
-        feed, title = open_feed(source, live, self._arrived.set)
+        feed = Feed(source, live, self._arrived.set)
         with self._lock:
-            unique = _unique(name or title, self._members)
+            unique = _unique(name or feed.name, self._members)
             self._departed.pop(unique, None)
             session.name = unique
             boxes = None

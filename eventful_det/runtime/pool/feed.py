@@ -70,9 +70,3 @@ class Feed:
 def _captured(frame: VideoFrame) -> VideoFrame:
     """The frame with the time at which it was captured: now, if its source does not tell."""
     return frame if frame.captured is not None else dataclasses.replace(frame, captured=time.monotonic())
-
-
-def open_feed(source: Source, live: bool | None, arrived: Callable[[], None]) -> tuple[Feed, str]:
-    """See `Feed`; also the source's name for people."""
-    feed = Feed(source, live, arrived)
-    return feed, feed.name
