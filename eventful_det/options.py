@@ -99,7 +99,7 @@ def nearest(name: object, known: Iterable[str]) -> str:
     known = sorted(known)
     if not known:
         return "it has none"
-    near = difflib.get_close_matches(str(name), known, 1)
+    near = difflib.get_close_matches(str(name), known, 1, 0.7)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 
 

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from eventful_det.detectors.results import Detections, FrameCost
 from eventful_det.gating.selector import EVERYTHING, Budget, Gmacs, RandomK, Selector, Threshold, TopFraction, TopK
@@ -176,6 +177,15 @@ def test_annotate_every_shape(height: int, width: int) -> None:
     assert count(drawn, part_colours(PARTS)["roi"]) > 0
 
 
+def test_a_picture_in_place_of_the_frame_is_not_among_the_tokens() -> None:
+    frame = result(180, 320)
+    marked = np.full_like(frame.image, 255)
+    plain, drawn = annotate(frame), annotate(frame, picture=marked)
+    changed = (plain != drawn).any((0, 2))
+    middle = drawn.shape[1] // 2
+    assert changed[:middle].any() and not changed[middle:].any()
+
+
 def test_annotate_has_one_size_per_aspect_ratio() -> None:
     assert annotate(result(180, 320)).shape == annotate(result(720, 1280)).shape
 
@@ -188,6 +198,16 @@ def test_plot(tmp_path: Path) -> None:
     picture = cv2.imread(str(tmp_path / "cost.png"))
     assert picture is not None and picture.shape[1] >= 1000
     plot_cost({key: np.array([value]) for key, value in rows[0].items()}, tmp_path / "one.png")
+
+
+def test_the_plot_says_the_median_of_frames_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    row = cost_row(cost(0.3))
+    rows = {key: np.array([value] * 3) for key, value in row.items()}
+    plot_cost(rows | {"ms_total": np.array([90.0, 1, 1]), "held": np.array([0, 1, 1])}, "")
+    (text,) = figures[0].axes[1].get_legend().get_texts()
+    assert text.get_text().startswith("median 90 ms")
 
 
 def test_text_of_any_characters_can_be_drawn() -> None:

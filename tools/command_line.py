@@ -36,9 +36,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from eventful_det import __version__
 from eventful_det.errors import UserError
 from eventful_det.options import alternatives, find_type, from_values, nearest
-from eventful_det.outputs import print_error
+from eventful_det.outputs import Stdout, print_error
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 COMMANDS = {
@@ -65,8 +66,11 @@ def console_command() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         lines = [f"  {name:10} {_summary(tool)}" for name, tool in COMMANDS.items()]
-        print("usage: eventful-det COMMAND [SOURCE ...] [--option value ...] [option=value ...]", "", *lines, sep="\n")
-        print("\neventful-det COMMAND --help lists its options.")
+        usage = "usage: eventful-det COMMAND [SOURCE ...] [--option value ...] [option=value ...]"
+        _print("\n".join([usage, "", *lines, "", "eventful-det COMMAND --help lists its options."]))
+        return
+    if arguments[0] in ("-V", "--version"):
+        _print(f"eventful_det {__version__}")
         return
     if arguments[0] not in COMMANDS:
         print_error(f"unknown command {arguments[0]!r}; {nearest(arguments[0], COMMANDS)}")
@@ -74,8 +78,19 @@ def console_command() -> None:
     start(COMMANDS[arguments[0]], arguments[1:])
 
 
+def _print(text: str) -> None:
+    print(text, file=Stdout())
+
+
 def _summary(tool: str) -> str:
-    return CONFIGS.joinpath(f"{tool}.yaml").read_text(encoding="utf-8").split("\n")[0].strip("# ").partition(":")[0]
+    return _listed(tool).split("\n")[0].strip("# ").partition(":")[0]
+
+
+def _listed(tool: str) -> str:
+    """The options of a tool with their defaults and comments, without what is there for Hydra."""
+    text = CONFIGS.joinpath(f"{tool}.yaml").read_text(encoding="utf-8")
+    text = re.sub(r"^(hydra:.*(\n .*)*|  - (_self_|override hydra/.*))\n", "", text, flags=re.MULTILINE)
+    return text.replace("defaults:\n\n", "").rstrip()
 
 
 def start(tool: str, arguments: Sequence[str] | None = None) -> None:
@@ -119,10 +134,10 @@ def _stop(number: int, _: object) -> None:
 def _start(tool: str, arguments: list[str], as_command: bool) -> None:
     module = importlib.import_module(tool)
     if {"-h", "--help"} & set(arguments):
-        text = f"{inspect.getdoc(module)}\n\n{CONFIGS.joinpath(f'{tool}.yaml').read_text(encoding='utf-8')}"
+        text = f"{inspect.getdoc(module)}\n\n{_listed(tool)}"
         for name, script in COMMANDS.items() if as_command else ():
             text = text.replace(f"python tools/{script}.py", f"eventful-det {name}")
-        print(text)
+        _print(text)
         return
     if _BARE & set(arguments) or {argument.partition("=")[0] for argument in arguments} & _WITH_VALUE:
         _run_hydra(tool, overrides(module, arguments, literal=False))
@@ -192,7 +207,12 @@ def _in_one_line(work: Callable[[], Any]) -> Any:
         return work()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         text = re.split(r"\n\s*(?:See https|full_key|Config search path|Set the environment)", str(error))[0]
-        raise UserError(" ".join(text.split())) from error
+        text = " ".join(text.split())
+        missing = re.fullmatch(r"In '.*': Could not find '(.*)/(.*)' Available options in '.*': (.*)", text)
+        if missing:
+            group, choice, choices = missing.groups()
+            text = f"there is no {group}/{choice}; {nearest(choice, choices.split())}"
+        raise UserError(text) from error
 
 
 def overrides(module: ModuleType, arguments: Sequence[str], literal: bool = True) -> list[str]:
@@ -223,6 +243,8 @@ def overrides(module: ModuleType, arguments: Sequence[str], literal: bool = True
             given.append(_override(module, _joined(module, argument[2:], left), literal))
         elif _is_override(module, argument):
             given.append(_override(module, argument, literal))
+        elif re.fullmatch(r"-[A-Za-z]\w*", argument) and not os.path.lexists(argument):
+            raise UserError(f"unknown option {argument}; options are --name value, and after -- come names of files")
         else:
             positional.append(argument)
     return _positional(module, positional) + given
@@ -300,7 +322,12 @@ def _is_readable(override: str) -> bool:
 
 
 def _value(kind: Any, name: str, value: str) -> str:
-    """A value as Hydra reads it: text literally, unless it is quoted or a list and no file is called so."""
+    """A value as Hydra reads it: text literally, unless it is quoted or a list and no file is called so.
+
+    `a,b` is a list where there may be one.
+    """
+    if re.fullmatch(r"[\w.%-]+(,[\w.%-]+)+", value) and not _is_scalar(kind) and not os.path.lexists(value):
+        value = f"[{value}]"
     around = value[:1] + value[-1:] if len(value) > 1 and not os.path.lexists(value) else ""
     if not value:
         raise UserError(f"{name} needs a value")

@@ -265,7 +265,7 @@ def label(config: Options, output: Path) -> None:
     frames = sum(len(video.frames) for video in data.videos)
     write_results(output, {"command": command(), "pictures": frames, "annotations": str(path)} | by_class)
     show_table(table)
-    say(f"{frames} pictures: {path}; next: python tools/train_net.py experiment=distil data.root={output}")
+    say(f"{frames} pictures: {path}; next: eventful-det train experiment=distil data.root={output}")
 
 
 if __name__ == "__main__":

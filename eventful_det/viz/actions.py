@@ -43,12 +43,12 @@ def annotate_action(
     crop = central_crop(result)
     scale = max(1.0, _SIDE / min(crop.shape[:2]))
     size = round(scale * crop.shape[1]), round(scale * crop.shape[0])
-    image = draw_probabilities(np.asarray(cv2.resize(crop, size, interpolation=cv2.INTER_LINEAR), np.uint8), history)
+    image = np.asarray(cv2.resize(crop, size, interpolation=cv2.INTER_LINEAR), np.uint8)
     token = image.shape[0] / result.work.shape[0], image.shape[1] / result.work.shape[1]
     nothing = Detections(torch.empty(0, 4), torch.empty(0), torch.empty(0, dtype=torch.int64))
     common = {field.name: getattr(result, field.name) for field in dataclasses.fields(Result)}
     frame = StreamResult(**{**common, "image": image, "token_size": token}, detections=nothing, names=())
-    return annotate(frame, costs, caption=caption, width=width)
+    return annotate(frame, costs, caption=caption, width=width, picture=draw_probabilities(image, history))
 
 
 def central_crop(result: RecognitionResult) -> Image:

@@ -86,6 +86,7 @@ def annotate(
     *,
     caption: Caption = Caption(),  # noqa: B008 (immutable)
     width: int = WIDTH,
+    picture: Image | None = None,
 ) -> Image:
     """One picture of a frame: its detections, its recomputed tokens, what it and the frames before it cost.
 
@@ -95,6 +96,7 @@ def annotate(
         show: detections of a lower score are not drawn.
         caption: what else is known.
         width: of the picture in pixels, at least 320; upright frames make it narrower.
+        picture: of the frame's size, to be shown in place of the frame and its detections.
 
     Returns:
         `(h, w, 3)` uint8 RGB. Its size depends on `width` and on the aspect ratio of the frame alone.
@@ -107,7 +109,7 @@ def annotate(
         _draw_wide_header(canvas, layout, result, caption)
     else:
         _draw_narrow_header(canvas, layout, result, caption)
-    _draw_views(canvas, layout, result, show)
+    _draw_views(canvas, layout, result, show, picture)
     _draw_panel(canvas, layout, result, history, caption)
     return canvas
 
@@ -117,13 +119,16 @@ def _unit(column: float) -> float:
     return min(max(column / 768, 0.72), 2.0)
 
 
-def _draw_views(canvas: Image, layout: _Layout, result: StreamResult, show: float) -> None:
+def _draw_views(canvas: Image, layout: _Layout, result: StreamResult, show: float, picture: Image | None) -> None:
     height, width = layout.view
     scale_y, scale_x = height / result.image.shape[0], width / result.image.shape[1]
     method = cv2.INTER_AREA if scale_x < 0.5 else cv2.INTER_LINEAR  # which is much faster, and as good down to a half
     view = np.asarray(cv2.resize(result.image, (width, height), interpolation=method), np.uint8)
     token = result.token_size[0] * scale_y, result.token_size[1] * scale_x
-    found = draw_detections(view, result.detections.scaled(scale_x, scale_y), result.names, show)
+    if picture is None:
+        found = draw_detections(view, result.detections.scaled(scale_x, scale_y), result.names, show)
+    else:
+        found = np.asarray(cv2.resize(picture, (width, height), interpolation=method), np.uint8)
     x, y = layout.margin + (layout.column - width) // 2, layout.header
     canvas[y : y + height, x : x + width] = found
     if layout.columns == 2:

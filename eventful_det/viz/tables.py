@@ -31,7 +31,7 @@ def plot_cost(rows: Mapping[str, NDArray[np.float64]], path: str | os.PathLike[s
     """Plot a run: GMACs per frame by part against dense, and latency.
 
     Args:
-        rows: the columns of `cost_row`, each `(frames,)`.
+        rows: the columns of `cost_row`, each `(frames,)`; and "held", 1 where the network did not run, if some were.
         path: of the PNG.
     """
     from matplotlib.figure import Figure
@@ -52,11 +52,11 @@ def plot_cost(rows: Mapping[str, NDArray[np.float64]], path: str | os.PathLike[s
     top.set_ylabel("GMACs")
     top.legend(ncols=len(parts) + 1, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     latency = rows["ms_total"]
-    bottom.step(frames, _steps(latency), where="post", color="0.35", linewidth=1)
-    median = float(np.median(latency))
-    bottom.axhline(median, color="tab:red", linewidth=1, label=f"median {median:.1f} ms")
-    bottom.set_ylim(0, max(1e-3, 1.3 * float(np.percentile(latency, 99))))
-    bottom.legend(loc="upper right", frameon=False)
+    bottom.fill_between(frames, _steps(latency), step="post", color="0.6", linewidth=0)
+    median = float(np.median(latency[rows.get("held", np.zeros(len(latency))) == 0]))
+    bottom.axhline(median, color="tab:red", linewidth=1, label=f"median {median:.0f} ms where the network ran")
+    bottom.set_ylim(0, max(1e-3, 1.1 * float(np.percentile(latency, 99))))
+    bottom.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     bottom.set(xlabel="frame", ylabel="ms", xlim=(0, frames[-1]))
     top.set_ylim(bottom=0)
     for axes in (top, bottom):

@@ -16,6 +16,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from running import ROOT, options_of
 
+import eventful_det
 from eventful_det.errors import UserError
 
 FOREIGN = """Caught UserError in DataLoader worker process 0.
@@ -75,6 +76,10 @@ def test_names_are_taken_literally(name: str, tmp_path: Path, monkeypatch: pytes
 def test_lists_and_null() -> None:
     assert options_of("demo", "source=[0,a.mp4]").source == (0, "a.mp4")
     assert options_of("demo", "classes=[7]").classes == (7,)
+    assert options_of("demo", "--classes", "person,dog").classes == ("person", "dog")
+    assert options_of("demo", "format=mot,coco").format == ("mot", "coco")
+    assert options_of("count_flops", "--k", "80,160").k == (80, 160)
+    assert options_of("demo", "--output", "a,b", "--weights", "c,d").output == "a,b"
     assert options_of("demo", "weights=null").weights is None
     assert options_of("demo", "source='a b'").source == "a b"
     assert options_of("convert_weights", "a.pkl", "b.pth").output == "b.pth"
@@ -107,8 +112,10 @@ def test_switches(text: str) -> None:
         ("demo", "sorce=a.mp4", "unknown option 'sorce'; did you mean source?"),
         ("demo", "+sorce=a.mp4", "unknown option 'sorce'; did you mean source?"),
         ("demo", "--max-frame=3", "unknown option 'max_frame'; did you mean max_frames?"),
-        ("demo", "gate=row", "gate/row"),
-        ("demo", "gate/policy=top", "gate/policy/top"),
+        ("demo", "gate=row", "there is no gate/row; did you mean rows?"),
+        ("demo", "gate/policy=x", "there is no gate/policy/x; known: focus, fraction,"),
+        ("demo", "--conf=0.5", "unknown option 'conf'; known: "),
+        ("demo", "-o", "unknown option -o; options are --name value"),
         ("demo", "source.x=1", "unknown option source.x; source holds no further options"),
         ("demo", "~source", "give source as well"),
         ("train_net", "mix=[{", "mix must be a list, each a group of options"),
@@ -180,6 +187,12 @@ def test_help_and_unknown_commands(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     printed = capsys.readouterr().out
     assert "max_frames: null" in printed and "Detect in videos" in printed
     assert "eventful-det detect source=clip.mp4" in printed and "python tools/" not in printed
+    assert "- gate: rows" in printed and "hydra" not in printed and "_self_" not in printed
+    for tool in command_line.COMMANDS.values():
+        assert "hydra" not in command_line._listed(tool)
+    monkeypatch.setattr("sys.argv", ["eventful-det", "--version"])
+    command_line.console_command()
+    assert capsys.readouterr().out == f"eventful_det {eventful_det.__version__}\n"
     monkeypatch.setattr("sys.argv", ["eventful-det", "detct"])
     with pytest.raises(SystemExit):
         command_line.console_command()
