@@ -60,8 +60,8 @@ class _Closed(io.StringIO):
 def test_printing_decides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "[not/markup]"
     for script, arguments in (
-        ("make_synthetic_vid.py", ["--output", str(root), *SMALL]),
-        ("prepare_imagenet_vid.py", [str(root)]),
+        ("make_synthetic_vid.py", ["--output", str(root), "--workers", "1", *SMALL]),
+        ("prepare_imagenet_vid.py", [str(root), "--workers", "1"]),
     ):
         monkeypatch.setattr(sys, "stdout", _Closed())
         assert script_main(script)(arguments) == 0
