@@ -3,59 +3,75 @@
 from __future__ import annotations
 
 import importlib
-import multiprocessing
+import io
+import logging
 import os
 import runpy
+import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-_FORKS = multiprocessing.get_context("forkserver")  # its server imports what is large once, for all runs
-_OURS = ["eventful_det.detectors.checkpoints.files", "eventful_det.evaluation.sweep"]
-_FORKS.set_forkserver_preload(["hydra", "matplotlib.figure", "rich.progress", *_OURS])
-
-
 def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run `python command...` in the repository and return what it printed; with `check`, it has to succeed."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        printed = [str(Path(folder, name)) for name in ("out", "err")]
-        process = _FORKS.Process(target=_run_here, args=(command, *printed))
-        process.start()
-        process.join(300)
-        process.kill()
-        process.join()
-        done = subprocess.CompletedProcess(command, process.exitcode or 0, *(Path(p).read_text() for p in printed))
+    """Run `python command...` in the repository and return what it printed; with `check`, it has to succeed.
+
+    Scripts run in this process, which has imported already what they need. Modules (`-m`) get one of their own.
+    """
+    done = _in_a_process(command) if command[0] == "-m" else _run_here(command)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
 
-def _run_here(command: tuple[str, ...], out: str, err: str) -> None:
-    """Become `python command...`, with its output in files."""
-    for stream, path in ((sys.stdout, out), (sys.stderr, err)):
-        stream.flush()
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
-    os.environ.update(ENVIRONMENT)
-    os.chdir(ROOT)
-    module = command[0] == "-m"
-    sys.argv = list(command[module:])
-    try:
-        if module:
-            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.path.insert(0, str((ROOT / command[0]).parent))
+def _in_a_process(command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+
+
+def _run_here(command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    status: int | str | None = 0
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err, _as_it_was():
+        told = logging.StreamHandler(err)  # as without a handler, which pytest has
+        told.setLevel(logging.WARNING)
+        logging.getLogger().addHandler(told)
+        sys.argv[:] = command
+        sys.path.insert(0, str((ROOT / command[0]).parent))
+        os.chdir(ROOT)
+        torch.set_num_threads(1)
+        try:
             runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+    assert status is None or isinstance(status, int)
+    return subprocess.CompletedProcess(command, status or 0, out.getvalue(), err.getvalue())
+
+
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    """What a script changes in its process, as it was before."""
+    folder, arguments, paths, threads = os.getcwd(), list(sys.argv), list(sys.path), torch.get_num_threads()
+    stops = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    root, handlers = logging.getLogger(), list(logging.getLogger().handlers)
+    try:
+        with torch.random.fork_rng():
+            yield
     finally:
-        sys.stdout.flush()
+        for number, stop in stops.items():
+            signal.signal(number, stop)
+        root.handlers[:] = handlers
+        torch.set_num_threads(threads)
+        sys.argv[:], sys.path[:] = arguments, paths
+        os.chdir(folder)
 
 
 def options_of(name: str, *arguments: str) -> Any:

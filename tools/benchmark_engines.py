@@ -139,35 +139,23 @@ def stream_of(detector: VideoDetector[Any], rule: AnyRule, images: Sequence[Imag
 
 def cnn_steps(path: Path, config: Options, precision: Arithmetic) -> dict[str, Step]:
     """A network of the user's in ONNX, on inputs of its own size, without what follows it."""
-    steps: dict[str, Step] = {}
-    ort = import_package("onnxruntime")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    (entry,) = session.get_inputs()
+    engines: dict[EngineName, type[OpenVINO] | type[ONNXRuntime]] = {"onnxruntime": ONNXRuntime, "openvino": OpenVINO}
+    providers = ["CPUExecutionProvider"]
+    (entry,) = import_package("onnxruntime").InferenceSession(str(path), providers=providers).get_inputs()
     if not all(isinstance(side, int) for side in entry.shape):
         raise UserError(f"onnx={path} has an input of shape {entry.shape}; give a network of a fixed size")
-    image = torch.rand(*entry.shape, generator=torch.Generator().manual_seed(config.seed)).numpy()
-
-    def by_onnxruntime(_: Tensor) -> tuple[float, int]:
-        session.run(None, {entry.name: image})
-        return 0.0, 0
-
-    if "onnxruntime" in (config.engine or ()) and precision == "float32":
-        steps[f"{path.stem} onnxruntime"] = by_onnxruntime
-    if "openvino" in (config.engine or ()) and precision != "int8":
-        hints = {
-            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        request = import_package("openvino").Core().compile_model(str(path), "CPU", hints).create_infer_request()
-        steps[f"{path.stem} openvino"] = partial(_infer, request, image)
+    image = torch.rand(*entry.shape, generator=torch.Generator().manual_seed(config.seed))
+    steps: dict[str, Step] = {}
+    for engine, kind in engines.items():
+        if engine in (config.engine or ()) and precision in _KNOWN[engine] and precision != "int8":
+            backend = kind(path.parent, precision, torch.get_num_threads())
+            backend.suffix = path.suffix
+            steps[f"{path.stem} {engine}"] = partial(_run_cnn, backend, path.stem, image)
     return steps
 
 
-def _infer(request: Any, image: Any, _: Tensor) -> tuple[float, int]:
-    request.infer([image], share_inputs=True, share_outputs=True)
+def _run_cnn(backend: Backend, name: str, image: Tensor, _: Tensor) -> tuple[float, int]:
+    backend.run(name, image)
     return 0.0, 0
 
 

@@ -58,10 +58,12 @@ class Backend(ABC):
     Attributes:
         name: of the engine.
         precision: in which it computes.
+        suffix: of the files that it reads.
         dtype: in which it remembers keys, values and maps. It takes these inputs and gives them; others are float32.
     """
 
     name: str
+    suffix: str
     dtype = torch.float32
 
     def __init__(self, precision: Precision, threads: int | None) -> None:
@@ -91,7 +93,7 @@ class Backend(ABC):
 class OpenVINO(Backend):
     """OpenVINO's CPU plugin."""
 
-    name = "openvino"
+    name, suffix = "openvino", SUFFIX["openvino"]
 
     def __init__(self, folder: Path, precision: Precision = "float32", threads: int | None = None) -> None:
         super().__init__(precision, threads)
@@ -102,7 +104,7 @@ class OpenVINO(Backend):
 
     def _compile(self, name: str, inputs: Sequence[Tensor]) -> Run:
         if name not in self._models:
-            self._models[name] = self._core.read_model(self._folder / f"{name}.xml")
+            self._models[name] = self._core.read_model(self._folder / f"{name}{self.suffix}")
         model = self._models[name].clone()
         model.reshape({i: list(tensor.shape) for i, tensor in enumerate(inputs)})
         if self.dtype == torch.bfloat16:
@@ -151,7 +153,7 @@ def _read(result: Any) -> Tensor:
 class ONNXRuntime(Backend):
     """ONNX Runtime's CPU provider, in float32."""
 
-    name = "onnxruntime"
+    name, suffix = "onnxruntime", SUFFIX["onnx"]
 
     def __init__(self, folder: Path, precision: Precision = "float32", threads: int | None = None) -> None:
         if precision != "float32":
@@ -165,7 +167,7 @@ class ONNXRuntime(Backend):
             options = self._ort.SessionOptions()
             options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
             options.log_severity_level = 3
-            path, providers = self._folder / f"{name}.onnx", ["CPUExecutionProvider"]
+            path, providers = self._folder / f"{name}{self.suffix}", ["CPUExecutionProvider"]
             self._sessions[name] = self._ort.InferenceSession(str(path), options, providers=providers)
         session = self._sessions[name]
         names = [entry.name for entry in session.get_inputs()]

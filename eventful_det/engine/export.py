@@ -109,7 +109,7 @@ def _write(
 ) -> None:
     with torch.no_grad():
         for graph in graphs_of(network, size):
-            write = _write_openvino if format == "openvino" else _write_onnx
+            write = write_openvino if format == "openvino" else write_onnx
             write(graph, folder / f"{graph.name}{SUFFIX[format]}")
     if frames is not None and not isinstance(network, Recogniser):
         recorder = _Recorder(folder)
@@ -186,7 +186,8 @@ def _checked(detector: Network, size: tuple[int, int]) -> tuple[int, int]:
     return size
 
 
-def _write_openvino(graph: Graph, path: Path) -> None:
+def write_openvino(graph: Graph, path: Path) -> None:
+    """Write a graph for OpenVINO."""
     ov: Any = import_package("openvino")
     shapes = [
         [-1 if i in free else n for i, n in enumerate(x.shape)]
@@ -197,7 +198,8 @@ def _write_openvino(graph: Graph, path: Path) -> None:
         ov.save_model(model, path, compress_to_fp16=False)
 
 
-def _write_onnx(graph: Graph, path: Path) -> None:
+def write_onnx(graph: Graph, path: Path) -> None:
+    """Write a graph for ONNX Runtime."""
     import_package("onnx")
     names = [f"input{i}" for i in range(len(graph.example))]
     axes = {name: {i: f"{name}_{i}" for i in free} for name, free in zip(names, graph.free, strict=True) if free}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from benchmark_cases import Case
-from benchmark_engines import compare, markdown
+from benchmark_engines import cnn_steps, compare, markdown
 from running import options_of
 from videos import encode
 
 from eventful_det.benchmark.timing import Call, Timed
+from eventful_det.engine.backends import Graph
+from eventful_det.engine.export import write_onnx
 from eventful_det.errors import UserError
 from eventful_det.options import from_values
 
@@ -86,6 +89,21 @@ def test_with_hold_streams_are_timed_some_frames_at_a_time(tmp_path: Path) -> No
     assert list(rows) == ["torch dense", "torch dense, hold 2", "torch gated", "torch gated, hold 2"]
     assert rows["torch dense, hold 2"]["gmacs"] == pytest.approx(rows["torch dense"]["gmacs"] / 2)
     assert rows["torch dense"]["against"] == "torch dense"
+
+
+def test_a_network_of_the_users_runs_in_the_engines_that_know_the_precision(tmp_path: Path) -> None:
+    for package in ("onnx", "onnxruntime", "openvino"):
+        pytest.importorskip(package)
+    network = Graph("my.net", torch.nn.Conv2d(3, 2, 3), (torch.zeros(1, 3, 8, 8),), ((),))
+    write_onnx(network, tmp_path / "my.net.onnx")
+    options = options_of("benchmark", "engine=[openvino,onnxruntime]", "threads=1")
+    for precision, names in (("float32", {"onnxruntime", "openvino"}), ("bfloat16", {"openvino"}), ("int8", set())):
+        steps = cnn_steps(tmp_path / "my.net.onnx", options, precision)
+        assert set(steps) == {f"my.net {name}" for name in names}
+        assert all(step(torch.zeros(0)) == (0.0, 0) for step in steps.values())
+    write_onnx(dataclasses.replace(network, free=((0,),)), tmp_path / "any.onnx")
+    with pytest.raises(UserError, match="give a network of a fixed size"):
+        cnn_steps(tmp_path / "any.onnx", options, "float32")
 
 
 def test_steps_of_a_recogniser(tmp_path: Path) -> None:
