@@ -51,6 +51,7 @@ def test_some_of_the_detections() -> None:
 
 def test_a_result_prints_without_its_pixels() -> None:
     text = repr(result(FOUND))
+    assert str(result(FOUND)) == "frame 4: dog 0.90; 0.00 of 0.00 GMACs"
     assert "frame_index=4" in text and "scores" in text and "uint8" not in text and "work" not in text
 
 

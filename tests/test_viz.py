@@ -12,7 +12,17 @@ import torch
 from matplotlib.figure import Figure
 
 from eventful_det.detectors.results import Detections, FrameCost
-from eventful_det.gating.selector import EVERYTHING, Budget, Gmacs, RandomK, Selector, Threshold, TopFraction, TopK
+from eventful_det.gating.selector import (
+    DEFAULT,
+    EVERYTHING,
+    Budget,
+    Gmacs,
+    RandomK,
+    Selector,
+    Threshold,
+    TopFraction,
+    TopK,
+)
 from eventful_det.runtime.session import StreamResult
 from eventful_det.viz import (
     Caption,
@@ -152,7 +162,9 @@ def test_header_tells_age_and_budget() -> None:
 @pytest.mark.parametrize(
     ("budget", "text"),
     [
-        (None, "focus, threshold 2, 35% of tokens"),
+        (None, "default, up to 35% of tokens"),
+        (DEFAULT, "default, up to 35% of tokens"),
+        (DEFAULT.within(96), "focus, threshold 2, 96 tokens"),
         (96, "96 tokens"),
         (0.25, "25% of tokens"),
         (Gmacs(40), "40GMACs"),

@@ -221,7 +221,8 @@ def choose_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name} cannot be used here ({str(error).splitlines()[0]}); try device=cpu") from error
+        why = "there is no such kind" if "device string" in str(error) else str(error).splitlines()[0]
+        raise UserError(f"device={name} cannot be used here ({why}); try device=cpu") from error
 
 
 def open_detector(

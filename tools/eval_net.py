@@ -169,7 +169,7 @@ def evaluate_sweep(config: Options, detector: AnyDetector, data: CocoVideo, dire
         report.write_csv(rows, part)
     write_json(directory / "sweep.json", rows)
     write_text(directory / "sweep.md", report.markdown(rows))
-    title = f"Average precision against cost: {rows[0].videos} videos, {rows[0].frames} frames"
+    title = f"Average precision against cost (videos: {rows[0].videos}, frames: {rows[0].frames})"
     for suffix in ("png", "pdf"):
         with written_whole(directory / f"sweep.{suffix}") as part:
             report.plot(rows, part, title)

@@ -223,8 +223,9 @@ def ask(config: Options, data: CocoVideo, labels: np.ndarray, views: Views, outp
 
 def run(config: Options) -> None:
     """Label, then write the results."""
-    if config.source is None or config.teacher is None:
-        raise UserError("give source=PICTURES_OR_VIDEO and teacher=MODEL.onnx")
+    missing = {"source=PICTURES_OR_VIDEO": config.source, "teacher=MODEL.onnx": config.teacher}
+    if None in missing.values():
+        raise UserError(f"give {' and '.join(option for option, value in missing.items() if value is None)}")
     with owned(Path(config.output)):
         label(config, Path(config.output))
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -167,10 +168,20 @@ class NetworkStepper(Generic[S, T, R]):
             self.clock.observe(load, sum(cost.latency for cost in costs), whole)
 
 
-class Budgeted:
-    """What has a stepper, whose budget may be set between any two steps."""
+class Budgeted(ABC):
+    """What has a stepper, whose budget may be set between any two steps; `with` closes it in the end."""
 
     _stepper: NetworkStepper[Any, Any, Any]
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the sources; iteration ends."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def budget(self) -> Budget | Selector:

@@ -80,6 +80,14 @@ class StreamResult(Result):
     drift: Drift | None = None
     zones: tuple[tuple[str, ...], ...] | None = None
 
+    def __str__(self) -> str:
+        """In one line: the detections with a score of 0.5 or more, and the cost."""
+        sure = self.detections[self.detections.scores >= 0.5]
+        found = zip(sure.labels.tolist(), sure.scores.tolist(), strict=True)
+        names = ", ".join(f"{self.names[label]} {score:.2f}" for label, score in found) or "nothing"
+        cost = f"{self.cost.total / 1e9:.2f} of {self.cost.dense_total / 1e9:.2f} GMACs"
+        return f"{self.stream} frame {self.frame_index}: {names}; {cost}".strip()
+
 
 @dataclass(frozen=True)
 class KeyFrame:

@@ -54,11 +54,11 @@ def ink_on(ground: Colour) -> Colour:
 
 def budget_text(budget: Budget | Selector) -> str:
     """A budget or selector in a few words."""
+    if budget is None or budget == DEFAULT:
+        return f"default, up to {budget_text(DEFAULT.budget)}"
     if isinstance(budget, Selector):
         limit = "" if budget.budget is None else f", {budget_text(budget.budget)}"
         return f"{_policy_text(budget.policy)}{limit}"
-    if budget is None:
-        return budget_text(DEFAULT)
     if isinstance(budget, float):
         return f"{budget:.0%} of tokens"
     return f"{budget} tokens" if isinstance(budget, int) else str(budget)

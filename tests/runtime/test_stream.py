@@ -47,6 +47,12 @@ def equal(a: StreamResult, b: StreamResult) -> bool:
     return all(torch.equal(x, y) for x, y in pairs) and torch.equal(a.work, b.work)
 
 
+def test_a_stream_is_closed_at_the_end_of_with(tiny_detector: Detector, frames: list[Image]) -> None:
+    with tiny_detector.stream(frames) as stream:
+        assert next(stream).frame_index == 0
+    assert list(stream) == []
+
+
 def test_frames_are_pulled_one_by_one(tiny_detector: Detector, frames: list[Image]) -> None:
     pulled = 0
 

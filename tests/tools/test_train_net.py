@@ -111,7 +111,7 @@ def test_shipped_weights_start_classes_of_ones_own(tree: Path, tmp_path: Path) -
     [
         ("data.root=nowhere", "cannot read the data set"),
         ("model.init=nothing.safetensors", "no backbone weights"),
-        ("device=tpu", "cannot be used here"),
+        ("device=tpu", "cannot be used here (there is no such kind); try device=cpu"),
         ("+model.headz=3", "unknown option"),
         ("experiment=eventful_finetune start=null", "has the classes"),  # the shipped default knows others
         ("+data.emphasis.rabbit=2", "emphasis: no class rabbit"),

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -87,8 +87,7 @@ def plot(rows: Sequence[Row], path: Path, title: str = "") -> None:
 
     figure = Figure(figsize=(13.5, 5.4), dpi=160, layout="constrained")
     curves = list(dict.fromkeys(row.curve for row in rows if row.curve != DENSE))
-    colours, markers = itertools.cycle(_COLOURS), itertools.cycle(_MARKERS)
-    styles = {curve: (next(colours), next(markers)) for curve in curves}
+    styles = dict(zip(curves, zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), _dashes()), strict=False))
     dense = next((row for row in rows if row.curve == DENSE), None)
     labelled = any(math.isfinite(row.ap50) for row in rows)
     precision = attrgetter("ap50" if labelled else "agreement50")
@@ -97,10 +96,12 @@ def plot(rows: Sequence[Row], path: Path, title: str = "") -> None:
         _frame(axes, _PANELS[panel])
         if dense is not None:
             _draw_dense(axes, 100 * precision(dense), _costs(dense, dense)[panel])
-        for curve, (colour, marker) in styles.items():
+        for curve, (colour, marker, dash) in styles.items():
             points = sorted((row for row in rows if row.curve == curve), key=lambda row: row.gmacs_total)
             x, y = [_costs(row, dense)[panel] for row in points], [100 * precision(row) for row in points]
-            axes.plot(x, y, color=colour, marker=marker, label=curve.replace("_", " "), zorder=4, **_LINE)
+            alone = len(points) == 1  # is seen on top of curves that pass through it
+            style = {"color": colour, "marker": marker, "linestyle": dash, "zorder": 4 + alone, **_LINE}
+            axes.plot(x, y, label=curve.replace("_", " "), **style)
         axes.set_xlim(left=0)
     if dense is not None:
         panels[0].set_ylim(bottom=max(panels[0].get_ylim()[0], 100 * (precision(dense) - _DEPTH)))
@@ -110,6 +111,11 @@ def plot(rows: Sequence[Row], path: Path, title: str = "") -> None:
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     with rc_context({"pdf.fonttype": 42}):  # text that journals accept and editors can edit
         figure.savefig(path)
+
+
+def _dashes() -> Iterator[str]:
+    """Lines of curves: solid while their colours are new, dashed from the first that comes again."""
+    return itertools.chain(["-"] * len(_COLOURS), itertools.repeat("--"))
 
 
 def _costs(row: Row, dense: Row | None) -> tuple[float, float, float]:

@@ -275,12 +275,6 @@ class StreamPool(Budgeted, Iterator[list[R]], Generic[R]):
         for name in self.names:
             self._leave(name)
 
-    def __enter__(self) -> StreamPool[R]:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _missing(self, name: str) -> str:
         return f"no stream {name!r} in the pool; there are: {', '.join(self.names) or 'none'}"
 
