@@ -203,11 +203,11 @@ class Run:
             raise UserError(f"{self.source.name}: too short; a step takes two or more frames of one scene")
         self._dense_seconds = self.time_dense(first)
         outputs = self.make_outputs()
-        began, stopped = time.perf_counter(), None
+        began, stopped = time.perf_counter() - first.cost.latency, None  # the first frame counts as well
         try:
             with uninterrupted():
                 outputs.open()
-            self._carry(itertools.chain([first], self._results), outputs)
+            self._carry(itertools.chain([first], self._results), outputs, began)
         except BaseException as error:
             stopped = error
         seconds, source = time.perf_counter() - began, self.source
@@ -236,11 +236,11 @@ class Run:
         exports = dict.fromkeys(as_list(options.format), info)
         return Outputs(self.directory, fps, show=options.show, width=options.width, exports=exports)
 
-    def _carry(self, results: Iterator[Any], outputs: Outputs) -> None:
+    def _carry(self, results: Iterator[Any], outputs: Outputs, began: float) -> None:
         """Take every frame to the files, and show how far they are."""
         total = min((n for n in (self.source.frames, self.options.max_frames) if n), default=None)
         with progress_bar() as progress:
-            task, began = progress.add_task("", total=total), time.perf_counter()
+            task = progress.add_task("", total=total)
             for count, result in enumerate(results, start=1):
                 budget = "dense" if self.stream.rule == Dense() else budget_text(self.stream.budget)
                 outputs.write(result, Caption(budget, self._dense_seconds))
@@ -311,8 +311,9 @@ def print_summary(results: dict[str, Any]) -> None:
     """What was found out, and where it is."""
     gmacs, dense, share = (results[k]["total"] for k in ("gmacs_per_frame", "dense_gmacs_per_frame", "share_of_dense"))
     say(
-        f"{results['frames']} frames, {gmacs:.2f} GMACs each: {share:.0%} of dense ({dense:.2f}); "
-        f"median {results['latency_ms']['median']:.0f} ms, dense {results['dense_latency_ms']:.0f}; "
+        f"{results['frames']} frame{'s' * (results['frames'] != 1)}, {gmacs:.2f} GMACs each: {share:.0%} of dense "
+        f"({dense:.2f}); {results['latency_ms']['median']:.0f} ms where the network runs, in the median, "
+        f"dense {results['dense_latency_ms']:.0f}; "
         f"{results['frames_per_second']:.1f} frames/s with decoding, drawing and encoding, "
         f"{results['detector_frames_per_second']:.1f} the detector alone"
     )
