@@ -8,12 +8,13 @@ import dataclasses
 import json
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from common import say
 from numpy.typing import NDArray
@@ -28,12 +29,15 @@ from eventful_det.outputs import as_json, reporting
 from eventful_det.viz import Caption, annotate, cost_row, plot_cost
 from eventful_det.viz.actions import annotate_action
 
+VIDEOS = ("annotated.mp4", "annotated.jpg")  # of a video, of a single picture
 HISTORY = 100  # frames in the strip charts
 _WAITING = 3  # frames that may wait to be written
 
 
 class Outputs:
     """Writes annotated.mp4, detections.jsonl (`lines`), cost.csv, cost.png and results.json into a folder.
+
+    Of a single picture the first is annotated.jpg.
 
     Until the run is over they are called annotated.part.mp4 and so on; then they replace those of an earlier run. A
     thread draws and writes; it goes on where the caller is interrupted. `open` comes first.
@@ -42,6 +46,7 @@ class Outputs:
         directory: made if it does not exist; it belongs to this run, see `owned`.
         fps: frames per second of the video, for frames without a time.
         show, width: of the pictures; see `annotate`.
+        still: the source is a single picture.
         exports: formats of `EXPORTS` to write the detections in as well, and what they have to know of the video.
     """
 
@@ -54,11 +59,13 @@ class Outputs:
         *,
         show: float,
         width: int,
+        still: bool = False,
         exports: Mapping[str, VideoInfo] | None = None,
     ) -> None:
         self.directory, self.fps, self.show, self.width = directory, fps, show, width
-        self._exports = dict(exports or {})
+        self._still, self._exports = still, dict(exports or {})
         self.frames = 0
+        self._found: dict[str, list[int]] = {}  # of each class: frames that show it, most at once
         self._history: deque[FrameCost] = deque(maxlen=HISTORY)
         self._results: deque[Any] = deque(maxlen=HISTORY)  # of actions
         self._work: Any = None  # of the last key frame
@@ -82,8 +89,9 @@ class Outputs:
             # Line by line: complete whatever ends the run.
             self._lines = self._open_files.enter_context(self._lines_path.open("w", buffering=1, encoding="utf-8"))
             self._table = self._open_files.enter_context(self._table_path.open("w", buffering=1, newline=""))
-            self._video = VideoWriter(self._video_path, self.fps)
-            self._open_files.callback(self._video.close)
+            if not self._still:
+                self._video = VideoWriter(self._video_path, self.fps)
+                self._open_files.callback(self._video.close)
 
     def write(self, result: Any, caption: Caption) -> None:
         """Append a frame to every file, soon.
@@ -118,7 +126,8 @@ class Outputs:
             self.discard()
             raise
         names = [name for name in self._names if _part(self.directory / name).exists()]
-        return {**sum_up(columns), "files": [str(self.directory / name) for name in names]}
+        found = {name: {"frames": frames, "most": most} for name, (frames, most) in self._found.items()}
+        return {"found": found, **sum_up(columns), "files": [str(self.directory / name) for name in names]}
 
     def _plot(self, columns: dict[str, NDArray[np.float64]]) -> None:
         try:
@@ -143,7 +152,7 @@ class Outputs:
         try:
             with written_whole(self.directory / "results.json") as part:
                 part.write_text(json.dumps(as_json(results), indent=1) + "\n", encoding="utf-8")
-                for name, _ in EXPORTS.values():
+                for name in (*VIDEOS, *(name for name, _ in EXPORTS.values())):
                     _remove(self.directory / name)
                 for name in self._names:
                     if _part(self.directory / name).exists():
@@ -161,7 +170,8 @@ class Outputs:
 
     @property
     def _names(self) -> tuple[str, ...]:
-        return "annotated.mp4", self.lines, "cost.csv", "cost.png", *(EXPORTS[kind][0] for kind in self._exports)
+        exports = (EXPORTS[kind][0] for kind in self._exports)
+        return VIDEOS[self._still], self.lines, "cost.csv", "cost.png", *exports
 
     def picture(self, result: Any, caption: Caption) -> NDArray[np.uint8]:
         """What the video shows of a frame; of held ones, the tokens of the key frame before."""
@@ -170,9 +180,17 @@ class Outputs:
         self._work = result.work
         return annotate(result, self._history, self.show, caption=caption, width=self.width)
 
-    def record(self, result: Any) -> dict[str, Any]:
-        """What the lines tell of a frame."""
-        return to_record(result)
+    def shown(self, result: Any) -> list[str]:
+        """The class of each object that is drawn."""
+        detections = result.detections
+        return [result.names[label] for label in detections.labels[detections.scores >= self.show].tolist()]
+
+    def _draw(self, picture: NDArray[np.uint8], timestamp: float | None) -> None:
+        if self._still:
+            with reporting(self._video_path):
+                self._video_path.write_bytes(cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes())
+        else:
+            self._video.write(picture, timestamp)
 
     def _write(self, result: Any, caption: Caption) -> None:
         if self._error is not None:
@@ -181,9 +199,12 @@ class Outputs:
             self._history.append(result.cost)
             picture = self.picture(result, caption)
             row = {"frame": result.frame_index, **cost_row(result.cost), "held": int(result.held)}
-            self._video.write(picture, result.timestamp)
+            self._draw(picture, result.timestamp)
+            for name, count in Counter(self.shown(result)).items():
+                frames, most = self._found.get(name, (0, 0))
+                self._found[name] = [frames + 1, max(most, count)]
             with reporting(self.directory / self.lines):
-                self._lines.write(json.dumps(self.record(result)) + "\n")
+                self._lines.write(json.dumps(to_record(result)) + "\n")
             with reporting(self.directory / "cost.csv"):
                 if self._rows is None:
                     self._rows = csv.DictWriter(self._table, list(row))
@@ -205,9 +226,9 @@ class ActionOutputs(Outputs):
         self._results.append(result)
         return annotate_action(result, list(self._results), self._history, caption=caption, width=self.width)
 
-    def record(self, result: Any) -> dict[str, Any]:
-        """See `Outputs`."""
-        return to_record(result)
+    def shown(self, result: Any) -> list[str]:
+        """None: actions have no boxes."""
+        return []
 
 
 def _part(path: Path) -> Path:

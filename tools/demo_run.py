@@ -234,7 +234,8 @@ class Run:
         options = self.options
         info = VideoInfo(self.source.name, self.detector.names, fps, options.show)
         exports = dict.fromkeys(as_list(options.format), info)
-        return Outputs(self.directory, fps, show=options.show, width=options.width, exports=exports)
+        still = self.source.frames == 1 and self.source.fps is None  # no clock: a picture
+        return Outputs(self.directory, fps, show=options.show, width=options.width, still=still, exports=exports)
 
     def _carry(self, results: Iterator[Any], outputs: Outputs, began: float) -> None:
         """Take every frame to the files, and show how far they are."""
@@ -309,6 +310,8 @@ def _ending(stopped: BaseException | None) -> str | None:
 
 def print_summary(results: dict[str, Any]) -> None:
     """What was found out, and where it is."""
+    for name, one in sorted(results["found"].items(), key=lambda item: -item[1]["frames"]):
+        say(f"{name}: on {one['frames']} of {results['frames']} frames, at most {one['most']} at once")
     gmacs, dense, share = (results[k]["total"] for k in ("gmacs_per_frame", "dense_gmacs_per_frame", "share_of_dense"))
     say(
         f"{results['frames']} frame{'s' * (results['frames'] != 1)}, {gmacs:.2f} GMACs each: {share:.0%} of dense "

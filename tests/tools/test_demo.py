@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import itertools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import cv2
 import demo
 import demo_files
 import demo_run
@@ -91,7 +93,13 @@ def test_complete_run_and_failed_start(weights: str, tmp_path: Path) -> None:
     assert results["drift"]["frames"] == 2 and results["drift"]["dense_ms"] > 0
     assert "agreement with dense on 2 frames" in stdout
     assert 0 <= results["drift"]["agreement_f1"] <= 1 and results["drift"]["times_faster"] > 0
-    line = json.loads((output / "detections.jsonl").read_text().splitlines()[1])
+    lines = [json.loads(line) for line in (output / "detections.jsonl").read_text().splitlines()]
+    shown = [[d["name"] for d in line["detections"] if d["score"] >= 0.2] for line in lines]
+    assert results["found"] == {
+        name: {"frames": sum(name in one for one in shown), "most": max(one.count(name) for one in shown)}
+        for name in set(itertools.chain(*shown))
+    }
+    line = lines[1]
     assert line["size"] == {"height": 256, "width": 384} and line["timestamp"] == 0.04
     assert line["detections"] and set(line["detections"][0]) == {"box", "score", "label", "name", "track_id"}
     assert all(0 <= x <= 384 and 0 <= y <= 256 for d in line["detections"] for x, y in (d["box"][:2], d["box"][2:]))
@@ -103,6 +111,15 @@ def test_complete_run_and_failed_start(weights: str, tmp_path: Path) -> None:
     assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
     assert failed.stderr.startswith("error: no such file or folder: 'missing.mp4'")
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_a_single_picture_gives_a_picture(weights: str, tmp_path: Path, images: list[Image]) -> None:
+    for name in ("a.png", "b.png"):
+        cv2.imwrite(str(tmp_path / name), images[0])
+    for source, made in (("a.png", "annotated.jpg"), ("*.png", "annotated.mp4")):
+        run("tools/demo.py", "device=cpu", weights, f"source={tmp_path / source}", f"output={tmp_path / 'out'}")
+        assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"annotated.mp4"} | {made}
+        assert made.endswith("mp4") or cv2.imread(str(tmp_path / "out" / made)).shape[1] >= 320
 
 
 def test_formats_of_other_programs(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
