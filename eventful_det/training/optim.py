@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.optim._param_groups import param_groups_layer_decay
@@ -55,7 +55,9 @@ def _groups(vit: nn.Module, weight_decay: float, layer_decay: float) -> list[dic
     return groups
 
 
-def learning_rate(step: int, steps: int, lr: float, warmup: int, schedule: str, milestones: Sequence[float]) -> float:
+def learning_rate(
+    step: int, steps: int, lr: float, warmup: int, schedule: Literal["cosine", "step"], milestones: Sequence[float]
+) -> float:
     """Learning rate of a step: linear warm-up, then a cosine to zero, or a tenth after each milestone.
 
     Args:
