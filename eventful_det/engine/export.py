@@ -22,7 +22,7 @@ from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.config import Side
 from eventful_det.detectors.vitdet.detector import DIVISOR, Detector, padded_size
 from eventful_det.engine.backends import SUFFIX, Backend, Format, Graph, OpenVINO, import_package
-from eventful_det.engine.folder import Manifest, Model, is_engine, write_manifest
+from eventful_det.engine.folder import MANIFEST, Manifest, Model, is_engine, write_manifest
 from eventful_det.engine.recogniser import CompiledRecogniser, recogniser_graphs
 from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig, rf_detr_graphs
 from eventful_det.engine.vitdet.detector import CompiledViTDet
@@ -84,6 +84,8 @@ def export_engine(
         raise UserError("int8 is for detectors in OpenVINO; leave precision and calibrate out")
     frames = None if calibrate is None else calibration_frames(calibrate)
     part = folder.with_name(f"{folder.name}.part")
+    if is_engine(part):
+        raise UserError(f"{part} is a whole engine, perhaps of an export that was ended; rename or remove it")
     with owned(part):
         if not _is_ours(part):
             raise UserError(f"{part} holds other files than an engine's; give another folder than {folder}")
@@ -92,11 +94,21 @@ def export_engine(
                 if left.name != LOCK:
                     left.unlink()
             _write(network, part, format, size, rule, frames)
-            shutil.rmtree(folder, ignore_errors=True)
-            (part / LOCK).unlink()
-            part.rename(folder)
-        finally:
+        except BaseException:
             shutil.rmtree(part, ignore_errors=True)
+            raise
+        _take_over(part, folder)
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _take_over(part: Path, folder: Path) -> None:
+    """Put an engine in the place of what a folder holds. The folder stays, since it may be a mount point."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
+    for path in sorted(part.iterdir(), key=lambda path: path.name == MANIFEST):  # which makes it whole, last
+        if path.name != LOCK:
+            shutil.move(path, folder / path.name)
 
 
 def _is_ours(folder: Path) -> bool:

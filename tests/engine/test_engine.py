@@ -313,6 +313,13 @@ def test_an_export_leaves_alone_what_is_not_its_own(folder: Path) -> None:
     export()
     assert [path.name for path in folder.parent.iterdir()] == ["engine"]
     load_engine(folder, warm_up=False)
+    place = folder.stat().st_ino
+    export()
+    assert folder.stat().st_ino == place, "the same folder, which may be a mount point"
+    shutil.copytree(folder, part)
+    with pytest.raises(UserError, match="engine.part is a whole engine"):
+        export()
+    load_engine(part, warm_up=False)
 
 
 def test_nothing_is_sent_home() -> None:

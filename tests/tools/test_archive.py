@@ -75,9 +75,9 @@ def test_a_worker_that_dies(tiny_detector: Detector, tmp_path: Path) -> None:
     killer = Killer(out / "a" / "detections.part.jsonl")
 
     def detect() -> subprocess.CompletedProcess[str]:
-        # In a process of its own: Ray ends the process it was used in, even afterwards, if it misses its cluster.
-        call = [sys.executable, "tools/demo.py", *options]
-        return subprocess.run(call, cwd=ROOT, env={**ENVIRONMENT, **slow_machine}, capture_output=True, text=True)
+        # In a session of its own: Ray ends the process it was used in, even afterwards, if it misses its cluster.
+        call, env = [sys.executable, "tools/demo.py", *options], {**ENVIRONMENT, **slow_machine}
+        return subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, start_new_session=True)
 
     done = detect()
     assert done.returncode == 2 and re.search(r"1 of 3 sources failed: \S*broken.mp4$", done.stderr.strip())
