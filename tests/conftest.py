@@ -18,7 +18,7 @@ from eventful_det.detectors.vitdet.detector import Detector
 # would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# As `import_package` does, before any `importorskip("openvino")`: statistics are sent from forks, of which workers die.
+# As `import_package` does, before any `importorskip("openvino")`: no statistics are sent from forks of a worker.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 

@@ -212,8 +212,8 @@ class Torch(Backend):
 def import_package(module: str) -> ModuleType:
     """A module that is needed only here.
 
-    OpenVINO and NNCF send statistics of their use to Intel, from forks of this process, which it does not always
-    survive. Nothing is sent from here: they do without the package that does it.
+    OpenVINO and NNCF send statistics of their use to Intel, from forks of this process. Nothing is sent from here: they
+    do without the package that does it.
 
     Raises:
         UserError: it is not installed.
