@@ -331,3 +331,18 @@ import_package("openvino").convert_model
 assert not [name for name in sys.modules if name.startswith("openvino_telemetry.")]
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_signals_are_handled_when_engines_are_gone(whole: Path) -> None:
+    code = """
+import gc, signal, sys
+from eventful_det import load_detector
+signal.signal(signal.SIGURG, lambda *_: print("handled"))
+engines = [load_detector(sys.argv[1]) for _ in range(2)]
+while engines:
+    del engines[0]
+    gc.collect()
+    signal.raise_signal(signal.SIGURG)
+"""
+    done = subprocess.run([sys.executable, "-c", code, whole], check=True, timeout=120, capture_output=True, text=True)
+    assert done.stdout == "handled\n" * 2
