@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
+
+if TYPE_CHECKING:
+    import openvino
 
 Format = Literal["openvino", "onnx"]
 Precision = Literal["float32", "bfloat16"]
@@ -226,7 +229,7 @@ def import_package(module: str) -> ModuleType:
 
 
 @cache
-def openvino_core() -> Any:
+def openvino_core() -> openvino.Core:
     """One for all engines of a process, which is never freed.
 
     Its CPU plugin gives the main thread a stack for signals. Two that are freed in the order in which they were made
