@@ -78,7 +78,8 @@ def parse_budget(value: object) -> Budget:
 class TokenBucket:
     """Budget that was not spent is kept, up to so many steps' worth, for a busy moment.
 
-    In any n steps in a row at most n allowances and the bucket's capacity are spent. It starts empty.
+    In any n steps in a row at most n allowances and the bucket's capacity are spent. It starts empty. Where even the
+    smallest step takes more than an allowance, the bucket can hold one such step, so that it is saved up for.
 
     Attributes:
         capacity: in allowances of one step.
@@ -92,9 +93,10 @@ class TokenBucket:
         """What may be spent on a step."""
         return allowance + self.level
 
-    def after(self, allowance: float, spent: float) -> TokenBucket:
-        """The bucket after a step."""
+    def after(self, allowance: float, spent: float, least: float = 0.0) -> TokenBucket:
+        """The bucket after a step; the smallest would have spent `least`."""
         most = max(self.capacity * allowance, self.level)  # a step of fewer streams takes nothing away
+        most = max(most, least) if least > allowance else most
         return dataclasses.replace(self, level=min(most, max(0.0, self.limit(allowance) - spent)))
 
 
