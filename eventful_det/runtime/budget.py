@@ -83,7 +83,7 @@ class TokenBucket:
 
     Attributes:
         capacity: in allowances of one step.
-        level: what is in it, in tokens or MACs.
+        level: what is in it, in tokens or MACs; below 0 where an engine recomputed more tokens than were selected.
     """
 
     capacity: float
@@ -93,11 +93,11 @@ class TokenBucket:
         """What may be spent on a step."""
         return allowance + self.level
 
-    def after(self, allowance: float, spent: float, least: float = 0.0) -> TokenBucket:
-        """The bucket after a step; the smallest would have spent `least`."""
+    def after(self, allowance: float, spent: float, least: float = 0.0, excess: float = 0.0) -> TokenBucket:
+        """The bucket after a step, `excess` of it unasked for; the smallest would have spent `least`."""
         most = max(self.capacity * allowance, self.level)  # a step of fewer streams takes nothing away
         most = max(most, least) if least > allowance else most
-        return dataclasses.replace(self, level=min(most, max(0.0, self.limit(allowance) - spent)))
+        return dataclasses.replace(self, level=min(most, max(min(self.level, -excess), self.limit(allowance) - spent)))
 
 
 def due_tokens(age: Tensor, max_age: int) -> Tensor:

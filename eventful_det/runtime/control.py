@@ -20,6 +20,7 @@ from torch import Tensor
 
 from eventful_det.detectors.protocol import AnyRule, CostModel, Network, S, T
 from eventful_det.detectors.results import StepResult
+from eventful_det.gating.paper import Paper
 from eventful_det.gating.selector import (
     DEFAULT,
     Budget,
@@ -212,14 +213,14 @@ class _Plan(Generic[S, T, R]):
         self.keys = [key for _, key in due]
         self.priced = isinstance(selector.budget, (Gmacs, Latency))
         self.shared = self.priced or selector.assured is not None
-        remembers = self.options.max_age > 0 or (self.shared and self.options.bucket > 0)
-        held = self.shared and any(session.auto for session in self.sessions)
         known = any(key.expected is not None for key in self.keys)
         own = any(session.options != StreamOptions() for session in self.sessions)
-        self.needed = self.priced or remembers or held or known or own
+        single = not isinstance(stepper.rule, Paper)  # which has many gates in a frame
+        self.needed = (self.shared and single) or self.options.max_age > 0 or known or own
         self.asked: list[int] = []  # places of the streams that the budget is for: all but those that are flushed
         self.allowance = 0.0  # in tokens or MACs
-        self.least = 0.0  # MACs of the smallest step that recomputes something
+        self.taken = 0  # tokens that were selected; engines round that up
+        self.least = 0.0  # tokens or MACs of the smallest step that recomputes something
         self.smallest = False  # such a step is taken, for want of seconds
 
     def __call__(self, gates: Sequence[GateInput]) -> Sequence[Tensor]:
@@ -244,7 +245,8 @@ class _Plan(Generic[S, T, R]):
             return self.bucket
         costs = [results[i].cost for i in self.asked]
         spent = sum(cost.total if self.priced else cost.recomputed for cost in costs)
-        return self.bucket.after(self.allowance, spent, self.least)
+        excess = 0.0 if self.priced else max(0.0, spent - self.taken)
+        return self.bucket.after(self.allowance, spent, self.least, excess)
 
     def remember(self, results: Sequence[T]) -> None:
         """How much the variable part of the detector took, and whether seconds can be held at all."""
@@ -278,6 +280,7 @@ class _Plan(Generic[S, T, R]):
             turn = waited.argsort(descending=True, stable=True)
             order = Merged(order.stream[turn], order.index[turn], order.streams)
             count = max(due, self._affordable(gates, order), self._least(gates))
+        self.taken = min(count, len(order.index))
         return order.take(count)
 
     def _affordable(self, gates: Sequence[GateInput], order: Merged) -> int:
@@ -285,7 +288,8 @@ class _Plan(Generic[S, T, R]):
         budget, tokens = self.selector.budget, sum(gate.tokens for gate in gates)
         if not isinstance(budget, Gmacs):
             assert not isinstance(budget, Latency)
-            self.allowance = float(tokens_allowed(budget, tokens))
+            self.allowance = budget * tokens if isinstance(budget, float) else float(tokens_allowed(budget, tokens))
+            self.least = 1.0
             return int(self.bucket.limit(self.allowance))
         totals = self._totals(gates, order)
         idle, self.least = float(totals[0]), float(totals[:2][-1])
