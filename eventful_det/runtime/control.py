@@ -45,6 +45,7 @@ _FLOOR = 1 / 32  # of the tokens may be recomputed however slow the machine is: 
 _KEY = cast(float, DEFAULT.budget)  # of the tokens a key frame may recompute, although frames are held to pay for it
 _LONGEST = 64.0  # frames from one key frame to the next, however small the budget is
 _LATE = 10  # of the smallest steps are too slow, and a budget in seconds is out of reach
+_NEVER = 2**30  # frames
 _LOG = logging.getLogger(__name__)
 _MEMORY = 0.7  # weight of what was known in a running mean
 
@@ -251,8 +252,9 @@ class _Plan(Generic[S, T, R]):
     def remember(self, results: Sequence[T]) -> None:
         """How much the variable part of the detector took, and whether seconds can be held at all."""
         taken, budget = sum(result.cost.latency for result in results), cast(Latency, self.selector.budget)
-        self.stepper.late += self.smallest and taken > budget.seconds
-        if self.smallest and self.stepper.late == _LATE:
+        late = self.smallest and taken > budget.seconds
+        self.stepper.late += late
+        if late and self.stepper.late == _LATE:
             message = "budget=%s is out of reach: the smallest step takes %.0f ms here; give more, or leave hold out"
             _LOG.warning(message, budget, 1e3 * taken)
         variable = self._costs.variable
@@ -273,8 +275,8 @@ class _Plan(Generic[S, T, R]):
         if isinstance(budget, Latency):
             return self._choose_in_time(gates, order, due, budget.seconds)
         count = max(due, self._affordable(gates, order), self._least(gates))
-        served = order.stream[:count].unique()
-        if count > due and len(served) < len(order.stream.unique()):  # too little for all: they take turns
+        streams = order.stream.unique()
+        if count > due and len(streams) > 1 and len(order.stream[:count].unique()) < len(streams):  # they take turns
             waited = torch.stack([_waited(gate) for gate in gates])[order.stream]
             waited[:due] = waited.max() + 1
             turn = waited.argsort(descending=True, stable=True)
@@ -344,7 +346,7 @@ class _Plan(Generic[S, T, R]):
 
 def _waited(gate: GateInput) -> Tensor:
     """For how many frames nothing of a stream was recomputed."""
-    return (gate.age if gate.ignored is None else gate.age[~gate.ignored]).min()
+    return (gate.age if gate.ignored is None else gate.age.masked_fill(gate.ignored, _NEVER)).min()
 
 
 def _grid(gate: GateInput) -> Grid:
