@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
 import cv2
@@ -23,11 +23,12 @@ AnyResult = StreamResult | RecognitionResult
 AnyPool = StreamPool[StreamResult] | StreamPool[RecognitionResult]
 Follower = Callable[[StreamResult], StreamResult]
 HISTORY = 160  # frames in a strip chart
+_KEPT = 2  # frames: where boxes are held, two are done within milliseconds, before anybody could fetch the first
 _LONGEST = 960  # side of the pictures that are sent, in pixels
 _QUALITY = 82  # of their JPEG
 
 
-@dataclass(frozen=True)
+@dataclass
 class LatestFrame:
     """One frame as viewers get it.
 
@@ -38,11 +39,16 @@ class LatestFrame:
 
     number: int
     result: AnyResult
+    _jpeg: bytes | None = None
+    _encoding: threading.Lock = field(default_factory=threading.Lock)
 
-    @cached_property
+    @property
     def jpeg(self) -> bytes:
-        """The frame without boxes; encoded when first asked for, so that frames nobody sees cost nothing."""
-        return encode_jpeg(self.result.image)
+        """The frame without boxes; encoded once, when first asked for: frames that nobody sees cost nothing."""
+        with self._encoding:
+            if self._jpeg is None:
+                self._jpeg = encode_jpeg(self.result.image)
+            return self._jpeg
 
 
 class CostSample(NamedTuple):
@@ -62,7 +68,7 @@ class StreamView:
         release: called when the stream is gone; may be called again.
         followers: work over the detections, one after the other: steadier scores, ids.
         error: why the server gave the stream up.
-        newest: the latest frame.
+        frames: the latest ones, oldest first.
         history: of the strip chart, oldest first.
     """
 
@@ -70,16 +76,21 @@ class StreamView:
     release: Callable[[], None]
     followers: Sequence[Follower] = ()
     error: str | None = None
-    newest: LatestFrame | None = None
+    frames: deque[LatestFrame] = field(default_factory=lambda: deque(maxlen=_KEPT))
     history: deque[CostSample] = field(default_factory=lambda: deque(maxlen=HISTORY))
+
+    @property
+    def newest(self) -> LatestFrame | None:
+        """The latest frame."""
+        return self.frames[-1] if self.frames else None
 
     def show(self, result: AnyResult) -> None:
         """Take in the next frame."""
         if isinstance(result, StreamResult):
             for follow in self.followers:
                 result = follow(result)
-        self.newest = LatestFrame(result.frame_index + 1, result)
-        self.history.append(CostSample(self.newest.number, time.monotonic(), result.cost))
+        self.frames.append(LatestFrame(result.frame_index + 1, result))
+        self.history.append(CostSample(result.frame_index + 1, time.monotonic(), result.cost))
 
 
 def encode_jpeg(image: NDArray[np.uint8]) -> bytes:
