@@ -12,6 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from eventful_det.data.video.transforms import resize
 from eventful_det.detectors.results import FrameCost
@@ -35,10 +36,13 @@ class LatestFrame:
     Attributes:
         number: of the frame in its stream, from 1.
         result: of the detector or recogniser.
+        work, flush: of the last frame that was not held, by which this one's boxes were found.
     """
 
     number: int
     result: AnyResult
+    work: Tensor
+    flush: bool
     _jpeg: bytes | None = None
     _encoding: threading.Lock = field(default_factory=threading.Lock)
 
@@ -89,8 +93,10 @@ class StreamView:
         if isinstance(result, StreamResult):
             for follow in self.followers:
                 result = follow(result)
-        self.frames.append(LatestFrame(result.frame_index + 1, result))
-        self.history.append(CostSample(result.frame_index + 1, time.monotonic(), result.cost))
+        number, last = result.frame_index + 1, self.newest
+        work, flush = (last.work, last.flush) if result.held and last else (result.work, result.cost.flush)
+        self.frames.append(LatestFrame(number, result, work, flush))
+        self.history.append(CostSample(number, time.monotonic(), result.cost))
 
 
 def encode_jpeg(image: NDArray[np.uint8]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
 import json
 import struct
@@ -15,12 +16,14 @@ import cv2
 import numpy as np
 import pytest
 import served
+import torch
 
 from eventful_det.data.video import VideoFrame, VideoSource
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.runtime.session import StreamResult
 from eventful_det.serving import views
 from eventful_det.serving.live import Notifier, show
+from eventful_det.serving.reports import message
 from eventful_det.serving.sources import OpenedSource
 
 
@@ -157,6 +160,17 @@ def test_a_frame_is_encoded_once_for_all_pages(stream: Stream, monkeypatch: pyte
 
     asyncio.run(stream.see(look, pages=4))
     assert len(encoded) == 2
+
+
+def test_a_held_frame_shows_the_tokens_that_its_boxes_come_from(stream: Stream) -> None:
+    """Or the picture would flash, as every second one has none."""
+    stream.view.show(stream.result)
+    stream.view.show(dataclasses.replace(stream.result, work=torch.zeros_like(stream.result.work), held=True))
+    first, second = (message("gate", frame, []) for frame in stream.view.frames)
+    for data in (first, second):
+        (length,) = struct.unpack(">I", data[:4])
+        about = json.loads(data[4 : 4 + length])
+        assert about["flush"] and set(base64.b64decode(about["work"]["share"])) == {255}
 
 
 class Camera(VideoSource):
