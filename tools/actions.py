@@ -84,6 +84,8 @@ def open_network(tool: str, options: NetworkOptions, sources: Sequence[str | Pat
     Raises:
         UserError: it cannot be loaded, or an option is not for it.
     """
+    if options.gate.get("rule") == "dense":
+        refuse(tool, options, ("budget",), "gate=dense recomputes everything; choose gate=rows or gate=paper")
     if not recognises(options.task, options.weights):
         return open_detector(options.weights, options.labels, options.device, sources, options.precision)
     refuse(tool, options, options.boxes, "for detectors; a recogniser of actions has no boxes")

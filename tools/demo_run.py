@@ -12,7 +12,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import actions
 import torch
-from command_line import refuse
 from common import (
     AnyDetector,
     Gate,
@@ -81,8 +80,6 @@ class Options(actions.NetworkOptions):
 
 def build(options: Options, sources: Sequence[str | Path]) -> AnyDetector | Recogniser:
     """The detector or recogniser that the options ask for."""
-    if options.gate.get("rule") == "dense":
-        refuse("demo", options, ("budget",), "gate=dense recomputes everything; choose gate=rows or gate=paper")
     network = actions.open_network("demo", options, sources)
     if options.classes is None or isinstance(network, Recogniser):
         return network

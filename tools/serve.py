@@ -214,8 +214,6 @@ def run(options: Options) -> None:
 def run_server(options: Options) -> None:
     """Load, listen and serve."""
     token, sources = token_of(options), as_list(options.source)
-    if options.gate.get("rule") == "dense":
-        refuse("serve", options, ("budget",), "gate=dense recomputes everything")
     if options.budget != "auto":
         parse_budget(options.budget)
     if options.track:
