@@ -21,7 +21,7 @@ from eventful_det.data.video.transforms import Image
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.config import Side
 from eventful_det.detectors.vitdet.detector import DIVISOR, Detector, padded_size
-from eventful_det.engine.backends import SUFFIX, Backend, Format, Graph, OpenVINO, import_package
+from eventful_det.engine.backends import SUFFIX, Backend, Format, Graph, OpenVINO, import_package, openvino_core
 from eventful_det.engine.folder import MANIFEST, Manifest, Model, is_engine, write_manifest
 from eventful_det.engine.recogniser import CompiledRecogniser, recogniser_graphs
 from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig, rf_detr_graphs
@@ -270,7 +270,7 @@ def _quantise(
     for rule in (None, Dense()):
         for _ in detector.stream(frames, rule=rule, scene_cuts=False, hold=1):
             pass
-    core = import_package("openvino").Core()
+    core = openvino_core()
     for name in _INT8:
         inputs = recorder.inputs[name]
         path = folder / f"{name}{SUFFIX['openvino']}"

@@ -78,11 +78,12 @@ def parse_budget(value: object) -> Budget:
 class TokenBucket:
     """Budget that was not spent is kept, up to so many steps' worth, for a busy moment.
 
-    In any n steps in a row at most n allowances and the bucket's capacity are spent. It starts empty.
+    In any n steps in a row at most n allowances and the bucket's capacity are spent. It starts empty. Where even the
+    smallest step takes more than an allowance, the bucket can hold one such step, so that it is saved up for.
 
     Attributes:
         capacity: in allowances of one step.
-        level: what is in it, in tokens or MACs.
+        level: what is in it, in tokens or MACs; below 0 where an engine recomputed more tokens than were selected.
     """
 
     capacity: float
@@ -92,10 +93,11 @@ class TokenBucket:
         """What may be spent on a step."""
         return allowance + self.level
 
-    def after(self, allowance: float, spent: float) -> TokenBucket:
-        """The bucket after a step."""
+    def after(self, allowance: float, spent: float, least: float = 0.0, excess: float = 0.0) -> TokenBucket:
+        """The bucket after a step, `excess` of it unasked for; the smallest would have spent `least`."""
         most = max(self.capacity * allowance, self.level)  # a step of fewer streams takes nothing away
-        return dataclasses.replace(self, level=min(most, max(0.0, self.limit(allowance) - spent)))
+        most = max(most, least) if least > allowance else most
+        return dataclasses.replace(self, level=min(most, max(min(self.level, -excess), self.limit(allowance) - spent)))
 
 
 def due_tokens(age: Tensor, max_age: int) -> Tensor:

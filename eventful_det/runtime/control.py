@@ -8,6 +8,7 @@ integrates an error, so nothing winds up while a budget is out of reach or not n
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from eventful_det.detectors.protocol import AnyRule, CostModel, Network, S, T
 from eventful_det.detectors.results import StepResult
+from eventful_det.gating.paper import Paper
 from eventful_det.gating.selector import (
     DEFAULT,
     Budget,
@@ -42,6 +44,9 @@ from eventful_det.runtime.session import KeyFrame, Result, Session, StreamOption
 _FLOOR = 1 / 32  # of the tokens may be recomputed however slow the machine is: the detector stays alive
 _KEY = cast(float, DEFAULT.budget)  # of the tokens a key frame may recompute, although frames are held to pay for it
 _LONGEST = 64.0  # frames from one key frame to the next, however small the budget is
+_LATE = 10  # of the smallest steps are too slow, and a budget in seconds is out of reach
+_NEVER = 2**30  # frames
+_LOG = logging.getLogger(__name__)
 _MEMORY = 0.7  # weight of what was known in a running mean
 
 
@@ -105,6 +110,7 @@ class NetworkStepper(Generic[S, T, R]):
         if isinstance(selector.budget, (Gmacs, Latency)) or self.options != BudgetOptions(self.options.assured):
             self.detector.cost_model(self.rule)  # raises where there is none
         self._setting = _Setting(budget, selector, TokenBucket(self.options.bucket))  # at once: threads may set it
+        self.late = 0  # steps so far that took longer than a budget in seconds, although they were the smallest
 
     def step(self, due: Sequence[Due[S, T, R]], streams: float = 1.0) -> list[R]:
         """Run the detector on the next key frame of each of some streams.
@@ -208,13 +214,15 @@ class _Plan(Generic[S, T, R]):
         self.keys = [key for _, key in due]
         self.priced = isinstance(selector.budget, (Gmacs, Latency))
         self.shared = self.priced or selector.assured is not None
-        remembers = self.options.max_age > 0 or (self.shared and self.options.bucket > 0)
-        held = self.shared and any(session.auto for session in self.sessions)
         known = any(key.expected is not None for key in self.keys)
         own = any(session.options != StreamOptions() for session in self.sessions)
-        self.needed = self.priced or remembers or held or known or own
+        single = not isinstance(stepper.rule, Paper)  # which has many gates in a frame
+        self.needed = (self.shared and single) or self.options.max_age > 0 or known or own
         self.asked: list[int] = []  # places of the streams that the budget is for: all but those that are flushed
         self.allowance = 0.0  # in tokens or MACs
+        self.taken = 0  # tokens that were selected; engines round that up
+        self.least = 0.0  # tokens or MACs of the smallest step that recomputes something
+        self.smallest = False  # such a step is taken, for want of seconds
 
     def __call__(self, gates: Sequence[GateInput]) -> Sequence[Tensor]:
         """For each gate the flat indices of its tokens."""
@@ -238,10 +246,17 @@ class _Plan(Generic[S, T, R]):
             return self.bucket
         costs = [results[i].cost for i in self.asked]
         spent = sum(cost.total if self.priced else cost.recomputed for cost in costs)
-        return self.bucket.after(self.allowance, spent)
+        excess = 0.0 if self.priced else max(0.0, spent - self.taken)
+        return self.bucket.after(self.allowance, spent, self.least, excess)
 
     def remember(self, results: Sequence[T]) -> None:
-        """How much the variable part of the detector took."""
+        """How much the variable part of the detector took, and whether seconds can be held at all."""
+        taken, budget = sum(result.cost.latency for result in results), cast(Latency, self.selector.budget)
+        late = self.smallest and taken > budget.seconds
+        self.stepper.late += late
+        if late and self.stepper.late == _LATE:
+            message = "budget=%s is out of reach: the smallest step takes %.0f ms here; give more, or leave hold out"
+            _LOG.warning(message, budget, 1e3 * taken)
         variable = self._costs.variable
         for session, result in zip(self.sessions, results, strict=True):
             if result.cost.recomputed:
@@ -256,17 +271,32 @@ class _Plan(Generic[S, T, R]):
     def _choose(self, gates: Sequence[GateInput]) -> Sequence[Tensor]:
         """The tokens of streams that share the budget."""
         order, due = self._order(gates)
-        tokens = sum(gate.tokens for gate in gates)
         budget = self.selector.budget
         if isinstance(budget, Latency):
             return self._choose_in_time(gates, order, due, budget.seconds)
-        if isinstance(budget, Gmacs):
-            self.allowance = 1e9 * budget.value
-            count = int((self._totals(gates, order) <= self.bucket.limit(self.allowance)).sum()) - 1
-        else:
+        count = max(due, self._affordable(gates, order), self._least(gates))
+        streams = order.stream.unique()
+        if count > due and len(streams) > 1 and len(order.stream[:count].unique()) < len(streams):  # they take turns
+            waited = torch.stack([_waited(gate) for gate in gates])[order.stream]
+            waited[:due] = waited.max() + 1
+            turn = waited.argsort(descending=True, stable=True)
+            order = Merged(order.stream[turn], order.index[turn], order.streams)
+            count = max(due, self._affordable(gates, order), self._least(gates))
+        self.taken = min(count, len(order.index))
+        return order.take(count)
+
+    def _affordable(self, gates: Sequence[GateInput], order: Merged) -> int:
+        """How many tokens of an order the budget and the bucket allow."""
+        budget, tokens = self.selector.budget, sum(gate.tokens for gate in gates)
+        if not isinstance(budget, Gmacs):
+            assert not isinstance(budget, Latency)
             self.allowance = budget * tokens if isinstance(budget, float) else float(tokens_allowed(budget, tokens))
-            count = int(self.bucket.limit(self.allowance))
-        return order.take(max(due, count, self._least(gates)))
+            self.least = 1.0
+            return int(self.bucket.limit(self.allowance))
+        totals = self._totals(gates, order)
+        idle, self.least = float(totals[0]), float(totals[:2][-1])
+        self.allowance = max(int(1e9 * budget.value), idle + self.least // _LONGEST)
+        return int((totals <= self.bucket.limit(self.allowance)).sum()) - 1
 
     def _least(self, gates: Sequence[GateInput]) -> int:
         """How many tokens may be recomputed whatever that costs: those of key frames that others pay for."""
@@ -293,7 +323,9 @@ class _Plan(Generic[S, T, R]):
         tokens = sum(gate.tokens for gate in gates)
         least = max(self._least(gates), math.ceil(_FLOOR * tokens))
         floor = float(totals[min(len(order.index), least)])
-        affordable = max(floor, 1e9 * clock.gmacs(len(gates), seconds))
+        affordable = 1e9 * clock.gmacs(len(gates), seconds)
+        self.smallest = affordable < floor and bool(len(order.index)) and not self._least(gates)
+        affordable = max(floor, affordable)
         count = max(due, int((totals <= affordable).sum()) - 1)
         dense = sum(self._costs.everything(_grid(gate)) for gate in gates) / 1e9
         whole = all(gate.ignored is None for gate in gates)
@@ -310,6 +342,11 @@ class _Plan(Generic[S, T, R]):
             macs = self._costs.macs(_grid(gate), order.index[mine], None if variable is None else round(variable))
             totals += macs[F.pad(mine.cumsum(0), (1, 0))]
         return totals
+
+
+def _waited(gate: GateInput) -> Tensor:
+    """For how many frames nothing of a stream was recomputed."""
+    return (gate.age if gate.ignored is None else gate.age.masked_fill(gate.ignored, _NEVER)).min()
 
 
 def _grid(gate: GateInput) -> Grid:

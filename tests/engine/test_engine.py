@@ -129,6 +129,31 @@ def test_streams_pools_and_budgets() -> None:
     assert len(rounds) == 6 and all(r.cost.recomputed in (4, 12, 20, 60) for round in rounds for r in round)
 
 
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5])
+def test_budgets_below_the_smallest_bucket_are_kept_on_average(share: float) -> None:
+    """Of the smallest bucket's: saved up for, by streams in turn, where `hold=1` shows every frame to the network."""
+    engine = in_torch(make_detector())
+    film = [(255 * frame.permute(1, 2, 0)).byte().numpy() for frame in clip(10)]
+    film = (film + film[::-1]) * 5
+    prices = engine.cost_model(RULE).macs(engine.grid, torch.arange(60))
+    idle, least = (int(price) / 1e9 for price in prices[:2])
+    for budget in (Gmacs(idle + share * (least - idle)), share * 4 / 60):
+        results = list(engine.stream(film, budget=budget, scene_cuts=False, hold=1))[1:]
+        spent = [r.cost.total / 1e9 if isinstance(budget, Gmacs) else r.cost.recomputed / 60 for r in results]
+        allowance = budget.value if isinstance(budget, Gmacs) else budget
+        most = least if isinstance(budget, Gmacs) else 4 / 60
+        assert sum(spent) <= allowance * len(spent) + most + 1e-9
+        assert sum(spent) > 0.9 * allowance * len(spent) - 1.5 * most, "and it is used"
+        assert 0 < sum(r.cost.recomputed > 0 for r in results) < len(results)
+    pool = StreamPool(engine, budget=Gmacs(3 * idle + share * least), scene_cuts=False, hold=1)
+    for name in "abc":
+        pool.add(film, name=name)
+    runs = dict.fromkeys("abc", 0)
+    for result in (result for results in list(pool)[1:] for result in results):
+        runs[result.stream] += result.cost.recomputed > 0
+    assert max(runs.values()) - min(runs.values()) <= 1 and max(runs.values()) > 0, "in turn"
+
+
 def test_state_is_the_callers() -> None:
     engine = in_torch(make_detector())
     one, both = engine.init_state(), engine.init_state(2)
@@ -331,3 +356,18 @@ import_package("openvino").convert_model
 assert not [name for name in sys.modules if name.startswith("openvino_telemetry.")]
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_signals_are_handled_when_engines_are_gone(whole: Path) -> None:
+    code = """
+import gc, signal, sys
+from eventful_det import load_detector
+signal.signal(signal.SIGURG, lambda *_: print("handled"))
+engines = [load_detector(sys.argv[1]) for _ in range(2)]
+while engines:
+    del engines[0]
+    gc.collect()
+    signal.raise_signal(signal.SIGURG)
+"""
+    done = subprocess.run([sys.executable, "-c", code, whole], check=True, timeout=120, capture_output=True, text=True)
+    assert done.stdout == "handled\n" * 2

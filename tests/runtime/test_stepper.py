@@ -20,6 +20,7 @@ from eventful_det.gating.dense import Dense
 from eventful_det.gating.paper import Paper
 from eventful_det.gating.selector import EVERYTHING, Budget, Focus, Gmacs, Latency, Selector, Threshold
 from eventful_det.runtime.budget import BudgetOptions
+from eventful_det.runtime.pool import StreamPool
 from eventful_det.runtime.session import StreamResult
 
 Image = NDArray[np.uint8]
@@ -57,6 +58,26 @@ def test_gmacs_are_never_exceeded(tiny_detector: Detector, moving: list[Image], 
     spent = [result.cost.total / dense for result in results]
     assert max(spent) <= share
     assert np.mean(spent) > 0.3 * share, "and it is used: what lacks is the bound of the region heads"
+
+
+@pytest.mark.parametrize("budget", [Gmacs(0.002), 0.005, 0.0])
+def test_less_than_a_token_is_saved_up_for(tiny_detector: Detector, moving: list[Image], budget: Budget) -> None:
+    """It is spent by and by, not never; a budget of nothing is nothing."""
+    results = steady(list(tiny_detector.stream(moving * 3, budget=budget, scene_cuts=False, hold=1)))
+    gmacs = isinstance(budget, Gmacs)
+    spent = [result.cost.total / 1e9 if gmacs else result.cost.recomputed / 60 for result in results]
+    allowance = budget.value if isinstance(budget, Gmacs) else budget or 0.0
+    assert sum(spent) <= allowance * len(spent) + max(spent)
+    assert any(result.cost.recomputed for result in results) == (allowance > 0)
+
+
+def test_streams_of_a_small_budget_take_turns(tiny_detector: Detector) -> None:
+    pool = StreamPool(tiny_detector, budget=1, scene_cuts=False, hold=1)
+    for index in range(4):
+        pool.add(clip(4 + index, 40), name=str(index))
+    served = [result.stream for results in list(pool)[1:] for result in results if result.cost.recomputed]
+    counts = [served.count(name) for name in "0123"]
+    assert min(counts) > 5 and max(counts) < 2 * min(counts), "not one of them alone"
 
 
 @pytest.mark.parametrize("budget", [Gmacs(0.02), Latency(10.0)])
@@ -144,7 +165,9 @@ def simulated(detector: Detector, seconds: Callable[[FrameCost], float]) -> Simu
     return copy.eval()
 
 
-def test_latency_is_held_by_feedback(tiny_detector: Detector, moving: list[Image]) -> None:
+def test_latency_is_held_by_feedback(
+    tiny_detector: Detector, moving: list[Image], caplog: pytest.LogCaptureFixture
+) -> None:
     """A tenth of the time whatever is recomputed; twice as slow from frame 40 to 80; then a tenth of the target."""
     load = 1.0
     detector = simulated(tiny_detector, lambda cost: load * (0.01 + 0.09 * cost.total / cost.dense_total))
@@ -159,8 +182,10 @@ def test_latency_is_held_by_feedback(tiny_detector: Detector, moving: list[Image
     settled = np.array(taken[15:39] + taken[50:79] + taken[95:])
     assert settled.mean() == pytest.approx(0.05, rel=0.1) and settled.max() < 1.4 * 0.05
     stream.budget = WANTS_ALL.within(Latency(0.005))
+    caplog.clear()
     floors = [next(stream).cost.recomputed for _ in range(20)]
     assert min(floors[5:]) >= 1, "out of reach, but alive"
+    assert [record.getMessage() for record in caplog.records if "budget=5ms is out of reach" in record.getMessage()]
 
 
 def test_dense_where_gating_takes_longer(tiny_detector: Detector, moving: list[Image]) -> None:
