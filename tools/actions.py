@@ -61,6 +61,7 @@ class NetworkOptions:
 
     positional: ClassVar = ("source",)
     aliases: ClassVar = {"model": "weights", "conf": "min_score"}  # as other detectors call them
+    # Of detectors alone:
     boxes: ClassVar = ["labels", "min_score", "hold", "live", "rescore", "track", "short_side", "long_side"]
 
     task: Task | None
