@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,10 @@ class Backend(ABC):
     name: str
     suffix: str
     dtype = torch.float32
+    _folder: Path  # that graphs are read from
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._folder, self.precision, self.threads)  # a copy compiles them anew
 
     def __init__(self, precision: Precision, threads: int | None) -> None:
         self.precision, self.threads = precision, threads or torch.get_num_threads()
@@ -91,6 +95,22 @@ class Backend(ABC):
     @abstractmethod
     def _compile(self, name: str, inputs: Sequence[Tensor]) -> Run:
         """What runs a graph on inputs of these shapes."""
+
+
+class OnCPU:
+    """A network in an engine."""
+
+    device = torch.device("cpu")
+
+    def to(self, device: torch.device | str) -> Self:
+        """This network, if the device is the CPU.
+
+        Raises:
+            UserError: it is another, or a type of numbers.
+        """
+        if str(device).partition(":")[0] != "cpu":
+            raise UserError(f"a compiled engine runs on CPUs, in the precision it was loaded with; no .to({device})")
+        return self
 
 
 class OpenVINO(Backend):

@@ -17,7 +17,7 @@ from eventful_det.detectors.results import Detections, FrameCost, StepResult
 from eventful_det.detectors.saliency import token_saliency
 from eventful_det.detectors.stopwatch import Stopwatch
 from eventful_det.detectors.streaming import StreamingDetector
-from eventful_det.engine.backends import Backend
+from eventful_det.engine.backends import Backend, OnCPU
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.rules import per_stream
@@ -87,7 +87,7 @@ def _prices(costs: BucketCosts, tokens: int) -> Tensor:
     return torch.tensor([macs for _, macs in costs.prices]).repeat_interleave(counts)
 
 
-class CompiledDetector(StreamingDetector, ABC, Generic[S, C]):
+class CompiledDetector(OnCPU, StreamingDetector, ABC, Generic[S, C]):
     """A detector for video in a compiled engine, for frames of one size: a `VideoDetector`.
 
     Gate and boxes are PyTorch's, in float32. All that is remembered of a stream belongs to the caller.
@@ -103,8 +103,6 @@ class CompiledDetector(StreamingDetector, ABC, Generic[S, C]):
         rule: as given; the only one beside `Dense`.
         grid: tokens of a frame.
     """
-
-    device = torch.device("cpu")
 
     def __init__(
         self,
@@ -164,16 +162,6 @@ class CompiledDetector(StreamingDetector, ABC, Generic[S, C]):
     def init_state(self, batch: int = 1) -> State[S]:
         """An empty state for `batch` streams."""
         return State([None] * batch)
-
-    def to(self, device: torch.device | str) -> CompiledDetector[S, C]:
-        """This detector, if the device is the CPU.
-
-        Raises:
-            UserError: it is another.
-        """
-        if torch.device(device).type != "cpu":
-            raise UserError(f"a compiled engine runs on CPUs, not on {device}; give device=cpu")
-        return self
 
     def cost_model(self, rule: AnyRule) -> BucketCosts:
         """What frames will cost.

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
@@ -20,12 +20,12 @@ from torch import Tensor
 from eventful_det.data.video.transforms import Image
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.config import Side
-from eventful_det.detectors.vitdet.detector import DIVISOR, Detector, padded_size
+from eventful_det.detectors.vitdet.detector import DIVISOR, Detector
 from eventful_det.engine.backends import SUFFIX, Backend, Format, Graph, OpenVINO, import_package, openvino_core
-from eventful_det.engine.folder import MANIFEST, Manifest, Model, is_engine, write_manifest
+from eventful_det.engine.folder import MANIFEST, PARTS, Manifest, Model, is_engine, write_manifest
 from eventful_det.engine.recogniser import CompiledRecogniser, recogniser_graphs
 from eventful_det.engine.rf_detr import CompiledRFDETR, RFDETRConfig, rf_detr_graphs
-from eventful_det.engine.vitdet.detector import CompiledViTDet
+from eventful_det.engine.vitdet.detector import CompiledViTDet, widescreen_size
 from eventful_det.engine.vitdet.graphs import vitdet_graphs
 from eventful_det.errors import UserError
 from eventful_det.gating.dense import Dense
@@ -35,7 +35,7 @@ from eventful_det.outputs import LOCK, owned
 from eventful_det.recognition.recogniser import Recogniser
 
 _OPSET = 18
-_GRAPHS = "dense|backbone|pyramid|proposals|regions|heads|temporal"
+_GRAPHS = "|".join({part for parts in PARTS.values() for part in parts})
 _OWN = re.compile(rf"({_GRAPHS})(\.new)?\.(xml|bin|onnx)|(\.engine\.\d+\.part|engine)\.json|{re.escape(LOCK)}")
 _INT8 = "dense", "backbone"  # graphs; those of the heads would cost accuracy, and save little
 _FRAMES = 12  # that int8 is calibrated on, at least, of longer videos; fewer than twice as many
@@ -48,7 +48,7 @@ _MODELS: dict[Model, type[Network]] = {"vitdet": Detector, "rf_detr": EventfulRF
 
 def export_engine(
     network: Network,
-    folder: Path,
+    folder: str | Path,
     *,
     format: Format = "openvino",
     size: tuple[int, int] | None = None,
@@ -70,16 +70,21 @@ def export_engine(
         calibrate: frames of a video, `(h, w, 3)` uint8 RGB; layers are then int8. Of detectors, for OpenVINO.
 
     Raises:
-        UserError: the size or the buckets cannot be, the folder holds other files than an engine's or is being written
+        UserError: format, size or buckets cannot be, the folder holds other files than an engine's or is being written
             to, the network is of a kind that no engine knows, or a package that this needs is missing.
     """
-    folder = folder.resolve()
+    folder = Path(folder).resolve()
+    convert(format, Format, "format")
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give a folder")
+    if not isinstance(network, Network) or isinstance(network, CompiledRecogniser):
+        raise UserError(f"export takes a network in PyTorch, not a {type(network).__name__}")
     if folder.exists() and any(folder.iterdir()) and not (is_engine(folder) and _is_ours(folder)):
         raise UserError(f"{folder} holds other files than a whole engine's; give a new folder")
     if network.spec.dtype != torch.float32 or network.device.type != "cpu":
         raise UserError("export needs a network on the CPU in float32; precision is chosen when the engine is loaded")
     size = _checked(network, default_size(network) if size is None else size)
-    rule = Windows(tuple(buckets))
+    rule = Windows(cast("tuple[float | int, ...]", convert(buckets, tuple[int | float, ...], "buckets")))
     if calibrate is not None and (format != "openvino" or isinstance(network, Recogniser)):
         raise UserError("int8 is for detectors in OpenVINO; leave precision and calibrate out")
     frames = None if calibrate is None else calibration_frames(calibrate)
@@ -177,9 +182,7 @@ def default_size(detector: Network) -> tuple[int, int]:
         return detector.config.size
     if isinstance(detector, EventfulRFDETR):
         return detector.parts.side, detector.parts.side
-    config = detector.config
-    short = min(config.short_side, round(config.long_side * 9 / 16))
-    return padded_size((short, round(short * 16 / 9)), config)
+    return widescreen_size(detector.config)
 
 
 def _checked(detector: Network, size: tuple[int, int]) -> tuple[int, int]:
@@ -190,7 +193,7 @@ def _checked(detector: Network, size: tuple[int, int]) -> tuple[int, int]:
         return size
     square = isinstance(detector, EventfulRFDETR)
     step = detector.spec.patch * detector.spec.regions if square else DIVISOR
-    convert(size, tuple[Side, Side], "size")
+    size = cast("tuple[int, int]", convert(size, tuple[Side, Side], "size"))
     if any(side % step or side < step for side in size):
         raise UserError(f"size=[{size[0]},{size[1]}]: height and width must be multiples of {step} pixels")
     if square and size[0] != size[1]:

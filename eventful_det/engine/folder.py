@@ -18,12 +18,18 @@ from eventful_det.engine.vitdet.detector import CompiledViTDet
 from eventful_det.errors import UserError
 from eventful_det.files import JsonObject
 from eventful_det.gating.whole_windows.rule import Windows
-from eventful_det.options import convert, from_values
+from eventful_det.options import Natural, convert, from_values
 from eventful_det.outputs import LOCK, as_json, write_json
 from eventful_det.recognition.config import RecogniserConfig
 
 MANIFEST = "engine.json"
 Model = Literal["vitdet", "rf_detr", "recogniser"]
+PARTS: dict[Model, tuple[str, ...]] = {  # the graphs of each kind of network
+    "vitdet": ("dense", "backbone", "pyramid", "proposals", "regions"),
+    "rf_detr": ("dense", "backbone", "heads"),
+    "recogniser": ("dense", "backbone", "temporal"),
+}
+_SUFFIXES: dict[Format, tuple[str, ...]] = {"openvino": (".xml", ".bin"), "onnx": (".onnx",)}
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Manifest:
 
 
 def load_engine(
-    folder: Path,
+    folder: str | Path,
     *,
     precision: Precision | Literal["auto"] = "float32",
     threads: int | None = None,
@@ -63,15 +69,18 @@ def load_engine(
     """A detector or a recogniser from a folder that `export_engine` wrote.
 
     Args:
-        folder: of the engine.
+        folder: of the engine, or its manifest.
         precision: in which it computes; "auto" = the quickest here.
-        threads: of the CPU; None = as many as PyTorch uses.
+        threads: of the CPU; None or 0 = as many as PyTorch uses.
         warm_up: compile everything now.
 
     Raises:
-        UserError: the folder holds no engine, or what runs it is not installed.
+        UserError: the folder holds no engine, what runs it is not installed, or an option has no such value.
     """
-    about = read_manifest(folder)
+    folder, about = _folder(Path(folder)), read_manifest(Path(folder))
+    convert(threads, Natural | None, "threads")
+    if set(about.files) != {f"{part}{end}" for part in PARTS[about.model] for end in _SUFFIXES[about.engine]}:
+        raise UserError(f"{folder / MANIFEST} names other files than those of its model; export the engine again")
     for name, digest in about.files.items():
         path = folder / name
         if not path.is_file() or _file_digest(path) != digest:
@@ -95,8 +104,8 @@ def load_engine(
 
 
 def is_engine(folder: Path) -> bool:
-    """Whether it is the folder of an engine."""
-    return (folder / MANIFEST).is_file()
+    """Whether it is the folder of an engine, or its manifest."""
+    return (_folder(folder) / MANIFEST).is_file()
 
 
 def holds_recogniser(folder: Path) -> bool:
@@ -117,7 +126,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         UserError: it is none, or its manifest is another than was written.
     """
-    path = folder / MANIFEST
+    path = _folder(folder) / MANIFEST
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         about: Any = convert(values, Manifest, MANIFEST)
@@ -127,6 +136,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path} was changed since its export, and its graphs were not; export the engine again")
     assert isinstance(about, Manifest)
     return about
+
+
+def _folder(path: Path) -> Path:
+    return path.parent if path.name == MANIFEST else path
 
 
 def _digest(values: Any) -> str:

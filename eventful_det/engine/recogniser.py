@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eventful_det.engine.backends import Backend, Graph
+from eventful_det.engine.backends import Backend, Graph, OnCPU
 from eventful_det.engine.detector import BucketCosts
 from eventful_det.engine.rows import CompiledRows, RowsGraph, for_grid
 from eventful_det.errors import UserError
@@ -23,7 +23,7 @@ from eventful_det.recognition.config import RecogniserConfig
 from eventful_det.recognition.recogniser import Recogniser
 
 
-class CompiledRecogniser(Recogniser):
+class CompiledRecogniser(OnCPU, Recogniser):  # type: ignore[misc]  # `to` of a module takes more
     """A recogniser whose spatial and temporal models are compiled graphs, for views of one size.
 
     Its own modules hold no weights: they tell sizes and costs. Gate and window are PyTorch's, in float32.
@@ -34,24 +34,12 @@ class CompiledRecogniser(Recogniser):
         backend: runs the graphs.
     """
 
-    device = torch.device("cpu")
-
     def __init__(self, config: RecogniserConfig, buckets: tuple[float | int, ...], backend: Backend) -> None:
         with torch.device("meta"):
             super().__init__(config)
         self.backend = backend
         self.rows = CompiledRows(self.spec.shape, config.grid, buckets, backend, self.spec.pixel_std / 0.5)
         self.eval()
-
-    def to(self, device: torch.device | str) -> CompiledRecogniser:  # type: ignore[override]
-        """This recogniser, if the device is the CPU.
-
-        Raises:
-            UserError: it is another.
-        """
-        if torch.device(device).type != "cpu":
-            raise UserError(f"a compiled engine runs on CPUs, not on {device}; give device=cpu")
-        return self
 
     def warm_up(self) -> None:
         """Compile what gated steps need, so that no step has to wait for it."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from eventful_det.detectors.vitdet.config import ModelConfig
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.engine.backends import Torch, quickest_precision
 from eventful_det.engine.export import default_size, export_engine, graphs_of
-from eventful_det.engine.folder import MANIFEST, Manifest, load_engine
+from eventful_det.engine.folder import MANIFEST, Manifest, _digest, load_engine
 from eventful_det.engine.vitdet.detector import CompiledViTDet, ViTDetStream
 from eventful_det.engine.vitdet.tiles import Geometry
 from eventful_det.errors import UserError
@@ -105,6 +107,14 @@ def test_a_folder_is_a_detector(whole: Path) -> None:
     assert_same(detector, engine, Dense(), EVERYTHING)
     with pytest.raises(UserError, match="PyTorch alone"):
         load_detector(whole, proposals=5)
+    with pytest.raises(UserError, match="an engine stays there"):
+        load_detector(whole, device="cuda")
+    with pytest.raises(UserError, match="threads must be a whole number"):
+        load_engine(whole, threads=-1)
+    assert_same(detector, copy.deepcopy(engine), RULE, TopK(8))
+    by_manifest = load_detector(whole / MANIFEST)
+    assert isinstance(by_manifest, CompiledViTDet)
+    assert_same(detector, pickle.loads(pickle.dumps(by_manifest)), RULE, TopK(8))
 
 
 def test_streams_pools_and_budgets() -> None:
@@ -162,9 +172,9 @@ def test_state_is_the_callers() -> None:
         first, second = engine.step([frame, torch.zeros_like(frame)], both, selector=Threshold(0.1).within(8))
         assert torch.equal(alone.detections.boxes, first.detections.boxes)
     assert both.nbytes == pytest.approx(2 * one.nbytes, rel=0.1) and second.cost.macs["rpn"] == 0
-    copy = one.clone()
+    other = one.clone()
     frame = clip(4)[-1]
-    (before,), (after,) = (engine.step([frame], state, selector=TopK(8)) for state in (copy, one))
+    (before,), (after,) = (engine.step([frame], state, selector=TopK(8)) for state in (other, one))
     assert torch.equal(before.detections.boxes, after.detections.boxes)
     (small,) = engine.step([frame[:, :60, :100]], one)
     assert small.cost.flush and float(small.detections.boxes[:, 2].max()) <= 100
@@ -177,6 +187,11 @@ def test_state_is_the_callers() -> None:
         (lambda engine: engine.step([torch.zeros(3, *SIZE)], engine.init_state(), rule=Paper()), "cannot follow Paper"),
         (lambda engine: engine.cost_model(Dense()), "own rule only"),
         (lambda engine: engine.to("cpu").to("cuda"), "runs on CPUs"),
+        (lambda engine: engine.to(torch.bfloat16), "runs on CPUs, in the precision it was loaded with"),
+        (lambda engine: export_engine(engine, "x"), "in PyTorch, not a CompiledViTDet"),  # type: ignore[arg-type]
+        (lambda _: export_engine(make_detector(), "x", format="trt"), "format must be"),  # type: ignore[arg-type]
+        (lambda _: export_engine(make_detector(), "x", buckets=0.5), "buckets must be a list"),  # type: ignore[arg-type]
+        (lambda _: export_engine(make_detector(), __file__), "is a file; give a folder"),
         (lambda _: export_engine(make_detector(), Path("x"), size=(90, 160)), "multiples of 32"),
         (lambda _: export_engine(make_detector(), Path("x"), size=(320, 32 * 10**6)), "from 1 to 8192"),
         (lambda _: list(graphs_of(make_detector(window=0, global_blocks=()), SIZE)), "even number of tokens"),
@@ -247,6 +262,12 @@ def test_what_is_padded_is_said(caplog: pytest.LogCaptureFixture) -> None:
     for sides in ({"short_side": 128}, {"long_side": 192}, {"short_side": 8192}):
         with pytest.raises(UserError, match="96 x 160 pixels at most"):
             engine.stream([], **sides)
+    own = make_detector(long_side=256)
+    engine_of_own_size = CompiledViTDet(own.config, (96, 192), RULE, Torch(graphs_of(own, (96, 192))))
+    for size, wanted in (((2, 3000), "32,256"), ((3000, 2), "256,32"), ((80, 320), "64,256"), ((120, 160), "96,128")):
+        caplog.clear()
+        list(engine_of_own_size.stream([np.zeros((*size, 3), np.uint8)]))
+        assert f"size=[{wanted}]" in caplog.text, "as in PyTorch"
     square = CompiledViTDet(make_detector(square_pad=160).config, SIZE, RULE, engine.backend)
     caplog.clear()
     list(square.stream([np.zeros((*SIZE, 3), np.uint8)]))
@@ -312,6 +333,10 @@ def test_every_field_of_a_manifest_is_checked(folder: Path) -> None:
         for value in others:
             manifest.write_text(json.dumps(about | {"config": about["config"] | {key: value}}))
             refused(folder, "engine.json was changed") if value != good else load_engine(folder, warm_up=False)
+    for files in ({}, dict(list(about["files"].items())[1:])):
+        changed = about | {"files": files}
+        manifest.write_text(json.dumps(changed | {"digest": _digest(changed)}))
+        refused(folder, "names other files than those of its model")
     for text in ("", "{", "[]", "null", "1", '"x"', "[" * 100_000, "\ud800", json.dumps(about | {"more": 1})):
         manifest.write_bytes(text.encode(errors="surrogatepass"))
         refused(folder, "holds no whole engine")

@@ -113,9 +113,11 @@ def load_detector(
         UserError: no such file or name; the file is of no known format, damaged, or asks for more than data; keys do
             not fit; or a value is none that the option can have.
     """
-    if "device" in changes:
-        raise UserError(f"load_detector: it is on the CPU; move it by .to({changes['device']!r})")
     source = None if source is None else local_source(source)
+    if "device" in changes:
+        engine = source is not None and is_engine(Path(source))
+        advice = "an engine stays there" if engine else f"move it by .to({changes['device']!r})"
+        raise UserError(f"load_detector: it is on the CPU; leave device out, {advice}")
     if source is not None and (is_engine(Path(source)) or is_rf_detr(source)):
         if allow or classes is not None or changes or (labels is not None and is_engine(Path(source))):
             raise UserError(f"{source}: labels, allow, classes and changes are for ViTDet in PyTorch alone")

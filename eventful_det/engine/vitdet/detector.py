@@ -39,6 +39,14 @@ from eventful_det.gating.whole_windows.rule import (
 from eventful_det.gating.windows import windows_of
 
 _LOG = logging.getLogger(__name__)
+
+
+def widescreen_size(config: ModelConfig) -> tuple[int, int]:
+    """(height, width) of the inputs that a detector makes of frames of 16:9."""
+    short = min(config.short_side, round(config.long_side * 9 / 16))
+    return padded_size((short, round(short * 16 / 9)), config)
+
+
 _REGION_STEPS = 4  # the region head is compiled for quarters of the proposals
 
 
@@ -184,8 +192,10 @@ class CompiledViTDet(CompiledDetector[ViTDetStream, Chosen]):
 
     def _warn_of_padding(self, size: tuple[int, int]) -> None:
         """Say so once where PyTorch would pad frames of this size less."""
-        fitted = fit_size(*size, min(self.size), max(self.size))
-        needed, same_shape = padded_size(size, self.config), padded_size(fitted, self.config)
+        config, sides = self.config, (min(self.size), max(self.size))
+        if self.size == widescreen_size(config):
+            sides = config.short_side, config.long_side
+        needed, same_shape = padded_size(size, config), padded_size(fit_size(*size, *sides), config)
         if needed == self.size or size in self._padded:
             return
         self._padded.add(size)
