@@ -6,7 +6,6 @@ import importlib.util
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,17 +19,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # As `import_package` does, before any `importorskip("openvino")`: no statistics are sent from forks of a worker.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-
-
-_ENDED: set[str] = set()
-
-
-def pytest_handlecrashitem(crashitem: str, report: pytest.TestReport, sched: Any) -> None:
-    """A worker was ended: its test runs once more in another. One that ends its own process fails, the second time."""
-    if crashitem not in _ENDED:
-        _ENDED.add(crashitem)
-        sched.mark_test_pending(crashitem)
-        report.outcome = "rerun"  # type: ignore[assignment]
 
 
 @pytest.fixture

@@ -101,6 +101,11 @@ class TinyRFDETR:
     groups: Count = 4
 
 
+def is_main() -> bool:
+    """Whether this is the process that prints and writes; of several under torchrun the first."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def build_model(config: Options, classes: tuple[str, ...]) -> Detector | EventfulRFDETR:
     """The model to train: that of `start` if given, else that of `model`, its backbone started from `model.init`.
 
@@ -112,6 +117,8 @@ def build_model(config: Options, classes: tuple[str, ...]) -> Detector | Eventfu
         return load_detector(config.start, classes=classes)
     sizes = dict(config.model)
     name = sizes.pop("name")
+    if is_main() and str(sizes.get("init")).startswith("timm:"):
+        say(f"backbone: {sizes['init']}, from huggingface.co or its cache")
     if name == TINY:
         return tiny(classes, **asdict(from_values(TinyRFDETR, sizes, "model")))
     init = sizes.pop("init", None)
@@ -158,7 +165,7 @@ def run(config: Options) -> None:
         # The others wait while the first process evaluates.
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=6))
     try:
-        with nullcontext() if dist.is_initialized() and dist.get_rank() else owned(Path(config.output)):
+        with owned(Path(config.output)) if is_main() else nullcontext():
             train(config)
     finally:
         if dist.is_initialized():
@@ -175,7 +182,7 @@ def train(config: Options) -> None:
     if dist.is_initialized() and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    main_process = not dist.is_initialized() or dist.get_rank() == 0
+    main_process = is_main()
     first = load_data(config.data.train)
     torch.manual_seed(options.seed)
     detector = build_model(config, tuple(name for _, name in first.categories)).to(device)
@@ -216,7 +223,7 @@ def train(config: Options) -> None:
 def train_recogniser(config: Options) -> None:
     """Train a recogniser, evaluate it, and write the results."""
     directory, device = Path(config.output), choose_device(config.device)
-    main_process = not dist.is_initialized() or dist.get_rank() == 0
+    main_process = is_main()
     how = (config.train, config.recognition)
     results = train_actions.train(config.model, config.start, config.data, *how, directory, device)
     if main_process:

@@ -97,8 +97,7 @@ class GatedDetector(StreamingDetector, HubDetector, nn.Module, Generic[S]):
         stopwatch = Stopwatch(self.device, timing)
         images, streams = [], []
         for i, frame in enumerate(per_stream("frames", list(frames), state)):
-            if frame.dim() != 3 or len(frame) != 3:
-                raise UserError(f"got a frame of shape {tuple(frame.shape)}; frames are (3, height, width)")
+            check_frame(frame)
             size = (frame.shape[1], frame.shape[2])
             stream = state.streams[i]
             if stream is None or stream.size != size:
@@ -154,6 +153,20 @@ class GatedDetector(StreamingDetector, HubDetector, nn.Module, Generic[S]):
         if found is None:
             return None
         return token_saliency(found.boxes, found.scores, self.spec.grid(*image.shape[-2:]), self.spec.patch)
+
+
+def check_frame(frame: object) -> None:
+    """Make sure of a frame `(3, h, w)`, RGB in [0, 1].
+
+    Raises:
+        UserError: it is something else, such as an array or a file.
+    """
+    if not isinstance(frame, Tensor) or frame.dim() != 3 or len(frame) != 3 or not frame.is_floating_point():
+        shape = f" of shape {tuple(frame.shape)}" if isinstance(frame, Tensor) else ""
+        raise UserError(
+            f"got a {type(frame).__name__}{shape}; expected float tensors (3, height, width), RGB in [0, 1]. Arrays "
+            "(height, width, 3), files and cameras go to stream: detector.stream([array]), detector.stream(path)"
+        )
 
 
 def priced_statically(rule: AnyRule, device: torch.device) -> bool:

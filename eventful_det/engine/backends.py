@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eventful_det.errors import UserError
+
+if TYPE_CHECKING:
+    import openvino
 
 Format = Literal["openvino", "onnx"]
 Precision = Literal["float32", "bfloat16"]
@@ -119,7 +122,7 @@ class OpenVINO(Backend):
         super().__init__(precision, threads)
         self.dtype = getattr(torch, precision)
         self._ov, self._folder = import_package("openvino"), folder
-        self._core = self._ov.Core()
+        self._core = openvino_core()
         self._models: dict[str, Any] = {}
 
     def _compile(self, name: str, inputs: Sequence[Tensor]) -> Run:
@@ -243,6 +246,16 @@ def import_package(module: str) -> ModuleType:
         return __import__(module)
     except ImportError as error:
         raise UserError(f"this engine needs {module}: python -m pip install {module}") from error
+
+
+@cache
+def openvino_core() -> openvino.Core:
+    """One for all engines of a process, which is never freed.
+
+    Its CPU plugin gives the main thread a stack for signals. Two that are freed in the order in which they were made
+    leave that stack freed and in use: then the next signal that Python handles, as Ctrl-C, ends the process.
+    """
+    return import_package("openvino").Core()
 
 
 @cache

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eventful_det.detectors.results import Detections
-from eventful_det.runtime.motion.boxes import BoxMover, View
+from eventful_det.runtime.motion.boxes import EVERY_ID, BoxMover, View
 from eventful_det.runtime.motion.optical_flow import Array
 
 _SEEN = 0.05**2  # variance of where the network sees a side of a box, in sides of the box ...
@@ -21,7 +21,7 @@ class KalmanMover(BoxMover):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(EVERY_ID)  # velocities are known by track
         self._known: dict[int, tuple[Array, NDArray[np.float64]]] = {}  # by track: velocity (4,), covariance (2, 2)
 
     def view(self, image: NDArray[np.uint8]) -> View:

@@ -22,7 +22,7 @@ from eventful_det.data.source import VideoFrame
 from eventful_det.detectors.protocol import S
 from eventful_det.detectors.results import Detections, StepResult
 from eventful_det.runtime.control import NetworkStepper
-from eventful_det.runtime.motion.boxes import BoxMover, View
+from eventful_det.runtime.motion.boxes import EVERY_ID, BoxMover, View
 from eventful_det.runtime.scene_cuts import SceneCuts
 from eventful_det.runtime.session import KeyFrame, StreamResult, StreamSession
 
@@ -96,9 +96,10 @@ class LiveBoxes:
         detect: called in the thread, one frame after the other.
         thread: of the detector.
         scene_cuts: forget the boxes when another scene begins.
+        track: give all objects ids, the unsure as well.
     """
 
-    def __init__(self, detect: Detect, thread: DetectorThread, scene_cuts: bool = True) -> None:
+    def __init__(self, detect: Detect, thread: DetectorThread, scene_cuts: bool = True, track: bool = False) -> None:
         self._detect, self.thread = detect, thread
         self._cuts = SceneCuts() if scene_cuts else None
         self._size = (0, 0)  # of the last frame
@@ -106,7 +107,7 @@ class LiveBoxes:
         self._unshown: tuple[VideoFrame, int] | None = None  # the last frame, while the first answer is awaited
         self._answered = threading.Event()  # or failed
         self._lock = threading.Lock()  # for what follows, which both threads use; never held while the detector works
-        self._mover = BoxMover()
+        self._mover = BoxMover(EVERY_ID if track else None)
         self._newest: VideoFrame | None = None  # that the detector has not taken
         self._since: deque[View] = deque()  # frames behind the one that the detector works on
         self._working = False

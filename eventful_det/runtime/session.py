@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
@@ -28,7 +29,7 @@ from eventful_det.errors import UserError
 from eventful_det.gating.selector import GateInput, Policy, Selector
 from eventful_det.gating.state import State
 from eventful_det.runtime.drift import Drift
-from eventful_det.runtime.motion.boxes import BoxMover
+from eventful_det.runtime.motion.boxes import EVERY_ID, BoxMover
 from eventful_det.runtime.motion.key_frames import Hold, KeyFrames
 from eventful_det.runtime.regions import Polygon, ignored_tokens
 from eventful_det.runtime.scene_cuts import SceneCuts
@@ -189,7 +190,7 @@ class StreamSession(Generic[S]):
             cut, a new size and a camera that came back make a key frame at once. None = `DEFAULT_HOLD`, and fewer where
             `finish` is told that frames cost more than their budget.
         mover: makes what moves boxes between key frames; None = they stand still (a baseline).
-        track: give objects ids, also where the network runs on every frame.
+        track: give all objects ids, the unsure as well, also where the network runs on every frame.
         options: see `StreamOptions`.
 
     Attributes:
@@ -214,14 +215,15 @@ class StreamSession(Generic[S]):
         track: bool = False,
         options: StreamOptions | None = None,
     ) -> None:
-        self.detector, self.transform, self.name, self._new_mover = detector, transform, name, mover
+        self.detector, self.transform, self.name = detector, transform, name
         self.auto, self.key_frames, self.options = hold is None, KeyFrames.of(hold), options or StreamOptions()
         self.state = detector.init_state()
         self.variable_macs: float | None = None
         self._cuts = SceneCuts() if scene_cuts else None
         self._last: StreamResult | None = None
         follow = track or isinstance(hold, KeyFrames) or (hold or 1) > 1  # or when the first frame is held
-        self._mover = mover() if mover is not None and follow else None
+        self._new_mover = partial(BoxMover, EVERY_ID) if track else mover
+        self._mover = self._new_mover() if self._new_mover is not None and follow else None
         self.left = 0.0
         self._debt = 0.0  # frames that have to pay for the key frames so far
         self._tolerable = 0.0  # debt at which the network may run before its time

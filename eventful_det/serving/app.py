@@ -219,7 +219,7 @@ def _add_reports(app: FastAPI, runner: PoolRunner, cameras: CameraService | None
         found = runner.newest(name)
         if found is None:
             raise HTTPException(404, f"no stream {name!r}, or it has no frame yet")
-        return found[0]
+        return found
 
     @app.get("/api/state")
     def report() -> JsonObject:

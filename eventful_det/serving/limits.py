@@ -115,6 +115,7 @@ def build_server(app: ASGIApp) -> uvicorn.Server:
             http=TimedProtocol,
             limit_concurrency=_CONNECTIONS,
             ws_max_size=4096,
+            ws_per_message_deflate=False,  # pictures are compressed already
             log_config=None,  # that of the process
             log_level="warning",
             access_log=False,

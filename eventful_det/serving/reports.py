@@ -57,14 +57,15 @@ def budget_text(budget: Budget | Selector) -> str:
 def message(name: str, frame: LatestFrame, samples: Sequence[CostSample]) -> bytes:
     """A frame for the page: length of a JSON object (4 bytes, big endian), the object, a JPEG."""
     result = frame.result
-    rows, cols = result.work.shape
-    share = (result.work.cpu().numpy() * 255).round().astype(np.uint8)
+    rows, cols = frame.work.shape
+    share = (frame.work.cpu().numpy() * 255).round().astype(np.uint8)
     about = {
         "stream": name,
         "number": frame.number,
         "dropped": result.dropped,
         "frame_age": result.frame_age,
         **to_record(result),
+        "flush": frame.flush,
         "work": {"rows": rows, "cols": cols, "share": base64.b64encode(share.tobytes()).decode()},
         "token_size": result.token_size,
         "marks": [_sample(sample) for sample in samples],
@@ -74,11 +75,11 @@ def message(name: str, frame: LatestFrame, samples: Sequence[CostSample]) -> byt
 
 
 def _sample(sample: CostSample) -> list[Any]:
-    """Number, seconds on a clock of its own, GMACs by part, dense GMACs, milliseconds, flush."""
+    """Number, seconds on a clock of its own, GMACs by part, dense GMACs, milliseconds, recomputed tokens."""
     cost = sample.cost
     gmacs = [round(macs / 1e9, 4) for macs in cost.macs.values()]
     dense, latency = round(cost.dense_total / 1e9, 4), round(cost.latency * 1e3, 2)
-    return [sample.number, round(sample.at, 3), gmacs, dense, latency, int(cost.flush)]
+    return [sample.number, round(sample.at, 3), gmacs, dense, latency, cost.recomputed]
 
 
 def prometheus(runner: PoolRunner) -> str:

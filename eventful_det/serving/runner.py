@@ -138,17 +138,31 @@ class PoolRunner:
         waiting = any(one.active and not one.lost for one in self.pool.metrics().streams.values())
         return not self._thread.is_alive() or (waiting and time.monotonic() - self._round_at > _STUCK)
 
-    def newest(self, name: str, seen: int = 0) -> tuple[LatestFrame, list[CostSample]] | None:
-        """The newest frame of a stream, and the costs of all frames after the one numbered `seen`.
+    def newest(self, name: str) -> LatestFrame | None:
+        """The newest frame of a stream; None if it has none, or there is no such stream."""
+        with self.lock:
+            view = self.views.get(name)
+            return None if view is None else view.newest
 
-        None if there is no newer frame, or no such stream.
+    def unseen(self, name: str, seen: int, *, late: bool = False) -> list[tuple[LatestFrame, list[CostSample]]]:
+        """What is kept of a stream after the frame numbered `seen`, oldest first.
+
+        Args:
+            late: leave out all but the newest frame.
+
+        Returns:
+            Each frame with the costs of it and of those that are missing before it.
         """
         with self.lock:
             view = self.views.get(name)
-            if view is None or view.newest is None or view.newest.number == seen:
-                return None
-            anew = view.newest.number < seen  # another stream of the same name
-            return view.newest, [sample for sample in view.history if anew or sample.number > seen]
+            if view is None or view.newest is None:
+                return []
+            if view.newest.number < seen:  # another stream of the same name
+                seen = 0
+            frames = [frame for frame in view.frames if frame.number > seen][-1 if late else 0 :]
+            since = [seen, *(frame.number for frame in frames)]
+            costs = [[one for one in view.history if a < one.number <= b] for a, b in itertools.pairwise(since)]
+            return list(zip(frames, costs, strict=True))
 
     def _run(self) -> None:
         while not self._stopped.is_set():

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from eventful_det.data.video.transforms import resize
 from eventful_det.detectors.results import FrameCost
@@ -23,26 +24,35 @@ AnyResult = StreamResult | RecognitionResult
 AnyPool = StreamPool[StreamResult] | StreamPool[RecognitionResult]
 Follower = Callable[[StreamResult], StreamResult]
 HISTORY = 160  # frames in a strip chart
+_KEPT = 2  # frames: where boxes are held, two are done within milliseconds, before anybody could fetch the first
 _LONGEST = 960  # side of the pictures that are sent, in pixels
 _QUALITY = 82  # of their JPEG
 
 
-@dataclass(frozen=True)
+@dataclass
 class LatestFrame:
     """One frame as viewers get it.
 
     Attributes:
         number: of the frame in its stream, from 1.
         result: of the detector or recogniser.
+        work, flush: of the last frame that was not held, by which this one's boxes were found.
     """
 
     number: int
     result: AnyResult
+    work: Tensor
+    flush: bool
+    _jpeg: bytes | None = None
+    _encoding: threading.Lock = field(default_factory=threading.Lock)
 
-    @cached_property
+    @property
     def jpeg(self) -> bytes:
-        """The frame without boxes; encoded when first asked for, so that frames nobody sees cost nothing."""
-        return encode_jpeg(self.result.image)
+        """The frame without boxes; encoded once, when first asked for: frames that nobody sees cost nothing."""
+        with self._encoding:
+            if self._jpeg is None:
+                self._jpeg = encode_jpeg(self.result.image)
+            return self._jpeg
 
 
 class CostSample(NamedTuple):
@@ -62,7 +72,7 @@ class StreamView:
         release: called when the stream is gone; may be called again.
         followers: work over the detections, one after the other: steadier scores, ids.
         error: why the server gave the stream up.
-        newest: the latest frame.
+        frames: the latest ones, oldest first.
         history: of the strip chart, oldest first.
     """
 
@@ -70,16 +80,23 @@ class StreamView:
     release: Callable[[], None]
     followers: Sequence[Follower] = ()
     error: str | None = None
-    newest: LatestFrame | None = None
+    frames: deque[LatestFrame] = field(default_factory=lambda: deque(maxlen=_KEPT))
     history: deque[CostSample] = field(default_factory=lambda: deque(maxlen=HISTORY))
+
+    @property
+    def newest(self) -> LatestFrame | None:
+        """The latest frame."""
+        return self.frames[-1] if self.frames else None
 
     def show(self, result: AnyResult) -> None:
         """Take in the next frame."""
         if isinstance(result, StreamResult):
             for follow in self.followers:
                 result = follow(result)
-        self.newest = LatestFrame(result.frame_index + 1, result)
-        self.history.append(CostSample(self.newest.number, time.monotonic(), result.cost))
+        number, last = result.frame_index + 1, self.newest
+        work, flush = (last.work, last.flush) if result.held and last else (result.work, result.cost.flush)
+        self.frames.append(LatestFrame(number, result, work, flush))
+        self.history.append(CostSample(number, time.monotonic(), result.cost))
 
 
 def encode_jpeg(image: NDArray[np.uint8]) -> bytes:

@@ -120,7 +120,7 @@ def test_a_file_that_changes_is_read_again_and_other_cameras_go_on(
         about = site.runner.pool.metrics().streams
         assert about["gate"].frames > 10 and about["gate"].flushes <= flushes + 1, "its state stayed"
         assert about["yard"].frames < about["gate"].frames, "a stream with another rhythm began anew"
-        assert not len(site.runner.newest("gate")[0].result.detections), "all of it is masked"  # type: ignore[index]
+        assert not len(site.runner.newest("gate").result.detections), "all of it is masked"  # type: ignore[union-attr]
         site.write("cameras:\n  gate: {source: FILM, score: much}\n")
         wait(lambda: "cameras.yaml:2: cameras.gate.score must be a number" in caplog.text)
         assert set(site.service.site.cameras) == {"gate", "yard"}, "a bad file changes nothing"

@@ -46,6 +46,15 @@ def test_every_token_selected_equals_dense(tiny_detector: Detector, size: tuple[
         assert len(dense) > 0
 
 
+@pytest.mark.parametrize("given", [np.zeros((96, 160, 3), np.uint8), "a.jpg", torch.zeros(96, 160, 3)])
+def test_what_is_no_frame_is_told_where_to_go(tiny_detector: Detector, given: Any) -> None:
+    for images in (given, [given]):
+        with pytest.raises(UserError, match=r"expected float tensors \(3, height, width\).* detector.stream\(\[array"):
+            tiny_detector(images)
+    with pytest.raises(UserError, match="got a Tensor of shape"):
+        tiny_detector.step(torch.zeros(1, 3, 96, 160, dtype=torch.uint8), tiny_detector.init_state())
+
+
 def test_dense_rule_equals_forward(tiny_detector: Detector) -> None:
     detector = tiny_detector
     (result,) = detector.step(frames(1), detector.init_state(), rule=Dense())

@@ -6,6 +6,7 @@ import dataclasses
 import pickle
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -176,3 +177,13 @@ def test_what_does_not_fit_is_one_clear_line(tmp_path: Path, monkeypatch: pytest
             init_backbone(backbone(), name)
         assert "\n" not in str(error.value)
     assert not Path("pwned").exists()
+
+
+def test_weights_of_timm_that_cannot_be_fetched_are_given_up_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm asks, and waits, for itself"))
+    with pytest.raises(UserError, match=r"timm cannot .*huggingface.co/timm/vit_tiny_patch16_224.* cannot be fetched"):
+        init_backbone(backbone(), "timm:vit_tiny_patch16_224")

@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 
 from eventful_det.detectors.results import Detections
 from eventful_det.errors import UserError
-from eventful_det.runtime.motion.boxes import BoxMover, MotionOptions
+from eventful_det.runtime.motion.boxes import EVERY_ID, BoxMover, MotionOptions
 from eventful_det.runtime.motion.key_frames import KeyFrames
 
 SIZE = (240, 400)  # height, width
@@ -130,6 +130,20 @@ def test_objects_keep_their_track_ids_and_new_ones_get_their_own() -> None:
     assert first.tracks is not None and second.tracks is not None
     assert first.tracks.tolist() == [0, 1]
     assert second.tracks.tolist() == [2, 0], "the moved square is the same object, the other a new one"
+
+
+def test_unsure_boxes_use_up_no_ids() -> None:
+    mover = BoxMover()
+    places = square_box(100, 80, 60), square_box(20, 20, 40), square_box(300, 20, 40)
+    tracks = []
+    for scores in ([0.9, 0.1, 0.1], [0.9, 0.1, 0.9], [0.1, 0.9, 0.1]):
+        found_now = key(mover, scene(100, 80, 60), found(*places, scores=scores))
+        assert found_now.tracks is not None
+        order = [int(abs(found_now.boxes - torch.tensor(place)).sum(1).argmin()) for place in places]
+        tracks.append(found_now.tracks[order].tolist())
+    assert tracks == [[0, -1, -1], [0, -1, 1], [0, 2, 1]], "in the order in which they got sure; they keep them"
+    every = key(BoxMover(EVERY_ID), scene(100, 80, 60), found(*places, scores=[0.9, 0.1, 0.1]))
+    assert every.tracks is not None and every.tracks.tolist() == [0, 1, 2]
 
 
 def test_a_box_of_another_class_is_another_object() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eventful_det.detectors.checkpoints.key_maps import from_official, is_official, position_map
 from eventful_det.detectors.checkpoints.weight_files import find_weights, load_exactly, matching, read_tensors, without
+from eventful_det.detectors.hub import fetch
 from eventful_det.detectors.vitdet.vitdet import WindowedViT
 from eventful_det.errors import UserError, first_line
 from eventful_det.gating.spec import resize_positions
@@ -79,6 +80,8 @@ def _timm_tensors(name: str) -> dict[str, Tensor]:
     import timm
 
     try:
+        if (config := timm.models.get_pretrained_cfg(name)) is not None and config.hf_hub_id:
+            fetch(config.hf_hub_id)  # asks once; where there is no network, timm would ask for most of a minute
         return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
     except Exception as error:  # of the many layers between here and the network
         raise UserError(

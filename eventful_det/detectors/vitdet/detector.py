@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eventful_det.detectors.checkpoints.saving import save_detector
-from eventful_det.detectors.gated import GatedDetector, GatedStream, priced_statically
+from eventful_det.detectors.gated import GatedDetector, GatedStream, check_frame, priced_statically
 from eventful_det.detectors.hub import WEIGHTS
 from eventful_det.detectors.protocol import AnyRule, InputTransform
 from eventful_det.detectors.results import Detections
@@ -133,6 +133,8 @@ class Detector(GatedDetector[DetectorStream]):
 
     def _batch(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Normalise and pad all images to the size of the largest."""
+        for image in images:
+            check_frame(image)
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         height, width = (max(side) for side in zip(*sizes, strict=True))
         return torch.stack([self._prepare(image, height, width) for image in images]), sizes

@@ -9,7 +9,7 @@
     detections = mover.boxes()  # it did not run on this one
 
 On a key frame a moved box and the detection of its object become one, which keeps the track id; an object that the
-network misses once lives on with a lower score.
+network misses once lives on with a lower score. Unsure boxes use up no ids; see `MotionOptions.start`.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class MotionOptions:
         blend: weight of the detection's box where it becomes one with a moved box.
         keep: factor of the score of an object that the network does not find again; 0 = it is gone ...
         alike: ... as it is where boxes look less than this as they did on the key frame: frames are too far apart.
+        start: least score with which an object gets a track id, which it keeps whatever its score is then.
     """
 
     short_side: int = 160
@@ -60,6 +61,10 @@ class MotionOptions:
     blend: float = 0.8
     keep: float = 0.7
     alike: float = 0.65
+    start: float = 0.25
+
+
+EVERY_ID = MotionOptions(start=0.0)
 
 
 class View(NamedTuple):
@@ -79,7 +84,7 @@ class _Objects(NamedTuple):
 
     Attributes:
         boxes: `(n, 4)` in pixels of the frame.
-        scores, labels, tracks: `(n,)`.
+        scores, labels, tracks: `(n,)`; -1 = no track id yet.
         looks: `(n, p)` grey levels at points of the boxes on the key frame.
     """
 
@@ -195,7 +200,7 @@ class BoxMover:
                 np.zeros((len(tracks) + len(lost.tracks), 0), np.float32),
             )
             new = new.where(np.argsort(-new.scores, kind="stable"))
-        nameless = np.flatnonzero(new.tracks < 0)
+        nameless = np.flatnonzero((new.tracks < 0) & (new.scores >= options.start))
         new.tracks[nameless] = np.arange(self._next_track, self._next_track + len(nameless))
         self._next_track += len(nameless)
         return new

@@ -180,7 +180,7 @@ class StreamPool(Budgeted, Iterator[list[R]], Generic[R]):
             name: by default that of the source; "-2" and so on is appended to one that is taken.
             live: whether only its newest frame counts, or all do; None = guess from the source.
             short_side, hold: as those of the pool, for this stream; None = those of the pool.
-            track: give its objects ids, also where the network runs on every frame.
+            track: give all its objects ids, the unsure as well, also where the network runs on every frame.
             options: see `StreamOptions`.
 
         Returns:
@@ -203,7 +203,7 @@ class StreamPool(Budgeted, Iterator[list[R]], Generic[R]):
             if self._thread is not None:
                 assert isinstance(session, StreamSession)
                 stepper = cast(NetworkStepper[Any, StepResult, StreamResult], self._stepper)
-                boxes = LiveBoxes(detector_of(stepper, session), self._thread, self._scene_cuts)
+                boxes = LiveBoxes(detector_of(stepper, session), self._thread, self._scene_cuts, track)
             self._members[unique] = _Member(session, feed, Tally(), boxes)
         self._arrived.set()
         return unique
