@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from common import Data, Gate, say, warn
+from command_line import refuse
+from common import AnyDetector, Data, Gate, Side, choose_device, open_detector, say, warn
 
 from eventful_det.detectors.checkpoints.weight_files import find_weights
 from eventful_det.detectors.rf_detr.loading import is_rf_detr
+from eventful_det.engine.backends import Precision
 from eventful_det.engine.folder import holds_recogniser, is_engine
 from eventful_det.errors import UserError
 from eventful_det.gating.selector import DEFAULT as SELECTOR
-from eventful_det.options import nearest
+from eventful_det.options import Count, Share, nearest
 from eventful_det.recognition.checkpoints import (
     is_recogniser,
     load_recogniser,
@@ -27,6 +30,7 @@ from eventful_det.recognition.checkpoints import (
 from eventful_det.recognition.config import RecogniserConfig, vivit_b_epic, vivit_b_k400, vivit_tiny
 from eventful_det.recognition.data.segments import Segments, read_durations, read_epic, read_folders
 from eventful_det.recognition.data.synthetic_actions import ACTIONS
+from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.session import DEFAULT as RECOGNITION
 from eventful_det.testing import official_vivit
 
@@ -49,6 +53,45 @@ def recognises(task: Task | None, weights: str | None) -> bool:
     except UserError:
         return False  # detection says what is wrong
     return is_recogniser(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """What `detect` and `serve` have in common; configs/demo.yaml explains it."""
+
+    positional: ClassVar = ("source",)
+    aliases: ClassVar = {"model": "weights", "conf": "min_score"}  # as other detectors call them
+    # Of detectors alone:
+    boxes: ClassVar = ["labels", "min_score", "hold", "live", "rescore", "track", "short_side", "long_side"]
+
+    task: Task | None
+    gate: dict[str, Any]
+    weights: str | None
+    precision: Precision | Literal["auto"]
+    labels: str | None
+    min_score: Share | None
+    hold: Count | Literal["auto", "adaptive"]
+    live: bool
+    rescore: bool
+    track: bool
+    short_side: Side | None
+    long_side: Side | None
+    device: str
+
+
+def open_network(tool: str, options: NetworkOptions, sources: Sequence[str | Path]) -> AnyDetector | Recogniser:
+    """The detector or recogniser that the options ask for.
+
+    Raises:
+        UserError: it cannot be loaded, or an option is not for it.
+    """
+    if options.gate.get("rule") == "dense":
+        refuse(tool, options, ("budget",), "gate=dense recomputes everything; choose gate=rows or gate=paper")
+    if not recognises(options.task, options.weights):
+        return open_detector(options.weights, options.labels, options.device, sources, options.precision)
+    refuse(tool, options, options.boxes, "for detectors; a recogniser of actions has no boxes")
+    recogniser = load_recogniser(options.weights or DEFAULT, precision=options.precision)
+    return recogniser.to(choose_device(options.device))
 
 
 def own_gate(gate: Gate) -> Gate:

@@ -12,17 +12,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import actions
 import torch
-from command_line import refuse
 from common import (
     AnyDetector,
-    Side,
+    Gate,
     Texts,
     as_list,
     at_least_one,
     build_gate,
-    choose_device,
     command,
-    open_detector,
     progress_bar,
     say,
     uninterrupted,
@@ -34,19 +31,16 @@ from eventful_det.data.video import VideoSource, open_source
 from eventful_det.detectors.labels import relabel
 from eventful_det.detectors.rf_detr.model import EventfulRFDETR
 from eventful_det.detectors.vitdet.detector import Detector
-from eventful_det.engine.backends import Precision
 from eventful_det.errors import UserError
 from eventful_det.evaluation.efficiency import peak_memory
 from eventful_det.gating.dense import Dense
 from eventful_det.gating.selector import Budget
-from eventful_det.options import Count, Natural, NonNegative, Positive, Range, Share
-from eventful_det.recognition.checkpoints import load_recogniser
+from eventful_det.options import Count, Natural, NonNegative, Positive, Range
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.recognition.stream import RecognitionStream
 from eventful_det.runtime.budget import BudgetOptions, parse_budget
 from eventful_det.runtime.motion.key_frames import parse_hold
 from eventful_det.runtime.rescoring import Rescorer
-from eventful_det.runtime.session import StreamResult
 from eventful_det.runtime.stream import Stream
 from eventful_det.runtime.tracking import Tracker
 from eventful_det.viz import Caption, budget_text
@@ -55,62 +49,41 @@ Format = Literal["mot", "cvat", "yolo", "label_studio", "coco"]
 AHEAD = 2  # frames that are decoded while the detector runs
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(actions.NetworkOptions):
     """What may be asked of the demo; configs/demo.yaml explains it."""
 
-    positional: ClassVar = ("source",)
-    aliases: ClassVar = {"model": "weights"}  # as other detectors call it
+    aliases: ClassVar = {**actions.NetworkOptions.aliases, "show": "min_score"}
+    boxes: ClassVar = [*actions.NetworkOptions.boxes, "classes", "shadow_every", "format", "compare"]
 
-    task: actions.Task | None
-    gate: dict[str, Any]
     source: Texts
     output: str
-    weights: str | None
-    precision: Precision | Literal["auto"]
-    labels: str | None
     classes: Texts | None
     max_frames: Count | None
     budget: float | int | str | None
     max_age: Natural
     bucket: NonNegative
-    show: Share
     width: Annotated[int, Range(320, 7680)]
-    short_side: Side | None
-    long_side: Side | None
     scene_cuts: bool
-    hold: Count | Literal["auto", "adaptive"]
-    live: bool
     shadow_every: Natural
-    rescore: bool
-    track: bool
     format: Format | tuple[Format, ...] | None
     reconnect: NonNegative
     silence: Positive
     on: Literal["ray"] | None
     compare: bool
-    device: str
+
+    @property
+    def show(self) -> float:
+        """The least score of what is drawn."""
+        return 0.5 if self.min_score is None else self.min_score
 
 
 def build(options: Options, sources: Sequence[str | Path]) -> AnyDetector | Recogniser:
     """The detector or recogniser that the options ask for."""
-    if not actions.recognises(options.task, options.weights):
-        return build_detector(options, sources)
-    sides = ("short_side", "long_side")
-    boxes = ("labels", "classes", *sides, "hold", "live", "shadow_every", "rescore", "track", "format", "compare")
-    refuse("demo", options, boxes, "for detectors; a recogniser of actions has no boxes")
-    weights = options.weights or actions.DEFAULT
-    return load_recogniser(weights, precision=options.precision).to(choose_device(options.device))
-
-
-def build_detector(options: Options, sources: Sequence[str | Path]) -> AnyDetector:
-    """The detector of a config, with the classes that it asks for."""
-    if options.gate.get("rule") == "dense":
-        refuse("demo", options, ("budget",), "gate=dense recomputes everything; choose gate=rows or gate=paper")
-    detector = open_detector(options.weights, options.labels, options.device, sources, options.precision)
-    if options.classes is None:
-        return detector
-    return keep_classes(detector, at_least_one(options.classes, "classes"))
+    network = actions.open_network("demo", options, sources)
+    if options.classes is None or isinstance(network, Recogniser):
+        return network
+    return keep_classes(network, at_least_one(options.classes, "classes"))
 
 
 def keep_classes(detector: AnyDetector, classes: Sequence[str]) -> AnyDetector:
@@ -139,19 +112,8 @@ def run_source(
     """
     budget = parse_budget(options.budget)
     with open_source(source, ahead=AHEAD, reconnect=options.reconnect, silence=options.silence) as opened:
-        if isinstance(known, Recogniser):
-            return ActionRun(options, budget, known, opened, directory)()
-        return Run(options, budget, known, opened, directory)()
-
-
-def time_dense(detector: AnyDetector, first: StreamResult, sizes: dict[str, Any]) -> float:
-    """Seconds that the dense detector takes for such a frame: the median of as many runs as fit into a second."""
-    runs = Stream(detector, itertools.repeat(first.image), rule=Dense(), scene_cuts=False, timing=True, **sizes)
-    next(runs)  # warms up
-    seconds = [next(runs).cost.latency]
-    while sum(seconds) < 1 and len(seconds) < 9:
-        seconds.append(next(runs).cost.latency)
-    return statistics.median(seconds)
+        kind = ActionRun if isinstance(known, Recogniser) else Run
+        return kind(options, budget, known, opened, directory)()
 
 
 class Run:
@@ -160,36 +122,54 @@ class Run:
     Args:
         options: of the tool.
         budget: that they ask for.
-        detector: whose stream it is.
+        network: whose stream it is.
         source: open.
         directory: for the outputs.
     """
 
-    def __init__(
-        self, options: Options, budget: Budget, detector: AnyDetector, source: VideoSource, directory: Path
-    ) -> None:
-        self.source, self.directory, self.detector = source, directory, detector
-        self._sizes: dict[str, Any] = {"short_side": options.short_side, "long_side": options.long_side}
-        gate = build_gate(options.gate)
-        self.stream: Stream | RecognitionStream = Stream(
-            detector,
-            source,
+    def __init__(self, options: Options, budget: Budget, network: Any, source: VideoSource, directory: Path) -> None:
+        self.options, self.source, self.directory, self.network = options, source, directory, network
+        gate = self.gate()
+        self.stream: Stream | RecognitionStream = self.open_stream(
             budget=gate.selector if budget is None else budget,
             options=BudgetOptions(max_age=options.max_age, bucket=options.bucket),
             rule=gate.rule,
-            max_frames=options.max_frames,
             scene_cuts=options.scene_cuts,
+            timing=True,
+        )
+        self._results = self.results()
+
+    def gate(self) -> Gate:
+        """How tokens are recomputed, and which."""
+        return build_gate(self.options.gate)
+
+    def open_stream(self, **how: Any) -> Stream | RecognitionStream:
+        """The stream, with what options of detectors and recognisers have in common."""
+        options = self.options
+        return Stream(
+            self.network,
+            self.source,
+            max_frames=options.max_frames,
+            short_side=options.short_side,
+            long_side=options.long_side,
             hold=parse_hold(options.hold),
             shadow_every=1 if options.compare else options.shadow_every,
             shadow_score=options.show,
-            timing=True,
             live=options.live,
-            **self._sizes,
+            **how,
         )
-        self.options = options
-        self._results: Iterator[Any] = map(Rescorer(), self.stream) if options.rescore else self.stream
+
+    def results(self) -> Iterator[Any]:
+        """The results of the stream, followed from frame to frame."""
+        options: Options = self.options
+        results: Iterator[Any] = self.stream
+        if options.rescore:
+            results = map(Rescorer(), results)
         if options.track:
-            self._results = map(Tracker(source.fps), self._results)
+            results = map(Tracker(self.source.fps), results)
+        if options.min_score:
+            results = (result.at_least(options.min_score) for result in results)
+        return results
 
     def __call__(self) -> dict[str, Any]:
         """Run to the end, write the results however it ends, and return them.
@@ -225,14 +205,24 @@ class Run:
         return results
 
     def time_dense(self, first: Any) -> float:
-        """Seconds that a frame takes when everything is recomputed."""
-        return time_dense(self.detector, first, self._sizes)
+        """Seconds that the dense network takes for such a frame: the median of as many runs as fit into a second."""
+        runs = self.dense_stream(itertools.repeat(first.image))
+        next(runs)  # warms up
+        seconds = [next(runs).cost.latency]
+        while sum(seconds) < 1 and len(seconds) < 9:
+            seconds.append(next(runs).cost.latency)
+        return statistics.median(seconds)
+
+    def dense_stream(self, frames: Iterator[Any]) -> Iterator[Any]:
+        """The same network on other frames, all of it on each."""
+        sizes: dict[str, Any] = {"short_side": self.options.short_side, "long_side": self.options.long_side}
+        return Stream(self.network, frames, rule=Dense(), scene_cuts=False, timing=True, **sizes)
 
     def make_outputs(self) -> Outputs:
         """The files, not yet open."""
         fps = self.source.fps if self.source.fps and 1 <= self.source.fps <= 240 else 25.0
         options = self.options
-        info = VideoInfo(self.source.name, self.detector.names, fps, options.show)
+        info = VideoInfo(self.source.name, self.network.names, fps, options.show)
         exports = dict.fromkeys(as_list(options.format), info)
         still = self.source.frames == 1 and self.source.fps is None  # no clock: a picture
         return Outputs(self.directory, fps, show=options.show, width=options.width, still=still, exports=exports)
@@ -272,31 +262,25 @@ class Run:
 class ActionRun(Run):
     """One source on its way through a recogniser into its files; frames are tubelets."""
 
-    def __init__(
-        self, options: Options, budget: Budget, recogniser: Recogniser, source: VideoSource, directory: Path
-    ) -> None:
-        self.options, self.source, self.directory, self.recogniser = options, source, directory, recogniser
-        gate = actions.own_gate(build_gate(options.gate))
-        self.stream = self._results = recogniser.stream(
-            source,
-            budget=gate.selector if budget is None else budget,
-            options=BudgetOptions(max_age=options.max_age, bucket=options.bucket),
-            rule=gate.rule,
-            max_steps=options.max_frames,
-            scene_cuts=options.scene_cuts,
-            timing=True,
-        )
-
-    def time_dense(self, first: Any) -> float:
+    def gate(self) -> Gate:
         """See `Run`."""
-        frames = itertools.repeat(first.image)
-        runs = self.recogniser.stream(frames, rule=Dense(), scene_cuts=False, max_steps=4, timing=True)
-        _, *seconds = [result.cost.latency for result in runs]  # the first warms up
-        return statistics.median(seconds)
+        return actions.own_gate(super().gate())
+
+    def open_stream(self, **how: Any) -> RecognitionStream:
+        """See `Run`."""
+        return RecognitionStream(self.network, self.source, max_steps=self.options.max_frames, **how)
+
+    def results(self) -> Iterator[Any]:
+        """See `Run`."""
+        return self.stream
+
+    def dense_stream(self, frames: Iterator[Any]) -> Iterator[Any]:
+        """See `Run`."""
+        return RecognitionStream(self.network, frames, rule=Dense(), scene_cuts=False, timing=True)
 
     def make_outputs(self) -> Outputs:
         """See `Run`."""
-        config = self.recogniser.config
+        config = self.network.config
         steps_per_second = config.fps / (config.stride * config.tubelet[0])
         return ActionOutputs(self.directory, steps_per_second, show=self.options.show, width=self.options.width)
 

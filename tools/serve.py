@@ -24,20 +24,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import actions
 from command_line import guard, refuse
-from common import AnyDetector, Side, Texts, as_list, build_gate, choose_device, console, open_detector
+from common import AnyDetector, Texts, as_list, build_gate, console
 
 from eventful_det.cameras.service import CameraService
 from eventful_det.cameras.site_file import read_site
 from eventful_det.data.classes import SYNTHETIC_SHAPES
-from eventful_det.engine.backends import Precision
 from eventful_det.errors import UserError, printable
 from eventful_det.gating.dense import Dense
 from eventful_det.options import Count, Positive, Range
-from eventful_det.recognition.checkpoints import load_recogniser
 from eventful_det.recognition.recogniser import Recogniser
 from eventful_det.runtime.budget import parse_budget
 from eventful_det.runtime.motion.key_frames import parse_hold
@@ -52,27 +50,12 @@ from eventful_det.serving.sources import SourceOpener, play, public_name
 _TOKEN = 16  # characters of the shortest token that is accepted
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(actions.NetworkOptions):
     """What may be asked of the page; configs/serve.yaml explains it."""
 
-    positional: ClassVar = ("source",)
-    aliases: ClassVar = {"model": "weights"}  # as other detectors call it
-
-    task: actions.Task | None
-    gate: dict[str, Any]
     source: Texts | None
-    weights: str | None
-    precision: Precision | Literal["auto"]
-    labels: str | None
     budget: float | int | str
-    hold: Count | Literal["auto", "adaptive"]
-    live: bool
-    rescore: bool
-    track: bool
-    short_side: Side | None
-    long_side: Side | None
-    device: str
     port: Annotated[int, Range(0, 65535)]
     host: str
     expose: bool
@@ -180,8 +163,6 @@ def build_runner(options: Options, network: AnyDetector | Recogniser, sources: S
     gate, hold = build_gate(options.gate), parse_hold(options.hold)
     pool: StreamPool[Any]
     if isinstance(network, Recogniser):
-        names = ("labels", "hold", "live", "rescore", "track", "short_side", "long_side")
-        refuse("serve", options, names, "for detectors; a recogniser of actions has no boxes")
         gate = actions.own_gate(gate)
         pool = StreamPool(network, budget=gate.selector, rule=gate.rule, timing=True)
     else:
@@ -196,7 +177,9 @@ def build_runner(options: Options, network: AnyDetector | Recogniser, sources: S
             live=options.live,
         )
     most = max(options.max_streams, len(sources))
-    runner = PoolRunner(pool, max_streams=most, track=options.track, rescore=options.rescore)
+    runner = PoolRunner(
+        pool, max_streams=most, track=options.track, rescore=options.rescore, min_score=options.min_score or 0.0
+    )
     if gate.rule != Dense():
         runner.set_budget(str(options.budget))
     return runner
@@ -231,24 +214,18 @@ def run(options: Options) -> None:
 def run_server(options: Options) -> None:
     """Load, listen and serve."""
     token, sources = token_of(options), as_list(options.source)
-    if options.gate.get("rule") == "dense":
-        refuse("serve", options, ("budget",), "gate=dense recomputes everything")
     if options.budget != "auto":
         parse_budget(options.budget)
     if options.track:
         Tracker()  # tells now what is missing
     if (site := site_of(sources)) is not None:
+        refuse("serve", options, ("min_score",), f"each camera has a score of its own in {site}")
         for number in (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ():
             signal.signal(number, signal.SIG_IGN)  # there is nothing to read again yet
         sources = [str(camera.source) for camera in read_site(site).cameras.values()]
-    network: AnyDetector | Recogniser
-    if actions.recognises(options.task, options.weights):
-        weights = options.weights or actions.DEFAULT
-        if site is not None:
-            raise UserError(f"{site}: zones and events need a detector, and {weights} recognises actions")
-        network = load_recogniser(weights, precision=options.precision).to(choose_device(options.device))
-    else:
-        network = open_detector(options.weights, options.labels, options.device, sources, options.precision)
+        if actions.recognises(options.task, options.weights):
+            raise UserError(f"{site}: zones and events need a detector, not a recogniser of actions")
+    network = actions.open_network("serve", options, sources)
     opener = build_opener(options, network)
     port = listen(options.host, options.port)
     runner, cameras = build_runner(options, network, sources), None

@@ -70,7 +70,7 @@ class Backend(ABC):
     dtype = torch.float32
     _folder: Path  # that graphs are read from
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self._folder, self.precision, self.threads)  # a copy compiles them anew
 
     def __init__(self, precision: Precision, threads: int | None) -> None:

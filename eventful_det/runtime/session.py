@@ -9,6 +9,7 @@ A session decides and remembers; it does not run the detector, so that many sess
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -81,9 +82,15 @@ class StreamResult(Result):
     drift: Drift | None = None
     zones: tuple[tuple[str, ...], ...] | None = None
 
+    def at_least(self, score: float) -> StreamResult:
+        """The same without detections of a lower score."""
+        keep = self.detections.scores >= score
+        zones = self.zones and tuple(itertools.compress(self.zones, keep.tolist()))
+        return dataclasses.replace(self, detections=self.detections[keep], zones=zones)
+
     def __str__(self) -> str:
         """In one line: the detections with a score of 0.5 or more, and the cost."""
-        sure = self.detections[self.detections.scores >= 0.5]
+        sure = self.at_least(0.5).detections
         found = zip(sure.labels.tolist(), sure.scores.tolist(), strict=True)
         names = ", ".join(f"{self.names[label]} {score:.2f}" for label, score in found) or "nothing"
         cost = f"{self.cost.total / 1e9:.2f} of {self.cost.dense_total / 1e9:.2f} GMACs"

@@ -35,15 +35,24 @@ class PoolRunner:
         max_streams: at the same time.
         track: give objects ids.
         rescore: judge boxes by the last frames, not by one alone.
+        min_score: detections of a lower score are not shown.
 
     Attributes:
         views: by name, in the order of joining; hold `lock` to read them.
         on_round: called in the runner's thread after every round.
     """
 
-    def __init__(self, pool: AnyPool, *, max_streams: int = 16, track: bool = False, rescore: bool = False) -> None:
+    def __init__(
+        self,
+        pool: AnyPool,
+        *,
+        max_streams: int = 16,
+        track: bool = False,
+        rescore: bool = False,
+        min_score: float = 0.0,
+    ) -> None:
         self.pool: StreamPool[Any] = pool
-        self.max_streams, self.track, self.rescore = max_streams, track, rescore
+        self.max_streams, self.track, self.rescore, self.min_score = max_streams, track, rescore, min_score
         self.lock = threading.Lock()
         self.views: dict[str, StreamView] = {}
         self.on_round: Callable[[], None] = lambda: None
@@ -101,6 +110,8 @@ class PoolRunner:
         followers: list[Follower] = [Rescorer()] if self.rescore else []
         if self.track:
             followers.append(Tracker(opened.source.fps))
+        if self.min_score:
+            followers.append(lambda result: result.at_least(self.min_score))
         if follow is not None:
             followers = [follow]
         tracked = follow is not None

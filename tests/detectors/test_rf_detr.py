@@ -243,9 +243,7 @@ def test_user_errors(tmp_path: Path) -> None:
     detector = EventfulRFDETR(model)
     with pytest.raises(UserError, match="multiple of 16 pixels, got 70"):
         detector.stream(images(), short_side=70)
-    with pytest.raises(
-        UserError, match=r"got a Tensor of shape \(64, 64\); expected float tensors"
-    ):
+    with pytest.raises(UserError, match=r"got a Tensor of shape \(64, 64\); expected float tensors"):
         detector(torch.rand(3, 64, 64))
     with pytest.raises(UserError, match="no weights 'rf-detr-tiny': .* nor of rf-detr-nano, rf-detr-small"):
         load_detector("rf-detr-tiny")

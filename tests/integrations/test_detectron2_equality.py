@@ -267,7 +267,9 @@ def frames_of(source: str, config: ModelConfig) -> Iterable[Tensor]:
     ("rule", "selector"),
     [
         (Paper(), TopFraction(0.25)),
-        (Paper(), Threshold(0.5)),
+        # Rounding alone parts the norms of the two by up to 1e-4. Of 123,120 in a clip none is nearer than 2e-4 to 6.5,
+        # which 4 % exceed; at 0.5, which most exceed, some are nearer than 1e-5, and chance would decide.
+        (Paper(), Threshold(6.5)),
         (Rows(), DEFAULT),
         (Rows(), Selector(LargestError(age_power=0.5, saliency=4.0), 0.25)),
     ],

@@ -79,7 +79,7 @@ def check_run(directory: Path) -> dict[str, Any]:
 
 def test_complete_run_and_failed_start(weights: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    options = ("show=0.2", "shadow_every=2", "budget=50%", "max_age=20", "bucket=2")
+    options = ("min_score=0.2", "shadow_every=2", "budget=50%", "max_age=20", "bucket=2")
     command = ("tools/demo.py", "device=cpu", weights, f"output={output}")
     stdout = run(*command, "source=synthetic:1", "max_frames=4", *options).stdout
     assert str(output / "results.json") in stdout and "4 frames" in stdout
@@ -94,7 +94,8 @@ def test_complete_run_and_failed_start(weights: str, tmp_path: Path) -> None:
     assert "agreement with dense on 2 frames" in stdout
     assert 0 <= results["drift"]["agreement_f1"] <= 1 and results["drift"]["times_faster"] > 0
     lines = [json.loads(line) for line in (output / "detections.jsonl").read_text().splitlines()]
-    shown = [[d["name"] for d in line["detections"] if d["score"] >= 0.2] for line in lines]
+    shown = [[d["name"] for d in line["detections"]] for line in lines]
+    assert all(d["score"] >= 0.2 for line in lines for d in line["detections"])
     assert results["found"] == {
         name: {"frames": sum(name in one for one in shown), "most": max(one.count(name) for one in shown)}
         for name in set(itertools.chain(*shown))
@@ -232,7 +233,7 @@ def test_error_midway_keeps_what_was_written(weights: str, tmp_path: Path, monke
 
     monkeypatch.setattr(demo_run, "open_source", lambda *_, **__: Clip(5, fall))
     with pytest.raises(UserError, match="fell off"):
-        demo.run(config(weights, f"output={tmp_path / 'out'}", "hold=2", "show=0.2"))
+        demo.run(config(weights, f"output={tmp_path / 'out'}", "hold=2", "min_score=0.2"))
     results = check_run(tmp_path / "out")
     assert (results["frames"], results["stopped"]) == (5, "the camera fell off")
 

@@ -17,13 +17,17 @@ import pytest
 import torch
 from running import ENVIRONMENT, ROOT, options_of
 
+from eventful_det.detectors.checkpoints.files import load_detector
 from eventful_det.detectors.checkpoints.saving import save_detector
+from eventful_det.detectors.checkpoints.weight_files import SYNTHETIC
 from eventful_det.detectors.vitdet.detector import Detector
 from eventful_det.errors import UserError
+from eventful_det.serving.sources import play
 
 pytest.importorskip("fastapi", reason="fastapi is not installed (python -m pip install fastapi uvicorn websockets)")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
+import actions  # noqa: E402
 import serve  # noqa: E402
 
 
@@ -102,6 +106,18 @@ def test_live_streams_choose_their_key_frames(tiny_detector: Detector) -> None:
         serve.build_runner(config("live=true", "hold=4"), tiny_detector, [])
 
 
+def test_what_is_reported_has_a_least_score() -> None:
+    runner = serve.build_runner(config("conf=0.4"), load_detector(SYNTHETIC), [])
+    runner.add(play("synthetic:1", "clip"))
+    (view,) = runner.views.values()
+    (result,) = next(runner.pool)
+    view.show(result)
+    runner.pool.close()
+    assert view.newest is not None
+    reported = view.newest.result.detections.scores
+    assert result.detections.scores.min() < 0.4 <= reported.min() and len(reported) > 0
+
+
 def test_tokens() -> None:
     for host in ("127.0.0.1", "localhost", "::1", "127.8.0.1"):
         assert serve.token_of(config(f"host={host}")) is None
@@ -144,6 +160,8 @@ def test_error_lines(tmp_path: Path, options: list[str], message: str) -> None:
 def test_zones_are_refused_to_a_recogniser_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cameras.yaml").write_text("cameras: {a: {source: 0}}\n")
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(serve, "load_recogniser", None)
-    with pytest.raises(UserError, match=r"cameras\.yaml: zones .* vivit_tiny_synthetic recognises actions"):
+    monkeypatch.setattr(actions, "load_recogniser", None)
+    with pytest.raises(UserError, match=r"cameras\.yaml: zones .* need a detector, not a recogniser"):
         serve.run(config(f"source={tmp_path / 'cameras.yaml'}", "task=recognition"))
+    with pytest.raises(UserError, match="min_score: each camera has a score of its own in"):
+        serve.run(config(f"source={tmp_path / 'cameras.yaml'}", "min_score=0.3"))

@@ -115,13 +115,13 @@ class Array:
     def __init__(self, *_: object) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: tuple[int, tuple[int, ...], _Dtype, bool, str | bytes]) -> None:
         _, shape, kind, fortran, data = state
         raw = data.encode("latin1") if isinstance(data, str) else bytes(data)
         self.array = np.frombuffer(raw, kind.dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _frombuffer(data: object, kind: object, shape: object, order: object) -> Array:
+def _frombuffer(data: bytes, kind: _Dtype, shape: tuple[int, ...], order: str) -> Array:
     array = Array()
     array.__setstate__((1, shape, kind, order == "F", data))
     return array

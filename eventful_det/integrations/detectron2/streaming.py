@@ -70,17 +70,14 @@ class VideoPredictor:
 
     Args:
         model: in evaluation mode from now on.
-        mapper: makes its inputs; by default in the model's own size and format.
         budget: of the model, see `EventfulRCNN`; None = as it is.
     """
 
     @configurable
-    def __init__(
-        self, model: EventfulRCNN, *, mapper: Mapper | None = None, budget: Budget | Selector | str = None
-    ) -> None:
+    def __init__(self, model: EventfulRCNN, *, budget: Budget | Selector | str = None) -> None:
         self.model = model.eval()
         sides, colours = model.input_transform, model.input_format or "RGB"
-        self.mapper = mapper or VIDMapper(short_side=sides.short_side, long_side=sides.long_side, image_format=colours)
+        self.mapper = VIDMapper(short_side=sides.short_side, long_side=sides.long_side, image_format=colours)
         if budget is not None:
             model.budget = budget
 
