@@ -75,12 +75,10 @@ def export_engine(
     """
     folder = Path(folder).resolve()
     convert(format, Format, "format")
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; give a folder")
     if not isinstance(network, Network) or isinstance(network, CompiledRecogniser):
         raise UserError(f"export takes a network in PyTorch, not a {type(network).__name__}")
-    if folder.exists() and any(folder.iterdir()) and not (is_engine(folder) and _is_ours(folder)):
-        raise UserError(f"{folder} holds other files than a whole engine's; give a new folder")
+    if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not (is_engine(folder) and _is_ours(folder))):
+        raise UserError(f"{folder} holds other files than a whole engine's, or is a file; give a new folder")
     if network.spec.dtype != torch.float32 or network.device.type != "cpu":
         raise UserError("export needs a network on the CPU in float32; precision is chosen when the engine is loaded")
     size = _checked(network, default_size(network) if size is None else size)
@@ -187,13 +185,13 @@ def default_size(detector: Network) -> tuple[int, int]:
 
 def _checked(detector: Network, size: tuple[int, int]) -> tuple[int, int]:
     """The size, if it can be one."""
+    size = cast("tuple[int, int]", convert(size, tuple[Side, Side], "size"))
     if isinstance(detector, Recogniser):
         if size != detector.config.size:
             raise UserError(f"size=[{size[0]},{size[1]}]: this recogniser takes views of {detector.config.size} pixels")
         return size
     square = isinstance(detector, EventfulRFDETR)
     step = detector.spec.patch * detector.spec.regions if square else DIVISOR
-    size = cast("tuple[int, int]", convert(size, tuple[Side, Side], "size"))
     if any(side % step or side < step for side in size):
         raise UserError(f"size=[{size[0]},{size[1]}]: height and width must be multiples of {step} pixels")
     if square and size[0] != size[1]:

@@ -191,7 +191,7 @@ def test_state_is_the_callers() -> None:
         (lambda engine: export_engine(engine, "x"), "in PyTorch, not a CompiledViTDet"),  # type: ignore[arg-type]
         (lambda _: export_engine(make_detector(), "x", format="trt"), "format must be"),  # type: ignore[arg-type]
         (lambda _: export_engine(make_detector(), "x", buckets=0.5), "buckets must be a list"),  # type: ignore[arg-type]
-        (lambda _: export_engine(make_detector(), __file__), "is a file; give a folder"),
+        (lambda _: export_engine(make_detector(), __file__), "or is a file; give a new folder"),
         (lambda _: export_engine(make_detector(), Path("x"), size=(90, 160)), "multiples of 32"),
         (lambda _: export_engine(make_detector(), Path("x"), size=(320, 32 * 10**6)), "from 1 to 8192"),
         (lambda _: list(graphs_of(make_detector(window=0, global_blocks=()), SIZE)), "even number of tokens"),
