@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from eventful_det.detectors.checkpoints import safe_pickle
+from eventful_det.detectors.checkpoints.safe_pickle import read_pickle, stored
 from eventful_det.detectors.checkpoints.weight_files import read_tensors
 from eventful_det.errors import UserError
 
@@ -38,22 +38,32 @@ CONTENT = {
 }
 
 
+def load(data: bytes) -> Any:
+    """What a pickle holds, tensors in place of their records."""
+
+    def plain(node: Any) -> Any:
+        if (record := stored(node)) is not None:
+            return record.tensor(lambda storage: b"")
+        return {key: plain(value) for key, value in node.items()} if isinstance(node, dict) else node
+
+    return plain(read_pickle(io.BytesIO(data)))
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_arrays_of_every_protocol(protocol: int, tmp_path: Path) -> None:
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps(CONTENT, protocol))
-    found = read_tensors(tmp_path / "a.pkl")
-    assert found.others == {key: CONTENT[key] for key in ("__author__", "numbers")}
-    assert list(found.tensors) == list(CONTENT["model"])
+def test_arrays_of_every_protocol(protocol: int) -> None:
+    found = load(pickle.dumps(CONTENT, protocol))
+    assert found["__author__"] == "someone" and found["numbers"] == CONTENT["numbers"]
+    assert list(found["model"]) == list(CONTENT["model"])
     for name, array in CONTENT["model"].items():
-        expected = torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C")).float()
-        assert torch.equal(found.tensors[name], expected)
+        expected = torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
+        assert torch.equal(found["model"][name], expected) and found["model"][name].dtype == expected.dtype
 
 
-def test_names_of_an_older_numpy_and_strings_of_python_2(tmp_path: Path) -> None:
+def test_names_of_an_older_numpy_and_strings_of_python_2() -> None:
     old = pickle.dumps({"a": np.arange(200, 204, dtype=np.uint8)}, 2).replace(b"cnumpy._core.", b"cnumpy.core.")
     assert b"numpy.core.multiarray" in old
-    (tmp_path / "old.pkl").write_bytes(old.replace(b"X\x01\0\0\0a", b"U\x01\xe9"))
-    assert read_tensors(tmp_path / "old.pkl").tensors["é"].tolist() == [200, 201, 202, 203]
+    assert load(old)["a"].tolist() == [200, 201, 202, 203]
+    assert load(b"\x80\x02}U\x01aU\x01\xe9s.") == {"a": "é"}
 
 
 class Call:
@@ -109,6 +119,10 @@ def test_anything_else_is_refused_before_it_runs(
         b"Preference\n.",
         b"c_codecs\nencode\n(S'x'\nS'zip'\ntR.",
         b"cnumpy\ndtype\n(S'V8'\ntR.",
+        b"}(]Nu.",  # a list as a key
+        b"}((NtNu.",  # a tuple
+        b"}(G\x7f\xf0\x00\x00\x00\x00\x00\x00Nu.",  # a float
+        b"\x80\x02}\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x1fNs.",  # a number whose hash that of others may be
         b"\x82\x01.",  # a name of the reader's
         b"]]\x81.",  # a call of a list
     ],
@@ -134,9 +148,6 @@ def test_truncated_and_foreign_files_are_one_line(tmp_path: Path) -> None:
         b"N.",
         b"0.",
         b"\x80\x04\x8e" + b"\xff" * 8,
-        b"}(]Nu.",  # a list as a key
-        b"}((NtNu.",  # a tuple
-        b"N)}\x94(R.",  # more than there is since a mark
     ]
     for data in [*(whole[:end] for end in range(0, len(whole) - 1, 13)), *foreign]:
         path = tmp_path / "cut.pkl"
@@ -174,10 +185,10 @@ BOMBS = {
     "dictionaries": b"\x80\x04}\x8c\x05model" + nested(b"}", b"}(K\x01@K\x02@K\x03@u", 60) + b"s.",
     "a key": b"\x80\x04}" + nested(b")", b"(@@@@@@@@@@t", 60) + b"Ns.",
     "a set": b"\x80\x04\x8f(" + nested(b")", b"(@@@@@@@@@@t", 60) + b"\x90.",
-    "depth": b"\x80\x04}" + b"(" * 10_000 + b"N" + b"t" * 10_000 + b"Ns.",
-    "depth of a value": b"\x80\x04}\x8c\x05model" + b"]" * 10_000 + b"a" * 9_999 + b"s.",
+    "depth": b"\x80\x04}" + b"(" * 100_000 + b"N" + b"t" * 100_000 + b"Ns.",
+    "depth of a value": b"\x80\x04}\x8c\x05model" + b"]" * 100_000 + b"a" * 99_999 + b"s.",
     "itself": b"\x80\x04}\x94\x8c\x05modelh\x00s.",
-    "steps": b"\x80\x04" + b"N0" * 16_000 + b"N.",
+    "steps": b"\x80\x04" + b"N0" * 510_000 + b"N.",
     "memo": b"\x80\x02}r\xff\xff\xff\x7f.",
     "bytes": b"\x80\x04}\x8c\x01aB\xff\xff\xff\x7fs.",
     "a type": b"\x80\x02cnumpy\ndtype\n" + LAUGHS + b"\x85R.",
@@ -188,8 +199,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_small_files_stay_small(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safe_pickle, "_LONGEST", 30_000)  # tracemalloc makes each step slow
+def test_small_files_stay_small(name: str, tmp_path: Path) -> None:
     (tmp_path / "bomb.pkl").write_bytes(BOMBS[name])
     tracemalloc.start()
     began = time.process_time()
@@ -204,9 +214,6 @@ def test_small_files_stay_small(name: str, tmp_path: Path, monkeypatch: pytest.M
 def test_an_array_held_many_times_is_not_made_many_times(tmp_path: Path) -> None:
     data = np.zeros(100_000, np.float32)
     (tmp_path / "bomb.pkl").write_bytes(pickle.dumps({f"a{i}": data for i in range(2000)}, 4))  # 800 MB in all
-    with pytest.raises(UserError, match="its objects claim more than it holds"):
-        read_tensors(tmp_path / "bomb.pkl")
-    (tmp_path / "bomb.pkl").write_bytes(pickle.dumps({f"a{i}": data for i in range(15)}, 4))
     with pytest.raises(UserError, match="its tensors claim more than it holds"):
         read_tensors(tmp_path / "bomb.pkl")
     (tmp_path / "tied.pkl").write_bytes(pickle.dumps({"a": data, "b": data}, 4))

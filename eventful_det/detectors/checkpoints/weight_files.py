@@ -1,36 +1,30 @@
 """Files of tensors: recognised by their content, read safely, and loaded with every key accounted for.
 
-Nothing here runs what a file says, and nothing is made that is much larger than the file: safetensors hold tensors
-only, and pickles, bare or inside of PyTorch's files, are read by `safe_pickle`.
+Nothing here runs what a file says, and nothing is made that is larger than the file: safetensors hold tensors only, and
+pickles, bare or inside of PyTorch's files, are read by `safe_pickle`.
 """
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Protocol, cast
+from typing import Any, Protocol, cast
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from eventful_det.detectors.checkpoints.safe_pickle import (
-    Array,
-    RefusedError,
-    check_pickle,
-    read_pickle,
-    read_pytorch,
-)
+from eventful_det.detectors.checkpoints.safe_pickle import RefusedError, Storage, read_pickle, stored
 from eventful_det.detectors.hub import WEIGHTS
 from eventful_det.detectors.rf_detr.sizes import NAMES
 from eventful_det.errors import UserError, first_line
@@ -127,17 +121,13 @@ def _read(path: Path) -> Contents:
     if not size:
         raise ValueError("it is empty")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        pickles = cast(IO[bytes], data)
+        if data[:4] == b"PK\x03\x04":
+            return _read_archive(path)
+        if data[: len(_LEGACY)] == _LEGACY:
+            return _read_legacy(path, data)
         if data[8:9] == b"{":
             return _read_safetensors(path, int.from_bytes(data[:8], "little"))
-        if data[:4] == b"PK\x03\x04":
-            _check_archive(path)
-            return _named(path, read_pytorch(path))
-        legacy = data[: len(_LEGACY)] == _LEGACY
-        for _ in range(5 if legacy else 1):  # magic number, version, system, contents, keys of what follows
-            check_pickle(pickles, size)
-        data.seek(0)
-        return _named(path, read_pytorch(path) if legacy else read_pickle(pickles))
+        return _named(path, read_pickle(data), _nowhere)
 
 
 def _read_safetensors(path: Path, header: int) -> Contents:
@@ -154,38 +144,52 @@ def _read_safetensors(path: Path, header: int) -> Contents:
     return Contents({key: value.float() for key, value in tensors.items()}, notes)
 
 
-def _check_archive(path: Path) -> None:
-    """Look through what `torch.save` writes: an archive of a pickle and of each storage, with checksums."""
+def _read_archive(path: Path) -> Contents:
+    """What `torch.save` writes: the pickle and each storage in a file of its own, with checksums that are looked at."""
     with zipfile.ZipFile(path) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
             raise ValueError("it is packed, or claims more than it holds")
-        if broken := archive.testzip():
-            raise ValueError(f"the checksum of {broken} is wrong")
-        for name in archive.namelist():
-            if name.endswith(".pkl"):
-                check_pickle(BytesIO(archive.read(name)), path.stat().st_size)
+        names = set(archive.namelist())
+        root = next((name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")), None)
+        if root is None:
+            raise ValueError("an archive without data.pkl")
+        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+            raise ValueError("its numbers are big-endian")
+        content = read_pickle(BytesIO(archive.read(f"{root}data.pkl")), {})
+        return _named(path, content, lambda key: archive.read(f"{root}data/{key}"))
 
 
-def _named(path: Path, content: object) -> Contents:
-    """The tensors among the contents of a pickle."""
+def _read_legacy(path: Path, file: mmap.mmap) -> Contents:
+    """What `torch.save` wrote before version 1.6: five pickles, then the storages, each behind its length."""
+    storages: dict[str, Storage] = {}
+    *_, content, keys = (read_pickle(file, storages) for _ in range(5))
+    data = {}
+    for key in cast(list[object], keys):
+        if not isinstance(key, str):  # tuples of tuples could take for ever to hash
+            raise RefusedError(f"a {type(key).__name__} as a key")
+        data[key] = file.read(int.from_bytes(file.read(8), "little") * storages[key].dtype.itemsize)
+    return _named(path, content, data.__getitem__)
+
+
+def _nowhere(key: str) -> bytes:
+    raise KeyError(key)
+
+
+def _named(path: Path, content: Any, read: Callable[[str], bytes]) -> Contents:
+    """The tensors among the contents of a pickle; `read` gives the bytes of a storage by its key."""
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, no named tensors")
     inner = next((key for key in _INNER if isinstance(content.get(key), dict)), None)
     named = content if inner is None else content[inner]
-    arrays = {key: value.array if isinstance(value, Array) else value for key, value in named.items()}
-    strange = [str(k) for k, v in arrays.items() if not isinstance(k, str) or not isinstance(v, (np.ndarray, Tensor))]
+    records = {key: record for key, value in named.items() if isinstance(key, str) and (record := stored(value))}
+    strange = [str(key) for key in named if key not in records]
     if strange:
         raise UserError(f"{path} holds no named tensors: {_some(strange)} among them is none")
-    if sum(value.nbytes for value in arrays.values()) > 4 * path.stat().st_size + 2**20:  # some may share numbers
+    if sum(record.nbytes for record in records.values()) > 4 * path.stat().st_size + 2**20:  # some may share numbers
         raise ValueError("its tensors claim more than it holds")
-    others = {} if inner is None else {key: value for key, value in content.items() if key != inner}
-    return Contents({key: _float(value) for key, value in arrays.items()}, others=others)
-
-
-def _float(value: np.ndarray | Tensor) -> Tensor:
-    if isinstance(value, np.ndarray):
-        value = torch.from_numpy(np.array(value, value.dtype.newbyteorder("="), order="C"))
-    return value.detach().float()
+    cached = functools.cache(read)
+    tensors = {key: record.tensor(lambda storage: cached(storage.key)).float() for key, record in records.items()}
+    return Contents(tensors, others={} if inner is None else {k: v for k, v in content.items() if k != inner})
 
 
 class HasState(Protocol):
