@@ -24,8 +24,8 @@ setup(
         **dict.fromkeys(CONFIGS, ["*.yaml"]),
     },
     install_requires=[
-        "torch>=2.4",  # the networks
-        "torchvision>=0.19",  # region operators: roi_align, non-maximum suppression
+        "torch>=2.6",  # the networks; before, torch.load(weights_only=True) could run a program (CVE-2025-32434)
+        "torchvision>=0.21",  # region operators: roi_align, non-maximum suppression
         "timm>=1.0.22",  # ViT blocks, ImageNet weights, layer-wise decay
         "numpy>=1.26",  # pictures and boxes outside the network
         "opencv-python-headless>=4.9.0.80",  # resizing, drawing, webcams; headless: servers lack the GUI's libraries
