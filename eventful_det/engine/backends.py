@@ -6,11 +6,12 @@ OpenVINO is given the shapes beforehand: each graph is compiled once for each of
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -92,6 +93,10 @@ class Backend(ABC):
                 raise UserError(f"{self.name} cannot compile {name}: {problem}; export the engine again") from error
         return self._runs[key](inputs)
 
+    def around(self) -> contextlib.AbstractContextManager[None]:
+        """To be open while a step runs: PyTorch has one thread for what is between the graphs, which have theirs."""
+        return _one_thread()
+
     @abstractmethod
     def _compile(self, name: str, inputs: Sequence[Tensor]) -> Run:
         """What runs a graph on inputs of these shapes."""
@@ -167,6 +172,26 @@ class OpenVINO(Backend):
         return self._ov.Tensor(tensor.view(torch.int16).numpy(), self._ov.Shape(list(tensor.shape)), self._ov.Type.bf16)
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """For small operations: OpenMP's second thread waits for each in a loop, which keeps a core from all others.
+
+    Where another program needed that core, too, frames took up to ten times as long.
+    """
+    threads = torch.get_num_threads()
+    _set_threads(1)
+    try:
+        yield
+    finally:
+        _set_threads(threads)
+
+
+def _set_threads(count: int) -> None:
+    """Of PyTorch, for this thread of Python; `torch.set_num_threads` would speak to all that begin meanwhile, too."""
+    with contextlib.suppress(AttributeError, TypeError):  # where PyTorch has another OpenMP, all stays as it is
+        ctypes.CDLL(None).omp_set_num_threads(count)
+
+
 def _read(result: Any) -> Tensor:
     """A tensor of OpenVINO's in the same memory; NumPy has no bfloat16."""
     tensor = torch.from_numpy(result.data)
@@ -220,6 +245,10 @@ class Torch(Backend):
             key: torch.compile(module, dynamic=False) if compiled else module for key, module in modules.items()
         }
         self.name = "compile" if compiled else "torch"
+
+    def around(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing: the graphs are PyTorch's."""
+        return contextlib.nullcontext()
 
     def _compile(self, name: str, inputs: Sequence[Tensor]) -> Run:
         def run(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -204,22 +204,23 @@ class CompiledDetector(OnCPU, StreamingDetector, ABC, Generic[S, C]):
             )
         flushes = [flush] * len(state) if isinstance(flush, bool) else flush
         watch, dense = Stopwatch(self.device, timing), rule == Dense()
-        images = [self._prepare(frame) for frame in per_stream("frames", list(frames), state)]
-        streams = [self._stream(state, i, frame, dense) for i, frame in enumerate(frames)]
-        watch.lap("other")
-        choices: Sequence[C | None] = [None] * len(streams)
-        begins = [stream.detections is None for stream in streams]
-        if not dense:
-            choices, begins = self._gate(images, streams, flushes, selector)
-        watch.lap("backbone")
-        shared = {part: seconds / len(streams) for part, seconds in watch.seconds().items()}
-        results = []
-        for image, stream, choice, begin in zip(images, streams, choices, begins, strict=True):
-            own = Stopwatch(self.device, timing)
-            result = self._run(image, stream, choice, begin, own)
-            parts = own.seconds()
-            result.cost.seconds.update(parts | {part: parts.get(part, 0.0) + shared[part] for part in shared})
-            results.append(result)
+        with self.backend.around():
+            images = [self._prepare(frame) for frame in per_stream("frames", list(frames), state)]
+            streams = [self._stream(state, i, frame, dense) for i, frame in enumerate(frames)]
+            watch.lap("other")
+            choices: Sequence[C | None] = [None] * len(streams)
+            begins = [stream.detections is None for stream in streams]
+            if not dense:
+                choices, begins = self._gate(images, streams, flushes, selector)
+            watch.lap("backbone")
+            shared = {part: seconds / len(streams) for part, seconds in watch.seconds().items()}
+            results = []
+            for image, stream, choice, begin in zip(images, streams, choices, begins, strict=True):
+                own = Stopwatch(self.device, timing)
+                result = self._run(image, stream, choice, begin, own)
+                parts = own.seconds()
+                result.cost.seconds.update(parts | {part: parts.get(part, 0.0) + shared[part] for part in shared})
+                results.append(result)
         return results
 
     def _stream(self, state: State[S], i: int, frame: Tensor, dense: bool) -> S:

@@ -80,7 +80,8 @@ class CompiledRecogniser(OnCPU, Recogniser):  # type: ignore[misc]  # `to` of a 
             if frame.shape[-2:] != self.config.size:
                 raise UserError(f"a view of {tuple(frame.shape[-2:])} pixels in an engine for {self.config.size}")
         own: Rule[Any] = _CompiledDense(self) if rule == Dense() else self.rows
-        return step_streams(self.spec, frames, state, rule=own, selector=selector, flush=flush)
+        with self.backend.around():
+            return step_streams(self.spec, frames, state, rule=own, selector=selector, flush=flush)
 
     def cost_model(self, rule: AnyRule) -> BucketCosts:  # type: ignore[override]
         """What steps will cost.

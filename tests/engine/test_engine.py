@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -396,3 +397,30 @@ while engines:
 """
     done = subprocess.run([sys.executable, "-c", code, whole], check=True, timeout=120, capture_output=True, text=True)
     assert done.stdout == "handled\n" * 2
+
+
+def test_a_step_has_one_thread_of_pytorch_and_no_other_thread_has_fewer(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, inside = load_engine(whole, threads=2), []
+    assert isinstance(engine, CompiledViTDet)
+
+    def run(*_: object) -> None:
+        inside.append(torch.get_num_threads())
+        raise ZeroDivisionError
+
+    def ask() -> int:
+        torch.rand(3)
+        return torch.get_num_threads()
+
+    monkeypatch.setattr(engine.backend, "run", run)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            engine.step(clip(1), engine.init_state())
+        assert inside == [1] and torch.get_num_threads() == 2
+        with engine.backend.around(), ThreadPoolExecutor() as others:
+            assert others.submit(ask).result() == 2
+    finally:
+        torch.set_num_threads(before)
