@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# As the console command: threads that wait in a loop keep cores from other programs, and then from each other.
+export OMP_WAIT_POLICY ?= PASSIVE
 VIDEO ?=
 FRAMES ?=
 OUTPUT ?= outputs/demo
