@@ -100,6 +100,17 @@ class TokenBucket:
         return dataclasses.replace(self, level=min(most, max(min(self.level, -excess), self.limit(allowance) - spent)))
 
 
+def worth(old: object, new: object) -> float:
+    """How many frames under a new budget pay for one under the old; 0 where these cannot be compared."""
+    if isinstance(old, Gmacs) and isinstance(new, Gmacs):
+        old, new = old.value, new.value
+    elif isinstance(old, Latency) and isinstance(new, Latency):
+        old, new = old.seconds, new.seconds
+    if type(old) is not type(new) or not isinstance(old, (int, float)) or not isinstance(new, (int, float)):
+        return 0.0
+    return old / new if new else 1.0
+
+
 def due_tokens(age: Tensor, max_age: int) -> Tensor:
     """Tokens that have to be recomputed now so that none grows older than `max_age` frames, `(N,)` booleans.
 

@@ -37,9 +37,9 @@ from eventful_det.gating.selector import (
 )
 from eventful_det.gating.state import State
 from eventful_det.gating.windows import Grid
-from eventful_det.runtime.budget import BudgetOptions, TokenBucket, due_tokens, selector_for
+from eventful_det.runtime.budget import BudgetOptions, TokenBucket, due_tokens, selector_for, worth
 from eventful_det.runtime.pace import Clock, Load
-from eventful_det.runtime.session import KeyFrame, Result, Session, StreamOptions, StreamResult
+from eventful_det.runtime.session import KeyFrame, Result, Session, StreamOptions, StreamResult, StreamSession
 
 _FLOOR = 1 / 32  # of the tokens may be recomputed however slow the machine is: the detector stays alive
 _KEY = cast(float, DEFAULT.budget)  # of the tokens a key frame may recompute, although frames are held to pay for it
@@ -112,12 +112,12 @@ class NetworkStepper(Generic[S, T, R]):
         self._setting = _Setting(budget, selector, TokenBucket(self.options.bucket))  # at once: threads may set it
         self.late = 0  # steps so far that took longer than a budget in seconds, although they were the smallest
 
-    def step(self, due: Sequence[Due[S, T, R]], streams: float = 1.0) -> list[R]:
+    def step(self, due: Sequence[Due[S, T, R]], sharing: Sequence[Session[S, T, R]] = ()) -> list[R]:
         """Run the detector on the next key frame of each of some streams.
 
         Args:
             due: streams and their frames.
-            streams: among how many of priority 1 the budget is shared, those that wait for their turn included.
+            sharing: among which the budget is shared, those that wait for their turn included; empty = each has it.
         """
         setting = self._setting
         plan = _Plan(self, due, setting)
@@ -142,15 +142,20 @@ class NetworkStepper(Generic[S, T, R]):
             self._observe(results)
         if isinstance(plan.selector.budget, Latency):
             plan.remember(results)
+        priorities = sum(session.options.priority for session in sharing)
         prices = [
-            self._price(setting, key, result, streams / session.options.priority) if session.auto else None
+            self._price(
+                setting, key, result, session.options.priority / priorities if sharing else 1, len(sharing) or 1
+            )
+            if session.auto
+            else None
             for (session, key), result in zip(due, results, strict=True)
         ]
         pairs = zip(due, results, prices, strict=True)
         return [session.finish(key, result, price) for (session, key), result, price in pairs]
 
-    def _price(self, setting: _Setting, key: KeyFrame, result: T, streams: float) -> float | None:
-        """What a frame cost in what it might; None under a selector of the user's own."""
+    def _price(self, setting: _Setting, key: KeyFrame, result: T, part: float, streams: int) -> float | None:
+        """What a frame cost in what it might, a part of the budget of so many streams; None = a user's own selector."""
         budget, cost, moving = setting.budget, result.cost, 0.0
         if isinstance(budget, Selector) and budget != self.default:
             return None
@@ -161,8 +166,8 @@ class NetworkStepper(Generic[S, T, R]):
         elif isinstance(budget, Latency):
             spent, income, moving = cost.latency, budget.seconds, key.seconds.get("motion", 0.0)
         else:
-            spent, income = float(cost.recomputed), float(tokens_allowed(budget, cost.tokens))
-        income = income / streams - moving  # boxes move on every frame
+            spent, income = float(cost.recomputed), float(tokens_allowed(budget, streams * cost.tokens))
+        income = part * income - moving  # boxes move on every frame
         return min(_LONGEST, (spent - moving) / income) if income > 0 else _LONGEST
 
     def _observe(self, results: Sequence[T]) -> None:
@@ -196,7 +201,13 @@ class Budgeted(ABC):
 
     @budget.setter
     def budget(self, budget: Budget | Selector) -> None:
-        self._stepper.budget = budget
+        before, self._stepper.budget = self._stepper.budget, budget
+        for session in self._sessions():  # they wait for what frames took, which is less of a larger budget
+            session.relieve(session.debt * (1 - worth(before, budget)))
+
+    def _sessions(self) -> Sequence[StreamSession[Any]]:
+        """Those that may hold frames."""
+        return ()
 
 
 class Stepper(NetworkStepper[S, StepResult, StreamResult]):

@@ -204,6 +204,7 @@ class StreamSession(Generic[S]):
         state: what the detector remembers of the stream.
         auto: nobody said on which frames it runs.
         left: frames until the next regular key frame; it may come earlier, see `KeyFrames`.
+        spare: of the last frame, what it might have cost and nothing will take, as a share of that.
         variable_macs: MACs that the variable part of the detector takes on average, see `CostModel`; None = not known.
 
     Raises:
@@ -231,7 +232,8 @@ class StreamSession(Generic[S]):
         follow = track or isinstance(hold, KeyFrames) or (hold or 1) > 1  # or when the first frame is held
         self._new_mover = partial(BoxMover, EVERY_ID) if track else mover
         self._mover = self._new_mover() if self._new_mover is not None and follow else None
-        self.left = 0.0
+        self.left = self.spare = 0.0
+        self._due = 0.0  # frames until the next key frame where nothing is to be paid
         self._debt = 0.0  # frames that have to pay for the key frames so far
         self._tolerable = 0.0  # debt at which the network may run before its time
         self._frames = 0
@@ -250,7 +252,8 @@ class StreamSession(Generic[S]):
             A key frame, for `finish` after the detector's step; or the result of a held frame.
         """
         began = time.perf_counter()
-        self.left, self._debt = self.left - 1, max(self._debt - 1, -1.0)
+        self.left, self._due = self.left - 1, self._due - 1
+        self._debt, self.spare = max(self._debt - 1, -1.0), max(0.0, -self._debt)
         cut = (self._cuts is not None and self._cuts(frame.image)) or frame.resumed
         last = self._last if self._last is not None and self._last.image.shape == frame.image.shape else None
         moving = time.perf_counter()
@@ -298,7 +301,8 @@ class StreamSession(Generic[S]):
         image = key.frame.image
         self._debt += price or 0.0  # on average the budget is kept, however early the network runs
         self._tolerable = self._debt / 2
-        self.left = 1 if self.auto and price is None else max(self.key_frames.every, self._debt)
+        self._due = 1 if self.auto and price is None else self.key_frames.every
+        self.left = max(self._due, self._debt)
         if self._mover is None and self._new_mover is not None and self.left > 1:
             self._mover = self._new_mover()
             self._mover.move(image)
@@ -318,6 +322,17 @@ class StreamSession(Generic[S]):
                 dropped=key.dropped,
             )
         )
+
+    @property
+    def debt(self) -> float:
+        """Frames, the next ones, that have to pay for the key frames so far."""
+        return max(0.0, self._debt)
+
+    def relieve(self, frames: float) -> None:
+        """Others pay for so many frames of the debt; less than 0 = that is more by so many."""
+        frames = min(frames, self.debt)
+        self._debt -= frames
+        self.left = max(min(self.left, self._due), self.left - frames)
 
     def as_input(self, detections: Detections, image: NDArray[np.uint8]) -> Detections:
         """Detections on a frame in pixels of the detector's input."""

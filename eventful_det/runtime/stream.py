@@ -111,6 +111,9 @@ class Stream(Budgeted, Iterator[StreamResult]):
         drift = self._monitor.compare(result.frame_index, result.image, result.detections, result.cost)
         return dataclasses.replace(result, drift=drift)
 
+    def _sessions(self) -> list[StreamSession[Any]]:
+        return [self._session]
+
     def close(self) -> None:
         """Release the source; iteration ends."""
         if self._live is not None:

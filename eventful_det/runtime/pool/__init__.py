@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast, overload
 
@@ -241,7 +241,8 @@ class StreamPool(Budgeted, Iterator[list[R]], Generic[R]):
             members = list(self._members.values())
         begun = [(member, one) for member in members if (one := self._begin(member)) is not None]
         due = [(member, one) for member, one in begun if isinstance(one, KeyFrame)]
-        sharing = sum(member.session.options.priority for member in members)
+        _leave_to_others([member.session for member, _ in begun])
+        sharing = [member.session for member in members]
         finished = iter(self._stepper.step([(m.session, key) for m, key in due], sharing) if due else ())
         self._rounds += bool(begun)
         results = []
@@ -262,6 +263,11 @@ class StreamPool(Budgeted, Iterator[list[R]], Generic[R]):
                 return results
             self._arrived.wait(_PATIENCE)
         raise StopIteration
+
+    def _sessions(self) -> list[StreamSession[Any]]:
+        with self._lock:
+            sessions = [member.session for member in self._members.values()]
+        return [session for session in sessions if isinstance(session, StreamSession)]
 
     def metrics(self) -> PoolMetrics:
         """What the streams did so far, those that left last included."""
@@ -349,6 +355,15 @@ class StreamPool(Budgeted, Iterator[list[R]], Generic[R]):
         member.feed.close()
         self._arrived.set()
         return True
+
+
+def _leave_to_others(sessions: Iterable[Session[Any, Any, Any]]) -> None:
+    """What quiet streams do not need of the budget pays for the key frames of busy ones."""
+    holding = [session for session in sessions if isinstance(session, StreamSession) and session.auto]
+    spare = sum(session.spare * session.options.priority for session in holding)
+    owing = [session for session in holding if session.debt]
+    for session in owing:
+        session.relieve(spare / sum(one.options.priority for one in owing))
 
 
 def _unique(name: str, taken: Container[str]) -> str:
