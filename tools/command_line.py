@@ -105,30 +105,45 @@ def start(tool: str, arguments: Sequence[str] | None = None) -> None:
 
 def guard(work: Callable[[], None], tell: Callable[..., None] = print_error) -> None:
     """Do the work; what ends it early becomes one line, by `tell`, and an exit status."""
-    signal.signal(signal.SIGTERM, _stop)
+    stops: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        stops.append(number)
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, stop)
     try:
         work()
-    except UserError as error:
-        for message in getattr(error, "faults", [str(error)]):  # of a file: a line for each
-            tell(message.rpartition("UserError: ")[2])  # of a data loader's process: without its traceback
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if stops or isinstance(error, KeyboardInterrupt):  # OpenVINO makes errors of its own of an interrupt
+            tell("stopped", kind="")
+            sys.exit(128 + (stops[0] if stops else error.args[0] if error.args else signal.SIGINT))
+        lines = _lines(error)
+        if lines is None:
+            raise
+        for line in lines:
+            tell(line)
         sys.exit(2)
-    except ModuleNotFoundError as error:
+
+
+def _lines(error: BaseException) -> list[str] | None:
+    """What a user is told of an error; None = it is a fault of ours."""
+    if isinstance(error, UserError):
+        messages = getattr(error, "faults", [str(error)])  # of a file: a line for each
+        return [message.rpartition("UserError: ")[2] for message in messages]  # of a data loader: without its traceback
+    if isinstance(error, ModuleNotFoundError):
         name = (error.name or "").partition(".")[0]
         if not name or name in sys.stdlib_module_names or name == "eventful_det":
-            raise
+            return None
         packages = _PACKAGES.get(name, name)
-        tell(f"there is no {name} here, which this needs: python -m pip install {packages}")
-        sys.exit(2)
-    except OSError as error:
-        tell(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-        sys.exit(2)
-    except KeyboardInterrupt as stop:
-        tell("stopped", kind="")
-        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
-
-
-def _stop(number: int, _: object) -> None:
-    raise KeyboardInterrupt(number)
+        return [f"there is no {name} here, which this needs: python -m pip install {packages}"]
+    if isinstance(error, OSError):
+        return [f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"]
+    return None
 
 
 def _start(tool: str, arguments: list[str], as_command: bool) -> None:

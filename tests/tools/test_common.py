@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,24 @@ def test_errors_are_one_line(error: Exception, line: str, capsys: pytest.Capture
     with pytest.raises(SystemExit) as stop:
         command_line.guard(fail)
     assert stop.value.code == 2 and capsys.readouterr().err == line + "\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_of_which_a_library_makes_an_error(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def convert() -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise RuntimeError("Conversion is failed for: aten::mul") from None
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as stop:
+            command_line.guard(convert)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert stop.value.code == 128 + number and capsys.readouterr().err == "stopped\n"
 
 
 def test_options_are_refused_under_hydras_own_flags_too() -> None:
