@@ -60,9 +60,11 @@ def _transformers_model(source: str | os.PathLike[str]) -> tuple[Any, dict[str, 
     if config is None and (folder / WEIGHTS).is_file():
         read_tensors(folder / WEIGHTS)  # may be a detector of ours that is damaged: then this says so
     if config is None or not list(folder.glob("*.safetensors")):
+        if config is None and not (folder / WEIGHTS).is_file():
+            raise UserError(f"{folder} is no detector: an engine has engine.json, an RF-DETR config.json and {WEIGHTS}")
         raise UserError(
-            f"{folder} has no {'config.json' if config is None else WEIGHTS}; an engine has engine.json, an RF-DETR "
-            f"config.json, preprocessor_config.json and {WEIGHTS}, see huggingface.co/Roboflow/rf-detr-nano"
+            f"{folder} has no {'config.json' if config is None else WEIGHTS}; a folder of RF-DETR has config.json, "
+            f"preprocessor_config.json and {WEIGHTS}, see huggingface.co/Roboflow/rf-detr-nano"
         )
     if not str(kind := config.get("model_type")).startswith("rf_detr"):
         raise UserError(f"{folder} is no RF-DETR: its config.json is of the model type {kind}, not rf_detr")
