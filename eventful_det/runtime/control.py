@@ -203,7 +203,7 @@ class Budgeted(ABC):
     def budget(self, budget: Budget | Selector) -> None:
         before, self._stepper.budget = self._stepper.budget, budget
         for session in self._sessions():  # they wait for what frames took, which is less of a larger budget
-            session.relieve(session.debt * (1 - worth(before, budget)))
+            session.relieve(session.debt - min(_LONGEST, session.debt * worth(before, budget)))
 
     def _sessions(self) -> Sequence[StreamSession[Any]]:
         """Those that may hold frames."""

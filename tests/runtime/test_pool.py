@@ -169,6 +169,16 @@ def test_a_larger_budget_acts_at_once(tiny_detector: Detector, before: Budget, a
     assert len([key for key in keys if key < 20]) <= 4 and [key for key in keys if key >= 20][:3] == [20, 22, 24]
 
 
+def test_a_smaller_budget_never_stops_the_network(tiny_detector: Detector) -> None:
+    stream = tiny_detector.stream(clip(1, 110), budget=0.1, scene_cuts=False)
+    keys = []
+    for result in stream:
+        keys += [] if result.held else [result.frame_index]
+        if result.frame_index == 4:
+            stream.budget = 1e-6
+    assert [key for key in keys if key > 4], "once in 64 frames"
+
+
 @pytest.mark.parametrize("offset", [0, 1])
 def test_frames_that_come_in_other_rounds_are_held_as_often(
     offset: int, tiny_detector: Detector, monkeypatch: pytest.MonkeyPatch
