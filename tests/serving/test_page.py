@@ -136,9 +136,8 @@ def test_the_page_at_work(page: Page, clip: Path, tmp_path: Path) -> None:
     page.until(lambda: page.text("#value") == "1 % of tokens" and 0 <= page.tokens() <= 1)
     page.until(lambda: "of dense" in page.text("#spent"))
     slider.send_keys(Keys.END)
-    page.until(
-        lambda: page.text("#value") == "100 % of tokens" and page.tokens() > 8
-    )  # a mean: every second frame is held
+    # A mean over two seconds, in which every second frame is held.
+    page.until(lambda: page.text("#value") == "100 % of tokens" and page.tokens() > 8)
     for _ in range(50):
         slider.send_keys(Keys.ARROW_LEFT)
     page.until(lambda: page.text("#value") == "50 % of tokens" and 1 < page.tokens() <= 30)
