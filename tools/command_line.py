@@ -116,9 +116,7 @@ def guard(work: Callable[[], None], tell: Callable[..., None] = print_error) -> 
         signal.signal(signal.SIGINT, stop)
     try:
         work()
-    except SystemExit:
-        raise
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt) as error:
         if stops or isinstance(error, KeyboardInterrupt):  # OpenVINO makes errors of its own of an interrupt
             tell("stopped", kind="")
             sys.exit(128 + (stops[0] if stops else error.args[0] if error.args else signal.SIGINT))
@@ -130,7 +128,7 @@ def guard(work: Callable[[], None], tell: Callable[..., None] = print_error) -> 
         sys.exit(2)
 
 
-def _lines(error: BaseException) -> list[str] | None:
+def _lines(error: Exception | KeyboardInterrupt) -> list[str] | None:
     """What a user is told of an error; None = it is a fault of ours."""
     if isinstance(error, UserError):
         messages = getattr(error, "faults", [str(error)])  # of a file: a line for each

@@ -142,22 +142,22 @@ class NetworkStepper(Generic[S, T, R]):
             self._observe(results)
         if isinstance(plan.selector.budget, Latency):
             plan.remember(results)
-        priorities = sum(session.options.priority for session in sharing)
-        prices = [
-            self._price(
-                setting, key, result, session.options.priority / priorities if sharing else 1, len(sharing) or 1
-            )
-            if session.auto
-            else None
+        return [
+            session.finish(key, result, self._price(setting, session, key, result, sharing))
             for (session, key), result in zip(due, results, strict=True)
         ]
-        pairs = zip(due, results, prices, strict=True)
-        return [session.finish(key, result, price) for (session, key), result, price in pairs]
 
-    def _price(self, setting: _Setting, key: KeyFrame, result: T, part: float, streams: int) -> float | None:
-        """What a frame cost in what it might, a part of the budget of so many streams; None = a user's own selector."""
+    def _price(
+        self,
+        setting: _Setting,
+        session: Session[S, T, R],
+        key: KeyFrame,
+        result: T,
+        sharing: Sequence[Session[S, T, R]],
+    ) -> float | None:
+        """What a frame cost in what it might; None where a user chose the frames or the tokens."""
         budget, cost, moving = setting.budget, result.cost, 0.0
-        if isinstance(budget, Selector) and budget != self.default:
+        if not session.auto or (isinstance(budget, Selector) and budget != self.default):
             return None
         if budget is None or isinstance(budget, Selector) or cost.flush:
             return 0.0  # nothing to pay
@@ -166,7 +166,8 @@ class NetworkStepper(Generic[S, T, R]):
         elif isinstance(budget, Latency):
             spent, income, moving = cost.latency, budget.seconds, key.seconds.get("motion", 0.0)
         else:
-            spent, income = float(cost.recomputed), float(tokens_allowed(budget, streams * cost.tokens))
+            spent, income = float(cost.recomputed), float(tokens_allowed(budget, (len(sharing) or 1) * cost.tokens))
+        part = session.options.priority / sum(one.options.priority for one in sharing) if sharing else 1.0
         income = part * income - moving  # boxes move on every frame
         return min(_LONGEST, (spent - moving) / income) if income > 0 else _LONGEST
 

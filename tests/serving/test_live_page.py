@@ -91,6 +91,14 @@ def stream(tiny_detector: Detector) -> Stream:
     return Stream(result, tiny_detector)
 
 
+async def two_turns(stream: Stream, page: Page) -> None:
+    """The page gets a second one although it has not drawn the first."""
+    stream.advance(1)
+    await page.until(1)
+    stream.advance(1)
+    await page.until(1, 2)
+
+
 def test_two_frames_that_are_done_at_once_are_both_seen(stream: Stream) -> None:
     """Where every second frame is held, it is done before anybody could fetch the one before it."""
 
@@ -109,10 +117,7 @@ def test_two_frames_that_are_done_at_once_are_both_seen(stream: Stream) -> None:
 def test_the_next_frame_does_not_wait_for_the_last_to_be_drawn(stream: Stream) -> None:
     async def look(pages: list[Page]) -> None:
         (page,) = pages
-        stream.advance(1)
-        await page.until(1)
-        stream.advance(1)
-        await page.until(1, 2)
+        await two_turns(stream, page)
 
     asyncio.run(stream.see(look))
 
@@ -120,10 +125,7 @@ def test_the_next_frame_does_not_wait_for_the_last_to_be_drawn(stream: Stream) -
 def test_a_page_that_is_late_gets_the_present_and_nothing_piles_up(stream: Stream) -> None:
     async def look(pages: list[Page]) -> None:
         (page,) = pages
-        stream.advance(1)
-        await page.until(1)
-        stream.advance(1)
-        await page.until(1, 2)
+        await two_turns(stream, page)
         for _ in range(20):
             stream.advance(1)
             await asyncio.sleep(0)

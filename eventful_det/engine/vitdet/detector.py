@@ -39,15 +39,13 @@ from eventful_det.gating.whole_windows.rule import (
 from eventful_det.gating.windows import windows_of
 
 _LOG = logging.getLogger(__name__)
+_REGION_STEPS = 4  # the region head is compiled for quarters of the proposals
 
 
 def widescreen_size(config: ModelConfig) -> tuple[int, int]:
     """(height, width) of the inputs that a detector makes of frames of 16:9."""
     short = min(config.short_side, round(config.long_side * 9 / 16))
     return padded_size((short, round(short * 16 / 9)), config)
-
-
-_REGION_STEPS = 4  # the region head is compiled for quarters of the proposals
 
 
 @dataclass(frozen=True)
